@@ -1,0 +1,61 @@
+# The commands of this project. `make demo` and `make test` need Python 3.11 or newer and make, nothing else.
+# Another Python: make PYTHON=python3.13 test. Arguments for pytest: make test ARGS='-k packaging'.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+TYPED := pybreaker_redis tests/typing/api.py
+
+define WRITE_BUNDLES
+import pathlib
+from pybreaker_redis._scripts import SCRIPTS, compose, sha1
+folder = pathlib.Path("build/lua")
+folder.mkdir(parents=True, exist_ok=True)
+for name in SCRIPTS:
+    path = folder / f"{name}.lua"
+    path.write_bytes(compose(name).encode())
+    print(sha1(name), path)
+endef
+export WRITE_BUNDLES
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bundles clean
+.NOTPARALLEL:
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one shared breaker
+	@$(BIN)/python -m pybreaker_redis demo $(ARGS)
+
+test: $(VENV)/dev.stamp ## run all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev.stamp bundles ## check style, types and the Lua
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict $(TYPED)
+	$(BIN)/python tests/check_lua.py
+	@if command -v luacheck >/dev/null; then luacheck --quiet lua $(wildcard tests/lua) build/lua; fi
+
+bundles: $(VENV)/demo.stamp ## write build/lua/NAME.lua, the very bytes that Redis runs
+	@$(BIN)/python -c "$$WRITE_BUNDLES"
+
+clean: ## remove the virtual environment and everything generated
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+	find pybreaker_redis tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per extra: a change of pyproject.toml installs it anew.
+$(VENV)/%.stamp: pyproject.toml | $(BIN)/python
+	@echo "installing pybreaker_redis[$*] into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, but '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || true);" \
+	    "name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed (Debian and Ubuntu: install python3-venv);" \
+	    "name another Python: make PYTHON=python3.12 ..." >&2; exit 1; }

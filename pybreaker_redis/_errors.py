@@ -1,0 +1,35 @@
+"""The one tree of errors that this package raises."""
+
+from __future__ import annotations
+
+
+class CircuitBreakerError(Exception):
+    """Base of every error that this package raises."""
+
+
+class PolicyError(CircuitBreakerError, ValueError):
+    """A name, policy or option that makes no sense; nothing was changed."""
+
+
+class PermitError(CircuitBreakerError, RuntimeError):
+    """A permit was settled a second time."""
+
+
+class RedisUnavailableError(CircuitBreakerError):
+    """An operator's action could not reach Redis; it was not carried out locally instead."""
+
+
+class CircuitOpenError(CircuitBreakerError):
+    """The call was rejected; the protected function did not run.
+
+    Attributes: name; state ("open" or "half_open"); retry_after, seconds until a call may be admitted.
+    """
+
+    def __init__(self, name: str, state: str, retry_after: float) -> None:
+        super().__init__(name, state, retry_after)
+        self.name = name
+        self.state = state
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return f"circuit breaker {self.name!r} is {self.state}; retry after {self.retry_after:.3f} s"

@@ -1,0 +1,156 @@
+"""What a user's type checker sees: checked by `mypy --strict`, never run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, assert_type
+
+from redis import Redis
+
+from pybreaker_redis import (
+    CircuitBreaker,
+    CircuitBreakerError,
+    CircuitOpenError,
+    Event,
+    HistoryEntry,
+    Permit,
+    Policy,
+    Snapshot,
+)
+
+State = Literal["closed", "open", "half_open"]
+
+
+def on_event(event: Event) -> None:
+    assert_type(event.breaker, str)
+    assert_type(event.instance, str)
+    assert_type(event.old, State | None)
+    assert_type(event.new, State | None)
+    assert_type(event.reason, str | None)
+    assert_type(event.generation, int | None)
+    assert_type(event.counts, dict[str, int] | None)
+    assert_type(event.retry_after, float | None)
+    assert_type(event.exception, BaseException | None)
+    if event.kind == "state_change":
+        print(event.new)
+
+
+class Collector:
+    def __call__(self, event: Event) -> str:
+        return event.kind
+
+
+in_memory = CircuitBreaker("discovery")
+by_url = CircuitBreaker("discovery", redis="redis://localhost")
+breaker = CircuitBreaker(
+    "discovery",
+    redis=Redis(),
+    policy=Policy(failure_threshold=20, reset_timeout=3.0, success_threshold=2),
+    lease=0.5,
+    failures=(OSError, ValueError),
+    ignore=KeyError,
+    is_failure=lambda result: result is None,
+    listeners=[on_event, Collector(), lambda event: event.kind],
+    on_redis_failure="open",
+    prefix="circuit_breaker",
+    encoding="msgpack",
+)
+CircuitBreaker("discovery", on_redis_failure="maybe")  # type: ignore[arg-type]
+CircuitBreaker("discovery", encoding="xml")  # type: ignore[arg-type]
+CircuitBreaker("discovery", redis=None, polcy=Policy())  # type: ignore[call-arg]
+Policy(failure_threshold="5")  # type: ignore[arg-type]
+
+
+@breaker
+def search(query: str, *, limit: int = 10) -> list[str]:
+    return [query] * limit
+
+
+assert_type(search("x", limit=3), list[str])
+assert_type(search.breaker, CircuitBreaker)
+search(1)  # type: ignore[arg-type]
+search("x", pages=2)  # type: ignore[call-arg]
+
+
+@breaker
+def pages(count: int) -> Iterator[bytes]:
+    yield b"" * count
+
+
+assert_type(pages(2), Iterator[bytes])
+
+
+def length(text: str, times: int = 1) -> int:
+    return len(text) * times
+
+
+assert_type(breaker.call(length, "x"), int)
+assert_type(breaker.call(length, "x", times=2), int)
+assert_type(breaker.call(lambda: 1.5), float)
+breaker.call(length, 1)  # type: ignore[arg-type]
+breaker.call(length)  # type: ignore[call-arg]
+
+
+def block() -> int:
+    with breaker as permit:
+        assert_type(permit, Permit)
+        permit.failure(OSError("refused"))
+        permit.ignore()
+    return 1  # a block may end by an exception, but never swallows one: this line is reached
+
+
+def returns_from_a_block() -> int:
+    with breaker:
+        return 1
+
+
+def two_steps() -> None:
+    permit = breaker.acquire()
+    assert_type(permit, Permit)
+    permit.success()
+    permit.failure(ValueError())
+    permit.failure()
+    permit.release()
+
+
+def looking(count: int) -> None:
+    assert_type(breaker.state, State)
+    snapshot = breaker.snapshot()
+    assert_type(snapshot, Snapshot)
+    assert_type(snapshot.name, str)
+    assert_type(snapshot.state, State)
+    assert_type(snapshot.generation, int)
+    assert_type(snapshot.failure_count, int)
+    assert_type(snapshot.success_count, int)
+    assert_type(snapshot.last_failure_time, int | None)
+    assert_type(snapshot.opened_at, int | None)
+    assert_type(snapshot.retry_after, float | None)
+    snapshot.state = "open"  # type: ignore[misc]
+    entries = breaker.history(count=count)
+    assert_type(entries, list[HistoryEntry])
+    assert_type(entries[0].old, State)
+    assert_type(entries[0].new, State)
+    assert_type(entries[0].time, float)
+    assert_type(entries[0].reason, str)
+
+
+def steering() -> None:
+    breaker.force_open()
+    breaker.force_open(duration=60)
+    breaker.force_closed(duration=0.5)
+    breaker.clear_override()
+    breaker.reset()
+    breaker.flush()
+
+
+def rejected() -> float:
+    try:
+        search("x")
+    except CircuitOpenError as error:
+        assert_type(error.name, str)
+        assert_type(error.retry_after, float)
+        print(error.state)
+        return error.retry_after
+    except CircuitBreakerError:
+        raise
+    return 0.0
