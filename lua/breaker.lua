@@ -56,9 +56,8 @@ local function integer(value, least, most)
 end
 
 function breaker.decode(text)
-  local ok, value, parse = false, nil, cmsgpack.unpack
-  if string.byte(text) == 123 then parse = cjson.decode end
-  ok, value = pcall(parse, text)
+  local parse = string.byte(text) == 123 and cjson.decode or cmsgpack.unpack
+  local ok, value = pcall(parse, text)
   if ok and type(value) == 'table' then return value end
   return nil
 end

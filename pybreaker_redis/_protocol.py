@@ -142,6 +142,10 @@ def control_request(action: str, duration: float | None) -> Request:
     """A request for control.lua; duration in seconds. Raises PolicyError when it is out of range."""
     if duration is None:
         return {"action": action}
-    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0.001 <= duration <= LONGEST_OVERRIDE:
+    if (
+        isinstance(duration, bool)
+        or not isinstance(duration, (int, float))
+        or not 0.001 <= duration <= LONGEST_OVERRIDE
+    ):
         raise PolicyError(f"duration must be from 0.001 to {LONGEST_OVERRIDE:g} seconds, not {duration!r}")
     return {"action": action, "duration_ms": round(duration * 1000)}

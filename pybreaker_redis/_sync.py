@@ -25,18 +25,19 @@ from ._view import Classifier, Event, EventKind, Outcome, Verdict, View
 
 P = ParamSpec("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 Listener = Callable[[Event], object]
 logger = logging.getLogger("pybreaker_redis")
 _breakers: weakref.WeakSet[CircuitBreaker] = weakref.WeakSet()
 _USE_ASYNC = "is a coroutine function: the sync breaker cannot await it, use AsyncCircuitBreaker"
 
 
-class Guarded(Protocol[P, R]):
+class Guarded(Protocol[P, R_co]):
     """A decorated function: same signature, and its breaker as `.breaker`."""
 
     breaker: CircuitBreaker
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R: ...
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
 class Permit:
@@ -214,8 +215,7 @@ class CircuitBreaker:
 
     def _suspended(self, result: Any, func: Any, generation: int, probe: int | None) -> Any:
         if type(result) is types.GeneratorType:
-            guarded = self._iterate(lambda: result, Permit(self, generation, probe))
-            return guarded
+            return self._iterate(lambda: result, Permit(self, generation, probe))
         self._report(Outcome.IGNORED, generation, probe)
         if type(result) is types.CoroutineType:
             result.close()

@@ -150,7 +150,7 @@ class Classifier:
 
     def of_exception(self, exception: BaseException) -> Outcome:
         """A cancelled or ignored call counts as nothing; an exception outside `failures` is an answer."""
-        if isinstance(exception, CANCELLED) or isinstance(exception, self.ignore):
+        if isinstance(exception, (*CANCELLED, *self.ignore)):
             return Outcome.IGNORED
         if isinstance(exception, self.failures):
             return Outcome.FAILURE

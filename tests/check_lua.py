@@ -93,9 +93,7 @@ def main() -> int:
     """0 when everything is in order, else 1 with one line per problem."""
     from pybreaker_redis._scripts import SCRIPTS, compose
 
-    files = [
-        path for folder in ("lua", "tests/lua") for path in sorted((ROOT / folder).glob("*.lua"))
-    ]
+    files = [path for folder in ("lua", "tests/lua") for path in sorted((ROOT / folder).glob("*.lua"))]
     found = []
     for path in files:
         name = path.relative_to(ROOT).as_posix()

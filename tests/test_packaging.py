@@ -36,9 +36,7 @@ print("used", home)
 
 
 def run(*command: str | pathlib.Path, cwd: pathlib.Path) -> str:
-    done = subprocess.run(
-        list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=110, check=False
-    )
+    done = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=110, check=False)
     assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -118,9 +116,7 @@ def test_sdist_holds_what_make_test_needs(built: pathlib.Path) -> None:
     assert wanted <= names
 
 
-def test_installed_wheel_works_outside_the_checkout(
-    built: pathlib.Path, environment: pathlib.Path
-) -> None:
+def test_installed_wheel_works_outside_the_checkout(built: pathlib.Path, environment: pathlib.Path) -> None:
     """The wheel built from the sdist runs its own scripts; the checkout is out of its reach."""
     (wheel,) = built.glob("*.whl")
     install(environment, wheel)

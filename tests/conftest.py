@@ -1,0 +1,109 @@
+"""Servers, clocks and engines for all tests. Nothing is mocked: Redis is a real server of our own."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+
+from pybreaker_redis import CircuitBreaker
+from pybreaker_redis._memory import MemoryEngine
+from pybreaker_redis._protocol import Keys, decode, encode, keys_of
+from pybreaker_redis._scripts import compose
+from pybreaker_redis.embedded import EmbeddedServer
+
+START_MS = 1_700_000_000_000
+FROZEN_CLOCK = (pathlib.Path(__file__).parent / "lua" / "frozen_clock.lua").read_text()
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[EmbeddedServer]:
+    """One server for the tests that do not hurt it."""
+    with EmbeddedServer() as started:
+        yield started
+
+
+@pytest.fixture
+def client(server: EmbeddedServer) -> Iterator[redis.Redis]:
+    """A client to an empty server."""
+    with redis.Redis.from_url(server.url) as connected:
+        connected.flushall()
+        yield connected
+
+
+@pytest.fixture
+def own_server() -> Iterator[EmbeddedServer]:
+    """A server that the test may hurt."""
+    with EmbeddedServer() as started:
+        yield started
+
+
+@pytest.fixture(params=["redis", "memory"])
+def make_breaker(request: pytest.FixtureRequest, client: redis.Redis) -> Callable[..., CircuitBreaker]:
+    """Makes breakers on either engine."""
+    shared = client if request.param == "redis" else None
+    return lambda name="discovery", **options: CircuitBreaker(name, redis=shared, **options)
+
+
+class LuaEngine:
+    """The scripts on a real server, on the tests' clock."""
+
+    def __init__(self, client: redis.Redis, keys: Keys, *, use_json: bool = False) -> None:
+        self._client, self._keys, self._json = client, keys, use_json
+
+    def run(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
+        script = compose(name)
+        cut = script.rindex("--[[")  # where breaker.lua ends: each file has one such head
+        text = script[:cut] + FROZEN_CLOCK + script[cut:]
+        body = json.dumps(request) if self._json else encode(request)
+        raw = self._client.eval(text, 3, *self._keys, body)
+        return json.loads(raw) if self._json else decode(raw)
+
+
+class Machine:
+    """One breaker of either engine on a clock that the test moves."""
+
+    def __init__(self, engine: Any, set_clock: Callable[[int], Any]) -> None:
+        self._engine, self._set_clock = engine, set_clock
+        self.now_ms = START_MS
+        self.advance(0)
+
+    def advance(self, milliseconds: int) -> None:
+        self.now_ms += milliseconds
+        self._set_clock(self.now_ms)
+
+    def run(self, name: str, policy: dict[str, int] | None = None, **request: Any) -> dict[str, Any]:
+        return self._engine.run(name, {**request, **({"policy": policy} if policy else {})})
+
+
+def lua_machine(client: redis.Redis, name: str = "m", *, use_json: bool = False) -> Machine:
+    """The Lua on the tests' clock."""
+    return Machine(LuaEngine(client, keys_of(name), use_json=use_json), lambda now: client.set("test:now_ms", now))
+
+
+def memory_machine() -> Machine:
+    """The in-memory engine on the tests' clock."""
+    clock = [START_MS]
+    return Machine(MemoryEngine(now_ms=lambda: clock[0]), lambda now: clock.__setitem__(0, now))
+
+
+@pytest.fixture(params=["lua", "lua-json", "memory"])
+def machine(request: pytest.FixtureRequest, client: redis.Redis) -> Machine:
+    """The state machine in Lua (both encodings) and in Python."""
+    if request.param == "memory":
+        return memory_machine()
+    return lua_machine(client, use_json=request.param == "lua-json")
+
+
+def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
+    """What the condition gives as soon as it is true; fails after timeout seconds."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
+    return value

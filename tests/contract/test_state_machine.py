@@ -1,0 +1,272 @@
+"""What both engines must do: the Lua (in both encodings) and the Python mirror, on a clock of the tests."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import redis
+from conftest import START_MS, Machine, lua_machine, memory_machine
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+POLICY = {"failure_threshold": 3, "reset_timeout_ms": 1000, "probe_timeout_ms": 400}
+
+
+def trip(machine: Machine, policy: dict[str, int] = POLICY) -> dict[str, Any]:
+    generation = machine.run("acquire", policy)["generation"]
+    return machine.run("record", policy, generation=generation, failures=3)
+
+
+def probe(machine: Machine, policy: dict[str, int] = POLICY) -> dict[str, Any]:
+    trip(machine, policy)
+    machine.advance(1000)
+    return machine.run("acquire", policy)
+
+
+def test_exact_threshold(machine: Machine) -> None:
+    """It opens at exactly the threshold-th failure in a row, and says so to that caller alone."""
+    generation = machine.run("acquire", POLICY)["generation"]
+    for count in (1, 2):
+        reply = machine.run("record", POLICY, generation=generation, failures=1)
+        assert (reply["state"], reply["failure_count"], reply.get("transition")) == ("closed", count, None)
+    reply = machine.run("record", POLICY, generation=generation, failures=1)
+    assert reply["state"] == "open"
+    assert reply["transition"]["reason"] == "failure_threshold"
+    assert machine.run("record", POLICY, generation=generation, failures=1).get("transition") is None
+
+
+def test_success_ends_the_run(machine: Machine) -> None:
+    """Successes in a report count before its failures, and end the run of failures."""
+    generation = machine.run("acquire", POLICY)["generation"]
+    machine.run("record", POLICY, generation=generation, failures=2)
+    reply = machine.run("record", POLICY, generation=generation, successes=7, failures=1)
+    assert (reply["state"], reply["failure_count"]) == ("closed", 1)
+
+
+def test_gathered_successes_travel_with_acquire(machine: Machine) -> None:
+    """An acquire counts the successes that it takes along."""
+    generation = machine.run("acquire", POLICY)["generation"]
+    machine.run("record", POLICY, generation=generation, failures=2)
+    assert machine.run("acquire", POLICY, generation=generation, successes=1)["failure_count"] == 0
+
+
+def test_open_until_the_deadline(machine: Machine) -> None:
+    """It rejects until the very millisecond of its deadline, with the right wait, then probes."""
+    assert trip(machine)["retry_after_ms"] == 1000
+    machine.advance(999)
+    reply = machine.run("acquire", POLICY)
+    assert (reply["admitted"], reply["state"], reply["retry_after_ms"]) == (False, "open", 1)
+    machine.advance(1)
+    reply = machine.run("acquire", POLICY)
+    assert (reply["admitted"], reply["state"], reply["probe"]) == (True, "half_open", 1)
+    assert reply["transition"]["reason"] == "timeout"
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_slots(machine: Machine, slots: int) -> None:
+    """Half open hands out half_open_max_calls slots, and tells the rest when the nearest one ends."""
+    policy = {**POLICY, "half_open_max_calls": slots}
+    probe(machine, policy)
+    machine.advance(100)
+    for _ in range(slots - 1):
+        assert machine.run("acquire", policy)["admitted"]
+    reply = machine.run("acquire", policy)
+    assert (reply["admitted"], reply["retry_after_ms"]) == (False, 300)
+
+
+def test_dead_probe_frees_its_slot(machine: Machine) -> None:
+    """A slot is free at its deadline, whatever was refused in between, and its late outcome is ignored."""
+    first = probe(machine)
+    for _ in range(4):
+        machine.advance(99)
+        assert not machine.run("acquire", POLICY)["admitted"]
+    machine.advance(4)
+    assert machine.run("acquire", POLICY)["probe"] == 2
+    late = machine.run("record", POLICY, generation=first["generation"], probe=1, failures=1)
+    assert (late["applied"], late["state"]) == (False, "half_open")
+
+
+def test_probe_success_closes(machine: Machine) -> None:
+    """success_threshold probe successes close it and clear the counts."""
+    policy = {**POLICY, "success_threshold": 2}
+    first = probe(machine, policy)
+    assert machine.run("record", policy, generation=first["generation"], probe=1, successes=1)["state"] == "half_open"
+    assert machine.run("acquire", policy)["probe"] == 2
+    reply = machine.run("record", policy, generation=first["generation"], probe=2, successes=1)
+    assert (reply["state"], reply["failure_count"]) == ("closed", 0)
+    assert reply["transition"]["reason"] == "probe_succeeded"
+
+
+def test_probe_failure_opens(machine: Machine) -> None:
+    """The first probe failure opens it for another reset timeout."""
+    first = probe(machine)
+    reply = machine.run("record", POLICY, generation=first["generation"], probe=1, failures=1)
+    assert (reply["state"], reply["retry_after_ms"]) == ("open", 1000)
+    assert machine.run("snapshot", POLICY)["trips"] == 2
+
+
+def test_released_probe(machine: Machine) -> None:
+    """A probe with no outcome gives its slot back and changes nothing else."""
+    first = probe(machine)
+    reply = machine.run("record", POLICY, generation=first["generation"], probe=1)
+    assert (reply["applied"], reply["state"]) == (True, "half_open")
+    assert machine.run("acquire", POLICY)["admitted"]
+
+
+def test_repeated_probe_report(machine: Machine) -> None:
+    """The same probe report twice counts once."""
+    policy = {**POLICY, "success_threshold": 2}
+    first = probe(machine, policy)
+    report = {"generation": first["generation"], "probe": 1, "successes": 1}
+    machine.run("record", policy, **report)
+    again = machine.run("record", policy, **report)
+    assert (again["applied"], again["success_count"]) == (False, 1)
+
+
+@pytest.mark.parametrize("outcome", [{"successes": 1}, {"failures": 1}, {"failures": 100}])
+def test_stragglers(machine: Machine, outcome: dict[str, int]) -> None:
+    """An outcome from before the trip changes nothing in open, in half_open, nor after the next close."""
+    old = machine.run("acquire", POLICY)["generation"]
+
+    def straggle() -> None:
+        before = machine.run("snapshot", POLICY)
+        assert machine.run("record", POLICY, generation=old, **outcome)["applied"] is False
+        assert machine.run("snapshot", POLICY) == before
+
+    machine.run("record", POLICY, generation=old, failures=3)
+    straggle()
+    machine.advance(1000)
+    first = machine.run("acquire", POLICY)
+    straggle()
+    machine.run("record", POLICY, generation=first["generation"], probe=1, successes=1)
+    straggle()
+
+
+def test_generations_grow(machine: Machine) -> None:
+    """Every transition has a generation greater than the one before, within one millisecond too."""
+    seen = [machine.run("acquire", POLICY)["generation"]]
+    for action in ("reset", "force_open", "reset", "force_closed", "reset"):
+        seen.append(machine.run("control", action=action)["generation"])
+    assert seen == sorted(set(seen))
+
+
+def test_force_open_ends_by_itself(machine: Machine) -> None:
+    """A forced open rejects for its duration, then a probe decides."""
+    machine.run("control", action="force_open", duration_ms=5000)
+    machine.advance(4999)
+    reply = machine.run("acquire", POLICY)
+    assert (reply["admitted"], reply["forced"], reply["retry_after_ms"]) == (False, "open", 1)
+    machine.advance(1)
+    assert machine.run("acquire", POLICY)["state"] == "half_open"
+
+
+def test_force_closed_counts_nothing(machine: Machine) -> None:
+    """Forced closed never trips and leaves no counts behind; its end is the policy's rule again."""
+    generation = machine.run("control", action="force_closed", duration_ms=5000)["generation"]
+    assert machine.run("record", POLICY, generation=generation, failures=50)["state"] == "closed"
+    machine.advance(5000)
+    reply = machine.run("record", POLICY, generation=generation, failures=1)
+    assert (reply["state"], reply["failure_count"], reply.get("forced")) == ("closed", 1, None)
+
+
+def test_override_without_duration_has_an_end(machine: Machine) -> None:
+    """An override that names no duration ends after 30 days."""
+    machine.run("control", action="force_open")
+    assert machine.run("snapshot")["forced_until_ms"] == START_MS + 30 * 86400 * 1000
+
+
+def test_clear_override(machine: Machine) -> None:
+    """Cleared, forced open goes on with a probe, forced closed as closed; without one nothing changes."""
+    assert machine.run("control", action="clear_override")["changed"] is False
+    machine.run("control", action="force_open")
+    assert machine.run("control", action="clear_override")["changed"] is True
+    assert machine.run("acquire", POLICY)["state"] == "half_open"
+    machine.run("control", action="force_closed")
+    assert machine.run("control", action="clear_override")["state"] == "closed"
+    assert machine.run("snapshot").get("forced") is None
+
+
+def test_reset(machine: Machine) -> None:
+    """A reset closes with no counts, and calls that began before it do not count."""
+    old = machine.run("acquire", POLICY)["generation"]
+    trip(machine)
+    reply = machine.run("control", action="reset")
+    assert (reply["state"], reply["failure_count"]) == ("closed", 0)
+    assert machine.run("record", POLICY, generation=old, failures=3)["applied"] is False
+
+
+def test_snapshot_changes_nothing(machine: Machine) -> None:
+    """A snapshot of what is not there makes nothing, and of an overdue open state begins no probe."""
+    assert machine.run("snapshot")["exists"] is False
+    assert machine.run("snapshot")["generation"] == 0
+    trip(machine)
+    machine.advance(5000)
+    reply = machine.run("snapshot")
+    assert (reply["state"], reply["retry_after_ms"], reply["exists"]) == ("open", 0, True)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("advance"), st.integers(0, 1500)),
+        st.tuples(st.just("acquire"), st.integers(0, 3)),
+        st.tuples(st.just("settle"), st.sampled_from(["success", "failure", "release"]), st.integers(0, 5)),
+        st.tuples(
+            st.just("control"),
+            st.sampled_from(["force_open", "force_closed", "clear_override", "reset"]),
+            st.integers(1, 2000),
+        ),
+        st.tuples(st.just("snapshot")),
+    ),
+    max_size=40,
+)
+POLICIES = st.fixed_dictionaries(
+    {
+        "failure_threshold": st.integers(1, 4),
+        "reset_timeout_ms": st.integers(1, 2000),
+        "success_threshold": st.integers(1, 3),
+        "half_open_max_calls": st.integers(1, 3),
+        "probe_timeout_ms": st.integers(1, 2000),
+    }
+)
+_TOLD = ("applied", "admitted", "changed", "exists", "state", "generation", "probe", "failure_count", "success_count")
+_SEEN = ("retry_after_ms", "forced", "transition", "last_failure_time", "opened_at", "forced_until_ms", "trips")
+
+
+def play(machine: Machine, steps: list[Any], policy: dict[str, int]) -> list[Any]:
+    """The replies to a sequence; outcomes are reported for permits of the whole past, so stale ones too."""
+    permits: list[dict[str, Any]] = []
+    told = []
+    for step, *rest in steps:
+        if step == "advance":
+            machine.advance(rest[0])
+            continue
+        if step == "acquire":
+            last = permits[-1]["generation"] if permits else 0
+            reply = machine.run("acquire", policy, generation=last, successes=rest[0])
+            if reply["admitted"]:
+                permits.append(reply)
+        elif step == "settle":
+            if not permits:
+                continue
+            permit = permits[-1 - rest[1] % len(permits)]
+            counts = {"success": {"successes": 1}, "failure": {"failures": 1}, "release": {}}[rest[0]]
+            slot = {"probe": permit["probe"]} if permit.get("probe") is not None else {}
+            reply = machine.run("record", policy, generation=permit["generation"], **slot, **counts)
+        elif step == "control":
+            length = {"duration_ms": rest[1]} if rest[0].startswith("force") else {}
+            reply = machine.run("control", policy, action=rest[0], **length)
+        else:
+            reply = machine.run("snapshot", policy)
+        told.append((step, {field: reply.get(field) for field in (*_TOLD, *_SEEN, "probes_in_flight")}))
+    return told
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(steps=STEPS, policy=POLICIES)
+def test_engines_agree(client: redis.Redis, steps: list[Any], policy: dict[str, int]) -> None:
+    """The Lua and the Python mirror reply the same to random sequences with random policies."""
+    with contextlib.suppress(redis.ResponseError):
+        client.delete(*client.keys("*circuit_breaker*") or [b"none"])
+    assert play(lua_machine(client), steps, policy) == play(memory_machine(), steps, policy)
