@@ -13,7 +13,7 @@ Reply      admitted (bool), probe (slot number, half_open only: hand it to recor
            failure_count, success_count, retry_after_ms (when refused), forced, warning,
            transition {from, to, reason, generation, ...} if THIS call caused one
 Errors     BADREQUEST field: what is wrong. Nothing was changed.
-Writes     nothing when it refuses.
+Writes     nothing when it refuses, but for the deadline of an open document that came without one.
 
   redis-cli EVALSHA $ACQUIRE 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"instance":"me"}'
@@ -26,5 +26,7 @@ local document = breaker.load(request.policy, now)
 local counted = breaker.record(document, request, now)
 local admitted, probe = breaker.acquire(document, request.policy, now)
 
-if admitted and (document.fresh or counted or probe) then breaker.save(document, request, now) end
-return breaker.reply(document, request, now, {admitted = admitted, probe = probe})
+if document.undated or admitted and (document.fresh or counted or probe) then breaker.save(document, request, now) end
+local reply = breaker.reply(document, request, now)
+reply.admitted, reply.probe = admitted, probe
+return breaker.encode(reply, request)

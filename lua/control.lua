@@ -26,4 +26,6 @@ local document = breaker.load(request.policy, now)
 local changed = breaker.control(document, request.action, request.duration_ms, now)
 
 if changed then breaker.save(document, request, now) end
-return breaker.reply(document, request, now, {changed = changed})
+local reply = breaker.reply(document, request, now)
+reply.changed = changed
+return breaker.encode(reply, request)

@@ -26,4 +26,6 @@ local document = breaker.load(request.policy, now)
 local applied = breaker.record(document, request, now)
 
 if applied or document.fresh then breaker.save(document, request, now) end
-return breaker.reply(document, request, now, {applied = applied})
+local reply = breaker.reply(document, request, now)
+reply.applied = applied
+return breaker.encode(reply, request)

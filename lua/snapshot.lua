@@ -16,12 +16,13 @@ local request, problem = breaker.request({})
 if not request then return redis.error_reply(problem) end
 
 local now = breaker.now_ms()
-local document = breaker.load(request.policy, now)
+local document, exists = breaker.load(request.policy, now)
 local in_flight = 0
 for _ in pairs(document.probes or {}) do in_flight = in_flight + 1 end
 
-local exists = not document.fresh
 if document.fresh then document.generation = 0 end
-return breaker.reply(document, request, now, {
-  exists = exists, last_failure_time = document.last_failure_time, opened_at = document.opened_at,
-  forced_until_ms = document.forced_until_ms, trips = document.trips, probes_in_flight = in_flight, now_ms = now})
+local reply = breaker.reply(document, request, now)
+reply.exists, reply.trips, reply.probes_in_flight, reply.now_ms = exists, document.trips, in_flight, now
+reply.last_failure_time, reply.opened_at = document.last_failure_time, document.opened_at
+reply.forced_until_ms = document.forced_until_ms
+return breaker.encode(reply, request)

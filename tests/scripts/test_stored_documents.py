@@ -1,0 +1,288 @@
+"""What may lie under the keys: the contract of other programs, other encodings, odd, corrupt and foreign values."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import msgpack
+import pytest
+import redis
+from conftest import START_MS, lua_machine
+from script_calls import (
+    CONTRACT,
+    CORRUPT,
+    KEYS,
+    NEEDED,
+    POLICY,
+    ask,
+    bring_to,
+    document,
+    picture,
+    put,
+    story,
+)
+
+EVERY_STATE = pytest.mark.parametrize("state", ["closed", "open", "half_open"])
+
+# The contract fields ----------------------------------------------------------------------------
+
+
+@EVERY_STATE
+def test_contract_fields(client: redis.Redis, state: str) -> None:
+    """The stored JSON begins with the five contract fields, in order, as integers or null."""
+    bring_to(lua_machine(client, "discovery"), state)
+    text = client.get(KEYS.state).decode()
+    failures, tripped = (0, "null") if state == "closed" else (3, START_MS // 1000)
+    assert text.startswith(
+        f'{{"state":"{state}","failure_count":{failures},"success_count":0,'
+        f'"last_failure_time":{tripped},"opened_at":{tripped},"'
+    )
+    own = {"closed": set(), "open": {"open_until_ms", "open_ms"}, "half_open": {"probes", "probe_seq", "probe_ms"}}
+    assert json.loads(text).keys() == {*CONTRACT, "version", "generation", "trips", *own[state]}
+
+
+@EVERY_STATE
+def test_size(client: redis.Redis, state: str) -> None:
+    """A document, in half_open with one probe, takes at most 300 bytes."""
+    machine = lua_machine(client, "discovery")
+    generation = machine.run("acquire")["generation"]
+    if state != "closed":
+        machine.run("record", generation=generation, failures=5)
+        machine.advance(30_000)
+    if state == "half_open":
+        machine.run("acquire")
+    assert document(client)["state"] == state
+    print(state, client.strlen(KEYS.state), client.get(KEYS.state))
+    assert client.strlen(KEYS.state) <= 300
+
+
+def _contract(state: str, failures: int = 0, successes: int = 0, last: int | None = None, opened: int | None = None):
+    return dict(zip(CONTRACT, (state, failures, successes, last, opened), strict=True))
+
+
+def test_gateway_closed(client: redis.Redis) -> None:
+    """A closed document of five fields goes on with its count, to the trip."""
+    machine = lua_machine(client, "discovery")
+    put(client, **_contract("closed", failures=2, last=START_MS // 1000 - 5))
+    reply = machine.run("acquire", POLICY)
+    assert (reply["failure_count"], reply.get("warning")) == (2, None)
+    assert machine.run("record", POLICY, generation=reply["generation"], failures=1)["state"] == "open"
+
+
+def test_gateway_open(client: redis.Redis) -> None:
+    """An open document of five fields stays open for what is left of its time, then probes."""
+    machine = lua_machine(client, "discovery")
+    policy = {**POLICY, "reset_timeout_ms": 10_000}
+    put(client, **_contract("open", failures=15, last=START_MS // 1000, opened=START_MS // 1000 - 4))
+    before = picture(client)
+    reply = machine.run("acquire", policy)
+    assert (reply["admitted"], reply["retry_after_ms"]) == (False, 6000)
+    assert picture(client) == before
+    machine.advance(6000)
+    reply = machine.run("acquire", policy)
+    assert (reply["admitted"], reply["state"], reply["probe"]) == (True, "half_open", 1)
+    assert machine.run("record", policy, generation=reply["generation"], probe=1, successes=1)["state"] == "closed"
+
+
+def test_gateway_open_since_the_last_failure(client: redis.Redis) -> None:
+    """Without opened_at the open time counts from the last failure; no time is longer than a reset timeout."""
+    machine = lua_machine(client, "discovery")
+    put(client, **_contract("open", failures=5, last=START_MS // 1000 - 4))
+    assert machine.run("acquire")["retry_after_ms"] == 26_000
+    put(client, **_contract("open", failures=5, opened=START_MS // 1000 + 3600))
+    assert machine.run("snapshot").get("retry_after_ms", 0) <= 30_000
+
+
+@pytest.mark.parametrize("opened", [None, START_MS // 1000 + 3600])
+@pytest.mark.parametrize("missing", ["own fields", "deadline"])
+def test_gateway_open_has_an_end(client: redis.Redis, opened: int | None, missing: str) -> None:
+    """An open document with no time, or one of a clock ahead of ours, stays open for one reset timeout at most."""
+    machine = lua_machine(client, "discovery")
+    own = {"version": 1, "generation": START_MS - 9} if missing == "deadline" else {}
+    put(client, **_contract("open", failures=15, opened=opened), **own)
+    assert machine.run("acquire", POLICY)["admitted"] in (True, False)
+    machine.advance(1000)
+    assert machine.run("acquire", POLICY)["admitted"] is True
+
+
+def test_gateway_half_open(client: redis.Redis) -> None:
+    """A half-open document of five fields hands out a probe, goes on with its successes, and closes."""
+    machine = lua_machine(client, "discovery")
+    policy = {**POLICY, "success_threshold": 2}
+    put(client, **_contract("half_open", failures=15, successes=1, opened=START_MS // 1000 - 60))
+    reply = machine.run("acquire", policy)
+    assert (reply["probe"], reply["success_count"], reply.get("transition")) == (1, 1, None)
+    assert machine.run("record", policy, generation=reply["generation"], probe=1, successes=1)["state"] == "closed"
+
+
+@pytest.mark.parametrize("encoding", ["json", "msgpack"])
+def test_unknown_fields(client: redis.Redis, encoding: str) -> None:
+    """Fields that we do not know are no reason to doubt a document."""
+    stored = {**_contract("closed", failures=2), "shard": "a", "tags": [1, {"x": None}], "note": None}
+    client.set(KEYS.state, json.dumps(stored) if encoding == "json" else msgpack.packb(stored))
+    reply = ask(client, "acquire")
+    assert (reply["failure_count"], reply.get("warning")) == (2, None)
+
+
+def test_gateway_rewrites_ours(client: redis.Redis) -> None:
+    """A document that another program wrote back without our fields keeps its state; our permits end."""
+    machine = lua_machine(client, "discovery")
+    permit = machine.run("acquire", POLICY)["generation"]
+    machine.advance(5)
+    put(client, **_contract("closed", failures=1))
+    reply = machine.run("record", POLICY, generation=permit, failures=1)
+    assert (reply["applied"], reply["state"], reply["failure_count"]) == (False, "closed", 1)
+    assert reply["generation"] > permit
+
+
+# Foreign and corrupt values ---------------------------------------------------------------------
+
+
+def _goes_on(client: redis.Redis, warning: str | None) -> None:
+    """The next acquire warns and admits, and from there failures count and trip."""
+    reply = ask(client, "acquire", policy=POLICY)
+    assert (reply["admitted"], reply["state"], reply.get("warning")) == (True, "closed", warning)
+    assert "warning" not in document(client)
+    reply = ask(client, "record", policy=POLICY, generation=reply["generation"], failures=2)
+    assert (reply["applied"], reply["failure_count"], reply.get("warning")) == (True, 2, None)
+    assert ask(client, "record", policy=POLICY, generation=reply["generation"], failures=1)["state"] == "open"
+
+
+@pytest.mark.parametrize("value", CORRUPT, ids=lambda value: repr(value[:50]))
+def test_corrupt_document(client: redis.Redis, value: bytes) -> None:
+    """A value that is no document is told about by every script, and protection starts anew."""
+    client.set(KEYS.state, value)
+    assert ask(client, "snapshot")["warning"] == "corrupt_document"
+    assert client.get(KEYS.state) == value
+    for script in ("record", "control"):
+        client.set(KEYS.state, value)
+        assert ask(client, script, **NEEDED[script])["warning"] == "corrupt_document"
+    client.set(KEYS.state, value)
+    _goes_on(client, "corrupt_document")
+
+
+@pytest.mark.parametrize(
+    "command", ["RPUSH k a", "HSET k a b", "SADD k a", "ZADD k 1 a", "XADD k * a b"], ids=lambda text: text.split()[0]
+)
+def test_foreign_types(client: redis.Redis, command: str) -> None:
+    """A value of another type under the state key, or the history key, is replaced by the next write."""
+    for key in (KEYS.state, KEYS.history):
+        client.execute_command(*[key if word == "k" else word for word in command.split()])
+    _goes_on(client, "foreign_key")
+    assert client.type(KEYS.state) == b"string"
+    if not command.startswith("XADD"):
+        assert client.xlen(KEYS.history) == 1
+
+
+def test_string_under_the_history_key(client: redis.Redis) -> None:
+    """A string under the history key gives way to the history."""
+    client.set(KEYS.history, "mine")
+    _goes_on(client, None)
+    assert (client.xlen(KEYS.history), client.ttl(KEYS.history) > 0) == (1, True)
+
+
+def test_future_version(client: redis.Redis) -> None:
+    """A document of a later version is read by what both know, with a warning."""
+    put(client, **_contract("closed", failures=1), version=2, generation=START_MS, shards=[1])
+    assert ask(client, "snapshot")["warning"] == "future_version"
+    reply = ask(client, "acquire", policy=POLICY)
+    assert (reply["failure_count"], reply["generation"]) == (1, START_MS)
+    assert ask(client, "record", policy=POLICY, generation=START_MS, failures=2)["state"] == "open"
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"generation": "x"},
+        {"generation": -1},
+        {"generation": START_MS + 0.5},
+        {"generation": 1e300},
+        {"generation": START_MS, "open_until_ms": {}, "open_ms": []},
+        {"generation": START_MS, "open_until_ms": 1e300, "open_ms": 1e300},
+        {"generation": START_MS, "open_until_ms": START_MS + 10**9, "open_ms": 1000},
+        {"generation": START_MS, "trips": "many", "probes": 3, "forced": "open", "forced_until_ms": None},
+        {"generation": START_MS, "forced": "open", "forced_until_ms": 99999999999999},
+    ],
+    ids=repr,
+)
+def test_odd_own_fields(client: redis.Redis, own: dict[str, Any]) -> None:
+    """An open document whose own fields make no sense is open for one reset timeout at most, then closes."""
+    machine = lua_machine(client, "discovery")
+    put(client, **_contract("open", failures=3, opened=START_MS // 1000), version=1, **own)
+    machine.advance(1000)
+    reply = machine.run("acquire", POLICY)
+    assert (reply["admitted"], reply["state"]) == (True, "half_open")
+    assert machine.run("record", POLICY, generation=reply["generation"], probe=1, successes=1)["state"] == "closed"
+
+
+BEYOND = 99999999999999  # the greatest number that is still read
+
+
+def test_open_time_beyond_every_policy(client: redis.Redis) -> None:
+    """An open time of a thousand years, which no policy can mean, has an end within the longest reset timeout."""
+    machine = lua_machine(client, "discovery")
+    put(client, **_contract("open", failures=3), generation=START_MS, open_until_ms=BEYOND, open_ms=BEYOND)
+    assert machine.run("acquire", POLICY)["retry_after_ms"] == POLICY["reset_timeout_ms"]
+    machine.advance(POLICY["reset_timeout_ms"])
+    assert machine.run("acquire", POLICY)["admitted"] is True
+
+
+@pytest.mark.parametrize("own", [{"generation": BEYOND}, {"generation": START_MS, "probe_seq": BEYOND}], ids=repr)
+def test_greatest_numbers(client: redis.Redis, own: dict[str, int]) -> None:
+    """A generation or probe number after which there is none that a report could name is not taken over."""
+    put(client, **_contract("half_open" if "probe_seq" in own else "open", opened=1), version=1, **own)
+    reply = ask(client, "acquire", policy=POLICY)
+    report = {"generation": reply["generation"], "probe": reply["probe"]}
+    assert ask(client, "record", policy=POLICY, **report, successes=1)["state"] == "closed"
+
+
+def test_forced_half_open(client: redis.Redis) -> None:
+    """There is no such override as half_open."""
+    until = {"forced": "half_open", "forced_until_ms": START_MS + 9000}
+    put(client, **_contract("half_open"), version=1, generation=START_MS, **until)
+    assert lua_machine(client, "discovery").run("snapshot").get("forced") is None
+
+
+@pytest.mark.parametrize(
+    "probes",
+    [None, 7, "x", [1], {"1": "soon"}, {"1": 1e300}, {"1": START_MS + 10**9}, {"1": {"deadline": 1}}, {"": START_MS}],
+    ids=repr,
+)
+def test_odd_probes(client: redis.Redis, probes: Any) -> None:
+    """Probe slots that make no sense do not hold up recovery."""
+    machine = lua_machine(client, "discovery")
+    put(client, **_contract("half_open"), version=1, generation=START_MS, probe_seq=7, probe_ms=400, probes=probes)
+    slot = machine.run("acquire", POLICY)["probe"]
+    assert machine.run("record", POLICY, generation=START_MS, probe=slot, successes=1)["state"] == "closed"
+
+
+@pytest.mark.parametrize("slot", ["7", "x\n\u00e9"])
+def test_probe_slots_of_any_name(client: redis.Redis, slot: str) -> None:
+    """A slot that another program named holds until its deadline."""
+    machine = lua_machine(client, "discovery")
+    probes = {slot: START_MS + 399}
+    put(client, **_contract("half_open"), version=1, generation=START_MS, probe_seq=7, probe_ms=400, probes=probes)
+    assert machine.run("acquire", POLICY)["retry_after_ms"] == 399
+    machine.advance(399)
+    assert machine.run("acquire", POLICY)["probe"] == 8
+
+
+def test_stored_encoding_decides_nothing(client: redis.Redis) -> None:
+    """Stored as JSON, as msgpack, or in turn, a document leads to the same replies to either encoding."""
+    told = story(lua_machine(client, "plain"))
+    for name, encodings in (("packed", ["msgpack"]), ("mixed", ["json", "msgpack"])):
+        for use_json in (True, False):
+            machine = lua_machine(client, f"{name}{use_json}", use_json=use_json)
+            assert story(machine, itertools.cycle(encodings)) == told
+
+
+@pytest.mark.parametrize(("encoding", "brace"), [("json", True), ("msgpack", False), (None, True)])
+def test_stored_encoding(client: redis.Redis, encoding: str | None, brace: bool) -> None:
+    """`encoding` says how a write is stored, JSON where it says nothing; what was stored before does not matter."""
+    for before in ("json", "msgpack"):
+        ask(client, "control", action="force_open", encoding=before)
+        assert ask(client, "control", action="force_closed", encoding=encoding)["generation"] > 1
+        assert client.get(KEYS.state).startswith(b"{") is brace
+        assert ask(client, "snapshot")["forced"] == "closed"
