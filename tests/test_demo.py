@@ -1,0 +1,317 @@
+"""The demo, as a person or a CI job starts it: what it prints, its exit code, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+from conftest import wait_until
+
+from pybreaker_redis import Event, HistoryEntry, _demo
+from pybreaker_redis.__main__ import main
+from pybreaker_redis._demo import Live, Moment, Run, Tally, promises
+from pybreaker_redis.embedded import EmbeddedServer
+
+MARK = "PYBREAKER_REDIS_TEST_DEMO"
+needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
+
+
+class Demo:
+    """A demo in a session of its own, as a shell starts it; it and all its children carry a mark."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.mark = f"{MARK}={secrets.token_hex(8)}"
+        # a test run in the background may ignore SIGINT, which children inherit
+        program = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        program += "runpy.run_module('pybreaker_redis', run_name='__main__', alter_sys=True)"
+        kept = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", program, "demo", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**kept, **dict([self.mark.split("=")]), **environment},
+            start_new_session=True,
+        )
+
+    def read_until(self, text: str) -> None:
+        """Read lines as they come."""
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if text in line:
+                return
+        raise AssertionError(f"{text!r} was never printed")
+
+    def interrupt(self) -> None:
+        """What a terminal does on Ctrl-C: SIGINT to the whole foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, output and errors."""
+        output, errors = self.process.communicate(timeout=60)
+        return self.process.returncode, output, errors
+
+    def living(self) -> list[str]:
+        """The processes that it left."""
+        return [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if self._is_ours(path)]
+
+    def _is_ours(self, path: Path) -> bool:
+        try:
+            return self.mark.encode() in path.read_bytes()
+        except OSError:
+            return False
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Demo]]:
+    """Starts demos, and ends those that a failed test left running."""
+    started: list[Demo] = []
+
+    def start(*arguments: str, **environment: str) -> Demo:
+        started.append(Demo(*arguments, **environment))
+        return started[-1]
+
+    yield start
+    for demo in started:
+        if demo.process.poll() is None:
+            demo.process.kill()
+        demo.process.communicate()
+
+
+def figures(pattern: str, output: str) -> tuple[int, ...]:
+    """The integers that the one line with this pattern has."""
+    (found,) = re.findall(pattern, output)
+    return tuple(map(int, found))
+
+
+@needs_proc
+def test_the_whole_demo_in_a_pipe(start: Callable[..., Demo]) -> None:
+    """It ends by itself with 0, every promise holds, its figures agree, and no process is left."""
+    demo = start()
+    code, output, errors = demo.end()
+    assert (code, errors) == (0, ""), output
+    assert "\x1b" not in output
+    assert len(re.findall(r"^ok      ", output, re.MULTILINE)) == 7
+    assert "FAILED" not in output
+
+    shared, private, none = figures(r"hits on the dead service: (\d+) shared, (\d+) private, (\d+) without", output)
+    assert 5 <= shared < private < none
+    probes, half_open, private_probes = figures(r"probes: (\d+) in (\d+) .* sent (\d+)", output)
+    run = output[output.index("run 3 of 3") :]
+    assert probes == half_open == run.count("open -> half_open") < private_probes
+    assert run.count("closed -> open (failure_threshold)") == 1
+    assert run.count("half_open -> closed (probe_succeeded)") == 1
+    table = [line.split() for line in output.splitlines() if line.startswith(tuple(_demo.GUARDS.values()))]
+    assert [int(row[-4]) for row in table[1:]] == [private, shared]
+    assert [int(row[-2]) for row in table[1:]] == [4, 1]
+    wait_until(lambda: not demo.living())
+
+
+@needs_proc
+def test_ctrl_c_ends_everything(start: Callable[..., Demo], client: redis.Redis, server: EmbeddedServer) -> None:
+    """Ctrl-C while the shared breaker is open: code 130, no traceback, no process, no key of its own."""
+    client.set("somebody", "else's")
+    demo = start("--plain", "--workers", "5", REDIS_URL=server.url)
+    demo.read_until("run 3 of 3")
+    demo.read_until("closed -> open")
+    assert len(client.keys("circuit_breaker:demo-*")) == 1
+    demo.interrupt()
+    code, _, errors = demo.end()
+    assert (code, errors) == (130, "interrupted\n")
+    wait_until(lambda: not demo.living())
+    assert client.keys() == [b"somebody"]
+
+
+@needs_proc
+@pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGKILL"])
+def test_an_early_end_leaves_nothing(how: str, start: Callable[..., Demo]) -> None:
+    """However it ends while its processes start, none of them stays, nor does its server."""
+    demo = start("--plain")
+    demo.read_until("processes call")
+    if how == "Ctrl-C":
+        demo.interrupt()
+    else:
+        demo.process.send_signal(signal.Signals[how])
+    code, _, errors = demo.end()
+    assert code == {"Ctrl-C": 130, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL}[how]
+    assert "Traceback" not in errors
+    wait_until(lambda: not demo.living())
+
+
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        ({"PYBREAKER_REDIS_SERVER": "/nowhere/redis-server"}, "/nowhere/redis-server"),
+        ({"REDIS_URL": "unix:///nowhere/r.sock"}, "REDIS_URL"),
+        ({"REDIS_URL": "nonsense"}, "REDIS_URL"),
+    ],
+    ids=["no binary", "no server", "no URL"],
+)
+def test_without_a_server(environment: dict[str, str], says: str, start: Callable[..., Demo]) -> None:
+    """One message on stderr and code 2, no traceback."""
+    code, output, errors = start(**environment).end()
+    assert (code, output) == (2, "")
+    assert says in errors
+    assert "Traceback" not in errors
+
+
+def test_a_closed_pipe(start: Callable[..., Demo]) -> None:
+    """`demo | head -1` ends it without a traceback."""
+    demo = start()
+    demo.read_until("processes call")
+    assert demo.process.stdout is not None
+    demo.process.stdout.close()
+    assert demo.process.stderr is not None
+    assert demo.process.stderr.read() == ""
+    assert demo.process.wait(30) == 141
+
+
+def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """`python -m pybreaker_redis` alone shows what there is, and is an error."""
+    assert main([]) == 2
+    assert "demo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", ["1", "33", "x"])
+def test_worker_count_out_of_range(workers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A number of workers that proves nothing, or that this machine would not carry, is refused."""
+    with pytest.raises(SystemExit) as ended:
+        main(["demo", "--workers", workers])
+    assert ended.value.code == 2
+    assert "--workers" in capsys.readouterr().err
+
+
+# Promises: made-up results in which all hold, and then one that does not at a time
+
+MOVES: list[tuple[Any, Any]] = [
+    ("closed", "open"),
+    ("open", "half_open"),
+    ("half_open", "open"),
+    ("open", "half_open"),
+    ("half_open", "closed"),
+]
+
+
+@dataclasses.dataclass
+class Figures:
+    """What promises() looks at, in the shape in which a test changes it."""
+
+    hits: dict[str, int] = dataclasses.field(default_factory=lambda: {"none": 500, "private": 40, "shared": 12})
+    moves: list[tuple[Any, Any]] = dataclasses.field(default_factory=lambda: list(MOVES))
+    told: list[tuple[Any, Any]] = dataclasses.field(default_factory=lambda: list(MOVES))
+    private_trips: int = 4
+    private_probes: int = 24
+    probes: int = 2
+    tripped: float = 100.05
+    rejecting: float | None = 100.10
+    answering: float | None = 103.40
+    state: str = "closed"
+
+    def held(self) -> list[bool]:
+        """Of each promise."""
+        runs = {
+            "none": Run(self.hits["none"], self._tallies(), {}),
+            "private": Run(self.hits["private"], self._tallies(probes=self.private_probes, told=self._private()), {}),
+            "shared": Run(self.hits["shared"], self._tallies(probes=self.probes, told=self._shared()), BEGAN),
+        }
+        history = [HistoryEntry(0.0, old, new, "", 1 + n, 0, 0, "") for n, (old, new) in enumerate(self.moves)]
+        return [promise.held for promise in promises(runs, history, self.state)]
+
+    def _tallies(self, probes: int = 0, told: list[Any] | None = None) -> tuple[Tally, ...]:
+        """Four workers, of which the first made all probes and was told everything, and the last is the slowest."""
+        early = {"rejecting_since": 100.06, "answering_since": 103.10}
+        tallies = [Tally(number, 1000 + number, **early) for number in range(1, 5)]
+        tallies[0].probes, tallies[0].told = probes, told or []
+        tallies[-1].rejecting_since, tallies[-1].answering_since = self.rejecting, self.answering
+        return tuple(tallies)
+
+    def _shared(self) -> list[Any]:
+        return [told_event(self.tripped + n, old, new, 1 + n) for n, (old, new) in enumerate(self.told)]
+
+    def _private(self) -> list[Any]:
+        return [told_event(50.0, "closed", "open", n) for n in range(self.private_trips)]
+
+
+BEGAN = {"dead": 100.0, "repaired": 103.0}
+
+
+def told_event(at: float, old: Any, new: Any, generation: int) -> tuple[float, Event]:
+    """What a worker keeps of a transition that it was told."""
+    return at, Event("state_change", "demo", "me", old=old, new=new, reason="r", generation=generation)
+
+
+def test_promises_that_hold() -> None:
+    """The results from which the next test departs."""
+    assert Figures().held() == [True] * 7
+
+
+@pytest.mark.parametrize(
+    ("broken", "changes"),
+    [
+        (0, {"hits": {"none": 500, "private": 40, "shared": 40}}),
+        (0, {"hits": {"none": 500, "private": 100, "shared": 23}}),  # the most is 4 * 4 + 1 + 3 + 2 probes = 22
+        (0, {"hits": {"none": 40, "private": 40, "shared": 12}}),
+        (0, {"hits": {"none": 500, "private": 40, "shared": 0}}),
+        (1, {"moves": [*MOVES, ("closed", "open")], "told": [*MOVES, ("closed", "open")]}),
+        (1, {"private_trips": 3}),
+        (2, {"tripped": 99.9}),
+        (3, {"rejecting": 101.2}),
+        (3, {"rejecting": None}),
+        (4, {"probes": 3}),
+        (4, {"probes": 1}),
+        (4, {"private_probes": 2}),
+        (5, {"told": MOVES[:-1]}),
+        (5, {"told": [*MOVES, ("half_open", "closed")]}),
+        (6, {"answering": 104.6}),
+        (6, {"answering": None}),
+        (6, {"state": "open"}),
+    ],
+)
+def test_a_promise_that_does_not_hold(broken: int, changes: dict[str, Any]) -> None:
+    """Each promise fails on figures that break it, and no other does."""
+    assert Figures(**changes).held() == [number != broken for number in range(7)]
+
+
+def test_no_trip_at_all() -> None:
+    """A breaker that never opened keeps no promise that is about opening."""
+    held = Figures(moves=[], told=[], probes=0, rejecting=None, hits={"none": 500, "private": 40, "shared": 490}).held()
+    assert held[:5] == [False] * 5
+
+
+def test_a_broken_promise_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One promise that did not hold: FAILED in its line, and exit code 1."""
+    monkeypatch.setattr(_demo, "SCRIPTS", dict.fromkeys(_demo.GUARDS, (("dead", 0.2), ("repaired", 0.2))))
+    monkeypatch.setattr(_demo, "ANSWERING_WITHIN", -1.0)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert main(["demo", "--plain", "--workers", "2"]) == 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert re.search(r"^FAILED  .*after the repair", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_the_table_on_a_terminal() -> None:
+    """Each process has a row, the shared state and the transitions stand below."""
+    console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=100, force_terminal=True)
+    live = pytest.importorskip("rich.live").Live(console=console, auto_refresh=False)
+    tally = Tally(1, 4711, calls=62, failed=3, rejected=20, probes=1, sees="half_open")
+    tally.told.append(told_event(0.0, "closed", "open", 1))
+    with live:
+        Live(live).show(Moment("shared", "dead", 0.5, [tally], "open, probe in 0.3 s"))
+        live.refresh()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())
+    assert "run 3 of 3: one shared breaker" in shown
+    assert re.search(r"1: 4711 │\s+62 │\s+42 │\s+3 │\s+20 │\s+1 │ half_open", shown)
+    assert "the breaker: open, probe in 0.3 s" in shown
+    assert "closed -> open (r), told to 1" in shown
