@@ -5,19 +5,17 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-import time
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, Literal, TypeAlias
-
-import redis
 
 from ._errors import RedisUnavailableError
 from ._memory import Document, MemoryEngine, clock_ms
 from ._protocol import Reply, Request, State
-from ._scripts import RedisEngine
+from ._scripts import REDIS_ERRORS
+from ._steps import Ask, Beside, ReadHistory, Steps
 
 OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
-REDIS_ERRORS = (redis.RedisError, OSError)
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 _local_generations = itertools.count(1)
 
@@ -51,23 +49,44 @@ class FixedEngine:
             "source": self.source,
         }
 
+    def after_fork(self) -> None:
+        """Nothing is kept."""
+
+
+class AloneEngine:
+    """For redis=None: the state machine of this process, and no other."""
+
+    def __init__(self) -> None:
+        self._memory = MemoryEngine()
+        self.after_fork = self._memory.after_fork
+
+    def run(self, name: str, request: Request) -> Steps[Reply]:
+        """The reply of the script called name."""
+        return self._memory.run(name, request)
+        yield
+
+    command = run
+
+    def history(self, count: int) -> Steps[list[dict[str, Any]]]:
+        """The newest transitions, newest first."""
+        return self._memory.history(count)
+        yield
+
 
 class FallbackEngine:
     """Redis while it answers, else a local engine that starts from what was last known.
 
-    redis_engine: asked first. mode: what to do without it. last_known: the document to start from.
-    on_down, on_up: told once for each outage.
+    mode: what to do without Redis. last_known: the document to start from. on_down, on_up: told once for
+    each outage.
     """
 
     def __init__(
         self,
-        redis_engine: RedisEngine,
         mode: OnRedisFailure,
         last_known: Callable[[], Document],
-        on_down: Callable[[BaseException], None],
-        on_up: Callable[[], None],
+        on_down: Callable[[BaseException], Steps[None]],
+        on_up: Callable[[], Steps[None]],
     ) -> None:
-        self._redis = redis_engine
         self._mode = mode
         self._last_known = last_known
         self._on_down, self._on_up = on_down, on_up
@@ -75,85 +94,99 @@ class FallbackEngine:
         self._retry_at = 0.0
         self._pause = FIRST_PAUSE
         self._lock = threading.Lock()
-        self._trying = threading.Lock()
 
     def after_fork(self) -> None:
         """Locks of the parent may be held by a thread that does not exist here."""
-        self._lock, self._trying = threading.Lock(), threading.Lock()
-        if isinstance(self._local, LocalEngine):
+        self._lock = threading.Lock()
+        if self._local is not None:
             self._local.after_fork()
 
-    def run(self, name: str, request: Request) -> Reply:
+    def run(self, name: str, request: Request) -> Steps[Reply]:
         """The reply of Redis or of the local engine; raises nothing of redis-py."""
         local = self._local
         if local is None:
             try:
-                return self._redis.run(name, self._reportable(request))
+                return (yield from _redis_reply(name, _reportable(request)))
             except REDIS_ERRORS as error:
-                local = self._go_down(error)
-        elif time.monotonic() >= self._retry_at and self._trying.acquire(blocking=False):
-            # beside the calls: no call waits for a server that is known to be down
-            threading.Thread(target=self._try_again, name="pybreaker_redis-retry", daemon=True).start()
+                local = yield from self._go_down(error)
+        elif self._claim_retry():
+            yield Beside(self._try_again())  # no call waits for a server that is known to be down
         return local.run(name, request)
 
-    def command(self, name: str, request: Request) -> Reply:
+    def command(self, name: str, request: Request) -> Steps[Reply]:
         """An operator's action: by Redis or not at all. Raises RedisUnavailableError."""
         try:
-            return self._redis.run(name, request)
+            return (yield from _redis_reply(name, request))
         except REDIS_ERRORS as error:
             raise RedisUnavailableError(f"{request['action']} was not carried out: {error}") from error
 
-    def history(self, count: int) -> list[dict[str, Any]]:
-        """The newest transitions from Redis. Raises RedisUnavailableError."""
+    def history(self, count: int) -> Steps[list[dict[str, Any]]]:
+        """The newest transitions from Redis, newest first. Raises RedisUnavailableError."""
         try:
-            return self._redis.history(count)
+            entries: list[dict[str, Any]] = yield ReadHistory(count)
         except REDIS_ERRORS as error:
             raise RedisUnavailableError(f"the history could not be read: {error}") from error
+        return entries
 
-    @staticmethod
-    def _reportable(request: Request) -> Request:
-        """The request without what happened under a local generation, which Redis does not know."""
-        if request.get("generation", 0) >= 0:
-            return request
-        return {k: v for k, v in request.items() if k not in ("generation", "successes", "failures", "probe")} | (
-            {"generation": 0} if "generation" in request else {}
-        )
-
-    def _go_down(self, error: BaseException) -> LocalEngine | FixedEngine:
+    def _go_down(self, error: BaseException) -> Steps[LocalEngine | FixedEngine]:
         with self._lock:
-            if self._local is not None:
+            if self._local is not None:  # another caller found out first
                 return self._local
-            if self._mode == "local":
-                self._local = local = LocalEngine(document=self._last_known())
-            else:
-                self._local = local = FixedEngine(self._mode, round(LONGEST_PAUSE * 1000))  # type: ignore[assignment]
+            self._local = local = self._make_local()
             self._pause = FIRST_PAUSE
-            self._retry_at = time.monotonic() + self._next_pause()
-        self._on_down(error)
+            self._retry_at = monotonic() + self._next_pause()
+        yield from self._on_down(error)
         return local
+
+    def _make_local(self) -> LocalEngine | FixedEngine:
+        if self._mode == "local":
+            return LocalEngine(document=self._last_known())
+        return FixedEngine(self._mode, round(LONGEST_PAUSE * 1000))
+
+    def _claim_retry(self) -> bool:
+        """Whether this caller is the one to try; if it dies over that, another may after the longest pause."""
+        now = monotonic()
+        if now < self._retry_at:
+            return False
+        with self._lock:
+            due = now >= self._retry_at
+            if due:
+                self._retry_at = now + 2 * LONGEST_PAUSE
+            return due
 
     def _next_pause(self) -> float:
         pause, self._pause = self._pause, min(self._pause * 2, LONGEST_PAUSE)
         return pause * random.uniform(0.75, 1.25)
 
-    def _try_again(self) -> None:
-        trying = self._trying
+    def _try_again(self) -> Steps[None]:
         try:
-            self._redis.run("snapshot", {})
+            yield Ask("snapshot", {})
         except REDIS_ERRORS:
-            self._retry_at = time.monotonic() + self._next_pause()
+            self._retry_at = monotonic() + self._next_pause()
         else:
             self._local = None
-            self._on_up()
-        finally:
-            trying.release()
+            yield from self._on_up()
+
+
+def _redis_reply(name: str, request: Request) -> Steps[Reply]:
+    reply: Reply = yield Ask(name, request)
+    return {**reply, "source": "redis"}
+
+
+def _reportable(request: Request) -> Request:
+    """The request without what happened under a local generation, which Redis does not know."""
+    if request.get("generation", 0) >= 0:
+        return request
+    kept = {k: v for k, v in request.items() if k not in ("successes", "failures", "probe")}
+    return {**kept, "generation": 0}
 
 
 def document_for(state: State, generation: int, failure_count: int, open_for: float) -> Document:
     """A local engine's start from a view; open_for: seconds that the circuit stays open."""
     now = clock_ms()
     return Document(
-        generation=generation,
+        # the slots of a local half_open are none of Redis'
+        generation=generation if state == "closed" else -next(_local_generations),
         state=state,
         failure_count=failure_count,
         opened_at=None if state == "closed" else now // 1000,

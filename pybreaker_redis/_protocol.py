@@ -124,6 +124,15 @@ class HistoryEntry:
     instance: str
 
 
+def history_fields(raw: list[Any]) -> list[dict[str, Any]]:
+    """The entries of an XREVRANGE reply: flat lists of names and values, or (from a cluster client) maps."""
+    entries = []
+    for _, fields in raw:
+        pairs = fields.items() if isinstance(fields, dict) else zip(fields[::2], fields[1::2], strict=True)
+        entries.append({key.decode(): value.decode() for key, value in pairs})
+    return entries
+
+
 def history_entry(fields: dict[str, Any]) -> HistoryEntry:
     """One entry of the history stream."""
     return HistoryEntry(

@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
+import collections
+import contextlib
 import functools
 import hashlib
 import importlib.resources
+import itertools
 import pathlib
+import weakref
+from collections.abc import AsyncIterator
 from typing import Any
 
 import redis
+import redis.asyncio
+import redis.asyncio.retry
 from redis.backoff import NoBackoff
-from redis.cluster import ClusterNode, RedisCluster
 from redis.exceptions import NoScriptError
 from redis.retry import Retry
-from redis.sentinel import SentinelConnectionPool
 
 from . import _protocol
+from ._errors import PolicyError
 from ._protocol import Keys, Reply, Request
 
 SCRIPTS = ("acquire", "record", "control", "snapshot")
+_TURNS = 32
+REDIS_ERRORS = (redis.RedisError, OSError)
 
 
 def _folder() -> Any:
@@ -39,85 +48,248 @@ def sha1(name: str) -> str:
     return hashlib.sha1(compose(name).encode(), usedforsecurity=False).hexdigest()
 
 
-class RedisEngine:
-    """Calls the scripts for one breaker, each in one round trip with a deadline and no automatic repeat.
+class _Words:
+    """The commands of one breaker."""
 
-    client: a redis-py client, or a URL; it is left as it was, the calls go over connections of their own.
-    timeout: seconds to wait for a connection or a reply.
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+
+    def evalsha(self, name: str, body: bytes) -> tuple[Any, ...]:
+        return ("EVALSHA", sha1(name), 3, *self._keys, body)
+
+    def eval(self, name: str, body: bytes) -> tuple[Any, ...]:
+        """Loads and runs in one step, so that a SCRIPT FLUSH cannot come between."""
+        return ("EVAL", compose(name), 3, *self._keys, body)
+
+    def history(self, count: int) -> tuple[Any, ...]:
+        return ("XREVRANGE", self._keys.history, "+", "-", "COUNT", count)
+
+
+class RedisEngine:
+    """Runs the scripts for one breaker over blocking connections, each in one round trip with a deadline.
+
+    client: a redis-py client, or a URL. It is left as it was: the calls go over connections of their own and
+    are never repeated, since redis-py's own repeat after a time-out would count a report twice.
+    timeout: seconds to wait for a connection, and for a reply. Raises PolicyError for another kind of client.
     """
 
-    source = "redis"
-
     def __init__(self, client: Any, keys: Keys, timeout: float) -> None:
-        self._given = client
-        self._timeout = timeout
-        self._keys = keys
-        self._client: Any = None
+        if isinstance(client, str):
+            client = redis.Redis.from_url(client)
+        _check_client(client, (redis.Redis, redis.RedisCluster), "redis.Redis")
+        self._words = _Words(keys)
+        self._link = (_Cluster if isinstance(client, redis.RedisCluster) else _Connections)(client, timeout)
 
     def run(self, name: str, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
-        arguments = (3, *self._keys, _protocol.encode(request))
-        client = self._connect()
+        body = _protocol.encode(request)
         try:
-            raw = client.execute_command("EVALSHA", sha1(name), *arguments)
+            return _protocol.decode(self._link.execute(*self._words.evalsha(name, body)))
         except NoScriptError:
-            # EVAL loads and runs in one step, so that a SCRIPT FLUSH cannot come between
-            raw = client.execute_command("EVAL", compose(name), *arguments)
-        reply = _protocol.decode(raw)
-        reply["source"] = self.source
-        return reply
+            return _protocol.decode(self._link.execute(*self._words.eval(name, body)))
 
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest transitions, newest first."""
-        entries = self._connect().xrevrange(self._keys.history, count=count)
-        return [{k.decode(): v.decode() for k, v in fields.items()} for _, fields in entries]
+        return _protocol.history_fields(self._link.execute(*self._words.history(count)))
 
-    def after_fork(self) -> None:
-        """Nothing: redis-py's pools notice a fork themselves."""
+    def close(self) -> None:
+        """Close the connections; the next call opens others. In a forked child this leaves the parent's alone."""
+        self._link.close()
 
-    def _connect(self) -> Any:
+
+class _Connections:
+    """A stack of idle connections to where a client's pool connects to (a server, a socket, a Sentinel's master)."""
+
+    def __init__(self, client: redis.Redis, timeout: float) -> None:
+        self._pool, self._timeout = client.connection_pool, timeout
+        self._idle: collections.deque[Any] = collections.deque()
+
+    def execute(self, *words: Any) -> Any:
+        connection = self._take()
+        try:
+            connection.send_command(*words, check_health=False)
+            reply = connection.read_response()
+        except NoScriptError:
+            self._idle.append(connection)
+            raise
+        except BaseException:
+            connection.disconnect()
+            self.close()  # after a failover the idle ones lead to the old master
+            raise
+        self._idle.append(connection)
+        return reply
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().disconnect()
+
+    def _take(self) -> Any:
+        while self._idle:
+            connection = self._idle.pop()
+            with contextlib.suppress(*REDIS_ERRORS):
+                if not connection.can_read():  # readable before a command: the server has closed it
+                    return connection
+            connection.disconnect()
+        kwargs = _connection_kwargs(self._pool.connection_kwargs, self._timeout)
+        return self._pool.connection_class(**kwargs, retry=Retry(NoBackoff(), 0))
+
+
+class _Cluster:
+    """A cluster client of our own, made at the first call; it follows the slots."""
+
+    def __init__(self, client: redis.RedisCluster, timeout: float) -> None:
+        self._given, self._timeout = client, timeout
+        self._client: redis.RedisCluster | None = None
+
+    def execute(self, *words: Any) -> Any:
         if self._client is None:
-            self._client = private_client(self._given, self._timeout)
-        return self._client
+            nodes = [redis.cluster.ClusterNode(node.host, node.port) for node in self._given.get_nodes()]
+            kwargs = _cluster_kwargs(self._given.nodes_manager.connection_kwargs, self._timeout)
+            self._client = redis.RedisCluster(startup_nodes=nodes, **kwargs)
+        return self._client.execute_command(*words)
+
+    def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            client.close()
 
 
-def private_client(client: Any, timeout: float) -> Any:
-    """A client to the same server with pools of its own: a short deadline, no retries, bytes in replies.
+class AsyncRedisEngine:
+    """RedisEngine for asyncio, with connections of their own for every event loop."""
 
-    redis-py repeats a command after a time-out by itself, which would count a report twice.
-    """
-    if isinstance(client, str):
-        client = redis.Redis.from_url(client)
-    if isinstance(client, RedisCluster):
-        return _private_cluster(client, timeout)
-    pool = client.connection_pool
-    kwargs = _private_kwargs(pool.connection_kwargs, timeout)
-    if isinstance(pool, SentinelConnectionPool):
-        own: redis.ConnectionPool = SentinelConnectionPool(
-            pool.service_name, pool.sentinel_manager, is_master=pool.is_master, **kwargs
-        )
-        own.connection_class = pool.connection_class
-    else:
-        own = redis.ConnectionPool(connection_class=pool.connection_class, max_connections=2**16, **kwargs)
-    return redis.Redis(connection_pool=own)
+    def __init__(self, client: Any, keys: Keys, timeout: float) -> None:
+        if isinstance(client, str):
+            client = redis.asyncio.Redis.from_url(client)
+        _check_client(client, (redis.asyncio.Redis, redis.asyncio.RedisCluster), "redis.asyncio.Redis")
+        self._words = _Words(keys)
+        make = _AsyncCluster if isinstance(client, redis.asyncio.RedisCluster) else _AsyncConnections
+        self._make_link = functools.partial(make, client, timeout)
+        self.forget()
+
+    def forget(self) -> None:
+        """In a forked child: the parent's connections are not ours."""
+        self._links: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = weakref.WeakKeyDictionary()
+
+    async def run(self, name: str, request: Request) -> Reply:
+        """The reply of the script called name. Raises redis.RedisError or OSError."""
+        body = _protocol.encode(request)
+        try:
+            return _protocol.decode(await self._link().execute(*self._words.evalsha(name, body)))
+        except NoScriptError:
+            return _protocol.decode(await self._link().execute(*self._words.eval(name, body)))
+
+    async def history(self, count: int) -> list[dict[str, Any]]:
+        """The newest transitions, newest first."""
+        return _protocol.history_fields(await self._link().execute(*self._words.history(count)))
+
+    async def close(self) -> None:
+        """Close this loop's connections; the next call opens others."""
+        await self._link().close()
+
+    def _link(self) -> Any:
+        loop = asyncio.get_running_loop()
+        link = self._links.get(loop)
+        if link is None:
+            link = self._links[loop] = self._make_link()
+        return link
 
 
-def _private_kwargs(given: dict[str, Any], timeout: float) -> dict[str, Any]:
-    dropped = ("retry", "connection_pool", "decode_responses", "health_check_interval", "event_dispatcher")
+class _AsyncConnections:
+    def __init__(self, client: redis.asyncio.Redis, timeout: float) -> None:
+        self._pool, self._timeout = client.connection_pool, timeout
+        self._idle: collections.deque[Any] = collections.deque()
+
+    async def execute(self, *words: Any) -> Any:
+        async with _deadline(self._timeout):
+            connection = await self._take()
+            try:
+                await connection.send_command(*words, check_health=False)
+                reply = await connection.read_response()
+            except NoScriptError:
+                self._idle.append(connection)
+                raise
+            except BaseException:
+                await connection.disconnect(nowait=True)
+                await self.close()
+                raise
+        self._idle.append(connection)
+        return reply
+
+    async def close(self) -> None:
+        while self._idle:
+            await self._idle.pop().disconnect(nowait=True)
+
+    async def _take(self) -> Any:
+        while self._idle:
+            connection = self._idle.pop()
+            with contextlib.suppress(*REDIS_ERRORS):
+                if connection.is_connected and not await connection.can_read_destructive():
+                    return connection
+            await connection.disconnect(nowait=True)
+        # the deadline is around the whole exchange
+        kwargs = _connection_kwargs(self._pool.connection_kwargs, None)
+        return self._pool.connection_class(**kwargs, retry=redis.asyncio.retry.Retry(NoBackoff(), 0))
+
+
+@contextlib.asynccontextmanager
+async def _deadline(seconds: float) -> AsyncIterator[None]:
+    """TimeoutError after seconds and _TURNS turns of the loop: a busy loop is not taken for a dead server."""
+    loop = asyncio.get_running_loop()
+    turns = itertools.count(1)
+
+    def turn() -> None:
+        if next(turns) < _TURNS:
+            timer[0] = loop.call_later(seconds / _TURNS, turn)
+        else:
+            timeout.reschedule(loop.time())
+
+    timer = [loop.call_later(seconds / _TURNS, turn)]
+    async with asyncio.timeout(None) as timeout:
+        try:
+            yield
+        finally:
+            timer[0].cancel()
+
+
+class _AsyncCluster:
+    def __init__(self, client: redis.asyncio.RedisCluster, timeout: float) -> None:
+        self._given, self._timeout = client, timeout
+        self._client: redis.asyncio.RedisCluster | None = None
+
+    async def execute(self, *words: Any) -> Any:
+        if self._client is None:
+            nodes = [redis.asyncio.cluster.ClusterNode(node.host, node.port) for node in self._given.get_nodes()]
+            kwargs = _cluster_kwargs(self._given.connection_kwargs, self._timeout)
+            self._client = redis.asyncio.RedisCluster(startup_nodes=nodes, **kwargs)
+        async with _deadline(self._timeout):
+            return await self._client.execute_command(*words)
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+
+
+def _check_client(client: Any, kinds: tuple[type, ...], wanted: str) -> None:
+    if not isinstance(client, kinds):
+        raise PolicyError(f"redis must be a {wanted} (or cluster) client, a URL or None, not {client!r}")
+
+
+def _connection_kwargs(given: dict[str, Any], timeout: float | None) -> dict[str, Any]:
+    """The client's connection options with our deadline, bytes in replies, and nothing that repeats or watches."""
+    dropped = ("retry", "decode_responses", "health_check_interval", "event_dispatcher")
     kwargs = {
         key: value
         for key, value in given.items()
         if not key.startswith(("retry_on", "maint", "orig_", "oss_cluster", "himport")) and key not in dropped
     }
     for key in ("socket_timeout", "socket_connect_timeout"):
-        kwargs[key] = min(kwargs.get(key) or timeout, timeout)
-    kwargs["retry"] = Retry(NoBackoff(), 0)
+        kwargs[key] = timeout and min(kwargs.get(key) or timeout, timeout)
     return kwargs
 
 
-def _private_cluster(client: RedisCluster, timeout: float) -> RedisCluster:
-    kwargs = _private_kwargs(client.nodes_manager.connection_kwargs, timeout)
-    for key in ("host", "port", "cache", "redis_connect_func"):
+def _cluster_kwargs(given: dict[str, Any], timeout: float) -> dict[str, Any]:
+    kwargs = _connection_kwargs(given, timeout)
+    for key in ("host", "port", "cache", "redis_connect_func", "connection_pool"):
         kwargs.pop(key, None)
-    nodes = [ClusterNode(node.host, node.port) for node in client.get_nodes()]
-    return RedisCluster(startup_nodes=nodes, **kwargs)
+    return kwargs

@@ -9,6 +9,7 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import enum
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -19,6 +20,7 @@ EventKind: TypeAlias = Literal[
     "state_change", "success", "failure", "ignored", "rejected", "redis_error", "redis_restored"
 ]
 CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError, KeyboardInterrupt, GeneratorExit)
+NEVER = float("-inf")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -61,15 +63,51 @@ class Outcome(enum.Enum):
     IGNORED = "ignored"
 
 
+class Counter:
+    """The successes gathered under one generation. tick() counts one, atomically and without a lock."""
+
+    __slots__ = ("_looks", "_taken", "tick")
+
+    def __init__(self) -> None:
+        self.tick = itertools.count(1).__next__
+        self._looks = 0
+        self._taken = 0
+
+    def take(self) -> int:
+        """The successes since the last take; one caller at a time. Looking ticks too, and is subtracted."""
+        self._looks += 1
+        total = self.tick() - self._looks
+        new, self._taken = total - self._taken, total
+        return new
+
+
 @dataclasses.dataclass(slots=True)
-class _Seen:
-    """The last reply. Times are in seconds of the monotonic clock."""
+class Seen:
+    """One reply, never changed but swapped whole. Times are seconds of the monotonic clock.
+
+    closed_until, open_until: how long it admits or rejects without asking, which is all of the fast path.
+    """
 
     state: State
     generation: int
     failure_count: int
     sent: float
+    arrived: float
     retry_at: float
+    closed_until: float
+    open_until: float
+    counter: Counter
+
+    def verdict(self, now: float) -> Verdict:
+        """What it says however old it is."""
+        if self.state == "closed":
+            return Verdict.ADMIT
+        return Verdict.REJECT if self.state == "open" and now < self.retry_at else Verdict.ASK
+
+
+def nothing_seen() -> Seen:
+    """Before the first reply: too old for anything."""
+    return Seen("closed", 0, 0, NEVER, NEVER, NEVER, NEVER, NEVER, Counter())
 
 
 class View:
@@ -77,67 +115,70 @@ class View:
 
     def __init__(self, lease: float) -> None:
         self.lease = lease
-        self.seen: _Seen | None = None
-        self.closed_until = float("-inf")  # the whole of the fast path: closed and fresh
-        self.generation = 0
-        self._gathered = 0
+        self.seen = nothing_seen()
         self._lock = threading.Lock()
 
     def after_fork(self) -> None:
-        """In a child: the gathered successes are the parent's to report, and its locks may be held."""
+        """In a child: the gathered successes are the parent's to report, and its lock may be held."""
         self._lock = threading.Lock()
-        self._gathered = 0
+        self.seen.counter.take()
 
-    def decide(self, now: float) -> Verdict:
+    def decide(self, seen: Seen, now: float) -> Verdict:
         """What to do with a call that arrives now."""
-        seen = self.seen
         if self.lease <= 0:
             return Verdict.ASK
-        if seen is None:
-            return Verdict.WAIT
-        if seen.state == "half_open" or (seen.state == "open" and now >= seen.retry_at):
-            return Verdict.ASK
-        age = now - seen.sent
-        if age < self.lease:
-            return self.by_old_view(seen)
+        verdict, age = seen.verdict(now), now - seen.sent
+        if verdict is Verdict.ASK or age < self.lease:
+            return verdict
         return Verdict.REFRESH if age < 2 * self.lease else Verdict.WAIT
-
-    def by_old_view(self, seen: _Seen) -> Verdict:
-        """What the view says however old it is."""
-        return Verdict.ADMIT if seen.state == "closed" else Verdict.REJECT
 
     def adopt(self, reply: Reply, sent: float, now: float) -> None:
         """Take a reply as the view, unless a newer one came in between."""
         with self._lock:
-            seen, generation = self.seen, reply["generation"]
-            if seen is not None and generation <= seen.generation and sent < seen.sent:
+            seen, state, generation = self.seen, reply["state"], reply["generation"]
+            # a lower generation is news only from a request that began after the last reply was here
+            if sent < (seen.arrived if generation < seen.generation else seen.sent) and generation <= seen.generation:
                 return
-            if generation != self.generation:
-                self._gathered = 0  # outcomes of an earlier generation count for nothing
-            self.generation = generation
             retry_at = now + (seconds(reply.get("retry_after_ms")) or 0.0)
-            self.seen = _Seen(reply["state"], generation, reply["failure_count"], sent, retry_at)
-            self.closed_until = sent + self.lease if reply["state"] == "closed" and self.lease > 0 else float("-inf")
+            fresh_until = sent + self.lease if self.lease > 0 else NEVER
+            self.seen = Seen(
+                state,
+                generation,
+                reply["failure_count"],
+                sent,
+                now,
+                retry_at,
+                fresh_until if state == "closed" else NEVER,
+                min(fresh_until, retry_at) if state == "open" else NEVER,
+                # outcomes of an earlier generation count for nothing: they stay behind in its counter
+                seen.counter if generation == seen.generation else Counter(),
+            )
 
     def drop(self) -> None:
         """Forget the view: the next call asks."""
         with self._lock:
-            self.seen, self.closed_until = None, float("-inf")
+            self.seen = nothing_seen()
 
     def gather(self, generation: int) -> bool:
         """Count one success locally; False where it has to be reported at once."""
         if self.lease <= 0:
             return False
-        with self._lock:
-            if generation == self.generation:
-                self._gathered += 1
+        seen = self.seen
+        if generation == seen.generation:
+            seen.counter.tick()
         return True
 
-    def take(self) -> Request:
-        """The gathered successes for a request; they are out of the view from here on."""
+    def take(self, generation: int | None = None) -> Request:
+        """What was gathered, as a request; it is out of the view from here on.
+
+        generation: take nothing unless the view is of this one.
+        """
         with self._lock:
-            gathered, self._gathered = self._gathered, 0
-            return {"generation": self.generation, "successes": gathered} if gathered else {}
+            seen = self.seen
+            if generation is not None and generation != seen.generation:
+                return {"generation": generation}
+            gathered = seen.counter.take()
+        return {"generation": seen.generation, "successes": gathered} if gathered else {"generation": seen.generation}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

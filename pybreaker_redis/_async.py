@@ -1,0 +1,360 @@
+"""The breaker for asyncio: the decisions of _core over awaited connections."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import inspect
+import sys
+import types
+import weakref
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Iterable
+from time import monotonic
+from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
+
+from ._core import BasePermit, BreakerCore, Exceptions
+from ._errors import CircuitOpenError
+from ._fallback import OnRedisFailure
+from ._policy import Policy
+from ._protocol import HistoryEntry, Snapshot, State
+from ._scripts import AsyncRedisEngine
+from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
+from ._view import Event, Outcome
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+T = TypeVar("T")
+_Teller = Callable[[Event], Awaitable[None]]
+_USE_SYNC = "is no coroutine function: the asyncio breaker awaits what it guards, use CircuitBreaker"
+
+
+class AsyncGuarded(Protocol[P, R_co]):
+    """A decorated function: same signature, and its breaker as `.breaker`."""
+
+    breaker: AsyncCircuitBreaker
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+
+
+class AsyncPermit(BasePermit):
+    """The right to one call, to be settled once: await success(), failure(exc) or release()."""
+
+    __slots__ = ()
+
+    async def success(self) -> None:
+        """The call succeeded. Raises PermitError when the permit was settled before."""
+        await self._breaker._drive(self._settle(Outcome.SUCCESS, None))
+
+    async def failure(self, exception: BaseException | None = None) -> None:
+        """The call failed. Raises PermitError when the permit was settled before."""
+        await self._breaker._drive(self._settle(Outcome.FAILURE, exception))
+
+    async def release(self) -> None:
+        """The call counts as nothing; a probe's slot is given back. Raises PermitError like the others."""
+        await self._breaker._drive(self._settle(Outcome.IGNORED, None))
+
+    ignore = release
+
+
+class AsyncCircuitBreaker(BreakerCore):
+    """CircuitBreaker for asyncio: the same arguments and methods, awaitable, and the same shared state.
+
+    redis: a redis.asyncio client (Redis, RedisCluster, Sentinel master), a URL, or None for this process alone.
+    listeners: callables that take one Event; what they return is awaited where it can be.
+
+    It may be made outside of a running loop and be used in several, one after the other or at once.
+    Cancellation of a call is neither success nor failure, and gives a probe's slot back.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        redis: Any = None,
+        policy: Policy | None = None,
+        lease: float = 0.1,
+        failures: Exceptions = Exception,
+        ignore: Exceptions = (),
+        is_failure: Callable[[Any], bool] | None = None,
+        listeners: Iterable[Callable[[Event], object]] = (),
+        on_redis_failure: OnRedisFailure = "local",
+        prefix: str = "circuit_breaker",
+        encoding: Literal["json", "msgpack"] = "json",
+        redis_timeout: float = 0.25,
+    ) -> None:
+        super().__init__(
+            name,
+            redis=redis,
+            policy=policy,
+            lease=lease,
+            failures=failures,
+            ignore=ignore,
+            is_failure=is_failure,
+            listeners=listeners,
+            on_redis_failure=on_redis_failure,
+            prefix=prefix,
+            encoding=encoding,
+            redis_timeout=redis_timeout,
+        )
+        self._redis: Any = None if redis is None else AsyncRedisEngine(redis, self.keys, redis_timeout)
+
+    def _start_process(self) -> None:
+        super()._start_process()
+        self._beside: set[asyncio.Task[Any]] = set()
+        self._refreshing: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Event]
+        self._refreshing = weakref.WeakKeyDictionary()
+
+    def _after_fork(self) -> None:
+        super()._after_fork()
+        if self._redis is not None:
+            self._redis.forget()
+
+    # Calls
+
+    async def call(self, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """await func(*args, **kwargs), guarded. Raises CircuitOpenError when rejected, else what func raises.
+
+        TypeError when func gives nothing to await.
+        """
+        return await self._guard(func)(*args, **kwargs)
+
+    def __call__(self, func: Callable[P, R]) -> AsyncGuarded[P, R]:
+        """Decorate a coroutine function, or an async generator function, which is guarded over its whole iteration.
+
+        Raises TypeError for another function.
+        """
+        guarded: Any
+        if inspect.isasyncgenfunction(func):
+
+            def guarded(*args: P.args, **kwargs: P.kwargs) -> Any:
+                return self._iterate(func(*args, **kwargs))
+
+        elif inspect.iscoroutinefunction(func):
+            guarded = self._guard(func)
+        else:
+            raise TypeError(f"{func!r} {_USE_SYNC}")
+        guarded = functools.wraps(func)(guarded)
+        guarded.breaker = self
+        return cast("AsyncGuarded[P, R]", guarded)
+
+    def _guard(self, func: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+        view, quiet = self._view, self._quiet
+
+        async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+            seen, now = view.seen, monotonic()
+            if now >= seen.closed_until:
+                return await self._slow_call(func, args, kwargs, now)
+            try:
+                result = await func(*args, **kwargs)
+            except BaseException as exception:
+                await self._drive(self._report_exception(exception, seen.generation, None))
+                raise
+            if quiet:
+                seen.counter.tick()
+            else:
+                await self._drive(self._report_result(result, seen.generation, None))
+            return result
+
+        return guarded
+
+    async def _slow_call(self, func: Callable[..., Awaitable[R]], args: Any, kwargs: Any, now: float) -> R:
+        seen = self._view.seen
+        if self._quiet and now < seen.open_until:
+            raise CircuitOpenError(self.name, "open", seen.retry_at - now)
+        generation, probe = await self._drive(self._admit(), self._give_back)
+        try:
+            result = await func(*args, **kwargs)
+        except BaseException as exception:
+            await self._drive(self._report_exception(exception, generation, probe))
+            raise
+        await self._drive(self._report_result(result, generation, probe))
+        return result
+
+    async def _iterate(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
+        generation, probe = await self._drive(self._admit(), self._give_back)
+        try:
+            async with contextlib.aclosing(generator):
+                item = await anext(generator)
+                while True:
+                    try:
+                        sent = yield item
+                    except GeneratorExit:
+                        raise
+                    except BaseException as exception:
+                        item = await generator.athrow(exception)
+                    else:
+                        item = await generator.asend(sent)
+        except StopAsyncIteration:
+            await self._drive(self._report_result(None, generation, probe))
+        except BaseException as exception:
+            await self._drive(self._report_exception(exception, generation, probe))
+            raise
+
+    async def acquire(self) -> AsyncPermit:
+        """A permit for one call, to be settled once. Raises CircuitOpenError when rejected."""
+        return AsyncPermit(self, *await self._drive(self._admit(), self._give_back))
+
+    def __aenter__(self) -> Coroutine[Any, Any, AsyncPermit]:
+        return self._enter(self._block_key(sys._getframe(1)))
+
+    async def _enter(self, key: Hashable) -> AsyncPermit:
+        permit = await self.acquire()
+        self._blocks.setdefault(key, []).append(permit)
+        return permit
+
+    def __aexit__(
+        self, kind: type[BaseException] | None, exception: BaseException | None, traceback: types.TracebackType | None
+    ) -> Coroutine[Any, Any, None]:
+        return self._drive(self._leave_block(self._block_key(sys._getframe(1)), exception))
+
+    def _running(self) -> Hashable:
+        return asyncio.current_task()
+
+    # The shell
+
+    async def _drive(self, steps: Steps[T], if_lost: Callable[[asyncio.Task[T]], None] | None = None) -> T:
+        """Carry out what the decision code asks for, and give what it returns.
+
+        What talks to Redis goes on to its end beside a caller that is cancelled meanwhile; if_lost gets its task.
+        """
+        try:
+            step = next(steps)
+            while isinstance(step, Refresh):
+                await self._refresh(step.wait)
+                step = steps.send(None)
+        except StopIteration as end:
+            return cast(T, end.value)
+        task = self._spawn(self._carry_out(steps, step))
+        try:
+            await _ended(task)
+        except asyncio.CancelledError:
+            if if_lost is not None:
+                task.add_done_callback(if_lost)
+            raise
+        return task.result()
+
+    async def _carry_out(self, steps: Steps[T], step: Step | None = None, tell: _Teller | None = None) -> T:
+        tell = tell or self._tell
+        try:
+            step = step or next(steps)
+            while True:
+                try:
+                    result = await self._perform(step, tell)
+                except BaseException as error:
+                    step = steps.throw(error)
+                else:
+                    step = steps.send(result)
+        except StopIteration as end:
+            return cast(T, end.value)
+
+    async def _perform(self, step: Step, tell: _Teller) -> Any:
+        if isinstance(step, Ask):
+            return await self._redis.run(step.name, step.request)
+        if isinstance(step, Refresh):
+            return await self._refresh(step.wait)
+        if isinstance(step, Tell):
+            return await tell(step.event)
+        if isinstance(step, ReadHistory):
+            return await self._redis.history(step.entries)
+        return self._spawn(self._carry_out(step.steps))
+
+    async def _refresh(self, wait: bool) -> None:
+        """Single flight: one task asks, beside all calls; the callers wait for it, or go on."""
+        loop = asyncio.get_running_loop()
+        ended = self._refreshing.get(loop)
+        if ended is None or ended.is_set():
+            ended = self._refreshing[loop] = asyncio.Event()
+            task = self._spawn(self._carry_out(self._renew(), tell=self._tell_beside))
+            task.add_done_callback(functools.partial(_set, ended))
+        if wait:
+            await ended.wait()
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._beside.add(task)  # the loop itself keeps a weak reference only
+        task.add_done_callback(self._beside.discard)
+        return task
+
+    def _give_back(self, task: asyncio.Task[tuple[int, int | None]]) -> None:
+        """The caller was cancelled while it asked: the slot that it may have got is not used."""
+        if not task.cancelled() and task.exception() is None:
+            self._spawn(self._drive(self._report(Outcome.IGNORED, *task.result())))
+
+    async def _tell_beside(self, event: Event) -> None:
+        """Nobody who waits for a refresh waits for a listener, which may call this breaker itself."""
+        self._spawn(self._tell(event))
+
+    async def _tell(self, event: Event) -> None:
+        for listener in self._listeners:
+            try:
+                told = listener(event)
+                if inspect.isawaitable(told):
+                    await told
+            except Exception:
+                self._listener_failed(listener)
+
+    # Looking and steering
+
+    @property
+    def state(self) -> Coroutine[Any, Any, State]:
+        """The state: from the view while it is fresh, else from Redis."""
+        return self._drive(self._state())
+
+    async def snapshot(self) -> Snapshot:
+        """Everything that Redis knows of this breaker now; of the local engine while Redis is down."""
+        return await self._drive(self._snapshot())
+
+    async def force_open(self, duration: float | None = None) -> None:
+        """Reject every call of the fleet for duration seconds (default and most: 30 days), then probe.
+
+        Raises RedisUnavailableError; PolicyError for a duration out of range.
+        """
+        await self._drive(self._command("force_open", duration))
+
+    async def force_closed(self, duration: float | None = None) -> None:
+        """Admit every call of the fleet and count nothing for duration seconds (default and most: 30 days).
+
+        Raises RedisUnavailableError; PolicyError for a duration out of range.
+        """
+        await self._drive(self._command("force_closed", duration))
+
+    async def clear_override(self) -> None:
+        """End a forced state: forced open goes on with a probe, forced closed as closed.
+
+        Raises RedisUnavailableError.
+        """
+        await self._drive(self._command("clear_override"))
+
+    async def reset(self) -> None:
+        """Close, with all counts and overrides gone; outcomes of calls that run now will not count.
+
+        Raises RedisUnavailableError.
+        """
+        await self._drive(self._command("reset"))
+
+    async def history(self, count: int = 100) -> list[HistoryEntry]:
+        """The last transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
+        return await self._drive(self._history(count))
+
+    async def flush(self) -> None:
+        """Report the successes gathered so far now."""
+        await self._drive(self._flush())
+
+    async def close(self) -> None:
+        """Flush, and close this loop's connections; a later call opens new ones."""
+        await self.flush()
+        if self._redis is not None:
+            await self._redis.close()
+
+
+async def _ended(task: asyncio.Task[Any]) -> None:
+    """Wait for a task without ending it when the waiter is cancelled, and without its exception."""
+    ended = asyncio.Event()
+    task.add_done_callback(functools.partial(_set, ended))
+    await ended.wait()
+
+
+def _set(event: asyncio.Event, _: object) -> None:
+    event.set()

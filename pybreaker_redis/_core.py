@@ -1,0 +1,294 @@
+"""What both breakers decide, written once and without I/O: generators that yield steps to their shell."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from time import monotonic
+from typing import Any, Literal, NoReturn, TypeAlias, get_args
+
+from . import _protocol
+from ._errors import CircuitOpenError, PermitError, PolicyError
+from ._fallback import AloneEngine, FallbackEngine, OnRedisFailure, document_for
+from ._memory import Document
+from ._policy import Policy
+from ._protocol import HistoryEntry, Reply, Request, Snapshot, State, seconds
+from ._steps import Refresh, Steps, Tell
+from ._view import Classifier, Event, EventKind, Outcome, Verdict, View
+
+Exceptions: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
+SUSPENDED = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType})
+logger = logging.getLogger("pybreaker_redis")
+_breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
+
+
+class BasePermit:
+    """The right to one call."""
+
+    __slots__ = ("_breaker", "_settled", "generation", "probe")
+
+    def __init__(self, breaker: Any, generation: int, probe: int | None) -> None:
+        self._breaker = breaker
+        self._settled = False
+        self.generation = generation
+        self.probe = probe
+
+    @property
+    def settled(self) -> bool:
+        """Whether an outcome was reported."""
+        return self._settled
+
+    def _settle(self, outcome: Outcome, exception: BaseException | None) -> Steps[None]:
+        if self._settled:
+            raise PermitError(f"this permit of breaker {self._breaker.name!r} was settled before")
+        self._settled = True
+        report: Steps[None] = self._breaker._report(outcome, self.generation, self.probe, exception)
+        return report
+
+
+class BreakerCore:
+    """Options, view and decisions of one breaker; the shells add the I/O. See CircuitBreaker for the arguments."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        redis: Any,
+        policy: Policy | None,
+        lease: float,
+        failures: Exceptions,
+        ignore: Exceptions,
+        is_failure: Callable[[Any], bool] | None,
+        listeners: Iterable[Callable[[Event], Any]],
+        on_redis_failure: OnRedisFailure,
+        prefix: str,
+        encoding: Literal["json", "msgpack"],
+        redis_timeout: float,
+    ) -> None:
+        _check_options(lease, on_redis_failure, encoding, redis_timeout)
+        self.name = name
+        self.policy = policy or Policy()
+        self.keys = _protocol.keys_of(name, prefix)
+        self.corrupt_documents = 0
+        self._classifier = Classifier(failures, ignore if isinstance(ignore, tuple) else (ignore,), is_failure)
+        self._listeners = tuple(listeners)
+        self._encoding = encoding
+        self._view = View(float(lease))
+        self._engine: AloneEngine | FallbackEngine = (
+            AloneEngine()
+            if redis is None
+            else FallbackEngine(on_redis_failure, self._last_known, self._redis_down, self._redis_up)
+        )
+        # a success that nobody wants to hear of or to judge is only counted: the fast path
+        self._quiet = not self._listeners and is_failure is None
+        self._blocks: dict[Hashable, list[BasePermit]] = {}  # innermost last
+        self._start_process()
+        _breakers.add(self)
+
+    def _start_process(self) -> None:
+        self.instance = f"{os.getpid()}-{secrets.token_hex(4)}"
+        common: Request = {"instance": self.instance}
+        if given := self.policy.to_request():
+            common["policy"] = given
+        if self._encoding != "json":
+            common["encoding"] = self._encoding
+        self._common = common
+
+    def _after_fork(self) -> None:
+        self._start_process()
+        self._view.after_fork()
+        self._engine.after_fork()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name!r}>"
+
+    # Decisions
+
+    def _admit(self) -> Steps[tuple[int, int | None]]:
+        """Generation and probe slot of an admitted call; raises CircuitOpenError."""
+        view = self._view
+        while True:
+            seen, now = view.seen, monotonic()
+            verdict = view.decide(seen, now)
+            if verdict is Verdict.REFRESH or verdict is Verdict.WAIT:
+                yield Refresh(wait=verdict is Verdict.WAIT)
+                seen, began, now = view.seen, now, monotonic()
+                # measured from when this call began: with a lease shorter than a round trip it would never end
+                if began - seen.sent >= 2 * view.lease:
+                    continue
+                verdict = seen.verdict(now)
+            if verdict is Verdict.ADMIT:
+                return seen.generation, None
+            if verdict is Verdict.REJECT:
+                yield from self._reject("open", max(seen.retry_at - now, 0.0))
+            reply = yield from self._run("acquire", view.take())
+            if reply["admitted"]:
+                return reply["generation"], reply.get("probe")
+            yield from self._reject(reply["state"], seconds(reply.get("retry_after_ms")) or 0.0)
+
+    def _reject(self, state: State, retry_after: float) -> Steps[NoReturn]:
+        if self._listeners:
+            yield self._event("rejected", retry_after=retry_after)
+        raise CircuitOpenError(self.name, state, retry_after)
+
+    def _renew(self) -> Steps[None]:
+        """Flush what was gathered, and take the reply as the view."""
+        yield from self._run("record", self._view.take())
+
+    def _report(
+        self, outcome: Outcome, generation: int, probe: int | None, exception: BaseException | None = None
+    ) -> Steps[None]:
+        """Count an outcome: locally where the view allows it, else by a script."""
+        if self._listeners:
+            yield self._event(outcome.value, generation=generation, exception=exception)
+        if outcome is Outcome.SUCCESS and probe is None and self._view.gather(generation):
+            return
+        if outcome is Outcome.IGNORED and probe is None:
+            return
+        request = self._view.take(generation)
+        if probe is not None:
+            request["probe"] = probe
+        if outcome is Outcome.SUCCESS:
+            request["successes"] = request.get("successes", 0) + 1
+        elif outcome is Outcome.FAILURE:
+            request["failures"] = 1
+        yield from self._run("record", request)
+
+    def _report_result(self, result: Any, generation: int, probe: int | None) -> Steps[None]:
+        """Judge a result and count it; an exception of the predicate is raised, and counts as nothing."""
+        try:
+            outcome = self._classifier.of_result(result)
+        except BaseException as exception:
+            yield from self._report(Outcome.IGNORED, generation, probe, exception)
+            raise
+        yield from self._report(outcome, generation, probe)
+
+    def _report_exception(self, exception: BaseException, generation: int, probe: int | None) -> Steps[None]:
+        yield from self._report(self._classifier.of_exception(exception), generation, probe, exception)
+
+    # Blocks
+
+    def _block_key(self, frame: types.FrameType) -> Hashable:
+        """What a block's entry and its end have in common: the frame, also of a generator that changes threads.
+
+        An ExitStack enters and leaves from frames of its own.
+        """
+        return self._running() if frame.f_globals.get("__name__") == "contextlib" else frame
+
+    def _running(self) -> Hashable:
+        """The thread or task that runs now."""
+        raise NotImplementedError
+
+    def _leave_block(self, key: Hashable, exception: BaseException | None) -> Steps[None]:
+        permit = self._blocks[key].pop()
+        if not self._blocks[key]:
+            del self._blocks[key]
+        if not permit.settled:
+            outcome = Outcome.SUCCESS if exception is None else self._classifier.of_exception(exception)
+            yield from permit._settle(outcome, exception)
+
+    # Requests and what becomes of their replies
+
+    def _run(self, name: str, request: Request) -> Steps[Reply]:
+        """One script call, its reply adopted as the view and its transition told."""
+        sent = monotonic()
+        reply = yield from self._engine.run(name, {**self._common, **request})
+        return (yield from self._heed(reply, sent))
+
+    def _heed(self, reply: Reply, sent: float) -> Steps[Reply]:
+        self._view.adopt(reply, sent, monotonic())
+        self._warn(reply)
+        if change := reply.get("transition"):
+            logger.info("circuit breaker %r: %s -> %s (%s)", self.name, change["from"], change["to"], change["reason"])
+            yield from self._tell_change(change, reply["source"])
+        return reply
+
+    def _warn(self, reply: Reply) -> None:
+        if warning := reply.get("warning"):
+            self.corrupt_documents += 1
+            logger.warning("circuit breaker %r: %s under key %s", self.name, warning, self.keys.state)
+
+    def _tell_change(self, change: dict[str, Any], source: str) -> Steps[None]:
+        yield self._event(
+            "state_change",
+            old=change["from"],
+            new=change["to"],
+            reason=change["reason"],
+            generation=change["generation"],
+            counts={key: change[key] for key in ("failure_count", "success_count")},
+            source=source,
+        )
+
+    def _event(self, kind: EventKind, **fields: Any) -> Tell:
+        return Tell(Event(kind, self.name, self.instance, **fields))
+
+    def _listener_failed(self, listener: object) -> None:
+        logger.exception("circuit breaker %r: listener %r failed", self.name, listener)
+
+    # Redis down
+
+    def _last_known(self) -> Document:
+        seen = self._view.seen
+        return document_for(seen.state, seen.generation or -1, seen.failure_count, seen.retry_at - monotonic())
+
+    def _redis_down(self, error: BaseException) -> Steps[None]:
+        logger.warning("circuit breaker %r: Redis does not answer, this process goes on alone: %s", self.name, error)
+        yield self._event("redis_error", exception=error, source="local")
+
+    def _redis_up(self) -> Steps[None]:
+        self._view.drop()
+        logger.warning("circuit breaker %r: Redis answers again", self.name)
+        yield self._event("redis_restored", source="redis")
+
+    # Looking and steering
+
+    def _state(self) -> Steps[State]:
+        seen = self._view.seen
+        if self._view.decide(seen, monotonic()) in (Verdict.ADMIT, Verdict.REJECT):
+            return seen.state
+        return (yield from self._snapshot()).state
+
+    def _snapshot(self) -> Steps[Snapshot]:
+        reply = yield from self._engine.run("snapshot", self._common)
+        self._warn(reply)
+        return _protocol.snapshot_from(self.name, reply)
+
+    def _command(self, action: str, duration: float | None = None) -> Steps[None]:
+        request = {**self._common, **_protocol.control_request(action, duration)}
+        sent = monotonic()
+        reply = yield from self._engine.command("control", request)
+        yield from self._heed(reply, sent)
+
+    def _history(self, count: int) -> Steps[list[HistoryEntry]]:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise PolicyError(f"count must be an integer of at least 1, not {count!r}")
+        entries = yield from self._engine.history(count)
+        return [_protocol.history_entry(fields) for fields in entries]
+
+    def _flush(self) -> Steps[None]:
+        gathered = self._view.take()
+        if "successes" in gathered:
+            yield from self._run("record", gathered)
+
+
+def _check_options(lease: object, on_redis_failure: object, encoding: object, redis_timeout: object) -> None:
+    for what, value, least in (("lease", lease, 0.0), ("redis_timeout", redis_timeout, 0.001)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= 3600:
+            raise PolicyError(f"{what} must be from {least:g} to 3600 seconds, not {value!r}")
+    if on_redis_failure not in get_args(OnRedisFailure):
+        raise PolicyError(f"on_redis_failure must be 'local', 'open' or 'closed', not {on_redis_failure!r}")
+    if encoding not in ("json", "msgpack"):
+        raise PolicyError(f"encoding must be 'json' or 'msgpack', not {encoding!r}")
+
+
+def _after_fork_in_child() -> None:
+    for breaker in _breakers:
+        breaker._after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

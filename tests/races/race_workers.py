@@ -1,0 +1,359 @@
+"""Worker processes for the race tests: a fleet of spawned processes, and the jobs that they run.
+
+Spawned processes import this module by its name, so every job is a function at its top level. A job gets its
+station first: its number, a barrier for all of this run, a stop signal, and a line to the test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+import redis
+
+from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Permit, Policy
+
+PATIENCE = 60.0  # seconds for what always happens, on however slow a machine
+PARTIES = (2, 4, 8, 16)
+FIRM = {"redis_timeout": 30.0}  # a slow machine is no outage
+
+
+class Boom(Exception):
+    """What the guarded functions of these tests raise."""
+
+
+def boom() -> None:
+    raise Boom
+
+
+def fine() -> int:
+    return 1
+
+
+def permit_or_none(breaker: CircuitBreaker) -> Permit | None:
+    """A permit, or None where the breaker rejects."""
+    try:
+        return breaker.acquire()
+    except CircuitOpenError:
+        return None
+
+
+def run_threads(count: int, work: Callable[[int], object]) -> None:
+    """work(number) in count threads at once; raises the first exception of any of them."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(count)
+
+    def body(number: int) -> None:
+        try:
+            barrier.wait(PATIENCE)
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=body, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
+    if errors:
+        raise errors[0]
+
+
+@dataclasses.dataclass
+class Station:
+    """What a job has besides its arguments."""
+
+    index: int
+    barrier: Any
+    stop: Any
+    line: Connection
+
+    def meet(self) -> None:
+        """Wait for all workers of this run."""
+        self.barrier.wait(PATIENCE)
+
+    def tell(self, what: Any) -> None:
+        """A message to the test, before the job's result."""
+        self.line.send(("told", what))
+
+    def hear(self) -> Any:
+        """Wait for a message of the test."""
+        assert self.line.poll(PATIENCE), "the test says nothing"
+        return self.line.recv()
+
+
+class Fleet:
+    """Worker processes that live over many tests and run one job after the other."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.pending: set[int] = set()
+        context = multiprocessing.get_context("spawn")
+        self.barriers = {parties: context.Barrier(parties) for parties in PARTIES if parties <= size}
+        self.stop = context.Event()
+        self.processes, self.lines = [], []
+        for index in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(index, self.barriers, self.stop, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.lines.append(ours)
+
+    def start(self, job: Callable[..., Any], count: int, *args: Any) -> None:
+        """Let the first count workers run job(station, *args)."""
+        self.stop.clear()
+        if count in self.barriers:
+            self.barriers[count].reset()
+        self.pending.update(range(count))
+        for line in self.lines[:count]:
+            line.send((job.__name__, count, args))
+
+    def heard(self, index: int) -> Any:
+        """The next message of one worker."""
+        return self._receive(index, "told")
+
+    def say(self, count: int, what: Any = "go") -> None:
+        """A message to the first count workers."""
+        for line in self.lines[:count]:
+            line.send(what)
+
+    def results(self, count: int) -> list[Any]:
+        """What the jobs returned; raises what one of them raised."""
+        return [self._receive(index, "returned") for index in range(count)]
+
+    def run(self, job: Callable[..., Any], count: int, *args: Any) -> list[Any]:
+        """start() and results()."""
+        self.start(job, count, *args)
+        return self.results(count)
+
+    def _receive(self, index: int, expected: str) -> Any:
+        assert self.lines[index].poll(PATIENCE), f"worker {index} does not answer"
+        kind, value = self.lines[index].recv()
+        if kind != "told":
+            self.pending.discard(index)
+        assert kind == expected, f"worker {index}: {value}"
+        return value
+
+    def renew(self) -> None:
+        """After a test that failed half way: other processes for those that are still at it."""
+        if self.pending:
+            self.close()
+            self.__init__(self.size)  # type: ignore[misc]
+
+    def close(self) -> None:
+        """End every process, by its id."""
+        for index, (process, line) in enumerate(zip(self.processes, self.lines, strict=True)):
+            if index in self.pending:
+                process.kill()
+            with contextlib.suppress(OSError):
+                line.send(None)
+        for process in self.processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+
+
+@contextlib.contextmanager
+def fleet_of(size: int) -> Iterator[Fleet]:
+    """A fleet for a `with` block."""
+    fleet = Fleet(size)
+    try:
+        yield fleet
+    finally:
+        fleet.stop.set()
+        fleet.close()
+
+
+def _serve(index: int, barriers: dict[int, Any], stop: Any, line: Connection) -> None:
+    while (order := line.recv()) is not None:
+        name, count, args = order
+        station = Station(index, barriers.get(count), stop, line)
+        try:
+            line.send(("returned", globals()[name](station, *args)))
+        except BaseException:
+            if station.barrier is not None:
+                station.barrier.abort()
+            line.send(("raised", traceback.format_exc()))
+
+
+# Jobs -----------------------------------------------------------------------------------------------
+
+
+def fail_together(station: Station, url: str, names: list[str]) -> list[tuple[int, list[str]]]:
+    """One failing call per breaker, all admitted before the first one fails; the transitions told to this caller."""
+    told = []
+    for name in names:
+        events: list[Event] = []
+        policy = Policy(failure_threshold=5, reset_timeout=60.0)
+        breaker = CircuitBreaker(name, redis=url, policy=policy, lease=0, listeners=[events.append], **FIRM)
+
+        def work() -> None:
+            station.meet()
+            raise Boom
+
+        with contextlib.suppress(Boom):
+            breaker.call(work)
+        changes = [f"{event.old}>{event.new}" for event in events if event.kind == "state_change"]
+        told.append((os.getpid(), changes))
+    return told
+
+
+def ask_together(station: Station, url: str, names: list[str], half_open_max_calls: int) -> list[Any]:
+    """One request per breaker at the same moment; its slot, or the retry_after of its refusal."""
+    answers: list[Any] = []
+    for name in names:
+        policy = Policy(half_open_max_calls=half_open_max_calls, probe_timeout=60.0, failure_threshold=1)
+        breaker = CircuitBreaker(name, redis=url, policy=policy, **FIRM)
+        breaker.snapshot()  # connects before the race
+        station.meet()
+        permit = None
+        try:
+            permit = breaker.acquire()
+            answers.append(("slot", permit.probe))
+        except CircuitOpenError as error:
+            answers.append((error.state, error.retry_after))
+        station.meet()  # every answer is in before a slot is given back
+        if permit is not None:
+            permit.release()
+        station.meet()
+    return answers
+
+
+def hold_call(station: Station, url: str, name: str, options: dict[str, Any], policy: dict[str, Any]) -> Any:
+    """One call that ends when the test says how: "success", "failure" or "release"."""
+    breaker = CircuitBreaker(name, redis=url, policy=Policy(**policy), **options)
+    permit = permit_or_none(breaker)
+    station.tell(permit and (permit.generation, permit.probe))
+    outcome = station.hear()
+    if isinstance(outcome, list):
+        outcome = outcome[station.index]
+    if permit is not None:
+        getattr(permit, outcome)()
+    breaker.flush()
+    return breaker.state
+
+
+def poll_until_admitted(station: Station, url: str, name: str, policy: dict[str, Any]) -> tuple[int, Any, list[float]]:
+    """Ask all the time until admitted; how many refusals, (slot, document) if admitted, each retry_after while open."""
+    breaker = CircuitBreaker(name, redis=url, policy=Policy(**policy), lease=0, **FIRM)
+    refusals, waits = 0, []
+    deadline = time.monotonic() + PATIENCE
+    with redis.Redis.from_url(url) as client:
+        while time.monotonic() < deadline:
+            try:
+                permit = breaker.acquire()
+            except CircuitOpenError as error:
+                if station.stop.is_set():
+                    return refusals, None, waits
+                refusals += 1
+                if error.state == "open":
+                    waits.append(error.retry_after)
+                continue
+            document = json.loads(client.get(breaker.keys.state))
+            station.stop.set()
+            if permit.probe is not None:
+                permit.success()
+            return refusals, (permit.probe, document), waits
+    raise AssertionError("never admitted")
+
+
+def poll_until_admitted_after_trip(station: Station, url: str, name: str, policy: dict[str, Any]) -> Any:
+    """poll_until_admitted() as soon as the test says that the breaker is open."""
+    station.tell("ready")
+    station.hear()
+    return poll_until_admitted(station, url, name, policy)
+
+
+def succeed_until_rejected(station: Station, url: str, name: str, lease: float) -> tuple[int, str, float]:
+    """Successful calls only, until one is rejected; how many ran, what the rejection said, and when it came."""
+    breaker = CircuitBreaker(name, redis=url, lease=lease, **FIRM)
+    ran = 0
+    breaker.call(fine)
+    station.tell("warm")
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            ran += breaker.call(fine)
+        except CircuitOpenError as error:
+            return ran, error.state, error.retry_after
+    raise AssertionError("never rejected")
+
+
+def load(station: Station, url: str, name: str, threads: int, share: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Calls from several threads, each share-th one failing, until the test stops it; what happened."""
+    kinds: list[str] = []
+    breaker = CircuitBreaker(
+        name,
+        redis=url,
+        policy=Policy(failure_threshold=1_000_000_000),
+        # a listener is called for each outcome, which slows a load down: only where failures matter
+        listeners=[lambda event: kinds.append(event.kind)] if share else (),
+        **options,
+    )
+    breaker.call(fine)
+    station.meet()
+    station.tell("running")
+    began = time.monotonic()
+    tally: list[tuple[int, int]] = []
+
+    def work(number: int) -> None:
+        ran = failed = 0
+        deadline = began + PATIENCE
+        while not station.stop.is_set() and time.monotonic() < deadline:
+            ran += 1
+            if share and ran % share == 0:
+                failed += 1
+                with contextlib.suppress(Boom):
+                    breaker.call(boom)
+            else:
+                breaker.call(fine)
+        tally.append((ran, failed))
+
+    run_threads(threads, work)
+    elapsed = time.monotonic() - began
+    deadline = time.monotonic() + PATIENCE
+    while breaker.snapshot().source != "redis":
+        assert time.monotonic() < deadline, "Redis is back, but this breaker stays local"
+        breaker.call(fine)
+    breaker.flush()
+    ran, failed = (sum(numbers) for numbers in zip(*tally, strict=True))
+    return {"elapsed": elapsed, "ran": ran, "failed": failed, "kinds": Counter(kinds)}
+
+
+def fixed_calls(station: Station, url: str, name: str, lease: float, threads: int, calls: int, share: int) -> int:
+    """calls per thread, each share-th one failing, then a flush; how many failed."""
+    breaker = CircuitBreaker(name, redis=url, policy=Policy(failure_threshold=1_000_000_000), lease=lease, **FIRM)
+    breaker.state  # noqa: B018 connects
+    station.meet()
+
+    def work(number: int) -> None:
+        for call in range(1, calls + 1):
+            if share and call % share == 0:
+                with contextlib.suppress(Boom):
+                    breaker.call(boom)
+            else:
+                breaker.call(fine)
+
+    run_threads(threads, work)
+    breaker.flush()
+    return threads * (calls // share if share else 0)
+
+
+def die_probing(url: str, name: str, policy: dict[str, Any], line: Connection) -> None:
+    """The process ends with its probe running."""
+    permit = CircuitBreaker(name, redis=url, policy=Policy(**policy), lease=0, **FIRM).acquire()
+    line.send(permit.probe)
+    os._exit(9)

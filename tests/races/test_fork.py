@@ -1,0 +1,67 @@
+"""os.fork() after the first use: each test forks in a process of its own, not in pytest's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import redis
+import server_watch
+
+from pybreaker_redis.embedded import EmbeddedServer
+
+
+def scenario(name: str, *args: object) -> dict[str, Any]:
+    """What the scenario printed."""
+    script = Path(__file__).parent / "fork_scenarios.py"
+    done = subprocess.run(
+        [sys.executable, str(script), name, *map(str, args)], capture_output=True, text=True, timeout=110
+    )
+    assert done.returncode == 0, done.stderr
+    return {"stderr": done.stderr, **json.loads(done.stdout)}
+
+
+def test_parent_and_children_count_together(server: EmbeddedServer, client: redis.Redis) -> None:
+    """A breaker used before the fork counts right in the parent and in four children at the same time."""
+    report = scenario("counts", server.url)
+    assert report["ends"] == ["ok"] * 4, report["stderr"]
+    assert server_watch.document(client, "fork-counts")["failure_count"] == report["failures"]
+
+
+def test_forking_amid_calls_never_hangs_the_child(server: EmbeddedServer, client: redis.Redis) -> None:
+    """Whatever other threads of the parent were doing with the breaker, a child forked meanwhile can call."""
+    report = scenario("busy", server.url)
+    assert report["ends"] == ["ok"] * 100, report["stderr"]
+
+
+@pytest.mark.parametrize("lock", ["view", "engine", "refreshing"])
+def test_forking_while_a_thread_holds_a_lock(server: EmbeddedServer, client: redis.Redis, lock: str) -> None:
+    """A child is not held up by a lock that a thread of the parent held at the fork."""
+    report = scenario("held", server.url, lock)
+    assert report["ends"] == ["ok"], report["stderr"]
+
+
+def test_gathered_successes_stay_the_parents(server: EmbeddedServer, client: redis.Redis) -> None:
+    """What the parent gathered before the fork is reported once, by the parent."""
+    server_watch.load_scripts(client)
+    with server_watch.Requests(client, f"{server.directory}/r.sock") as requests:
+        report = scenario("gathered", server.url)
+    assert report["ends"] == ["ok"], report["stderr"]
+    assert [request["successes"] for _, _, request in requests.seen if "successes" in request] == [2, 7]
+
+
+def test_a_child_is_an_instance_of_its_own(server: EmbeddedServer, client: redis.Redis) -> None:
+    """The history tells a child's action from its parent's."""
+    report = scenario("identity", server.url)
+    assert report["ends"] == ["ok"], report["stderr"]
+    assert (report["instances"], report["entries"]) == (2, 2)
+
+
+def test_a_child_forked_in_an_outage_finds_back(own_server: EmbeddedServer) -> None:
+    """A retry that the parent had under way at the fork does not keep the child from Redis."""
+    report = scenario("outage", own_server.url, own_server.pid)
+    assert report["ends"] == ["ok"], report["stderr"]

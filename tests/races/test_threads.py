@@ -1,0 +1,441 @@
+"""Many threads on one breaker object: one refresh for all, right counts, and nothing held while others work."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+import server_watch
+from conftest import wait_until
+from race_workers import FIRM, PATIENCE, Boom, boom, fine, run_threads
+
+from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Permit, PermitError, Policy
+from pybreaker_redis._view import Verdict, View
+from pybreaker_redis.embedded import EmbeddedServer
+
+MANY = Policy(failure_threshold=1_000_000_000)
+
+
+def reply(state: str, generation: int, retry_after_ms: int | None = None) -> dict[str, Any]:
+    """What a script replied."""
+    return {"state": state, "generation": generation, "failure_count": 0, "retry_after_ms": retry_after_ms}
+
+
+def make_stale(breaker: CircuitBreaker, leases: float) -> None:
+    """Let the view be as old as that many leases, without waiting for it."""
+    view = breaker._view
+    view.seen.sent = time.monotonic() - leases * view.lease
+    view.seen.closed_until = float("-inf")
+
+
+@contextlib.contextmanager
+def stopped(server: EmbeddedServer) -> Iterator[None]:
+    """The server hangs for the length of the block."""
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+def test_counts_of_32_threads(client: redis.Redis) -> None:
+    """Each failure of 32 threads on one breaker is counted, over at most a connection per thread."""
+    breaker = CircuitBreaker("threads", redis=client, policy=MANY, lease=0, **FIRM)
+    connections = len(client.client_list())
+
+    def work(number: int) -> None:
+        for _ in range(20):
+            with contextlib.suppress(Boom):
+                breaker.call(boom)
+
+    run_threads(32, work)
+    assert breaker.snapshot().failure_count == 32 * 20
+    assert len(client.client_list()) - connections <= 32 + 1
+
+
+def test_first_calls_share_one_question(client: redis.Redis) -> None:
+    """64 threads whose first call it is send one command and are all admitted."""
+    server_watch.load_scripts(client)
+    breaker = CircuitBreaker("cold", redis=client, lease=60.0, **FIRM)
+    before = server_watch.commands(client)
+    run_threads(64, lambda number: breaker.call(fine))
+    assert (server_watch.commands(client) - before)["evalsha"] == 1
+
+
+def test_a_stale_view_is_refreshed_by_one(own_server: EmbeddedServer) -> None:
+    """While one thread refreshes a view within its grace, 63 others go on by the old one and nobody is rejected."""
+    with redis.Redis.from_url(own_server.url) as client:
+        server_watch.load_scripts(client)
+        breaker = CircuitBreaker("grace", redis=own_server.url, lease=1200.0, **FIRM)
+        breaker.call(fine)
+        before = server_watch.commands(client)
+        make_stale(breaker, 1.5)
+        done: list[int] = []
+        threads = [threading.Thread(target=lambda: done.append(breaker.call(fine)), daemon=True) for _ in range(64)]
+        with stopped(own_server):
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: len(done) == 63)
+            assert sum(thread.is_alive() for thread in threads) <= 2  # the one that asks, and one just ending
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert len(done) == 64
+        assert (server_watch.commands(client) - before)["evalsha"] == 1
+
+
+def test_beyond_the_grace_all_wait_for_one(own_server: EmbeddedServer) -> None:
+    """A view older than two leases admits nobody before the one answer that all wait for."""
+    with redis.Redis.from_url(own_server.url) as client:
+        server_watch.load_scripts(client)
+        breaker = CircuitBreaker("old", redis=own_server.url, lease=1200.0, **FIRM)
+        breaker.call(fine)
+        CircuitBreaker("old", redis=client).force_open()
+        before = server_watch.commands(client)
+        make_stale(breaker, 2.0)
+        rejected: list[str] = []
+
+        def call() -> None:
+            try:
+                breaker.call(fine)
+            except CircuitOpenError as error:
+                rejected.append(error.state)
+
+        threads = [threading.Thread(target=call, daemon=True) for _ in range(64)]
+        with stopped(own_server):
+            for thread in threads:
+                thread.start()
+            time.sleep(0.2)
+            assert all(thread.is_alive() for thread in threads)
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert rejected == ["open"] * 64
+        assert (server_watch.commands(client) - before)["evalsha"] == 1
+
+
+def test_a_view_ends_on_time() -> None:
+    """A closed view admits for one lease, one caller refreshes it in the next, and from two leases on all wait."""
+    view = View(10.0)
+    assert view.decide(view.seen, 0.0) is Verdict.WAIT
+    view.adopt(reply("closed", 1), 100.0, 103.0)  # the reply took 3 s: the lease began when the request was sent
+    assert view.seen.closed_until == 110.0
+    assert view.decide(view.seen, 109.9) is Verdict.ADMIT
+    assert view.decide(view.seen, 110.0) is Verdict.REFRESH
+    assert view.decide(view.seen, 119.9) is Verdict.REFRESH
+    assert view.decide(view.seen, 120.0) is Verdict.WAIT
+    view.adopt(reply("open", 2, 5000), 130.0, 133.0)
+    assert view.decide(view.seen, 137.9) is Verdict.REJECT
+    assert view.decide(view.seen, 138.0) is Verdict.ASK
+
+
+def test_an_older_reply_of_the_same_generation_is_dropped() -> None:
+    """A reply that arrives after a newer one of its generation does not shorten the lease."""
+    view = View(10.0)
+    view.adopt(reply("closed", 7), 105.0, 106.0)
+    view.adopt(reply("closed", 7), 100.0, 107.0)
+    assert view.seen.closed_until == 115.0
+
+
+def test_an_older_reply_does_not_undo_a_trip() -> None:
+    """A reply of before a trip that arrives after it does not put the view back."""
+    view = View(10.0)
+    view.adopt(reply("open", 8, 30_000), 105.0, 106.0)
+    view.adopt(reply("closed", 7), 100.0, 107.0)
+    assert (view.seen.state, view.seen.generation) == ("open", 8)
+    assert view.seen.closed_until == float("-inf")
+
+
+def test_an_overtaken_reply_does_not_undo_a_trip() -> None:
+    """Two requests under way together: the one sent later ran before the trip, and its reply comes last."""
+    view = View(10.0)
+    view.adopt(reply("closed", 7), 90.0, 91.0)
+    view.adopt(reply("open", 8, 30_000), 100.0, 106.0)  # sent first, ran second: it tripped
+    view.adopt(reply("closed", 7), 101.0, 107.0)  # sent second, ran first, arrived last
+    assert (view.seen.state, view.seen.generation) == ("open", 8)
+
+
+def test_a_lower_generation_is_taken_when_it_is_newer() -> None:
+    """A request sent after the last reply came tells the truth, even if its generation is lower (a clock went back)."""
+    view = View(10.0)
+    view.adopt(reply("open", 8, 30_000), 100.0, 106.0)
+    view.adopt(reply("closed", 7), 106.5, 107.0)
+    assert (view.seen.state, view.seen.generation) == ("closed", 7)
+
+
+def test_gathering_loses_nothing() -> None:
+    """What 32 threads gather while another takes is taken whole."""
+    view = View(10.0)
+    view.adopt(reply("closed", 7), 0.0, 0.0)
+    taken: list[int] = []
+    gathering = threading.Barrier(33)
+
+    def work(number: int) -> None:
+        if number < 32:
+            for _ in range(2000):
+                assert view.gather(7)
+            gathering.wait(PATIENCE)
+            return
+        while gathering.n_waiting < 32:
+            taken.append(view.take().get("successes", 0))
+        gathering.wait(PATIENCE)
+
+    run_threads(33, work)
+    assert sum(taken) + view.take().get("successes", 0) == 32 * 2000
+
+
+def test_a_straggler_gathers_nothing() -> None:
+    """A success of an earlier generation is not gathered under the new one, and a new generation starts at none."""
+    view = View(10.0)
+    view.adopt(reply("closed", 7), 0.0, 0.0)
+    view.gather(7)
+    view.adopt(reply("closed", 9), 1.0, 1.0)
+    view.gather(7)
+    assert view.take() == {"generation": 9}
+    view.gather(9)
+    assert view.take() == {"generation": 9, "successes": 1}
+
+
+def test_a_straggling_failure_takes_no_successes_with_it(client: redis.Redis) -> None:
+    """Successes gathered under the present generation survive the report of a call from an earlier one."""
+    server_watch.load_scripts(client)
+    policy = Policy(failure_threshold=3)
+    breaker = CircuitBreaker("swept", redis=client, policy=policy, lease=60.0, **FIRM)
+    straggler = breaker.acquire()
+    breaker.reset()
+    for _ in range(2):
+        breaker.acquire().failure()
+    for _ in range(10):
+        breaker.call(fine)
+    straggler.failure()
+    breaker.acquire().failure()  # the first one after ten successes
+    assert breaker.state == "closed"
+    assert breaker.snapshot().failure_count == 1
+
+
+def test_own_failures_are_seen_at_once(client: redis.Redis) -> None:
+    """The process whose failure trips rejects its next call without asking, whatever its lease."""
+    server_watch.load_scripts(client)
+    breaker = CircuitBreaker("own", redis=client, policy=Policy(failure_threshold=1), lease=60.0, **FIRM)
+    with contextlib.suppress(Boom):
+        breaker.call(boom)
+    before = server_watch.commands(client)
+    with pytest.raises(CircuitOpenError):
+        breaker.call(fine)
+    assert (server_watch.commands(client) - before)["evalsha"] == 0
+
+
+def test_forced_closed_counts_nothing(client: redis.Redis) -> None:
+    """While an operator forces closed, failing calls of 8 threads are all admitted and change nothing."""
+    breaker = CircuitBreaker("forced", redis=client, policy=Policy(failure_threshold=2), lease=0, **FIRM)
+    running = breaker.acquire()
+    breaker.force_closed(duration=60.0)
+    before = client.get(breaker.keys.state)
+
+    def fail(number: int) -> None:
+        for _ in range(5):
+            with contextlib.suppress(Boom):
+                breaker.call(boom)
+
+    run_threads(8, fail)
+    running.failure()
+    assert client.get(breaker.keys.state) == before
+
+
+def test_two_objects_share_through_redis(client: redis.Redis) -> None:
+    """Two breakers of one name in one process count together, and a trip is told to one of them."""
+    events: list[Event] = []
+    options: dict[str, Any] = {"policy": Policy(failure_threshold=2), "lease": 0, "listeners": [events.append], **FIRM}
+    first, second = (CircuitBreaker("twice", redis=client, **options) for _ in range(2))
+    first.acquire().failure()
+    second.acquire().failure()
+    for breaker in (first, second):
+        with pytest.raises(CircuitOpenError):
+            breaker.acquire()
+    changes = [event for event in events if event.kind == "state_change"]
+    assert [(event.old, event.new, event.instance) for event in changes] == [("closed", "open", second.instance)]
+
+
+def test_a_permit_is_settled_once(client: redis.Redis) -> None:
+    """Of 16 threads settling one permit one succeeds, and one failure is counted."""
+    breaker = CircuitBreaker("permit", redis=client, policy=MANY, lease=0, **FIRM)
+    for count in range(1, 21):
+        permit, refused = breaker.acquire(), []
+
+        def settle(number: int, permit: Permit = permit, refused: list[int] = refused) -> None:
+            try:
+                permit.failure()
+            except PermitError:
+                refused.append(number)
+
+        run_threads(16, settle)
+        assert len(refused) == 15
+        assert breaker.snapshot().failure_count == count
+
+
+def test_one_probe_among_threads(client: redis.Redis) -> None:
+    """Of 32 threads of one breaker object exactly half_open_max_calls run after the open time, per round."""
+    policy = Policy(failure_threshold=1, reset_timeout=0.02, half_open_max_calls=2, success_threshold=2)
+    for lease in (0, 0.05, 60.0):
+        breaker = CircuitBreaker(f"herd-{lease}", redis=client, policy=policy, lease=lease, **FIRM)
+        breaker.acquire().failure()
+        wait_until(lambda breaker=breaker: breaker.snapshot().retry_after == 0)
+        time.sleep(0.02)  # the view's own end of the open time is up to one round trip later
+        permits: list[Permit] = []
+
+        def ask(number: int, breaker: CircuitBreaker = breaker, permits: list[Permit] = permits) -> None:
+            with contextlib.suppress(CircuitOpenError):
+                permits.append(breaker.acquire())
+
+        run_threads(32, ask)
+        assert sorted(permit.probe for permit in permits) == [1, 2]
+        for permit in permits:
+            permit.success()
+        assert breaker.state == "closed"
+
+
+@pytest.mark.parametrize("outcome", ["success", "failure", "release"])
+def test_a_probe_past_its_deadline_counts_nothing(client: redis.Redis, outcome: str) -> None:
+    """A probe that ends after its slot was handed on changes nothing; the probe that holds the slot decides."""
+    policy = Policy(failure_threshold=1, reset_timeout=0.01, probe_timeout=0.05)
+    first, second = (CircuitBreaker("overdue", redis=client, policy=policy, lease=0, **FIRM) for _ in range(2))
+    first.acquire().failure()
+    wait_until(lambda: first.snapshot().retry_after == 0)
+    overdue = first.acquire()
+    wait_until(lambda: first.snapshot().probes_in_flight == 0)
+    patient = CircuitBreaker(
+        "overdue", redis=client, policy=Policy(failure_threshold=1, probe_timeout=60.0), lease=0, **FIRM
+    )
+    probe = patient.acquire()
+    before = client.get(first.keys.state)
+    getattr(overdue, outcome)()
+    assert client.get(first.keys.state) == before
+    assert second.state == "half_open"
+    probe.success()
+    assert second.state == "closed"
+
+
+@pytest.mark.parametrize("outcomes", ["sss", "ssf", "fff", "sfs"])
+def test_probes_that_end_together_make_one_transition(client: redis.Redis, outcomes: str) -> None:
+    """Of probes that end at the same moment one makes the transition and is told; what comes after it is ignored."""
+    for number in range(8):
+        events: list[Event] = []
+        policy = Policy(failure_threshold=1, reset_timeout=0.01, half_open_max_calls=3, success_threshold=3)
+        options: dict[str, Any] = {"policy": policy, "lease": 0, "listeners": [events.append], **FIRM}
+        breakers = [CircuitBreaker(f"end-{outcomes}-{number}", redis=client, **options) for _ in outcomes]
+        breakers[0].acquire().failure()
+        wait_until(lambda breakers=breakers: breakers[0].snapshot().retry_after == 0)
+        permits = [breaker.acquire() for breaker in breakers]
+        events.clear()
+
+        def end(index: int, permits: list[Permit] = permits) -> None:
+            if outcomes[index] == "s":
+                permits[index].success()
+            else:
+                permits[index].failure()
+
+        run_threads(3, end)
+        expected = "open" if "f" in outcomes else "closed"
+        assert [event.new for event in events if event.kind == "state_change"] == [expected]
+        assert [entry.new for entry in breakers[0].history()] == [expected, "half_open", "open"]
+        assert breakers[0].snapshot().failure_count == (2 if "f" in outcomes else 0)
+
+
+def test_generations_never_repeat(client: redis.Redis) -> None:
+    """Transitions made by 16 threads at once, many in one millisecond, each get a generation of their own, growing."""
+    breaker = CircuitBreaker("generations", redis=client, lease=0, **FIRM)
+
+    def steer(number: int) -> None:
+        for _ in range(5):
+            if number % 2:
+                breaker.reset()
+            else:
+                breaker.force_open()
+
+    run_threads(16, steer)
+    generations = [entry.generation for entry in breaker.history()]
+    assert len(generations) == 80
+    assert generations == sorted(set(generations), reverse=True)
+    assert breaker.snapshot().generation == generations[0]
+
+
+def test_a_listener_may_outlast_the_lease_and_call(client: redis.Redis) -> None:
+    """A listener told of a transition during a refresh that is slower than the lease can still use the breaker."""
+    called: list[str] = []
+
+    def listen(event: Event) -> None:
+        if event.kind == "rejected" and not called:
+            called.append("listening")
+            make_stale(breaker, 3.0)
+            with contextlib.suppress(CircuitOpenError):
+                breaker.call(fine)
+            called.append("called")
+
+    breaker = CircuitBreaker("listener", redis=client, lease=5.0, listeners=[listen], **FIRM)
+    breaker.call(fine)
+    CircuitBreaker("listener", redis=client).force_open()
+    make_stale(breaker, 3.0)
+
+    def call() -> None:
+        with contextlib.suppress(CircuitOpenError):
+            breaker.call(fine)
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(5.0)
+    assert called == ["listening", "called"]
+
+
+def test_a_slow_listener_holds_up_its_own_thread_only(client: redis.Redis) -> None:
+    """While a listener of one thread is slow, a call of another thread is answered."""
+    listening, go_on = threading.Event(), threading.Event()
+
+    def listen(event: Event) -> None:
+        if event.kind == "rejected" and not listening.is_set():
+            make_stale(breaker, 3.0)  # the listener has outlasted the view
+            listening.set()
+            go_on.wait(PATIENCE)
+
+    breaker = CircuitBreaker("slow", redis=client, lease=60.0, listeners=[listen], **FIRM)
+    breaker.call(fine)
+    CircuitBreaker("slow", redis=client).force_open()
+    make_stale(breaker, 3.0)
+
+    def call() -> None:
+        with contextlib.suppress(CircuitOpenError):
+            breaker.call(fine)
+
+    threads = [threading.Thread(target=call, daemon=True) for _ in range(2)]
+    threads[0].start()
+    assert listening.wait(PATIENCE)
+    threads[1].start()
+    threads[1].join(5.0)
+    answered = not threads[1].is_alive()
+    go_on.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert answered
+
+
+def test_blocks_of_two_generators_in_one_thread(client: redis.Redis) -> None:
+    """Two suspended blocks in one thread, left in the order they were entered, each settle their own permit."""
+    breaker = CircuitBreaker("blocks", redis=client, policy=MANY, lease=0, **FIRM)
+    permits = []
+
+    def block() -> Any:
+        with breaker as permit:
+            permits.append(permit)
+            yield
+
+    first, second = block(), block()
+    next(first)
+    next(second)
+    next(first, None)
+    assert [permit.settled for permit in permits] == [True, False]
+    next(second, None)
+    assert [permit.settled for permit in permits] == [True, True]
