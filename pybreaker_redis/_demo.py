@@ -41,6 +41,7 @@ from . import (
     Policy,
     RedisUnavailableError,
 )
+from ._protocol import keys_of
 from .embedded import serve
 
 GUARDS = {"none": "no breaker", "private": "a private breaker per process", "shared": "one shared breaker"}
@@ -487,7 +488,7 @@ def promises(runs: dict[str, Run], history: list[HistoryEntry], state: str) -> l
         ),
         Promise(
             answering <= ANSWERING_WITHIN and state == "closed",
-            f"{state} again, every process served {answering:.3f} s after the repair (promised: {ANSWERING_WITHIN:g} s)",
+            f"{state} again, every process served {answering:.3f} s after repair (promised: {ANSWERING_WITHIN:g} s)",
         ),
     ]
 
@@ -554,8 +555,8 @@ def _screen(plain: bool) -> Iterator[Plain]:
 def _demonstrate(workers: int, url: str, plain: bool) -> int:
     name = f"demo-{os.getpid()}-{secrets.token_hex(4)}"
     policy = Policy(failure_threshold=failure_threshold(workers), reset_timeout=RESET_TIMEOUT, probe_timeout=5.0)
-    breaker = CircuitBreaker(name, redis=url, policy=policy, redis_timeout=1.0)
-    with _own_keys(url, breaker.keys), Crew(workers, url, name, policy) as crew:
+    with _own_keys(url, keys_of(name)), Crew(workers, url, name, policy) as crew:
+        breaker = CircuitBreaker(name, redis=url, policy=policy, redis_timeout=1.0)
         threshold = policy.failure_threshold
         print(
             f"{workers} processes call an HTTP service that dies; {threshold} failures in a row are a trip",

@@ -298,7 +298,7 @@ def test_a_broken_promise_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, caps
         assert main(["demo", "--plain", "--workers", "2"]) == 1
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert re.search(r"^FAILED  .*after the repair", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^FAILED  .*after repair", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_table_on_a_terminal() -> None:
