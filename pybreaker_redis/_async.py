@@ -214,10 +214,10 @@ class AsyncCircuitBreaker(BreakerCore):
 
     # The shell
 
-    async def _drive(self, steps: Steps[T], if_lost: Callable[[asyncio.Task[T]], None] | None = None) -> T:
+    async def _drive(self, steps: Steps[T], if_lost: Callable[[T], Steps[None]] | None = None) -> T:
         """Carry out what the decision code asks for, and give what it returns.
 
-        What talks to Redis goes on to its end beside a caller that is cancelled meanwhile; if_lost gets its task.
+        What talks to Redis goes on to its end beside a caller that is cancelled meanwhile, then if_lost(result) too.
         """
         try:
             step = next(steps)
@@ -226,14 +226,29 @@ class AsyncCircuitBreaker(BreakerCore):
                 step = steps.send(None)
         except StopIteration as end:
             return cast(T, end.value)
-        task = self._spawn(self._carry_out(steps, step))
+        waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._spawn(self._finish(steps, step, waiter, if_lost))
         try:
-            await _ended(task)
+            return await waiter
         except asyncio.CancelledError:
-            if if_lost is not None:
-                task.add_done_callback(if_lost)
+            # the cancellation may also come between the result and our waking up
+            if if_lost is not None and not waiter.cancelled() and waiter.exception() is None:
+                self._spawn(self._carry_out(if_lost(waiter.result())))
             raise
-        return task.result()
+
+    async def _finish(
+        self, steps: Steps[T], step: Step, waiter: asyncio.Future[T], if_lost: Callable[[T], Steps[None]] | None
+    ) -> None:
+        try:
+            result = await self._carry_out(steps, step)
+        except BaseException as error:
+            if not waiter.done():
+                waiter.set_exception(error)
+            return
+        if not waiter.done():
+            waiter.set_result(result)
+        elif if_lost is not None:
+            await self._carry_out(if_lost(result))
 
     async def _carry_out(self, steps: Steps[T], step: Step | None = None, tell: _Teller | None = None) -> T:
         tell = tell or self._tell
@@ -277,10 +292,9 @@ class AsyncCircuitBreaker(BreakerCore):
         task.add_done_callback(self._beside.discard)
         return task
 
-    def _give_back(self, task: asyncio.Task[tuple[int, int | None]]) -> None:
+    def _give_back(self, admitted: tuple[int, int | None]) -> Steps[None]:
         """The caller was cancelled while it asked: the slot that it may have got is not used."""
-        if not task.cancelled() and task.exception() is None:
-            self._spawn(self._drive(self._report(Outcome.IGNORED, *task.result())))
+        return self._report(Outcome.IGNORED, *admitted)
 
     async def _tell_beside(self, event: Event) -> None:
         """Nobody who waits for a refresh waits for a listener, which may call this breaker itself."""
@@ -347,13 +361,6 @@ class AsyncCircuitBreaker(BreakerCore):
         await self.flush()
         if self._redis is not None:
             await self._redis.close()
-
-
-async def _ended(task: asyncio.Task[Any]) -> None:
-    """Wait for a task without ending it when the waiter is cancelled, and without its exception."""
-    ended = asyncio.Event()
-    task.add_done_callback(functools.partial(_set, ended))
-    await ended.wait()
 
 
 def _set(event: asyncio.Event, _: object) -> None:

@@ -52,17 +52,22 @@ class _Words:
     """The commands of one breaker."""
 
     def __init__(self, keys: Keys) -> None:
-        self._keys = keys
+        self._keys = tuple(key.encode() for key in keys)
 
-    def evalsha(self, name: str, body: bytes) -> tuple[Any, ...]:
-        return ("EVALSHA", sha1(name), 3, *self._keys, body)
+    def evalsha(self, name: str, body: bytes) -> tuple[bytes, ...]:
+        return (b"EVALSHA", sha1(name).encode(), b"3", *self._keys, body)
 
-    def eval(self, name: str, body: bytes) -> tuple[Any, ...]:
+    def eval(self, name: str, body: bytes) -> tuple[bytes, ...]:
         """Loads and runs in one step, so that a SCRIPT FLUSH cannot come between."""
-        return ("EVAL", compose(name), 3, *self._keys, body)
+        return (b"EVAL", compose(name).encode(), b"3", *self._keys, body)
 
-    def history(self, count: int) -> tuple[Any, ...]:
-        return ("XREVRANGE", self._keys.history, "+", "-", "COUNT", count)
+    def history(self, count: int) -> tuple[bytes, ...]:
+        return (b"XREVRANGE", self._keys[1], b"+", b"-", b"COUNT", b"%d" % count)
+
+
+def _packed(words: tuple[bytes, ...]) -> list[bytes]:
+    """The words in the bytes of the protocol; redis-py's own packer takes a third of a round trip on asyncio."""
+    return [b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])]
 
 
 class RedisEngine:
@@ -104,10 +109,10 @@ class _Connections:
         self._pool, self._timeout = client.connection_pool, timeout
         self._idle: collections.deque[Any] = collections.deque()
 
-    def execute(self, *words: Any) -> Any:
+    def execute(self, *words: bytes) -> Any:
         connection = self._take()
         try:
-            connection.send_command(*words, check_health=False)
+            connection.send_packed_command(_packed(words), check_health=False)
             reply = connection.read_response()
         except NoScriptError:
             self._idle.append(connection)
@@ -203,7 +208,7 @@ class _AsyncConnections:
         async with _deadline(self._timeout):
             connection = await self._take()
             try:
-                await connection.send_command(*words, check_health=False)
+                await connection.send_packed_command(_packed(words), check_health=False)
                 reply = await connection.read_response()
             except NoScriptError:
                 self._idle.append(connection)
@@ -223,7 +228,7 @@ class _AsyncConnections:
         while self._idle:
             connection = self._idle.pop()
             with contextlib.suppress(*REDIS_ERRORS):
-                if connection.is_connected and not await connection.can_read_destructive():
+                if connection.is_connected and not await _can_read(connection)():
                     return connection
             await connection.disconnect(nowait=True)
         # the deadline is around the whole exchange
@@ -249,6 +254,10 @@ async def _deadline(seconds: float) -> AsyncIterator[None]:
             yield
         finally:
             timer[0].cancel()
+
+
+def _can_read(connection: Any) -> Any:
+    return connection.can_read if hasattr(connection, "can_read") else connection.can_read_destructive
 
 
 class _AsyncCluster:
