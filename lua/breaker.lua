@@ -283,6 +283,7 @@ end
 
 local function record_closed(document, policy, successes, failures, now)
   if document.forced then return false end
+  document.unchanged = failures == 0 and document.failure_count == 0
   if successes > 0 then document.failure_count = 0 end
   if failures > 0 then
     count_failures(document, failures, now)
@@ -373,14 +374,19 @@ local function announce(document, request, now)
   change.instance, change.time_ms = nil, nil
 end
 
+local function ttl_ms(document, request, now)
+  local deadline = math.max(document.open_until_ms or 0, document.forced_until_ms or 0)
+  return string.format('%.0f', math.max(request.policy.ttl_ms, deadline - now + MARGIN_MS))
+end
+
 -- The one write: the document with its TTL, then history and message of the transition it made.
 function breaker.save(document, request, now)
+  if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl_ms(document, request, now)) end
   local change, warning = document.change, document.warning
   document.change, document.warning, document.fresh, document.undated = nil, nil, nil, nil
+  document.unchanged = nil
   local text = request.encoding == 'msgpack' and cmsgpack.pack(document) or encode_json(document)
-  local deadline = math.max(document.open_until_ms or 0, document.forced_until_ms or 0)
-  local ttl_ms = math.max(request.policy.ttl_ms, deadline - now + MARGIN_MS)
-  redis.call('SET', KEYS[1], text, 'PX', string.format('%.0f', ttl_ms))
+  redis.call('SET', KEYS[1], text, 'PX', ttl_ms(document, request, now))
   document.change, document.warning = change, warning
   if change then announce(document, request, now) end
 end

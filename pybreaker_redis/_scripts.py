@@ -79,9 +79,7 @@ class RedisEngine:
     """
 
     def __init__(self, client: Any, keys: Keys, timeout: float) -> None:
-        if isinstance(client, str):
-            client = redis.Redis.from_url(client)
-        _check_client(client, (redis.Redis, redis.RedisCluster), "redis.Redis")
+        client = _client(client, redis.Redis, redis.RedisCluster, "redis.Redis")
         self._words = _Words(keys)
         self._link = (_Cluster if isinstance(client, redis.RedisCluster) else _Connections)(client, timeout)
 
@@ -163,9 +161,7 @@ class AsyncRedisEngine:
     """RedisEngine for asyncio, with connections of their own for every event loop."""
 
     def __init__(self, client: Any, keys: Keys, timeout: float) -> None:
-        if isinstance(client, str):
-            client = redis.asyncio.Redis.from_url(client)
-        _check_client(client, (redis.asyncio.Redis, redis.asyncio.RedisCluster), "redis.asyncio.Redis")
+        client = _client(client, redis.asyncio.Redis, redis.asyncio.RedisCluster, "redis.asyncio.Redis")
         self._words = _Words(keys)
         make = _AsyncCluster if isinstance(client, redis.asyncio.RedisCluster) else _AsyncConnections
         self._make_link = functools.partial(make, client, timeout)
@@ -279,9 +275,15 @@ class _AsyncCluster:
             await client.aclose()
 
 
-def _check_client(client: Any, kinds: tuple[type, ...], wanted: str) -> None:
-    if not isinstance(client, kinds):
-        raise PolicyError(f"redis must be a {wanted} (or cluster) client, a URL or None, not {client!r}")
+def _client(given: Any, kind: Any, cluster: Any, wanted: str) -> Any:
+    if isinstance(given, (kind, cluster)):
+        return given
+    if not isinstance(given, str):
+        raise PolicyError(f"redis must be a {wanted} (or cluster) client, a URL or None, not {given!r}")
+    try:
+        return kind.from_url(given)
+    except ValueError as error:
+        raise PolicyError(f"redis is no URL of a server: {error}") from error
 
 
 def _connection_kwargs(given: dict[str, Any], timeout: float | None) -> dict[str, Any]:
