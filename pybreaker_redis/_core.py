@@ -125,7 +125,7 @@ class BreakerCore:
                 return seen.generation, None
             if verdict is Verdict.REJECT:
                 yield from self._reject("open", max(seen.retry_at - now, 0.0))
-            reply = yield from self._run("acquire", view.take())
+            reply = yield from self._run("acquire", view.take() if view.lease > 0 else {})
             if reply["admitted"]:
                 return reply["generation"], reply.get("probe")
             yield from self._reject(reply["state"], seconds(reply.get("retry_after_ms")) or 0.0)
@@ -160,6 +160,11 @@ class BreakerCore:
 
     def _report_result(self, result: Any, generation: int, probe: int | None) -> Steps[None]:
         """Judge a result and count it; an exception of the predicate is raised, and counts as nothing."""
+        if self._quiet:
+            return self._report(Outcome.SUCCESS, generation, probe)
+        return self._judge(result, generation, probe)
+
+    def _judge(self, result: Any, generation: int, probe: int | None) -> Steps[None]:
         try:
             outcome = self._classifier.of_result(result)
         except BaseException as exception:
@@ -168,7 +173,7 @@ class BreakerCore:
         yield from self._report(outcome, generation, probe)
 
     def _report_exception(self, exception: BaseException, generation: int, probe: int | None) -> Steps[None]:
-        yield from self._report(self._classifier.of_exception(exception), generation, probe, exception)
+        return self._report(self._classifier.of_exception(exception), generation, probe, exception)
 
     # Blocks
 
@@ -201,7 +206,8 @@ class BreakerCore:
 
     def _heed(self, reply: Reply, sent: float) -> Steps[Reply]:
         self._view.adopt(reply, sent, monotonic())
-        self._warn(reply)
+        if "warning" in reply:
+            self._warn(reply)
         if change := reply.get("transition"):
             logger.info("circuit breaker %r: %s -> %s (%s)", self.name, change["from"], change["to"], change["reason"])
             yield from self._tell_change(change, reply["source"])

@@ -106,7 +106,9 @@ class FallbackEngine:
         local = self._local
         if local is None:
             try:
-                return (yield from _redis_reply(name, _reportable(request)))
+                reply: Reply = yield Ask(name, _reportable(request))
+                reply["source"] = "redis"
+                return reply
             except REDIS_ERRORS as error:
                 local = yield from self._go_down(error)
         elif self._claim_retry():
@@ -116,7 +118,9 @@ class FallbackEngine:
     def command(self, name: str, request: Request) -> Steps[Reply]:
         """An operator's action: by Redis or not at all. Raises RedisUnavailableError."""
         try:
-            return (yield from _redis_reply(name, request))
+            reply: Reply = yield Ask(name, request)
+            reply["source"] = "redis"
+            return reply
         except REDIS_ERRORS as error:
             raise RedisUnavailableError(f"{request['action']} was not carried out: {error}") from error
 
@@ -166,11 +170,6 @@ class FallbackEngine:
         else:
             self._local = None
             yield from self._on_up()
-
-
-def _redis_reply(name: str, request: Request) -> Steps[Reply]:
-    reply: Reply = yield Ask(name, request)
-    return {**reply, "source": "redis"}
 
 
 def _reportable(request: Request) -> Request:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
-from ._protocol import Reply, Request, State, seconds
+from ._protocol import Reply, Request, State
 
 EventKind: TypeAlias = Literal[
     "state_change", "success", "failure", "ignored", "rejected", "redis_error", "redis_restored"
@@ -139,7 +139,7 @@ class View:
             # a lower generation is news only from a request that began after the last reply was here
             if sent < (seen.arrived if generation < seen.generation else seen.sent) and generation <= seen.generation:
                 return
-            retry_at = now + (seconds(reply.get("retry_after_ms")) or 0.0)
+            retry_at = now + (reply.get("retry_after_ms") or 0) / 1000
             fresh_until = sent + self.lease if self.lease > 0 else NEVER
             self.seen = Seen(
                 state,
