@@ -9,7 +9,7 @@ import inspect
 import sys
 import types
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Hashable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
 from time import monotonic
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
@@ -197,19 +197,19 @@ class AsyncCircuitBreaker(BreakerCore):
         return AsyncPermit(self, *await self._drive(self._admit(), self._give_back))
 
     def __aenter__(self) -> Coroutine[Any, Any, AsyncPermit]:
-        return self._enter(self._block_key(sys._getframe(1)))
+        return self._enter(sys._getframe(1))
 
-    async def _enter(self, key: Hashable) -> AsyncPermit:
+    async def _enter(self, frame: types.FrameType) -> AsyncPermit:
         permit = await self.acquire()
-        self._blocks.setdefault(key, []).append(permit)
+        self._enter_block(frame, permit)
         return permit
 
     def __aexit__(
         self, kind: type[BaseException] | None, exception: BaseException | None, traceback: types.TracebackType | None
     ) -> Coroutine[Any, Any, None]:
-        return self._drive(self._leave_block(self._block_key(sys._getframe(1)), exception))
+        return self._drive(self._leave_block(sys._getframe(1), exception))
 
-    def _running(self) -> Hashable:
+    def _running(self) -> object:
         return asyncio.current_task()
 
     # The shell

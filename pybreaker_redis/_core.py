@@ -7,7 +7,7 @@ import os
 import secrets
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from time import monotonic
 from typing import Any, Literal, NoReturn, TypeAlias, get_args
 
@@ -85,7 +85,7 @@ class BreakerCore:
         )
         # a success that nobody wants to hear of or to judge is only counted: the fast path
         self._quiet = not self._listeners and is_failure is None
-        self._blocks: dict[Hashable, list[BasePermit]] = {}  # innermost last
+        self._blocks: dict[types.FrameType, list[tuple[object, BasePermit]]] = {}  # innermost last
         self._start_process()
         _breakers.add(self)
 
@@ -177,24 +177,33 @@ class BreakerCore:
 
     # Blocks
 
-    def _block_key(self, frame: types.FrameType) -> Hashable:
-        """What a block's entry and its end have in common: the frame, also of a generator that changes threads.
-
-        An ExitStack enters and leaves from frames of its own.
-        """
-        return self._running() if frame.f_globals.get("__name__") == "contextlib" else frame
-
-    def _running(self) -> Hashable:
+    def _running(self) -> object:
         """The thread or task that runs now."""
         raise NotImplementedError
 
-    def _leave_block(self, key: Hashable, exception: BaseException | None) -> Steps[None]:
-        permit = self._blocks[key].pop()
-        if not self._blocks[key]:
-            del self._blocks[key]
+    def _enter_block(self, frame: types.FrameType, permit: BasePermit) -> None:
+        self._blocks.setdefault(frame, []).append((self._running(), permit))
+
+    def _leave_block(self, frame: types.FrameType, exception: BaseException | None) -> Steps[None]:
+        permit = self._permit_of(frame)
         if not permit.settled:
             outcome = Outcome.SUCCESS if exception is None else self._classifier.of_exception(exception)
             yield from permit._settle(outcome, exception)
+
+    def _permit_of(self, frame: types.FrameType) -> BasePermit:
+        """A block is known by its frame, since a generator may change threads and others run in between.
+
+        An ExitStack, or another object that enters and leaves for its user, does so from frames of its own: then
+        it is the block that this thread or task entered last.
+        """
+        if frame not in self._blocks:
+            running = self._running()
+            frame = next(key for key in reversed(self._blocks) if self._blocks[key][-1][0] == running)
+        entered = self._blocks[frame]
+        _, permit = entered.pop()
+        if not entered:
+            del self._blocks[frame]
+        return permit
 
     # Requests and what becomes of their replies
 

@@ -196,13 +196,13 @@ class CircuitBreaker(BreakerCore):
 
     def __enter__(self) -> Permit:
         permit = self.acquire()
-        self._blocks.setdefault(self._block_key(sys._getframe(1)), []).append(permit)
+        self._enter_block(sys._getframe(1), permit)
         return permit
 
     def __exit__(
         self, kind: type[BaseException] | None, exception: BaseException | None, traceback: types.TracebackType | None
     ) -> None:
-        self._drive(self._leave_block(self._block_key(sys._getframe(1)), exception))
+        self._drive(self._leave_block(sys._getframe(1), exception))
 
     def _running(self) -> int:
         return threading.get_ident()

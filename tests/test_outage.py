@@ -1,0 +1,404 @@
+"""Redis refuses, hangs, comes back: what the calls of both breakers notice of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+import redis.asyncio
+from conftest import wait_until
+
+from pybreaker_redis import (
+    AsyncCircuitBreaker,
+    CircuitBreaker,
+    CircuitOpenError,
+    Policy,
+    RedisUnavailableError,
+)
+from pybreaker_redis.embedded import EmbeddedServer
+
+Make = Callable[..., Any]
+MANY = Policy(failure_threshold=10**9)
+PATIENT: dict[str, Any] = {"lease": 0, "redis_timeout": 20.0}
+
+
+class Boom(Exception):
+    """A failure of the guarded service."""
+
+
+def fine() -> str:
+    """A call that succeeds."""
+    return "fine"
+
+
+def boom() -> None:
+    """A call that fails."""
+    raise Boom
+
+
+class OnLoop:
+    """An AsyncCircuitBreaker that is used from outside of its loop, which runs as long as a call lasts."""
+
+    def __init__(self, breaker: AsyncCircuitBreaker, runner: asyncio.Runner) -> None:
+        self._breaker, self._runner = breaker, runner
+
+    def call(self, func: Callable[[], Any]) -> Any:
+        async def awaited() -> Any:
+            return func()
+
+        return self._runner.run(self._breaker.call(awaited))
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._breaker, name)
+        if inspect.iscoroutine(found):
+            return self._runner.run(found)
+        return (lambda *args: self._runner.run(found(*args))) if inspect.iscoroutinefunction(found) else found
+
+
+@pytest.fixture(params=["sync", "async"])
+def shell(request: pytest.FixtureRequest) -> str:
+    """Which breaker."""
+    return request.param
+
+
+@pytest.fixture
+def make(shell: str) -> Iterator[Make]:
+    """Makes breakers; the asyncio one looks like the other."""
+    if shell == "sync":
+        yield lambda url, **options: CircuitBreaker("discovery", redis=url, **options)
+        return
+    with asyncio.Runner() as runner:
+        yield lambda url, **options: OnLoop(AsyncCircuitBreaker("discovery", redis=url, **options), runner)
+
+
+@pytest.fixture
+def dead_url() -> Iterator[str]:
+    """Where nobody listens, and nobody else can begin to."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"redis://127.0.0.1:{bound.getsockname()[1]}"
+
+
+class Slammer:
+    """Accepts connections, counts them and closes each at once."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            connection, _ = self._listener.accept()
+            with connection:
+                if connection.getpeername() == self._last:
+                    return
+                self.count += 1
+
+    _last: Any = None
+
+    def close(self) -> None:
+        """End the thread by a connection that it knows."""
+        with socket.socket() as last:
+            last.bind(("127.0.0.1", 0))
+            self._last = last.getsockname()
+            last.connect(("127.0.0.1", self.port))
+            self._thread.join(60)
+        self._listener.close()
+
+
+@pytest.fixture
+def slammer() -> Iterator[Slammer]:
+    """A server that slams the door."""
+    started = Slammer()
+    yield started
+    started.close()
+
+
+@contextlib.contextmanager
+def stopped(server: EmbeddedServer) -> Iterator[None]:
+    """The server hangs for the length of the block."""
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
+
+
+def listening() -> tuple[list[str], list[Callable[[Any], None]]]:
+    """The kinds heard of Redis, and the listeners that hear them."""
+    kinds: list[str] = []
+    return kinds, [lambda event: kinds.append(event.kind) if event.kind.startswith("redis") else None]
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What was logged as a warning or worse by the library."""
+    return [one.getMessage() for one in caplog.records if one.name == "pybreaker_redis" and one.levelno > logging.INFO]
+
+
+def back(breaker: Any) -> bool:
+    """Whether Redis is the source again."""
+    return bool(breaker.snapshot().source == "redis")
+
+
+# Nobody listens
+
+
+def test_constructor_needs_no_server(make: Make, dead_url: str, slammer: Slammer) -> None:
+    """Making a breaker neither raises nor connects."""
+    make(dead_url)
+    make("redis://no.such.host.invalid:1")
+    make(slammer.url)
+    assert slammer.count == 0
+
+
+@pytest.mark.parametrize("lease", [0, 0.1])
+def test_told_once(make: Make, dead_url: str, caplog: pytest.LogCaptureFixture, lease: float) -> None:
+    """50 calls without a server succeed, with one warning and one event among them."""
+    kinds, listeners = listening()
+    breaker = make(dead_url, lease=lease, listeners=listeners)
+    assert [breaker.call(fine) for _ in range(50)] == ["fine"] * 50
+    assert kinds == ["redis_error"]
+    [warning] = warnings(caplog)
+    assert "'discovery': Redis does not answer" in warning
+
+
+def test_local_protection(make: Make, dead_url: str) -> None:
+    """Alone a process trips by the same rules, and rejects with the right wait."""
+    breaker = make(dead_url, policy=Policy(failure_threshold=3, reset_timeout=3600))
+    for _ in range(3):
+        with pytest.raises(Boom):
+            breaker.call(boom)
+    with pytest.raises(CircuitOpenError) as caught:
+        breaker.call(fine)
+    assert caught.value.state == "open"
+    assert 3000 < caught.value.retry_after <= 3600
+    seen = breaker.snapshot()
+    assert (seen.source, seen.state, seen.failure_count) == ("local", "open", 3)
+
+
+def test_local_recovery(make: Make, dead_url: str) -> None:
+    """Alone a process probes and recovers by itself."""
+    breaker = make(dead_url, policy=Policy(failure_threshold=1, reset_timeout=0.001))
+    with pytest.raises(Boom):
+        breaker.call(boom)
+    wait_until(lambda: breaker.snapshot().retry_after == 0)
+    assert breaker.call(fine) == "fine"
+    assert breaker.state == "closed"
+
+
+def test_mode_open(make: Make, dead_url: str) -> None:
+    """With on_redis_failure="open" every call is rejected, for a second at the most."""
+    breaker = make(dead_url, on_redis_failure="open")
+    for _ in range(3):
+        with pytest.raises(CircuitOpenError) as caught:
+            breaker.call(fine)
+        assert 0 < caught.value.retry_after <= 1
+    assert (breaker.snapshot().state, breaker.snapshot().source) == ("open", "local")
+
+
+def test_mode_closed(make: Make, dead_url: str) -> None:
+    """With on_redis_failure="closed" every call is admitted, whatever fails."""
+    breaker = make(dead_url, on_redis_failure="closed", policy=Policy(failure_threshold=1))
+    for _ in range(20):
+        with pytest.raises(Boom):
+            breaker.call(boom)
+    assert (breaker.snapshot().state, breaker.snapshot().source) == ("closed", "local")
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_operators_are_told(make: Make, dead_url: str, called: bool) -> None:
+    """Commands and the history fail without Redis, and nothing is done locally instead."""
+    breaker = make(dead_url, policy=Policy(failure_threshold=2))
+    if called:
+        with pytest.raises(Boom):
+            breaker.call(boom)
+    before = breaker.snapshot()
+    commands = (breaker.force_open, breaker.force_closed, breaker.clear_override, breaker.reset, breaker.history)
+    for command in commands:
+        with pytest.raises(RedisUnavailableError) as caught:
+            command()
+        assert isinstance(caught.value.__cause__, (redis.RedisError, OSError))
+    assert breaker.snapshot() == before
+
+
+# One attempt
+
+
+def test_a_call_tries_once(make: Make, slammer: Slammer) -> None:
+    """A call that finds no server has tried to connect once."""
+    for count in range(1, 6):
+        make(slammer.url).acquire()
+        assert slammer.count == count
+
+
+def test_a_command_tries_once(make: Make, slammer: Slammer) -> None:
+    """So has an operator's command, each time."""
+    breaker = make(slammer.url)
+    for count in range(1, 6):
+        with pytest.raises(RedisUnavailableError):
+            breaker.reset()
+        assert slammer.count == count
+
+
+def test_a_given_client_is_left_alone(make: Make, shell: str, slammer: Slammer) -> None:
+    """A default client keeps its options and its retries, which the breaker does not use."""
+    module: Any = redis if shell == "sync" else redis.asyncio
+    given = module.Redis(port=slammer.port)
+    pool = given.connection_pool
+    before, retry, retries = dict(pool.connection_kwargs), given.get_retry(), given.get_retry()._retries
+    assert retries > 1
+    for count in range(1, 6):
+        make(given).acquire()
+        assert slammer.count == count
+    assert pool.connection_kwargs == before
+    assert given.connection_pool is pool
+    assert (given.get_retry(), retry._retries) == (retry, retries)
+
+
+# A server that hangs and comes back
+
+
+def test_hung_server(make: Make, own_server: EmbeddedServer, caplog: pytest.LogCaptureFixture) -> None:
+    """While the server hangs one call waits for it; the others send nothing. It is back by itself, told once."""
+    kinds, listeners = listening()
+    breaker = make(own_server.url, lease=0, policy=MANY, redis_timeout=0.25, listeners=listeners)
+    with redis.Redis.from_url(own_server.url) as client:
+
+        def asked() -> int:
+            stats = client.info("commandstats")
+            return sum(stats.get(f"cmdstat_{name}", {"calls": 0})["calls"] for name in ("eval", "evalsha"))
+
+        wait_until(lambda: back(breaker))
+        kinds.clear()
+        caplog.clear()
+        before = asked()
+        with stopped(own_server):
+            assert [breaker.call(fine) for _ in range(400)] == ["fine"] * 400
+            assert kinds == ["redis_error"]
+            assert breaker.snapshot().source == "local"
+        assert asked() - before < 100  # of 800, were each asked
+        wait_until(lambda: back(breaker))
+        wait_until(lambda: "redis_restored" in kinds)
+        assert kinds == ["redis_error", "redis_restored"]
+        assert len(warnings(caplog)) == 2
+
+
+def test_the_state_of_redis_counts_again(make: Make, own_server: EmbeddedServer) -> None:
+    """What was tripped locally is closed again when Redis is back, which never heard of it."""
+    breaker = make(own_server.url, lease=0, policy=Policy(failure_threshold=2, reset_timeout=3600), redis_timeout=0.25)
+    wait_until(lambda: back(breaker))
+    with stopped(own_server):
+        for _ in range(2):
+            with pytest.raises(Boom):
+                breaker.call(boom)
+        assert breaker.snapshot().state == "open"
+    wait_until(lambda: back(breaker))
+    assert breaker.snapshot().state == "closed"
+
+
+def test_starts_from_the_last_view(make: Make, own_server: EmbeddedServer) -> None:
+    """Failures that were counted before the outage count in it."""
+    breaker = make(own_server.url, policy=Policy(failure_threshold=3, reset_timeout=3600), **PATIENT)
+    for _ in range(2):
+        with pytest.raises(Boom):
+            breaker.call(boom)
+    own_server.stop()
+    with pytest.raises(Boom):
+        breaker.call(boom)
+    seen = breaker.snapshot()
+    assert (seen.source, seen.state, seen.failure_count) == ("local", "open", 3)
+
+
+def test_stays_open_over_an_outage(make: Make, own_server: EmbeddedServer) -> None:
+    """A circuit that was open when Redis went is open, for as long as was left."""
+    breaker = make(own_server.url, policy=Policy(failure_threshold=1, reset_timeout=3600), **PATIENT)
+    with pytest.raises(Boom):
+        breaker.call(boom)
+    own_server.stop()
+    with pytest.raises(CircuitOpenError) as caught:
+        breaker.call(fine)
+    assert 3000 < caught.value.retry_after <= 3600
+    assert breaker.snapshot().source == "local"
+
+
+def test_restart(make: Make) -> None:
+    """After a restart, with nothing stored and no script loaded, Redis is back by itself."""
+    kinds, listeners = listening()
+    with EmbeddedServer(port=0) as first:
+        url = first.url
+        breaker = make(url, listeners=listeners, **PATIENT)
+        assert breaker.call(fine) == "fine"
+        assert breaker.snapshot().source == "redis"
+    assert breaker.call(fine) == "fine"
+    assert breaker.snapshot().source == "local"
+    with EmbeddedServer(port=int(url.rpartition(":")[2])):
+        wait_until(lambda: back(breaker))
+        wait_until(lambda: "redis_restored" in kinds)
+        with pytest.raises(Boom):
+            breaker.call(boom)
+        assert breaker.snapshot().failure_count == 1
+    assert kinds == ["redis_error", "redis_restored"]
+
+
+@pytest.mark.parametrize("mode", ["open", "closed"])
+def test_modes_end(make: Make, own_server: EmbeddedServer, mode: str) -> None:
+    """The other modes end with the outage too."""
+    breaker = make(own_server.url, lease=0, on_redis_failure=mode, redis_timeout=0.25)
+    with stopped(own_server):
+        assert breaker.snapshot().source == "local"
+        assert breaker.snapshot().state == mode
+    wait_until(lambda: back(breaker))
+    assert breaker.snapshot().state == "closed"
+
+
+# A server that answers with errors
+
+
+def test_no_flapping_without_writes(make: Make, own_server: EmbeddedServer) -> None:
+    """A server that can be read but not written, as a full one or a replica, is one outage, not one per retry."""
+    kinds, listeners = listening()
+    breaker = make(own_server.url, policy=MANY, listeners=listeners, **PATIENT)
+    with redis.Redis.from_url(own_server.url) as client:
+        client.replicaof("127.0.0.1", "1")
+
+        def fails_often() -> bool:
+            with contextlib.suppress(Boom):
+                breaker.call(boom)
+            return kinds.count("redis_error") > 3
+
+        with pytest.raises(AssertionError):
+            wait_until(fails_often, 2)
+        client.replicaof("NO", "ONE")
+        wait_until(lambda: back(breaker))
+
+
+def test_a_key_of_another_type(make: Make, server: EmbeddedServer, client: redis.Redis) -> None:
+    """A foreign value under the state key is no outage: the breaker works on, shared."""
+    client.rpush("circuit_breaker:discovery:state", "foreign")
+    breaker = make(server.url, policy=Policy(failure_threshold=1), **PATIENT)
+    with pytest.raises(Boom):
+        breaker.call(boom)
+    assert (breaker.snapshot().source, breaker.snapshot().state) == ("redis", "open")
+
+
+def test_wrong_password(make: Make, own_server: EmbeddedServer) -> None:
+    """A server that lets nobody in is an outage like any other."""
+    with redis.Redis.from_url(own_server.url) as client:
+        client.config_set("requirepass", "secret")
+    breaker = make(own_server.url, **PATIENT)
+    assert breaker.call(fine) == "fine"
+    assert breaker.snapshot().source == "local"

@@ -1,0 +1,913 @@
+"""CircuitBreaker as its user sees it, on both engines."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import gc
+import inspect
+import json
+import logging
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import msgpack
+import pytest
+import redis
+from conftest import wait_until
+
+from pybreaker_redis import CircuitBreaker, CircuitBreakerError, CircuitOpenError, Event, PermitError, Policy
+from pybreaker_redis import PolicyError as Refused
+
+Make = Callable[..., CircuitBreaker]
+PATIENT: dict[str, Any] = {"redis_timeout": 20.0}
+STRICT: dict[str, Any] = {"lease": 0, **PATIENT}
+ONE = Policy(failure_threshold=1, reset_timeout=3600)
+PROBING = Policy(failure_threshold=1, reset_timeout=0.001, probe_timeout=3600)
+
+
+class Boom(Exception):
+    """A failure of the guarded service."""
+
+
+class Answer(Exception):
+    """An exception by which the guarded service answers."""
+
+
+def boom(*_: object) -> None:
+    raise Boom("boom")
+
+
+def raising(exception: BaseException) -> Callable[[], None]:
+    """A function that raises this."""
+
+    def function() -> None:
+        raise exception
+
+    return function
+
+
+def half_open(make: Make, **options: Any) -> CircuitBreaker:
+    """A breaker whose next call is a probe; its slot would be held for an hour."""
+    breaker = make(policy=PROBING, **{**STRICT, **options})
+    breaker.acquire().failure()
+    wait_until(lambda: breaker.snapshot().retry_after == 0)
+    return breaker
+
+
+def counts(breaker: CircuitBreaker) -> tuple[Any, ...]:
+    """Everything that an outcome could change."""
+    seen = breaker.snapshot()
+    return seen.state, seen.generation, seen.failure_count, seen.success_count, seen.trips, seen.probes_in_flight
+
+
+def failures(breaker: CircuitBreaker) -> int:
+    """The failures in a row."""
+    return breaker.snapshot().failure_count
+
+
+# Calls
+
+
+def test_call(make_breaker: Make) -> None:
+    """call() hands over arguments, result and exception, and counts the failure."""
+    breaker = make_breaker(**STRICT)
+    assert breaker.call(lambda *args, **kwargs: (args, kwargs), 1, func=2) == ((1,), {"func": 2})
+    with pytest.raises(Boom, match="boom"):
+        breaker.call(boom)
+    assert failures(breaker) == 1
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+def test_trips_and_rejects(make_breaker: Make, lease: float) -> None:
+    """The threshold-th failure opens it, and the function does not run any more."""
+    breaker = make_breaker(policy=Policy(failure_threshold=3), lease=lease, **PATIENT)
+    ran = []
+    for _ in range(3):
+        with pytest.raises(Boom):
+            breaker.call(boom)
+    assert breaker.state == "open"
+    with pytest.raises(CircuitOpenError):
+        breaker.call(ran.append, 1)
+    assert ran == []
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+def test_success_ends_a_run_of_failures(make_breaker: Make, lease: float) -> None:
+    """Failures count in a row: a success between them starts the count again."""
+    breaker = make_breaker(policy=Policy(failure_threshold=2), lease=lease, **PATIENT)
+    for _ in range(3):
+        with pytest.raises(Boom):
+            breaker.call(boom)
+        breaker.call(int)
+    assert breaker.state == "closed"
+
+
+def test_recovers(make_breaker: Make) -> None:
+    """After reset_timeout a probe runs, and its success closes the circuit."""
+    breaker = half_open(make_breaker)
+    assert breaker.call(int) == 0
+    assert breaker.state == "closed"
+
+
+def test_probe_fails(make_breaker: Make) -> None:
+    """A probe that fails opens the circuit again."""
+    breaker = half_open(make_breaker)
+    with pytest.raises(Boom):
+        breaker.call(boom)
+    assert (breaker.snapshot().state, breaker.snapshot().trips) == ("open", 2)
+
+
+def test_decorator(make_breaker: Make) -> None:
+    """The decorated function keeps its name, signature and text, and knows its breaker."""
+    breaker = make_breaker(**STRICT)
+
+    @breaker
+    def search(query: str, *, limit: int = 3) -> str:
+        """Search."""
+        return query * limit
+
+    assert search("a", limit=2) == "aa"
+    assert (search.__name__, search.__doc__) == ("search", "Search.")
+    assert list(inspect.signature(search).parameters) == ["query", "limit"]
+    assert search.breaker is breaker
+
+
+def test_decorated_function_rejects(make_breaker: Make) -> None:
+    """The decorator guards like call()."""
+    guarded = make_breaker(policy=ONE, **STRICT)(boom)
+    with pytest.raises(Boom):
+        guarded()
+    with pytest.raises(CircuitOpenError):
+        guarded()
+
+
+def test_decorated_method(make_breaker: Make) -> None:
+    """A decorated method is bound like any other."""
+    breaker = make_breaker(**STRICT)
+
+    class Client:
+        @breaker
+        def me(self) -> Client:
+            return self
+
+    client = Client()
+    assert client.me() is client
+
+
+def test_open_error(make_breaker: Make) -> None:
+    """A rejection says who, in which state and for how long, also after pickling."""
+    breaker = make_breaker("search", policy=ONE, **STRICT)
+    breaker.acquire().failure()
+    with pytest.raises(CircuitOpenError) as caught:
+        breaker.acquire()
+    for error in (caught.value, pickle.loads(pickle.dumps(caught.value))):
+        assert isinstance(error, CircuitBreakerError)
+        assert (error.name, error.state) == ("search", "open")
+        assert 3000 < error.retry_after <= 3600
+        assert "'search' is open; retry after 3" in str(error)
+
+
+def test_open_error_of_the_fast_path(make_breaker: Make) -> None:
+    """A rejection by the view alone carries the same."""
+    breaker = make_breaker("search", policy=ONE, lease=600, **PATIENT)
+    breaker.acquire().failure()
+    with pytest.raises(CircuitOpenError) as caught:
+        breaker.call(int)
+    assert (caught.value.name, caught.value.state) == ("search", "open")
+    assert 3000 < caught.value.retry_after <= 3600
+
+
+def test_open_error_in_half_open(make_breaker: Make) -> None:
+    """With all slots taken a rejection tells when the nearest one ends."""
+    breaker = half_open(make_breaker)
+    breaker.acquire()
+    with pytest.raises(CircuitOpenError) as caught:
+        breaker.acquire()
+    assert caught.value.state == "half_open"
+    assert 3000 < caught.value.retry_after <= 3600
+
+
+# Blocks and permits
+
+
+def test_block(make_breaker: Make) -> None:
+    """A block counts as a call: an exception out of it is a failure, its end a success."""
+    breaker = make_breaker(**STRICT)
+    with contextlib.suppress(Boom), breaker as permit:
+        assert not permit.settled
+        raise Boom
+    assert permit.settled
+    assert failures(breaker) == 1
+    with breaker:
+        pass
+    assert failures(breaker) == 0
+
+
+def test_block_rejects(make_breaker: Make) -> None:
+    """A rejected block does not run, and leaves nothing for a later one to end."""
+    breaker = make_breaker(policy=ONE, **STRICT)
+    breaker.acquire().failure()
+    with pytest.raises(CircuitOpenError), breaker:
+        pytest.fail("it ran")
+    breaker.reset()
+    with pytest.raises(Boom), breaker:
+        raise Boom
+    assert breaker.state == "open"
+
+
+def test_failure_inside_a_block(make_breaker: Make) -> None:
+    """permit.failure() in a block overrules its good end."""
+    breaker = make_breaker(**STRICT)
+    with breaker as permit:
+        permit.failure(Boom())
+    assert failures(breaker) == 1
+
+
+def test_ignore_inside_a_block(make_breaker: Make) -> None:
+    """permit.ignore() in a block overrules the exception that ends it."""
+    breaker = make_breaker(**STRICT)
+    breaker.acquire().failure()
+    with contextlib.suppress(Boom), breaker as permit:
+        permit.ignore()
+        raise Boom
+    with breaker as permit:
+        permit.ignore()
+    assert failures(breaker) == 1
+
+
+def test_nested_blocks(make_breaker: Make) -> None:
+    """Nested blocks of one breaker end with their own permits."""
+    breaker = make_breaker(**STRICT)
+    with contextlib.suppress(Boom), breaker as outer:
+        with breaker as inner:
+            pass
+        assert (inner.settled, outer.settled) == (True, False)
+        raise Boom
+    assert failures(breaker) == 1
+
+
+@pytest.mark.parametrize("end", ["success", "failure", "release", "ignore"])
+def test_second_settle(make_breaker: Make, end: str) -> None:
+    """A permit is settled once, however it was."""
+    permit = make_breaker(**STRICT).acquire()
+    getattr(permit, end)()
+    assert permit.settled
+    for again in ("success", "failure", "release", "ignore"):
+        with pytest.raises(PermitError, match="settled before"):
+            getattr(permit, again)()
+
+
+def test_permit_outcomes(make_breaker: Make) -> None:
+    """success, failure and release count as success, failure and nothing."""
+    breaker = make_breaker(**STRICT)
+    breaker.acquire().failure(Boom())
+    breaker.acquire().failure()
+    breaker.acquire().release()
+    assert failures(breaker) == 2
+    breaker.acquire().success()
+    assert failures(breaker) == 0
+
+
+def test_released_probe(make_breaker: Make) -> None:
+    """A released probe frees its slot at once."""
+    breaker = half_open(make_breaker)
+    breaker.acquire().release()
+    assert breaker.snapshot().probes_in_flight == 0
+    breaker.acquire()
+
+
+def test_interleaved_blocks(make_breaker: Make) -> None:
+    """Blocks in two generators of one thread that end in the order of their start keep their own permits."""
+    breaker = make_breaker(**STRICT)
+
+    def work() -> Iterator[Any]:
+        with breaker as permit:
+            yield permit
+
+    first, second = work(), work()
+    permits = [next(first), next(second)]
+    with pytest.raises(Boom):
+        first.throw(Boom())
+    assert [permit.settled for permit in permits] == [True, False]
+    assert failures(breaker) == 1
+    next(second, None)
+    assert permits[1].settled
+
+
+def test_exit_stack(make_breaker: Make) -> None:
+    """An ExitStack enters and leaves a breaker like a with statement."""
+    breaker = make_breaker(**STRICT)
+    with contextlib.suppress(Boom), contextlib.ExitStack() as stack:
+        permit = stack.enter_context(breaker)
+        raise Boom
+    assert permit.settled
+    assert failures(breaker) == 1
+
+
+def test_delegated_block(make_breaker: Make) -> None:
+    """A class that enters the breaker in its own __enter__ and leaves it in its own __exit__ guards its block."""
+    breaker = make_breaker(**STRICT)
+
+    class Session:
+        def __enter__(self) -> None:
+            breaker.__enter__()
+
+        def __exit__(self, *exception: Any) -> None:
+            breaker.__exit__(*exception)
+
+    with pytest.raises(Boom), Session():
+        raise Boom
+    assert failures(breaker) == 1
+
+
+def test_context_manager_function(make_breaker: Make) -> None:
+    """A block inside a @contextmanager function guards the block of its caller."""
+    breaker = make_breaker(**STRICT)
+
+    @contextlib.contextmanager
+    def connected() -> Iterator[None]:
+        with breaker:
+            yield
+
+    with pytest.raises(Boom), connected():
+        raise Boom
+    assert failures(breaker) == 1
+
+
+# What counts as what
+
+
+def test_other_exceptions_are_answers(make_breaker: Make) -> None:
+    """An exception outside `failures` is an answer of the service, and ends a run of failures."""
+    breaker = make_breaker(failures=(Boom, OSError), **STRICT)
+    with pytest.raises(Boom):
+        breaker.call(boom)
+    assert failures(breaker) == 1
+    with pytest.raises(Answer):
+        breaker.call(raising(Answer()))
+    assert failures(breaker) == 0
+
+
+def test_answer_of_a_probe_closes(make_breaker: Make) -> None:
+    """A probe that gets an answer, if an exception, closes the circuit."""
+    breaker = half_open(make_breaker, failures=Boom)
+    with pytest.raises(Answer):
+        breaker.call(raising(Answer()))
+    assert breaker.state == "closed"
+
+
+@pytest.mark.parametrize("ignore", [Answer, (KeyError, Answer)])
+def test_ignored_exceptions(make_breaker: Make, ignore: Any) -> None:
+    """An ignored exception leaves every counter as it was."""
+    breaker = make_breaker(ignore=ignore, **STRICT)
+    breaker.acquire().failure()
+    before = counts(breaker)
+    with pytest.raises(Answer):
+        breaker.call(raising(Answer()))
+    with pytest.raises(Answer), breaker:
+        raise Answer
+    assert counts(breaker) == before
+
+
+NEITHER = [KeyboardInterrupt, asyncio.CancelledError, concurrent.futures.CancelledError, GeneratorExit, SystemExit]
+
+
+@pytest.mark.parametrize("kind", NEITHER)
+def test_cancellation(make_breaker: Make, kind: type[BaseException]) -> None:
+    """A call that was cut short is neither success nor failure, even where all exceptions are failures."""
+    breaker = make_breaker(failures=Exception, **STRICT)
+    breaker.acquire().failure()
+    before = counts(breaker)
+    with pytest.raises(kind):
+        breaker.call(raising(kind()))
+    assert counts(breaker) == before
+
+
+@pytest.mark.parametrize("kind", [*NEITHER, Answer])
+def test_cancelled_probe(make_breaker: Make, kind: type[BaseException]) -> None:
+    """A probe that was cut short or ignored gives its slot back at once."""
+    breaker = half_open(make_breaker, ignore=Answer)
+    for _ in range(3):
+        with pytest.raises(kind):
+            breaker.call(raising(kind()))
+        with pytest.raises(kind), breaker:
+            raise kind
+    assert counts(breaker)[0] == "half_open"
+    assert breaker.snapshot().probes_in_flight == 0
+
+
+def test_is_failure(make_breaker: Make) -> None:
+    """A result that the predicate calls a failure is handed over, and counts as one."""
+    breaker = make_breaker(is_failure=lambda result: result >= 500, **STRICT)
+    assert breaker.call(lambda: 503) == 503
+    assert failures(breaker) == 1
+    assert breaker.call(lambda: 404) == 404
+    assert failures(breaker) == 0
+
+
+def test_is_failure_with_a_lease(make_breaker: Make) -> None:
+    """The predicate is asked on the fast path too."""
+    breaker = make_breaker(is_failure=bool, policy=Policy(failure_threshold=3), lease=60, **PATIENT)
+    for _ in range(3):
+        breaker.call(lambda: 1)
+    assert breaker.state == "open"
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+def test_predicate_that_raises(make_breaker: Make, lease: float) -> None:
+    """An exception of the predicate is the caller's, and the call counts as nothing."""
+    breaker = make_breaker(is_failure=boom, lease=lease, **PATIENT)
+    breaker.acquire().failure()
+    before = counts(breaker)
+    with pytest.raises(Boom):
+        breaker.call(int)
+    breaker.flush()
+    assert counts(breaker) == before
+
+
+def test_predicate_that_raises_on_a_probe(make_breaker: Make) -> None:
+    """A predicate that raises costs no probe slot."""
+    breaker = half_open(make_breaker, is_failure=boom)
+    with pytest.raises(Boom):
+        breaker.call(int)
+    assert (breaker.snapshot().state, breaker.snapshot().probes_in_flight) == ("half_open", 0)
+
+
+# Generators
+
+
+def numbers(end: BaseException | None = None) -> Iterator[Any]:
+    """Yields what it is sent, and returns "done" or raises."""
+    got = yield "first"
+    with contextlib.suppress(LookupError):
+        got = yield got
+    got = yield "last"
+    if end:
+        raise end
+    return "done"
+
+
+def test_generator_runs_through(make_breaker: Make) -> None:
+    """A guarded generator passes on what is sent and thrown, and its return value."""
+    guarded = make_breaker(**STRICT)(numbers)
+    assert inspect.isgeneratorfunction(guarded)
+    results = []
+
+    def outer() -> Iterator[Any]:
+        results.append((yield from guarded()))
+
+    generator = outer()
+    assert next(generator) == "first"
+    assert generator.send("sent") == "sent"
+    assert generator.throw(LookupError()) == "last"
+    assert next(generator, "end") == "end"
+    assert results == ["done"]
+
+
+@pytest.mark.parametrize("way", ["decorator", "call"])
+def test_generator_failure(make_breaker: Make, way: str) -> None:
+    """A failure inside a generator counts, however late it comes."""
+    breaker = make_breaker(**STRICT)
+    generator = breaker(numbers)(Boom()) if way == "decorator" else breaker.call(numbers, Boom())
+    assert next(generator) == "first"
+    assert failures(breaker) == 0
+    with pytest.raises(Boom):
+        list(generator)
+    assert failures(breaker) == 1
+
+
+@pytest.mark.parametrize("way", ["decorator", "call"])
+def test_generator_success(make_breaker: Make, way: str) -> None:
+    """A generator counts as one success, at its end."""
+    breaker = half_open(make_breaker)
+    generator = breaker(numbers)() if way == "decorator" else breaker.call(numbers)
+    next(generator)
+    assert (breaker.snapshot().state, breaker.snapshot().probes_in_flight) == ("half_open", 1)
+    list(generator)
+    assert breaker.state == "closed"
+
+
+def test_generator_result_is_judged(make_breaker: Make) -> None:
+    """The predicate sees the return value of a generator."""
+    seen: list[Any] = []
+    list(make_breaker(is_failure=seen.append, **STRICT)(numbers)())
+    assert seen == ["done"]
+
+
+@pytest.mark.parametrize("end", ["close", "collect", "throw"])
+def test_abandoned_generator(make_breaker: Make, end: str) -> None:
+    """A generator that is closed, forgotten or cancelled gives its slot back."""
+    breaker = half_open(make_breaker)
+    generator = breaker(numbers)()
+    next(generator)
+    assert breaker.snapshot().probes_in_flight == 1
+    if end == "close":
+        generator.close()
+    elif end == "throw":
+        with pytest.raises(KeyboardInterrupt):
+            generator.throw(KeyboardInterrupt)
+    else:
+        del generator
+        gc.collect()
+    assert (breaker.snapshot().state, breaker.snapshot().probes_in_flight) == ("half_open", 0)
+
+
+@pytest.mark.parametrize("way", ["decorator", "call"])
+def test_generator_never_started(make_breaker: Make, way: str) -> None:
+    """A generator that never starts holds no slot, and one that starts too late is rejected."""
+    breaker = half_open(make_breaker)
+    generator = breaker(numbers)() if way == "decorator" else breaker.call(numbers)
+    assert breaker.snapshot().probes_in_flight == 0
+    breaker.force_open()
+    with pytest.raises(CircuitOpenError):
+        next(generator)
+
+
+# Coroutines
+
+
+async def coroutine_function() -> None:
+    """Not for the sync breaker."""
+
+
+async def async_generator_function() -> Any:
+    """Not for the sync breaker either."""
+    yield
+
+
+@pytest.mark.parametrize("function", [coroutine_function, async_generator_function])
+def test_decorating_a_coroutine_function(make_breaker: Make, function: Any) -> None:
+    """The decorator refuses what it could not guard, and says what could."""
+    with pytest.raises(TypeError, match="AsyncCircuitBreaker"):
+        make_breaker(**STRICT)(function)
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+@pytest.mark.parametrize("hidden", [False, True])
+@pytest.mark.parametrize("function", [coroutine_function, async_generator_function])
+def test_calling_a_coroutine_function(make_breaker: Make, function: Any, hidden: bool, lease: float) -> None:
+    """call() refuses a coroutine, also one that a lambda returns, and counts nothing."""
+    breaker = make_breaker(lease=lease, **PATIENT)
+    breaker.acquire().failure()
+    before = counts(breaker)
+    for _ in range(2):
+        with pytest.raises(TypeError, match="AsyncCircuitBreaker"):
+            breaker.call((lambda: function()) if hidden else function)
+    breaker.flush()
+    assert counts(breaker) == before
+
+
+@pytest.mark.parametrize("function", [coroutine_function, async_generator_function])
+def test_coroutine_as_a_probe(make_breaker: Make, function: Any) -> None:
+    """A refused coroutine costs no probe slot."""
+    breaker = half_open(make_breaker)
+    with pytest.raises(TypeError, match="AsyncCircuitBreaker"):
+        breaker.call(lambda: function())
+    assert (breaker.snapshot().state, breaker.snapshot().probes_in_flight) == ("half_open", 0)
+
+
+# Listeners
+
+
+def test_events(make_breaker: Make) -> None:
+    """Listeners are told of each outcome and transition with the fields of its kind, and of nothing else."""
+    events: list[Event] = []
+    breaker = make_breaker(listeners=[events.append], policy=ONE, ignore=Answer, **STRICT)
+    breaker.call(int)
+    with pytest.raises(Answer):
+        breaker.call(raising(answer := Answer()))
+    with pytest.raises(Boom):
+        breaker.call(raising(failure := Boom()))
+    with pytest.raises(CircuitOpenError):
+        breaker.call(int)
+    assert [event.kind for event in events] == ["success", "ignored", "failure", "state_change", "rejected"]
+    assert {(event.breaker, event.instance) for event in events} == {("discovery", breaker.instance)}
+    success, ignored, failed, change, rejected = events
+    assert (success.exception, ignored.exception, failed.exception) == (None, answer, failure)
+    assert success.generation == ignored.generation == failed.generation
+    assert (change.old, change.new, change.reason) == ("closed", "open", "failure_threshold")
+    assert change.counts == {"failure_count": 1, "success_count": 0}
+    assert change.source == breaker.snapshot().source
+    assert change.generation == breaker.snapshot().generation > failed.generation
+    assert rejected.retry_after is not None
+    assert 3000 < rejected.retry_after <= 3600
+
+
+def test_events_on_the_fast_path(make_breaker: Make) -> None:
+    """With a long lease listeners hear as much."""
+    kinds: list[str] = []
+    breaker = make_breaker(listeners=[lambda event: kinds.append(event.kind)], policy=ONE, lease=600, **PATIENT)
+    for function in (int, int, boom, int, int):
+        with contextlib.suppress(Boom, CircuitOpenError):
+            breaker.call(function)
+    assert kinds == ["success", "success", "failure", "state_change", "rejected", "rejected"]
+
+
+def test_listener_that_raises(make_breaker: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """An exception in a listener is logged, and reaches neither the call nor the next listener."""
+    kinds: list[str] = []
+    breaker = make_breaker(listeners=[boom, lambda event: kinds.append(event.kind)], **STRICT)
+    assert breaker.call(int) == 0
+    assert kinds == ["success"]
+    [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert "'discovery'" in record.getMessage()
+    assert record.exc_info is not None
+
+
+def test_coroutine_listener(make_breaker: Make) -> None:
+    """The sync breaker refuses a listener that it could not await."""
+
+    async def listener(event: Event) -> None: ...
+
+    with pytest.raises(Refused, match="AsyncCircuitBreaker"):
+        make_breaker(listeners=[listener])
+
+
+def test_transition_is_logged(make_breaker: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """A transition is logged once, with its cause."""
+    with caplog.at_level(logging.INFO, "pybreaker_redis"):
+        make_breaker(policy=ONE, **STRICT).acquire().failure()
+    assert [record.getMessage() for record in caplog.records] == [
+        "circuit breaker 'discovery': closed -> open (failure_threshold)"
+    ]
+
+
+# Looking and steering
+
+
+def test_force_open(make_breaker: Make) -> None:
+    """Forced open rejects, for the given duration."""
+    breaker = make_breaker(**STRICT)
+    breaker.force_open(1000)
+    seen = breaker.snapshot()
+    assert (breaker.state, seen.forced) == ("open", "open")
+    assert seen.retry_after is not None
+    assert 900 < seen.retry_after <= 1000
+    with pytest.raises(CircuitOpenError):
+        breaker.call(int)
+
+
+def test_force_open_ends(make_breaker: Make) -> None:
+    """After a forced open a probe runs."""
+    breaker = make_breaker(**STRICT)
+    breaker.force_open(0.001)
+    wait_until(lambda: breaker.snapshot().retry_after == 0)
+    assert breaker.call(int) == 0
+    assert (breaker.state, breaker.snapshot().forced) == ("closed", None)
+
+
+def test_force_closed(make_breaker: Make) -> None:
+    """Forced closed admits and counts nothing."""
+    breaker = make_breaker(policy=ONE, **STRICT)
+    breaker.acquire().failure()
+    breaker.force_closed(1000)
+    with pytest.raises(Boom):
+        breaker.call(boom)
+    seen = breaker.snapshot()
+    assert (seen.state, seen.forced, seen.failure_count) == ("closed", "closed", 0)
+    assert seen.forced_until is not None
+
+
+def test_clear_override(make_breaker: Make) -> None:
+    """clear_override() ends a forced state: open goes on with a probe, closed as closed."""
+    breaker = make_breaker(policy=ONE, **STRICT)
+    breaker.force_closed()
+    breaker.clear_override()
+    assert (breaker.state, breaker.snapshot().forced) == ("closed", None)
+    breaker.force_open()
+    breaker.clear_override()
+    assert breaker.call(int) == 0
+    assert breaker.state == "closed"
+
+
+def test_reset(make_breaker: Make) -> None:
+    """reset() closes, and outcomes of calls that run then do not count."""
+    breaker = make_breaker(policy=ONE, **STRICT)
+    running = breaker.acquire()
+    breaker.acquire().failure()
+    breaker.reset()
+    assert (breaker.state, failures(breaker)) == ("closed", 0)
+    running.failure()
+    assert (breaker.state, failures(breaker)) == ("closed", 0)
+
+
+def test_steering_ends_a_view(make_breaker: Make) -> None:
+    """Who steers sees the effect at once, whatever the lease."""
+    breaker = make_breaker(lease=600, **PATIENT)
+    breaker.call(int)
+    breaker.force_open()
+    with pytest.raises(CircuitOpenError):
+        breaker.call(int)
+    breaker.reset()
+    assert breaker.call(int) == 0
+
+
+@pytest.mark.parametrize("duration", [0, -1, 0.0001, 31 * 86400, float("nan"), float("inf"), True, "1"])
+@pytest.mark.parametrize("action", ["force_open", "force_closed"])
+def test_duration_out_of_range(make_breaker: Make, action: str, duration: Any) -> None:
+    """A duration that makes no sense is refused, and changes nothing."""
+    breaker = make_breaker(**STRICT)
+    with pytest.raises(Refused, match="duration"):
+        getattr(breaker, action)(duration)
+    assert breaker.snapshot().generation == 0
+
+
+def test_history(make_breaker: Make) -> None:
+    """The history has the transitions, newest first, with cause, counts and author."""
+    breaker = make_breaker(policy=ONE, **STRICT)
+    assert breaker.history() == []
+    breaker.acquire().failure()
+    breaker.reset()
+    breaker.force_open()
+    entries = breaker.history()
+    assert [(entry.old, entry.new, entry.reason) for entry in entries] == [
+        ("closed", "open", "forced"),
+        ("open", "closed", "reset"),
+        ("closed", "open", "failure_threshold"),
+    ]
+    assert [entry.failure_count for entry in entries] == [0, 1, 1]
+    assert {entry.instance for entry in entries} == {breaker.instance}
+    assert entries[0].generation > entries[1].generation > entries[2].generation
+    assert entries[0].time >= entries[2].time > 1_700_000_000
+    assert breaker.history(2) == entries[:2]
+
+
+@pytest.mark.parametrize("count", [0, -1, 1.0, True, "1", None])
+def test_history_count(make_breaker: Make, count: Any) -> None:
+    """history() wants a count of at least 1."""
+    with pytest.raises(Refused, match="count"):
+        make_breaker(**STRICT).history(count)
+
+
+def test_flush(make_breaker: Make) -> None:
+    """Successes are gathered under a lease, and counted by flush()."""
+    breaker = make_breaker(lease=600, **PATIENT)
+    breaker.acquire().failure()
+    breaker.call(int)
+    assert failures(breaker) == 1
+    breaker.flush()
+    assert failures(breaker) == 0
+
+
+def test_close(make_breaker: Make) -> None:
+    """close() reports what was gathered, and the breaker goes on."""
+    breaker = make_breaker(lease=600, **PATIENT)
+    breaker.acquire().failure()
+    breaker.call(int)
+    breaker.close()
+    assert failures(breaker) == 0
+    assert breaker.call(int) == 0
+
+
+def test_snapshot(make_breaker: Make) -> None:
+    """A snapshot has everything, and taking one stores nothing."""
+    breaker = make_breaker(policy=ONE, **STRICT)
+    empty = breaker.snapshot()
+    assert (empty.name, empty.state, empty.generation, empty.failure_count) == ("discovery", "closed", 0, 0)
+    assert (empty.last_failure_time, empty.opened_at, empty.retry_after, empty.forced) == (None, None, None, None)
+    assert breaker.snapshot() == empty
+    breaker.acquire().failure()
+    seen = breaker.snapshot()
+    assert (seen.state, seen.failure_count, seen.trips, seen.probes_in_flight) == ("open", 1, 1, 0)
+    assert (seen.forced, seen.forced_until) == (None, None)
+    assert seen.last_failure_time == seen.opened_at
+    assert isinstance(seen.opened_at, int)
+    assert seen.generation > 0
+
+
+def test_source(client: redis.Redis) -> None:
+    """A snapshot says where the state lives."""
+    assert CircuitBreaker("here", redis=client, **STRICT).snapshot().source == "redis"
+    assert CircuitBreaker("here", **STRICT).snapshot().source == "memory"
+
+
+def test_state_of_a_fresh_view(client: redis.Redis) -> None:
+    """`state` goes by the view while the lease lasts; snapshot() asks."""
+    held = CircuitBreaker("held", redis=client, lease=600, **PATIENT)
+    held.call(int)
+    CircuitBreaker("held", redis=client, policy=ONE, **STRICT).force_open()
+    assert (held.state, held.snapshot().state) == ("closed", "open")
+
+
+# Options
+
+
+def test_shared_through_redis(client: redis.Redis, server: Any) -> None:
+    """Two breakers of one name share their state, made from a client or a URL; another name does not."""
+    one = CircuitBreaker("shared", redis=client, policy=ONE, **STRICT)
+    one.acquire().failure()
+    assert CircuitBreaker("shared", redis=server.url, **STRICT).state == "open"
+    assert CircuitBreaker("other", redis=server.url, **STRICT).state == "closed"
+
+
+def test_client_that_decodes(server: Any, client: redis.Redis) -> None:
+    """A client made with decode_responses serves as well."""
+    decoding = redis.Redis.from_url(server.url, decode_responses=True)
+    breaker = CircuitBreaker("decoded", redis=decoding, policy=ONE, **STRICT)
+    breaker.acquire().failure()
+    assert [entry.new for entry in breaker.history()] == ["open"]
+    decoding.close()
+
+
+def test_constructor_sends_nothing(client: redis.Redis) -> None:
+    """A new breaker leaves no trace in Redis."""
+    CircuitBreaker("silent", redis=client)
+    assert client.keys() == []
+
+
+def test_document_is_json(client: redis.Redis) -> None:
+    """The stored document is JSON, under the prefix."""
+    breaker = CircuitBreaker("plain", redis=client, prefix="pre", policy=ONE, **STRICT)
+    breaker.acquire().failure()
+    raw: Any = client.get("pre:plain:state")
+    assert json.loads(raw)["state"] == "open"
+    assert client.exists("{pre:plain:state}:history") == 1
+    assert client.keys("circuit_breaker*") == []
+
+
+def test_document_is_msgpack(client: redis.Redis) -> None:
+    """With encoding="msgpack" it is msgpack, which breakers of either encoding read."""
+    breaker = CircuitBreaker("packed", redis=client, encoding="msgpack", policy=ONE, **STRICT)
+    breaker.acquire().failure()
+    raw: Any = client.get(breaker.keys.state)
+    assert msgpack.unpackb(raw)["state"] == "open"
+    assert CircuitBreaker("packed", redis=client, **STRICT).state == "open"
+
+
+def test_corrupt_document(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """A document that nobody can read is logged and counted; the breaker starts closed."""
+    breaker = CircuitBreaker("corrupt", redis=client, **STRICT)
+    client.set(breaker.keys.state, "{no json")
+    assert breaker.call(int) == 0
+    assert breaker.corrupt_documents >= 1
+    assert breaker.keys.state in caplog.text
+
+
+@pytest.mark.parametrize("name", ["", "a{b", "a}b", "x" * 513, "\ud800", None, 1, b"bytes"])
+def test_bad_names(make_breaker: Make, name: Any) -> None:
+    """A name that cannot be a key is refused, and so is such a prefix."""
+    with pytest.raises(Refused):
+        make_breaker(name)
+    with pytest.raises(Refused):
+        make_breaker(prefix=name)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("lease", -0.1),
+        ("lease", 3601),
+        ("lease", float("nan")),
+        ("lease", True),
+        ("lease", "0.1"),
+        ("lease", None),
+        ("redis_timeout", 0),
+        ("redis_timeout", float("inf")),
+        ("redis_timeout", None),
+        ("encoding", "yaml"),
+        ("encoding", None),
+        ("on_redis_failure", "half_open"),
+        ("on_redis_failure", None),
+    ],
+)
+def test_bad_options(make_breaker: Make, option: str, value: Any) -> None:
+    """An option that makes no sense is refused by name."""
+    with pytest.raises(Refused, match=option):
+        make_breaker(**{option: value})
+
+
+@pytest.mark.parametrize("wrong", [1, object(), redis.asyncio.Redis(), ["redis://localhost"]])
+def test_wrong_clients(wrong: Any) -> None:
+    """What is no sync client is refused, a client of asyncio too."""
+    with pytest.raises(Refused, match="redis must be"):
+        CircuitBreaker("wrong", redis=wrong)
+
+
+def test_repr_and_names(make_breaker: Make) -> None:
+    """A breaker shows its name."""
+    assert repr(make_breaker("search")) == "<CircuitBreaker 'search'>"
+
+
+@pytest.mark.parametrize("field", ["failure_threshold", "success_threshold", "half_open_max_calls"])
+@pytest.mark.parametrize("value", [0, -1, 10**10, 1.0, True, "1", None])
+def test_policy_counts(field: str, value: Any) -> None:
+    """Counts of a policy are integers of at least 1."""
+    with pytest.raises(Refused, match=field):
+        Policy(**{field: value})
+
+
+@pytest.mark.parametrize("field", ["reset_timeout", "probe_timeout", "ttl"])
+@pytest.mark.parametrize("value", [0, -1.0, 366 * 86400, float("nan"), float("inf"), True, "1", None])
+def test_policy_durations(field: str, value: Any) -> None:
+    """Durations of a policy are finite numbers of seconds above 0."""
+    with pytest.raises(Refused, match=field):
+        Policy(**{field: value})
+
+
+def test_policy_errors_are_value_errors() -> None:
+    """A refused option may be caught as ValueError."""
+    with pytest.raises(ValueError, match="ttl"):
+        Policy(ttl=0.5)
