@@ -8,6 +8,7 @@ ARGV[1]  the request, JSON or msgpack; the reply comes in the same encoding.
            successes   (count)    counted first
            failures    (count)    counted after them
            probe       (integer)  slot from acquire; with neither success nor failure the slot is given back
+           A report with none of the three renews the TTL.
            policy, instance, encoding  as for acquire
 Reply      applied (bool: false when the generation is not the current one or the slot is gone), state, generation,
            failure_count, success_count, retry_after_ms, forced, warning, transition {...} if THIS call caused one
@@ -25,7 +26,9 @@ local now = breaker.now_ms()
 local document = breaker.load(request.policy, now)
 local applied = breaker.record(document, request, now)
 
-if applied or document.fresh then breaker.save(document, request, now) end
+local empty = not (request.successes or request.failures or request.probe)
+if empty and not document.fresh then document.unchanged = true end
+if applied or empty or document.fresh then breaker.save(document, request, now) end
 local reply = breaker.reply(document, request, now)
 reply.applied = applied
 return breaker.encode(reply, request)

@@ -103,8 +103,9 @@ class AsyncCircuitBreaker(BreakerCore):
     def _start_process(self) -> None:
         super()._start_process()
         self._beside: set[asyncio.Task[Any]] = set()
-        self._refreshing: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Event]
-        self._refreshing = weakref.WeakKeyDictionary()
+        self._refreshing: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, tuple[asyncio.Task[None], asyncio.Event]
+        ] = weakref.WeakKeyDictionary()
 
     def _after_fork(self) -> None:
         super()._after_fork()
@@ -278,13 +279,15 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _refresh(self, wait: bool) -> None:
         """Single flight: one task asks, beside all calls; the callers wait for it, or go on."""
         loop = asyncio.get_running_loop()
-        ended = self._refreshing.get(loop)
-        if ended is None or ended.is_set():
-            ended = self._refreshing[loop] = asyncio.Event()
+        task, ended = self._refreshing.get(loop, (None, None))
+        if task is None or ended is None or ended.is_set():
+            ended = asyncio.Event()
             task = self._spawn(self._carry_out(self._renew(), tell=self._tell_beside))
             task.add_done_callback(functools.partial(_set, ended))
+            self._refreshing[loop] = task, ended
         if wait:
             await ended.wait()
+            await task  # raises what went wrong, instead of asking for ever
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -81,7 +81,7 @@ class BreakerCore:
         self._engine: AloneEngine | FallbackEngine = (
             AloneEngine()
             if redis is None
-            else FallbackEngine(on_redis_failure, self._last_known, self._redis_down, self._redis_up)
+            else FallbackEngine(on_redis_failure, redis_timeout, self._last_known, self._redis_down, self._redis_up)
         )
         # a success that nobody wants to hear of or to judge is only counted: the fast path
         self._quiet = not self._listeners and is_failure is None
@@ -248,7 +248,8 @@ class BreakerCore:
 
     def _last_known(self) -> Document:
         seen = self._view.seen
-        return document_for(seen.state, seen.generation or -1, seen.failure_count, seen.retry_at - monotonic())
+        open_for = seen.retry_at - monotonic() if seen.state == "open" else 0.0
+        return document_for(seen.state, seen.generation or -1, seen.failure_count, open_for)
 
     def _redis_down(self, error: BaseException) -> Steps[None]:
         logger.warning("circuit breaker %r: Redis does not answer, this process goes on alone: %s", self.name, error)

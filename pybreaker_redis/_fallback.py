@@ -83,11 +83,13 @@ class FallbackEngine:
     def __init__(
         self,
         mode: OnRedisFailure,
+        redis_timeout: float,
         last_known: Callable[[], Document],
         on_down: Callable[[BaseException], Steps[None]],
         on_up: Callable[[], Steps[None]],
     ) -> None:
         self._mode = mode
+        self._patience = LONGEST_PAUSE + 10 * redis_timeout  # longer than any one try
         self._last_known = last_known
         self._on_down, self._on_up = on_down, on_up
         self._local: LocalEngine | FixedEngine | None = None
@@ -107,12 +109,13 @@ class FallbackEngine:
         if local is None:
             try:
                 reply: Reply = yield Ask(name, _reportable(request))
-                reply["source"] = "redis"
-                return reply
             except REDIS_ERRORS as error:
                 local = yield from self._go_down(error)
+            else:
+                reply["source"] = "redis"
+                return reply
         elif self._claim_retry():
-            yield Beside(self._try_again())  # no call waits for a server that is known to be down
+            yield Beside(self._try_again(request))  # no call waits for a server that is known to be down
         return local.run(name, request)
 
     def command(self, name: str, request: Request) -> Steps[Reply]:
@@ -148,23 +151,25 @@ class FallbackEngine:
         return FixedEngine(self._mode, round(LONGEST_PAUSE * 1000))
 
     def _claim_retry(self) -> bool:
-        """Whether this caller is the one to try; if it dies over that, another may after the longest pause."""
+        """Whether this caller is the one to try; if it dies over that, another may after some time."""
         now = monotonic()
         if now < self._retry_at:
             return False
         with self._lock:
             due = now >= self._retry_at
             if due:
-                self._retry_at = now + 2 * LONGEST_PAUSE
+                self._retry_at = now + self._patience
             return due
 
     def _next_pause(self) -> float:
         pause, self._pause = self._pause, min(self._pause * 2, LONGEST_PAUSE)
         return pause * random.uniform(0.75, 1.25)
 
-    def _try_again(self) -> Steps[None]:
+    def _try_again(self, request: Request) -> Steps[None]:
+        """An empty report renews the TTL: a server that answers but takes no writes is not back yet."""
+        common: Request = {key: request[key] for key in ("instance", "policy", "encoding") if key in request}
         try:
-            yield Ask("snapshot", {})
+            yield Ask("record", {**common, "generation": 0})
         except REDIS_ERRORS:
             self._retry_at = monotonic() + self._next_pause()
         else:

@@ -123,16 +123,18 @@ class _Connections:
         return reply
 
     def close(self) -> None:
-        while self._idle:
-            self._idle.pop().disconnect()
+        with contextlib.suppress(IndexError):  # threads pop beside each other
+            while True:
+                self._idle.pop().disconnect()
 
     def _take(self) -> Any:
-        while self._idle:
-            connection = self._idle.pop()
-            with contextlib.suppress(*REDIS_ERRORS):
-                if not connection.can_read():  # readable before a command: the server has closed it
-                    return connection
-            connection.disconnect()
+        with contextlib.suppress(IndexError):  # threads pop beside each other
+            while True:
+                connection = self._idle.pop()
+                with contextlib.suppress(*REDIS_ERRORS):
+                    if not connection.can_read():  # readable before a command: the server has closed it
+                        return connection
+                connection.disconnect()
         kwargs = _connection_kwargs(self._pool.connection_kwargs, self._timeout)
         return self._pool.connection_class(**kwargs, retry=Retry(NoBackoff(), 0))
 

@@ -155,9 +155,11 @@ class View:
             )
 
     def drop(self) -> None:
-        """Forget the view: the next call asks."""
+        """Trust the view no longer: the next call asks. What was gathered stays, its generation may live on."""
         with self._lock:
-            self.seen = nothing_seen()
+            self.seen = dataclasses.replace(
+                self.seen, sent=NEVER, arrived=NEVER, retry_at=NEVER, closed_until=NEVER, open_until=NEVER
+            )
 
     def gather(self, generation: int) -> bool:
         """Count one success locally; False where it has to be reported at once."""

@@ -17,7 +17,7 @@ import race_workers as jobs
 import redis
 import server_watch
 from conftest import wait_until
-from race_workers import FIRM, Boom, Fleet, boom, fine, run_threads
+from race_workers import FIRM, PATIENCE, Boom, Fleet, boom, fine, run_threads
 
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Policy
 from pybreaker_redis.embedded import EmbeddedServer
@@ -246,3 +246,73 @@ def test_flushall_makes_no_old_permit_valid(client: redis.Redis) -> None:
         permit.failure()
     assert client.get(breaker.keys.state) == before
     assert breaker.state == "closed"
+
+
+def test_an_outage_before_the_first_reply() -> None:
+    """Threads whose first call finds no server at all are admitted by the local engine, and no error reaches them."""
+    breaker = CircuitBreaker("never", redis="redis://127.0.0.1:1", policy=MANY, **FIRM)
+    run_threads(8, lambda number: breaker.call(fine))
+    assert breaker.snapshot().source == "local"
+
+
+def test_successes_of_an_outage_are_reported(own_server: EmbeddedServer) -> None:
+    """Successes gathered while Redis was away, under a generation that it still has, break a run of failures."""
+    policy = Policy(failure_threshold=3)
+    breaker = CircuitBreaker("between", redis=own_server.url, policy=policy, lease=0.2, redis_timeout=0.3)
+    for _ in range(2):
+        breaker.acquire().failure()
+    with stopped(own_server):
+        wait_until(lambda: breaker.call(fine) and breaker.snapshot().source == "local")
+        for _ in range(10):
+            breaker.call(fine)
+    wait_until(lambda: breaker.snapshot().source == "redis")
+    breaker.acquire().failure()
+    assert breaker.state == "closed"
+    assert breaker.snapshot().failure_count == 1
+
+
+def test_a_hung_retry_is_the_only_one(own_server: EmbeddedServer) -> None:
+    """While a retry waits for a hung server, however long redis_timeout lets it, no second one is started."""
+    breaker = CircuitBreaker("hung", redis=own_server.url, policy=MANY, lease=0, redis_timeout=3.5)
+    breaker.call(fine)
+    most = 0
+    with stopped(own_server):
+        breaker.call(fine)  # this one waits
+        end = time.monotonic() + 3.0
+        while time.monotonic() < end:
+            breaker.call(fine)
+            retries = [thread for thread in threading.enumerate() if thread.name.startswith("pybreaker_redis-retry")]
+            most = max(most, len(retries))
+            time.sleep(0.01)
+    assert most == 1
+    wait_until(lambda: breaker.snapshot().source == "redis")
+
+
+def test_a_slow_listener_of_an_outage_holds_up_no_one(own_server: EmbeddedServer) -> None:
+    """While a listener is still busy with the outage that a refresh ran into, other threads' calls are answered."""
+    listening, go_on = threading.Event(), threading.Event()
+
+    def listen(event: Event) -> None:
+        if event.kind == "redis_error":
+            listening.set()
+            go_on.wait(PATIENCE)
+
+    breaker = CircuitBreaker(
+        "busy", redis=own_server.url, policy=MANY, lease=0.1, redis_timeout=0.5, listeners=[listen]
+    )
+    breaker.call(fine)
+    time.sleep(0.25)  # beyond the grace: whoever comes next waits for the refresh
+    done: list[int] = []
+    threads = [threading.Thread(target=lambda: done.append(breaker.call(fine)), daemon=True) for _ in range(8)]
+    with stopped(own_server):
+        threads[0].start()
+        assert listening.wait(PATIENCE)
+        for thread in threads[1:]:
+            thread.start()
+        for thread in threads[1:]:
+            thread.join(10)
+        answered = list(done)
+        go_on.set()
+        threads[0].join(PATIENCE)
+    assert answered == [1] * 7
+    assert len(done) == 8
