@@ -20,7 +20,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bundles clean
+.PHONY: help demo test lint bundles bench clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -41,6 +41,11 @@ lint: $(VENV)/dev.stamp bundles ## check style, types and the Lua
 
 bundles: $(VENV)/demo.stamp ## write build/lua/NAME.lua, the very bytes that Redis runs
 	@$(BIN)/python -c "$$WRITE_BUNDLES"
+
+bench: $(VENV)/bench.stamp ## compare with every peer, and simulate fleets (eight minutes)
+	@$(BIN)/python benchmarks/bench.py $(ARGS)
+	@$(BIN)/python benchmarks/fleet.py
+	@$(BIN)/python benchmarks/charts.py
 
 clean: ## remove the virtual environment and everything generated
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov

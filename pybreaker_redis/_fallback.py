@@ -98,8 +98,9 @@ class FallbackEngine:
         self._lock = threading.Lock()
 
     def after_fork(self) -> None:
-        """Locks of the parent may be held by a thread that does not exist here."""
+        """Locks of the parent may be held by a thread that does not exist here, nor does one that tries again."""
         self._lock = threading.Lock()
+        self._retry_at = 0.0
         if self._local is not None:
             self._local.after_fork()
 

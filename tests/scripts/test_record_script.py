@@ -79,9 +79,10 @@ def test_ignored_reports_write_nothing(client: redis.Redis, state: str) -> None:
     client.pexpire(KEYS.state, 50_000)
     before = picture(client)
     for request in ({"generation": generation - 1}, {"generation": generation + 1}, {"probe": 9}):
-        for outcome in ({"failures": 9}, {"successes": 9}, {}):
+        for outcome in ({"failures": 9}, {"successes": 9}):
             report = {"generation": generation, **request, **outcome}
             assert machine.run("record", POLICY, **report)["applied"] is False
+    assert machine.run("record", POLICY, generation=generation, probe=9)["applied"] is False
     if state != "closed":
         assert machine.run("record", POLICY, generation=generation, failures=9)["applied"] is False
     assert picture(client) == before
@@ -141,3 +142,15 @@ def test_trips_in_a_row(client: redis.Redis) -> None:
     permit = machine.run("acquire", POLICY)["generation"]
     machine.run("record", POLICY, generation=permit, probe=1, successes=1)
     assert document(client)["trips"] == 0
+
+
+@pytest.mark.parametrize("state", ["closed", "open", "half_open"])
+def test_an_empty_report_renews_the_ttl(client: redis.Redis, state: str) -> None:
+    """A report without outcome and probe changes nothing but the TTL, so that it shows whether the server writes."""
+    machine = lua_machine(client, "discovery")
+    generation = bring_to(machine, state)["generation"]
+    client.pexpire(KEYS.state, 50_000)
+    before = picture(client)
+    assert machine.run("record", POLICY, generation=generation - 1)["applied"] is False
+    assert picture(client) == before
+    assert client.pttl(KEYS.state) > 3_000_000
