@@ -27,6 +27,7 @@ from ._protocol import Keys, Reply, Request
 
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 _TURNS = 32
+_MOST_CONNECTIONS = 128  # of one breaker on one event loop
 REDIS_ERRORS = (redis.RedisError, OSError)
 
 
@@ -146,7 +147,7 @@ class _Cluster:
         self._given, self._timeout = client, timeout
         self._client: redis.RedisCluster | None = None
 
-    def execute(self, *words: Any) -> Any:
+    def execute(self, *words: bytes) -> Any:
         if self._client is None:
             nodes = [redis.cluster.ClusterNode(node.host, node.port) for node in self._given.get_nodes()]
             kwargs = _cluster_kwargs(self._given.nodes_manager.connection_kwargs, self._timeout)
@@ -201,8 +202,17 @@ class _AsyncConnections:
     def __init__(self, client: redis.asyncio.Redis, timeout: float) -> None:
         self._pool, self._timeout = client.connection_pool, timeout
         self._idle: collections.deque[Any] = collections.deque()
+        self._slots = asyncio.Semaphore(_MOST_CONNECTIONS)
+        self._failures = 0
 
-    async def execute(self, *words: Any) -> Any:
+    async def execute(self, *words: bytes) -> Any:
+        failures = self._failures
+        async with self._slots:
+            if failures != self._failures:  # or a crowd would wait for a dead server in turns
+                raise redis.ConnectionError("another call lost the server while this one waited for a connection")
+            return await self._exchange(words)
+
+    async def _exchange(self, words: tuple[bytes, ...]) -> Any:
         async with _deadline(self._timeout):
             connection = await self._take()
             try:
@@ -212,6 +222,7 @@ class _AsyncConnections:
                 self._idle.append(connection)
                 raise
             except BaseException:
+                self._failures += 1
                 await connection.disconnect(nowait=True)
                 await self.close()
                 raise
@@ -263,7 +274,7 @@ class _AsyncCluster:
         self._given, self._timeout = client, timeout
         self._client: redis.asyncio.RedisCluster | None = None
 
-    async def execute(self, *words: Any) -> Any:
+    async def execute(self, *words: bytes) -> Any:
         if self._client is None:
             nodes = [redis.asyncio.cluster.ClusterNode(node.host, node.port) for node in self._given.get_nodes()]
             kwargs = _cluster_kwargs(self._given.connection_kwargs, self._timeout)

@@ -848,3 +848,22 @@ def test_client(server: EmbeddedServer, client: redis.Redis) -> None:
         await given.aclose()
 
     asyncio.run(main())
+
+
+def test_a_crowd_shares_the_connections(server: EmbeddedServer, client: redis.Redis) -> None:
+    """2,000 tasks that all ask go over a bounded number of connections, and every report counts."""
+    breaker = AsyncCircuitBreaker("crowd", redis=server.url, lease=0, policy=Policy(failure_threshold=10**6))
+    before = len(client.client_list())
+
+    async def fail() -> None:
+        await (await breaker.acquire()).failure()
+
+    async def main() -> int:
+        await asyncio.gather(*(fail() for _ in range(2000)))
+        connections = len(client.client_list()) - before
+        snapshot = await breaker.snapshot()
+        assert (snapshot.failure_count, snapshot.source) == (2000, "redis")
+        await breaker.close()
+        return connections
+
+    assert asyncio.run(main()) <= 128
