@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Literal, assert_type
 
 from redis import Redis
 
 from pybreaker_redis import (
+    AsyncCircuitBreaker,
+    AsyncPermit,
     CircuitBreaker,
     CircuitBreakerError,
     CircuitOpenError,
@@ -154,3 +156,37 @@ def rejected() -> float:
     except CircuitBreakerError:
         raise
     return 0.0
+
+
+aio = AsyncCircuitBreaker("discovery", redis="redis://localhost", lease=0.5, listeners=[on_event])
+
+
+@aio
+async def fetch(query: str, *, limit: int = 10) -> list[str]:
+    return [query] * limit
+
+
+@aio
+async def stream(query: str) -> AsyncIterator[bytes]:
+    yield query.encode()
+
+
+async def awaiting() -> None:
+    assert_type(await fetch("x", limit=2), list[str])
+    assert_type(fetch.breaker, AsyncCircuitBreaker)
+    await fetch(1)  # type: ignore[arg-type]
+    await aio.call(fetch, "x", limt=2)  # type: ignore[call-arg]
+    assert_type(await aio.call(fetch, "x"), list[str])
+    async for chunk in stream("x"):
+        assert_type(chunk, bytes)
+    async with aio as block:
+        assert_type(block, AsyncPermit)
+        await block.failure(OSError())
+    permit = await aio.acquire()
+    assert_type(permit, AsyncPermit)
+    await permit.success()
+    assert_type(await aio.state, State)
+    assert_type(await aio.snapshot(), Snapshot)
+    assert_type(await aio.history(count=2), list[HistoryEntry])
+    await aio.force_open(duration=60)
+    await aio.flush()
