@@ -1,0 +1,235 @@
+"""What does a fleet cost its Redis, and how fast does it stop calling, for which lease?
+
+Every instance has a view of its own (pybreaker_redis._view.View) and sends the requests that a breaker sends, one
+per lease, over pipelined connections. It is never idle: one that does not call costs nothing. After a healthy while
+one instance reports the failures that trip; the others hear of it when their lease ends. That is the slowest way:
+an instance whose own calls fail hears of the trip in the reply to its first report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import statistics
+import sys
+from multiprocessing.connection import Connection
+from time import monotonic, sleep
+from typing import Any
+
+import redis
+
+from pybreaker_redis import _protocol, _scripts
+from pybreaker_redis._view import View
+from pybreaker_redis.embedded import EmbeddedServer
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "fleet.json"
+LEASES = (0.1, 0.5, 1.0)
+SIZES = (10, 30, 100, 300, 1000, 3000, 10_000)
+CALLS_PER_SECOND = 10.0  # of one instance, to turn its delay into calls
+BATCH = 128  # requests in one pipeline
+LONGEST_WAIT = 6.0  # seconds for the whole fleet to hear of a trip
+OWN_CONNECTIONS = 200
+SAFE_LOAD = 0.6  # of a core, for sizing
+
+
+class Instance:
+    """A process that guards one service: its view and what it sends."""
+
+    __slots__ = ("common", "learned", "view")
+
+    def __init__(self, number: int, lease: float) -> None:
+        self.view = View(lease)
+        self.common: dict[str, Any] = {"instance": f"{number}-00000000"}
+        self.learned = 0.0
+
+    def request(self) -> bytes:
+        """What a breaker sends when its lease has ended: the successes gathered meanwhile."""
+        self.view.gather(self.view.seen.generation)
+        return _protocol.encode({**self.common, **self.view.take()})
+
+    def adopt(self, reply: bytes, sent: float, now: float) -> None:
+        """Take the reply; note when it first said open."""
+        self.view.adopt(_protocol.decode(reply), sent, now)
+        if not self.learned and self.view.seen.state == "open":
+            self.learned = now
+
+
+def simulate(pipe: Connection, url: str, name: str, lease: float, numbers: range, begin: float, until: float) -> None:
+    """Run these instances until they all know that it is open; send when each learned, and how many it sent."""
+    connection = redis.Redis.from_url(url).connection_pool.get_connection()
+    words = _scripts._Words(_protocol.keys_of(name))
+    instances = [Instance(number, lease) for number in numbers]
+    # spread over the lease, as processes that were started at any time are
+    queue = collections.deque((begin + lease * i / len(instances), one) for i, one in enumerate(instances))
+    missing, late = len(instances), list[float]()
+    while missing and (now := monotonic()) < until:
+        due = []
+        while queue and len(due) < BATCH and queue[0][0] <= now:
+            due.append(queue.popleft())
+        if not due:
+            sleep(min(max(queue[0][0] - now, 0.0), 0.01))
+            continue
+        sent = monotonic()
+        late.append(sent - due[0][0])
+        batch = [words.evalsha("record", one.request()) for _, one in due]
+        connection.send_packed_command(connection.pack_commands(batch))
+        for _, one in due:
+            known = one.learned
+            one.adopt(connection.read_response(), sent, monotonic())
+            missing -= not known and one.learned > 0
+            queue.append((sent + lease, one))
+    pipe.send([one.learned for one in instances])
+    pipe.close()
+
+
+def measure(server: EmbeddedServer, lease: float, size: int, seconds: float, processes: int) -> dict[str, Any]:
+    """One fleet: its healthy cost, then how it hears of a trip."""
+    control = redis.Redis.from_url(server.url)
+    name = f"fleet-{size}-{lease}"
+    begin = monotonic() + 0.3
+    trip_at = begin + 2 * lease + 0.3 + seconds
+    workers, pipes = [], []
+    for worker in range(min(processes, size)):
+        ours, theirs = multiprocessing.Pipe()
+        numbers = range(worker, size, processes)
+        args = (theirs, server.url, name, lease, numbers, begin, trip_at + LONGEST_WAIT)
+        workers.append(multiprocessing.Process(target=simulate, args=args, daemon=True))
+        pipes.append(ours)
+        workers[-1].start()
+    sleep(max(trip_at - seconds - monotonic(), 0.0))
+    before = server_work(control)
+    sleep(max(trip_at - monotonic(), 0.0))
+    after = server_work(control)
+    tripped = trip(control, name)
+    delays = [learned - tripped if learned else None for pipe in pipes for learned in pipe.recv()]
+    for one in workers:
+        one.join()
+    return row(lease, size, {key: after[key] - before[key] for key in after}, delays)
+
+
+def cost_of_own_connections(server: EmbeddedServer, seconds: float) -> float:
+    """Server microseconds per command when nothing is pipelined: every instance on a connection of its own."""
+    control = redis.Redis.from_url(server.url)
+    words = _scripts._Words(_protocol.keys_of("own-connections"))
+    pool = redis.Redis.from_url(server.url, max_connections=OWN_CONNECTIONS).connection_pool
+    fleet = [(Instance(number, 0.1), pool.get_connection()) for number in range(OWN_CONNECTIONS)]
+    before, end = server_work(control), monotonic() + seconds
+    while (sent := monotonic()) < end:
+        for one, connection in fleet:
+            connection.send_command(*words.evalsha("record", one.request()))
+        for one, connection in fleet:
+            one.adopt(connection.read_response(), sent, monotonic())
+    after = server_work(control)
+    for _, connection in fleet:
+        connection.disconnect()
+    return (after["cpu"] - before["cpu"]) / (after["commands"] - before["commands"]) * 1e6
+
+
+def server_work(control: redis.Redis) -> dict[str, float]:
+    """Seconds, commands and CPU of the server so far."""
+    cpu, stat = control.info("cpu"), control.info("commandstats")["cmdstat_evalsha"]
+    used = cpu["used_cpu_user"] + cpu["used_cpu_sys"]
+    return {"at": monotonic(), "commands": stat["calls"], "cpu": used, "script": stat["usec"] / 1e6}
+
+
+def trip(control: redis.Redis, name: str) -> float:
+    """One instance reports five failures in a row; when its reply was there."""
+    words = _scripts._Words(_protocol.keys_of(name))
+    generation = _protocol.decode(control.execute_command(*words.evalsha("acquire", _protocol.encode({}))))[
+        "generation"
+    ]
+    request = _protocol.encode({"generation": generation, "failures": 5})
+    reply = _protocol.decode(control.execute_command(*words.evalsha("record", request)))
+    assert reply["state"] == "open", reply
+    return monotonic()
+
+
+def row(lease: float, size: int, spent: dict[str, float], delays: list[float | None]) -> dict[str, Any]:
+    """The figures of one fleet."""
+    heard = [max(delay, 0.0) for delay in delays if delay is not None]
+    commands = spent["commands"] / spent["at"]
+    return {
+        "lease": lease,
+        "instances": size,
+        "commands_per_second": commands,
+        "asked_per_second": size / lease,
+        "server_cpu": spent["cpu"] / spent["at"],
+        "server_us_per_command": spent["cpu"] / max(spent["commands"], 1) * 1e6,
+        "script_us_per_command": spent["script"] / max(spent["commands"], 1) * 1e6,
+        "server_cpu_per_instance_us": spent["cpu"] / spent["at"] / size * 1e6,
+        "all_reject_seconds": max(heard) if len(heard) == size else None,
+        "median_reject_seconds": statistics.median(heard) if heard else None,
+        "not_heard": size - len(heard),
+        "let_through": sum(heard) * CALLS_PER_SECOND,
+        "kept_up": commands >= 0.9 * size / lease,
+    }
+
+
+def sizing(cost: float) -> dict[str, Any]:
+    """Instances times breakers that one Redis core carries, when a command costs so many microseconds."""
+    return {
+        "server_us_per_command": cost,
+        "safe_load": SAFE_LOAD,
+        "instances_times_breakers": {f"{lease:g}": int(SAFE_LOAD * lease / cost * 1e6) for lease in LEASES},
+    }
+
+
+def print_all(found: dict[str, Any]) -> None:
+    """The table, and what it means."""
+    print(f"{'lease':>5} {'instances':>9} {'commands/s':>10} {'asked':>8} {'CPU %':>6} {'us/command':>10}", end="")
+    print(f" {'us/s/instance':>13} {'median s':>8} {'all s':>6} {'let through':>11}")
+    for one in found["rows"]:
+        last = "-" if one["all_reject_seconds"] is None else f"{one['all_reject_seconds']:.3f}"
+        median = "-" if one["median_reject_seconds"] is None else f"{one['median_reject_seconds']:.3f}"
+        print(
+            f"{one['lease']:>5g} {one['instances']:>9,} {one['commands_per_second']:>10,.0f}"
+            f" {one['asked_per_second']:>8,.0f} {one['server_cpu'] * 100:>6.1f} {one['server_us_per_command']:>10.1f}"
+            f" {one['server_cpu_per_instance_us']:>13.1f} {median:>8} {last:>6} {one['let_through']:>11,.0f}"
+            + ("" if one["kept_up"] else "  (did not keep up)")
+        )
+    print("CPU, us/command: requests that are due together are pipelined, which spares the server reads and writes")
+    size = found["sizing"]
+    print(f"\nlet through: after the trip, in the whole fleet, at {CALLS_PER_SECOND:g} calls per second and instance")
+    cost = f"{size['server_us_per_command']:.1f} us of server CPU per command on a connection of its own"
+    print(f"one core at {size['safe_load']:.0%}, {cost}:")
+    for lease, many in size["instances_times_breakers"].items():
+        print(f"  lease {lease} s: {many:,} instances x breakers; more: a longer lease, or shards of a cluster")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="few fleets, short: to see that it runs")
+    parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 2) - 1))
+    parser.add_argument("--json", type=pathlib.Path, help="where to write (default results/fleet.json; quick: nowhere)")
+    options = parser.parse_args()
+    sizes, seconds = ((10, 1000), 1.0) if options.quick else (SIZES, 3.0)
+    rows = []
+    with EmbeddedServer() as server:
+        control = redis.Redis.from_url(server.url)
+        for script in _scripts.SCRIPTS:
+            control.script_load(_scripts.compose(script))
+        version = control.info("server").get("valkey_version") or control.info("server")["redis_version"]
+        control.execute_command("EVALSHA", _scripts.sha1("snapshot"), 3, *_protocol.keys_of("first"), b"{}")
+        cost = cost_of_own_connections(server, seconds)
+        for lease in LEASES:
+            for size in sizes:
+                print(f"measuring: {size:,} instances, lease {lease:g} s", file=sys.stderr)
+                rows.append(measure(server, lease, size, seconds, options.processes))
+    facts = {"python": platform.python_version(), "cpus": os.cpu_count(), "server": version}
+    facts["processes"] = options.processes
+    found = {"machine": facts, "calls_per_second": CALLS_PER_SECOND, "rows": rows, "sizing": sizing(cost)}
+    print_all(found)
+    target = options.json or (None if options.quick else RESULTS)
+    if target:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
