@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import pathlib
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -98,6 +101,16 @@ def machine(request: pytest.FixtureRequest, client: redis.Redis) -> Machine:
     if request.param == "memory":
         return memory_machine()
     return lua_machine(client, use_json=request.param == "lua-json")
+
+
+@contextlib.contextmanager
+def stopped(server: EmbeddedServer) -> Iterator[None]:
+    """The server hangs for the length of the block."""
+    os.kill(server.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server.pid, signal.SIGCONT)
 
 
 def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import logging
-import os
-import signal
 import socket
 import threading
 import time
@@ -17,7 +14,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from conftest import wait_until
+from conftest import stopped, wait_until
 
 from pybreaker_redis import (
     AsyncCircuitBreaker,
@@ -127,16 +124,6 @@ def slammer() -> Iterator[Slammer]:
     started = Slammer()
     yield started
     started.close()
-
-
-@contextlib.contextmanager
-def stopped(server: EmbeddedServer) -> Iterator[None]:
-    """The server hangs for the length of the block."""
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
 
 
 def listening() -> tuple[list[str], list[Callable[[Any], None]]]:

@@ -16,7 +16,7 @@ import pytest
 import race_workers as jobs
 import redis
 import server_watch
-from conftest import wait_until
+from conftest import stopped, wait_until
 from race_workers import FIRM, PATIENCE, Boom, Fleet, boom, fine, run_threads
 
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Policy
@@ -37,16 +37,6 @@ def fleet(processes: Fleet) -> Iterator[Fleet]:
     """The module's processes, all idle."""
     yield processes
     processes.renew()
-
-
-@contextlib.contextmanager
-def stopped(server: EmbeddedServer) -> Iterator[None]:
-    """The server hangs for the length of the block."""
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
 
 
 @contextlib.contextmanager

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import redis
 import server_watch
-from conftest import wait_until
+from conftest import stopped, wait_until
 from race_workers import FIRM, PATIENCE, Boom, boom, fine, run_threads
 
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Permit, PermitError, Policy
@@ -33,16 +30,6 @@ def make_stale(breaker: CircuitBreaker, leases: float) -> None:
     view = breaker._view
     view.seen.sent = time.monotonic() - leases * view.lease
     view.seen.closed_until = float("-inf")
-
-
-@contextlib.contextmanager
-def stopped(server: EmbeddedServer) -> Iterator[None]:
-    """The server hangs for the length of the block."""
-    os.kill(server.pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(server.pid, signal.SIGCONT)
 
 
 def test_counts_of_32_threads(client: redis.Redis) -> None:
