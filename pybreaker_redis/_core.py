@@ -21,7 +21,6 @@ from ._steps import Refresh, Steps, Tell
 from ._view import Classifier, Event, EventKind, Outcome, Verdict, View
 
 Exceptions: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
-SUSPENDED = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType})
 logger = logging.getLogger("pybreaker_redis")
 _breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
 
@@ -215,8 +214,7 @@ class BreakerCore:
 
     def _heed(self, reply: Reply, sent: float) -> Steps[Reply]:
         self._view.adopt(reply, sent, monotonic())
-        if "warning" in reply:
-            self._warn(reply)
+        self._warn(reply)
         if change := reply.get("transition"):
             logger.info("circuit breaker %r: %s -> %s (%s)", self.name, change["from"], change["to"], change["reason"])
             yield from self._tell_change(change, reply["source"])

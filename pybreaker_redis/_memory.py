@@ -98,7 +98,7 @@ class MemoryEngine:
     # Scripts
 
     def _acquire(self, document: Document, request: Request, policy: dict[str, int], now: int) -> Reply:
-        self._outcome(document, request, policy, now)
+        self.record(document, request, policy, now)
         admitted, probe = self.acquire(document, policy, now)
         if admitted:
             self._document = document
@@ -106,7 +106,7 @@ class MemoryEngine:
 
     def _record(self, document: Document, request: Request, policy: dict[str, int], now: int) -> Reply:
         self._document = document
-        return {"applied": self._outcome(document, request, policy, now)}
+        return {"applied": self.record(document, request, policy, now)}
 
     def _control(self, document: Document, request: Request, policy: dict[str, int], now: int) -> Reply:
         changed = self.control(document, request["action"], request.get("duration_ms"), now)
@@ -202,7 +202,7 @@ class MemoryEngine:
                 self.close(document, "probe_succeeded", now)
         return True
 
-    def _outcome(self, document: Document, request: Request, policy: dict[str, int], now: int) -> bool:
+    def record(self, document: Document, request: Request, policy: dict[str, int], now: int) -> bool:
         if document.fresh or request.get("generation") != document.generation:
             return False
         successes, failures = request.get("successes", 0), request.get("failures", 0)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable
 from time import monotonic
 from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
-from ._core import SUSPENDED, BasePermit, BreakerCore, Exceptions
+from ._core import BasePermit, BreakerCore, Exceptions
 from ._errors import CircuitOpenError, PolicyError
 from ._fallback import OnRedisFailure
 from ._policy import Policy
@@ -24,6 +24,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T")
+_SUSPENDED = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType})
 _USE_ASYNC = "is a coroutine function: the sync breaker cannot await it, use AsyncCircuitBreaker"
 
 
@@ -149,7 +150,7 @@ class CircuitBreaker(BreakerCore):
             except BaseException as exception:
                 self._drive(self._report_exception(exception, seen.generation, None))
                 raise
-            if quiet and type(result) not in SUSPENDED:
+            if quiet and type(result) not in _SUSPENDED:
                 seen.counter.tick()
                 return result
             return self._settle_result(func, result, seen.generation, None)
@@ -169,7 +170,7 @@ class CircuitBreaker(BreakerCore):
         return self._settle_result(func, result, generation, probe)
 
     def _settle_result(self, func: Any, result: R, generation: int, probe: int | None) -> R:
-        if type(result) not in SUSPENDED:
+        if type(result) not in _SUSPENDED:
             self._drive(self._report_result(result, generation, probe))
             return result
         # nothing has run yet: a generator asks for its own permit when it starts
