@@ -20,7 +20,7 @@ from ._policy import Policy
 from ._protocol import HistoryEntry, Snapshot, State
 from ._scripts import AsyncRedisEngine
 from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
-from ._view import Event, Outcome
+from ._view import Event, Flight, Outcome
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -150,12 +150,12 @@ class AsyncCircuitBreaker(BreakerCore):
             try:
                 result = await func(*args, **kwargs)
             except BaseException as exception:
-                await self._drive(self._report_exception(exception, seen.generation, None))
+                await self._drive(self._report_exception(exception, Flight(seen.generation, None, now)))
                 raise
             if quiet:
                 seen.counter.tick()
             else:
-                await self._drive(self._report_result(result, seen.generation, None))
+                await self._drive(self._report_result(result, Flight(seen.generation, None, now)))
             return result
 
         return guarded
@@ -164,17 +164,20 @@ class AsyncCircuitBreaker(BreakerCore):
         seen = self._view.seen
         if self._quiet and now < seen.open_until:
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        generation, probe = await self._drive(self._admit(), self._give_back)
+        if now < seen.timed_until:
+            flight = self._view.take_off(seen.generation, None, now)
+        else:
+            flight = await self._drive(self._admit(), self._give_back)
         try:
             result = await func(*args, **kwargs)
         except BaseException as exception:
-            await self._drive(self._report_exception(exception, generation, probe))
+            await self._drive(self._report_exception(exception, flight))
             raise
-        await self._drive(self._report_result(result, generation, probe))
+        await self._drive(self._report_result(result, flight))
         return result
 
     async def _iterate(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
-        generation, probe = await self._drive(self._admit(), self._give_back)
+        flight = await self._drive(self._admit(), self._give_back)
         try:
             async with contextlib.aclosing(generator):
                 item = await anext(generator)
@@ -188,14 +191,14 @@ class AsyncCircuitBreaker(BreakerCore):
                     else:
                         item = await generator.asend(sent)
         except StopAsyncIteration:
-            await self._drive(self._report_result(None, generation, probe))
+            await self._drive(self._report_result(None, flight))
         except BaseException as exception:
-            await self._drive(self._report_exception(exception, generation, probe))
+            await self._drive(self._report_exception(exception, flight))
             raise
 
     async def acquire(self) -> AsyncPermit:
         """A permit for one call, to be settled once. Raises CircuitOpenError when rejected."""
-        return AsyncPermit(self, *await self._drive(self._admit(), self._give_back))
+        return AsyncPermit(self, await self._drive(self._admit(), self._give_back))
 
     def __aenter__(self) -> Coroutine[Any, Any, AsyncPermit]:
         return self._enter(sys._getframe(1))
@@ -295,9 +298,9 @@ class AsyncCircuitBreaker(BreakerCore):
         task.add_done_callback(self._beside.discard)
         return task
 
-    def _give_back(self, admitted: tuple[int, int | None]) -> Steps[None]:
+    def _give_back(self, flight: Flight) -> Steps[None]:
         """The caller was cancelled while it asked: the slot that it may have got is not used."""
-        return self._report(Outcome.IGNORED, *admitted)
+        return self._report(Outcome.IGNORED, flight)
 
     async def _tell_beside(self, event: Event) -> None:
         """Nobody who waits for a refresh waits for a listener, which may call this breaker itself."""
@@ -350,6 +353,18 @@ class AsyncCircuitBreaker(BreakerCore):
         Raises RedisUnavailableError.
         """
         await self._drive(self._command("reset"))
+
+    async def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
+        """Overrule fields of the policy (see Policy) for the whole fleet, on top of those set before.
+
+        Every instance obeys from its next script call on. duration: seconds after which all of them end; None: they
+        hold until clear_policy(). Raises PolicyError; RedisUnavailableError.
+        """
+        await self._drive(self._command("set_policy", duration, fields))
+
+    async def clear_policy(self) -> None:
+        """End what set_policy() set: every instance goes by its own policy again. Raises RedisUnavailableError."""
+        await self._drive(self._command("clear_policy"))
 
     async def history(self, count: int = 100) -> list[HistoryEntry]:
         """The last transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
