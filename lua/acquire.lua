@@ -27,7 +27,7 @@ local counted = breaker.record(document, request)
 local admitted, probe = true, nil
 if document.state ~= 'closed' then admitted, probe = breaker.acquire(document, request) end
 
-if document.undated or admitted and (document.fresh or counted or probe) then breaker.save(document, request) end
+if counted or document.undated or admitted and (document.fresh or probe) then breaker.save(document, request) end
 local reply = breaker.reply(document, request)
 reply.admitted, reply.probe = admitted, probe
 if not admitted and request.policy and request.policy.enforce == false then

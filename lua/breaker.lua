@@ -275,19 +275,17 @@ local function make(name)
 
       local sound = type(window) == 'table' and integer(window.bucket_ms, 1, LONGEST_MS)
         and integer(window.newest, 0, EXACT) and sound_rings()
-      bucket_ms = bucket_ms or sound and window.bucket_ms
-      if not bucket_ms then return nil end
-      local newest = math.floor(now / bucket_ms)
-      if not sound then return breaker.empty_window(bucket_ms, newest) end
-      if window.bucket_ms ~= bucket_ms then return breaker.rebucketed(window, bucket_ms, newest) end
+      if not sound then return bucket_ms and breaker.empty_window(bucket_ms, math.floor(now / bucket_ms)) end
+      local newest = math.floor(now / window.bucket_ms)
       -- beyond one window in either direction nothing is left; a clock that went back a little goes on in the newest
-      if math.abs(newest - window.newest) >= 10 then return breaker.empty_window(bucket_ms, newest) end
+      if math.abs(newest - window.newest) >= 10 then window = breaker.empty_window(window.bucket_ms, newest) end
       for number = window.newest + 1, newest do
         local slot = number % 10 + 1
         window.calls[slot], window.failures[slot], window.slow[slot] = 0, 0, 0
       end
       window.newest = math.max(window.newest, newest)
-      return window
+      if not bucket_ms or bucket_ms == window.bucket_ms then return window end
+      return breaker.rebucketed(window, bucket_ms, math.floor(now / bucket_ms))
     end
 
   elseif name == 'add_to_window' then
@@ -555,7 +553,7 @@ local function make(name)
       local bucket_ms = breaker.bucket_ms(request)
       document.unchanged = failures + slow + document.failure_count == 0
         and not (document.window or bucket_ms or document.outlived)
-      if document.forced then return false end
+      if document.forced or successes + failures + slow == 0 then return false end
       if successes > 0 then document.failure_count, document.run_since_ms = 0, nil end
       if failures > 0 then
         if document.failure_count == 0 and policy.quorum > 1 then document.run_since_ms = now end
@@ -571,7 +569,7 @@ local function make(name)
       end
       local reason = breaker.trip_reason(document, policy)
       if reason then breaker.trip(document, policy, reason) end
-      return successes + failures + slow > 0
+      return true
     end
 
   elseif name == 'record_probe' then

@@ -73,6 +73,7 @@ class Document:
     forced_until_ms: int | None = None
     now: int = 0
     fresh: bool = True
+    outlived: bool = False
     change: dict[str, Any] | None = None
 
 
@@ -127,16 +128,17 @@ class MemoryEngine:
         return max(document.generation + 1, document.now)
 
     def _load(self, policy: dict[str, Any], now: int) -> Document:
-        document = self._document
-        if document is None:
+        """A copy, which takes the document's place where a script would write it."""
+        if self._document is None:
             return Document(generation=now, now=now)
-        document.now, document.fresh, document.change = now, False, None
+        document = dataclasses.replace(self._document, now=now, fresh=False, change=None)
+        document.reporters = dict(document.reporters)
         document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
             document.window = self.window_at(document.window, self.bucket_ms(policy), now)
         ramped_up = now >= (document.closed_at_ms or 0) + policy["ramp_up_ms"]
         if document.trips and self.recent_trips(document, policy) == 0 and ramped_up:
-            document.trips, document.closed_at_ms = 0, None
+            document.trips, document.closed_at_ms, document.outlived = 0, None, True
         if document.forced_until_ms is not None and document.forced_until_ms <= now:
             document.forced, document.forced_until_ms = None, None
         return document
@@ -144,16 +146,19 @@ class MemoryEngine:
     # Scripts
 
     def _acquire(self, document: Document, request: Request, policy: dict[str, Any]) -> Reply:
-        self.record(document, request, policy)
+        counted = self.record(document, request, policy)
         admitted, probe = (True, None) if document.state == "closed" else self.acquire(document, policy)
-        if admitted:
+        if counted or (admitted and (document.fresh or probe is not None)):
             self._document = document
         shadow = not admitted and not policy["enforce"]
         return {"admitted": admitted or shadow, "probe": probe, "shadow": shadow or None}
 
     def _record(self, document: Document, request: Request, policy: dict[str, Any]) -> Reply:
-        self._document = document
-        return {"applied": self.record(document, request, policy)}
+        applied = self.record(document, request, policy)
+        empty = not request.keys() & {"successes", "failures", "slow", "probe"}
+        if applied or document.fresh or (empty and document.outlived):
+            self._document = document
+        return {"applied": applied}
 
     def _control(self, document: Document, request: Request, policy: dict[str, Any]) -> Reply:
         action, duration_ms = request["action"], request.get("duration_ms")
@@ -206,16 +211,17 @@ class MemoryEngine:
         return other
 
     def window_at(self, window: Window, bucket_ms: int | None, now: int) -> Window:
-        bucket_ms = bucket_ms or window.bucket_ms
-        newest = now // bucket_ms
-        if window.bucket_ms != bucket_ms:
-            return self.rebucketed(window, bucket_ms, newest)
+        newest = now // window.bucket_ms
         if abs(newest - window.newest) >= 10:
-            return Window(bucket_ms, newest)
+            window = Window(window.bucket_ms, newest)
+        else:
+            window = Window(window.bucket_ms, window.newest, window.calls[:], window.failures[:], window.slow[:])
         for number in range(window.newest + 1, newest + 1):
             window.calls[number % 10] = window.failures[number % 10] = window.slow[number % 10] = 0
         window.newest = max(window.newest, newest)
-        return window
+        if bucket_ms is None or bucket_ms == window.bucket_ms:
+            return window
+        return self.rebucketed(window, bucket_ms, now // bucket_ms)
 
     def add_to_window(self, window: Window, calls: int, failures: int, slow: int) -> None:
         slot = window.newest % 10
@@ -313,8 +319,10 @@ class MemoryEngine:
         return sum(at >= since_ms for at in document.reporters.values())
 
     def trip_reason(self, document: Document, policy: dict[str, Any]) -> str | None:
+        quorum: int = policy["quorum"]
+
         def quorate(since_ms: int) -> bool:
-            return policy["quorum"] == 1 or self.reporters_since(document, since_ms) >= policy["quorum"]
+            return quorum == 1 or self.reporters_since(document, since_ms) >= quorum
 
         run_since_ms = document.now if document.run_since_ms is None else document.run_since_ms
         if document.failure_count >= policy["failure_threshold"] and quorate(run_since_ms):
@@ -333,7 +341,7 @@ class MemoryEngine:
     def record_closed(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:
         successes, failures, slow = (request.get(key, 0) for key in ("successes", "failures", "slow"))
         bucket_ms = self.bucket_ms(policy)
-        if document.forced:
+        if document.forced or successes + failures + slow == 0:
             return False
         if successes > 0:
             document.failure_count, document.run_since_ms = 0, None
@@ -351,7 +359,7 @@ class MemoryEngine:
         reason = self.trip_reason(document, policy)
         if reason is not None:
             self.trip(document, policy, reason)
-        return bool(successes + failures + slow > 0)
+        return True
 
     def record_probe(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:
         slot = request["probe"]
