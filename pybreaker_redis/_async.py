@@ -21,6 +21,7 @@ from ._protocol import HistoryEntry, Snapshot, State
 from ._scripts import AsyncRedisEngine
 from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
 from ._view import Event, Flight, Outcome
+from ._watch import AsyncSubscription, BaseWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,6 +57,27 @@ class AsyncPermit(BasePermit):
         await self._breaker._drive(self._settle(Outcome.IGNORED, None))
 
     ignore = release
+
+
+class AsyncWatch(BaseWatch):
+    """A breaker's share in a subscription, in the loop that made it."""
+
+    def _key(self) -> tuple[object, ...]:
+        return *super()._key(), asyncio.get_running_loop()
+
+    def _open(self) -> AsyncSubscription:
+        breaker: Any = self._breaker
+        return AsyncSubscription(breaker._redis.subscriber, breaker._prefix)
+
+    async def close(self) -> None:
+        """Leave the subscription; the breaker's own lease holds again."""
+        self._leave()
+
+    async def __aenter__(self) -> AsyncWatch:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
 
 class AsyncCircuitBreaker(BreakerCore):
@@ -98,7 +120,7 @@ class AsyncCircuitBreaker(BreakerCore):
             encoding=encoding,
             redis_timeout=redis_timeout,
         )
-        self._redis: Any = None if redis is None else AsyncRedisEngine(redis, self.keys, redis_timeout)
+        self._redis = None if redis is None else AsyncRedisEngine(redis, self.keys, redis_timeout)
 
     def _start_process(self) -> None:
         super()._start_process()
@@ -353,6 +375,17 @@ class AsyncCircuitBreaker(BreakerCore):
         Raises RedisUnavailableError.
         """
         await self._drive(self._command("reset"))
+
+    async def watch(self, lease: float = 30.0) -> AsyncWatch:
+        """Subscribe to what other instances do, so that the view may be `lease` seconds old and still be right.
+
+        Every breaker of this loop that watches the same server shares one subscription, held by one task. While it
+        stands, a trip is in the view as soon as it is published, listeners are told of every transition (source
+        "watch"), and commands are sent once per lease (per tenth of the window where a rate can trip). When it is
+        lost the breaker's own short lease holds, at once, until it stands again. To be ended by close(), or by an
+        async with block. Raises PolicyError for a breaker without Redis, or a lease out of range.
+        """
+        return self._watch_with(AsyncWatch, lease)
 
     async def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
         """Overrule fields of the policy (see Policy) for the whole fleet, on top of those set before.

@@ -9,7 +9,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from . import _protocol
 from ._errors import CircuitOpenError, PermitError, PolicyError
@@ -18,7 +18,9 @@ from ._policy import Policy, override_request
 from ._protocol import COUNTS, HistoryEntry, Reply, Request, Snapshot, State, seconds
 from ._steps import Refresh, Steps, Tell
 from ._view import Classifier, Event, EventKind, Flight, Outcome, Verdict, View
+from ._watch import BaseWatch
 
+W = TypeVar("W", bound=BaseWatch)
 Exceptions: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 logger = logging.getLogger("pybreaker_redis")
 _breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
@@ -84,8 +86,10 @@ class BreakerCore:
         self._classifier = Classifier(failures, ignore if isinstance(ignore, tuple) else (ignore,), is_failure)
         self._listeners = tuple(listeners)
         self._encoding = encoding
-        self._view = View(float(lease), self.policy)
+        self._lease = float(lease)
+        self._view = View(self._lease, self.policy)
         self._override: dict[str, Any] | None = None  # what an operator set for the fleet, as last heard
+        self._redis: Any = None  # the shell's engine
         self._isolation: LocalEngine | None = None  # where this instance fails alone, below the quorum
         self._engine: AloneEngine | FallbackEngine = (
             AloneEngine()
@@ -96,6 +100,10 @@ class BreakerCore:
         self._quiet = not self._listeners and is_failure is None
         self._blocks: dict[types.FrameType, list[tuple[object, BasePermit]]] = {}  # innermost last
         self._start_process()
+        self._watch: BaseWatch | None = None
+        self._watch_lease: float | None = None  # while a subscription keeps the view fresh
+        self._rejoin: BaseWatch | None = None
+        self._prefix = prefix
         _breakers.add(self)
 
     def _start_process(self) -> None:
@@ -111,6 +119,9 @@ class BreakerCore:
         self._start_process()
         self._view.after_fork()
         self._engine.after_fork()
+        if self._watch is not None:
+            self._watch.after_fork()
+            self._watched(None)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -254,6 +265,9 @@ class BreakerCore:
     def _run(self, name: str, request: Request) -> Steps[Reply]:
         """One script call, its reply adopted as the view and its transition told."""
         sent = monotonic()
+        if self._rejoin is not None:
+            watch, self._rejoin = self._rejoin, None
+            watch._join()
         if self._view.policy.quorum > 1:
             reply = yield from self._run_below_quorum(name, request)
         else:
@@ -269,6 +283,7 @@ class BreakerCore:
         if reply.get("override") != self._override:
             self._override = reply.get("override")
             self._view.policy = self.policy.with_override(self._override)
+            self._set_lease()
         self._view.adopt(reply, sent, monotonic())
         self._warn(reply)
         if change := reply.get("transition"):
@@ -323,9 +338,10 @@ class BreakerCore:
             self.corrupt_documents += 1
             logger.warning("circuit breaker %r: %s under key %s", self.name, warning, self.keys.state)
 
-    def _tell_change(self, change: dict[str, Any], source: str) -> Steps[None]:
+    def _tell_change(self, change: dict[str, Any], source: str, instance: str | None = None) -> Steps[None]:
         yield self._event(
             "state_change",
+            instance=self.instance if instance is None else instance,
             old=change["from"],
             new=change["to"],
             reason=change["reason"],
@@ -335,7 +351,7 @@ class BreakerCore:
         )
 
     def _event(self, kind: EventKind, **fields: Any) -> Tell:
-        return Tell(Event(kind, self.name, self.instance, **fields))
+        return Tell(Event(kind, self.name, **{"instance": self.instance, **fields}))
 
     def _listener_failed(self, listener: object) -> None:
         logger.exception("circuit breaker %r: listener %r failed", self.name, listener)
@@ -359,6 +375,54 @@ class BreakerCore:
         self._view.drop()
         logger.warning("circuit breaker %r: Redis answers again", self.name)
         yield self._event("redis_restored", source="redis")
+
+    # Watching
+
+    def _watch_with(self, kind: Callable[[BreakerCore, float], W], lease: float) -> W:
+        if self._redis is None:
+            raise PolicyError("a breaker without Redis has nobody to watch")
+        if isinstance(lease, bool) or not isinstance(lease, (int, float)) or not 0 < lease <= 3600:
+            raise PolicyError(f"the lease of a watch must be above 0 and at most 3600 seconds, not {lease!r}")
+        if self._watch is not None:
+            self._watch._leave()
+        watch = self._watch = kind(self, float(lease))
+        return watch
+
+    def _watched(self, lease: float | None) -> None:
+        """The subscription stands (lease: as long as it lasts) or is lost (None). Either way the next call asks."""
+        self._watch_lease = lease
+        self._set_lease()
+        self._view.drop()
+
+    def _set_lease(self) -> None:
+        """A watched view may be old; but counts that a rate is made of must not be late by more than a bucket."""
+        policy, lease = self._view.policy, self._watch_lease
+        if lease is None or self._lease <= 0:
+            self._view.lease = self._lease
+            return
+        if policy.error_rate_threshold or policy.slow_call_rate_threshold:
+            lease = min(lease, policy.window / 10)
+        self._view.lease = max(lease, self._lease)
+
+    def _heard(self, message: dict[str, Any]) -> Steps[None]:
+        """A message on the breaker's channel: what another instance did is the view from here on."""
+        if message.get("instance") == self.instance:
+            return
+        try:
+            change = {**message, "generation": int(message["generation"])} if "policy" not in message else None
+            reply = _protocol.reply_from_message(change, self._view.policy) if change else None
+        except (KeyError, TypeError, ValueError):
+            self._view.drop()  # it may mean something to a later version: better ask
+            return
+        isolated = self._isolation is not None and self._isolation.state != "closed"
+        if change is None or reply is None or self._engine.alone or (isolated and reply["state"] == "closed"):
+            self._view.drop()
+            return
+        if reply["generation"] > self._view.seen.generation:
+            now = monotonic()
+            self._isolation = None
+            self._view.adopt({**reply, "override": self._override}, now, now)
+        yield from self._tell_change(change, "watch", change.get("instance") or "")
 
     # Looking and steering
 

@@ -66,6 +66,8 @@ class FixedEngine:
 class AloneEngine:
     """For redis=None: the state machine of this process, and no other."""
 
+    alone = True
+
     def __init__(self) -> None:
         self._memory = MemoryEngine(alone=True)
         self.after_fork = self._memory.after_fork
@@ -112,6 +114,11 @@ class FallbackEngine:
         self._retry_at = 0.0
         if self._local is not None:
             self._local.after_fork()
+
+    @property
+    def alone(self) -> bool:
+        """Whether Redis is down and this process decides for itself."""
+        return self._local is not None
 
     def run(self, name: str, request: Request) -> Steps[Reply]:
         """The reply of Redis or of the local engine; raises nothing of redis-py."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import msgpack
 
@@ -191,6 +191,21 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
         instance=fields["instance"],
         **{key: int(fields[key]) for key in COUNTS[2:] if key in fields},
     )
+
+
+def reply_from_message(message: dict[str, Any], policy: Policy) -> Reply:
+    """A published transition as the reply of which it is a part. Raises KeyError, TypeError or ValueError."""
+    state = message["to"]
+    if state not in get_args(State):
+        raise ValueError(f"no state: {state!r}")
+    recovered = state == "closed" and message["reason"] == "probe_succeeded"
+    return {
+        "state": state,
+        "generation": int(message["generation"]),
+        "failure_count": 0 if state == "closed" else int(message["failure_count"]),
+        "retry_after_ms": float(message.get("retry_after_ms", 0)),
+        "ramp_left_ms": policy.ramp_up * 1000 if recovered else 0,
+    }
 
 
 def control_request(action: str, duration: float | None) -> Request:

@@ -19,6 +19,7 @@ from ._protocol import HistoryEntry, Snapshot, State
 from ._scripts import RedisEngine
 from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
 from ._view import Event, Flight, Outcome, Verdict
+from ._watch import BaseWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,6 +55,20 @@ class Permit(BasePermit):
         self._breaker._drive(self._settle(Outcome.IGNORED, None))
 
     ignore = release
+
+
+class Watch(BaseWatch):
+    """A breaker's share in a subscription."""
+
+    def close(self) -> None:
+        """Leave the subscription; the breaker's own lease holds again."""
+        self._leave()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class CircuitBreaker(BreakerCore):
@@ -103,7 +118,7 @@ class CircuitBreaker(BreakerCore):
         for listener in self._listeners:
             if inspect.iscoroutinefunction(listener):
                 raise PolicyError(f"listener {listener!r} {_USE_ASYNC}")
-        self._redis: Any = None if redis is None else RedisEngine(redis, self.keys, redis_timeout)
+        self._redis = None if redis is None else RedisEngine(redis, self.keys, redis_timeout)
 
     def _start_process(self) -> None:
         super()._start_process()
@@ -300,6 +315,17 @@ class CircuitBreaker(BreakerCore):
         Raises RedisUnavailableError.
         """
         self._drive(self._command("reset"))
+
+    def watch(self, lease: float = 30.0) -> Watch:
+        """Subscribe to what other instances do, so that the view may be `lease` seconds old and still be right.
+
+        Every breaker of this process that watches the same server shares one subscription, held by one thread. While
+        it stands, a trip is in the view as soon as it is published, listeners are told of every transition (source
+        "watch"), and commands are sent once per lease (per tenth of the window where a rate can trip). When it is
+        lost the breaker's own short lease holds, at once, until it stands again. To be ended by close(), or by a
+        with block. Raises PolicyError for a breaker without Redis, or a lease out of range.
+        """
+        return self._watch_with(Watch, lease)
 
     def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
         """Overrule fields of the policy (see Policy) for the whole fleet, on top of those set before.
