@@ -172,7 +172,8 @@ class BreakerCore:
 
         generation: for a report of this one, else of the view's. A probe's slowness is reported by itself.
         """
-        overdue = self._view.overdue()
+        # under an earlier generation nothing counts: what is overdue waits for a report that does
+        overdue = self._view.overdue() if generation in (None, self._view.seen.generation) else []
         for flight in overdue:
             if flight.probe is not None:
                 slow = {"generation": flight.generation, "probe": flight.probe, "slow": 1, "pending": 1}
@@ -280,7 +281,7 @@ class BreakerCore:
         return {**(self._brief if brief else self._common), **request}
 
     def _heed(self, reply: Reply, sent: float) -> Steps[Reply]:
-        if reply.get("override") != self._override:
+        if reply["source"] != "local" and reply.get("override") != self._override:
             self._override = reply.get("override")
             self._view.policy = self.policy.with_override(self._override)
             self._set_lease()
