@@ -42,7 +42,7 @@ PACKAGES = (
 
 # Commands that a contender's scripts run inside the server; INFO commandstats counts them too.
 INSIDE = {
-    OURS: {"get", "set", "time", "xadd", "publish", "pexpire", "hset", "hgetall", "hget", "del"},
+    OURS: {"get", "mget", "exists", "set", "time", "xadd", "publish", "pexpire", "hset", "hgetall", "hget", "del"},
     NOPANIC: {"hget", "hset", "hincrby", "hgetall", "hdel", "expire", "del"},
     INTERLOCK_REDIS: {"hget", "hset", "hmget", "hincrby", "pexpire", "time"},
 }

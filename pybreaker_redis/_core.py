@@ -150,7 +150,7 @@ class BreakerCore:
             return (yield from self._ask())
 
     def _ask(self) -> Steps[Flight]:
-        reply = yield from self._run("acquire", (yield from self._gathered()))
+        reply = yield from self._run("acquire", (yield from self._gathered()), self._common)
         if not reply["admitted"] or reply.get("shadow"):
             return (yield from self._reject(reply["state"], seconds(reply.get("retry_after_ms")) or 0.0))
         ramp_left = seconds(reply.get("ramp_left_ms")) or 0.0
@@ -172,23 +172,23 @@ class BreakerCore:
 
         generation: for a report of this one, else of the view's. A probe's slowness is reported by itself.
         """
+        request: Request = self._view.take(generation) if self._view.lease > 0 else {}
+        current = self._view.seen.generation
         # under an earlier generation nothing counts: what is overdue waits for a report that does
-        overdue = self._view.overdue() if generation in (None, self._view.seen.generation) else []
-        for flight in overdue:
+        if self._view.policy.slow_call_duration is None or generation not in (None, current):
+            return request
+        for flight in self._view.overdue():
             if flight.probe is not None:
                 slow = {"generation": flight.generation, "probe": flight.probe, "slow": 1, "pending": 1}
-                yield from self._run("record", slow)
-        request: Request = self._view.take(generation) if self._view.lease > 0 else {}
-        if overdue:
-            request.setdefault("generation", self._view.seen.generation)
-            slow_calls = sum(f.probe is None and f.generation == request["generation"] for f in overdue)
-            if slow_calls:
-                request["slow"] = request["pending"] = slow_calls
+                yield from self._run("record", slow, self._common)
+            elif flight.generation == request.setdefault("generation", current):
+                request["slow"] = request["pending"] = request.get("pending", 0) + 1
         return request
 
     def _renew(self) -> Steps[None]:
         """Flush what was gathered, and take the reply as the view."""
-        yield from self._run("record", (yield from self._gathered()))
+        request = yield from self._gathered()
+        yield from self._run("record", request, self._common if "slow" in request else self._brief)
 
     def _report(self, outcome: Outcome, flight: Flight, exception: BaseException | None = None) -> Steps[None]:
         """Count an outcome: locally where the view allows it, else by a script."""
@@ -212,7 +212,8 @@ class BreakerCore:
             request["counted"] = 1
         elif outcome is not Outcome.IGNORED and slow:
             request["slow"] = request.get("slow", 0) + 1
-        yield from self._run("record", request)
+        plain = outcome is Outcome.SUCCESS and probe is None and "slow" not in request
+        yield from self._run("record", request, self._brief if plain else self._common)
 
     def _report_result(self, result: Any, flight: Flight) -> Steps[None]:
         """Judge a result and count it; an exception of the predicate is raised, and counts as nothing."""
@@ -263,22 +264,23 @@ class BreakerCore:
 
     # Requests and what becomes of their replies
 
-    def _run(self, name: str, request: Request) -> Steps[Reply]:
-        """One script call, its reply adopted as the view and its transition told."""
+    def _run(self, name: str, request: Request, common: Request) -> Steps[Reply]:
+        """One script call, its reply adopted as the view and its transition told.
+
+        common: what goes with every request, or what goes with a report of nothing but successes.
+        """
         sent = monotonic()
         if self._rejoin is not None:
             watch, self._rejoin = self._rejoin, None
             watch._join()
+        if self._override:
+            common = self._common  # it may have any rule
         if self._view.policy.quorum > 1:
-            reply = yield from self._run_below_quorum(name, request)
+            reply = yield from self._run_below_quorum(name, request, common)
         else:
             self._isolation = None
-            reply = yield from self._engine.run(name, self._dressed(name, request))
+            reply = yield from self._engine.run(name, {**common, **request})
         return (yield from self._heed(reply, sent))
-
-    def _dressed(self, name: str, request: Request) -> Request:
-        brief = name == "record" and not request.keys() & {"failures", "slow", "probe"} and not self._override
-        return {**(self._brief if brief else self._common), **request}
 
     def _heed(self, reply: Reply, sent: float) -> Steps[Reply]:
         if reply["source"] != "local" and reply.get("override") != self._override:
@@ -294,7 +296,7 @@ class BreakerCore:
 
     # Below the quorum: an instance whose own calls fail opens for itself alone
 
-    def _run_below_quorum(self, name: str, request: Request) -> Steps[Reply]:
+    def _run_below_quorum(self, name: str, request: Request, common: Request) -> Steps[Reply]:
         """A script call of an instance that keeps a state of its own too, by the same rules with a quorum of one.
 
         While the fleet is closed, its own state decides; else the fleet's does, and its own is forgotten.
@@ -310,7 +312,7 @@ class BreakerCore:
                 yield from self._tell_isolation(mine)
                 return {**self._isolated(mine), "admitted": True}
             self._isolation = None  # its own probe is forgotten with it
-        reply = yield from self._engine.run(name, self._dressed(name, request))
+        reply = yield from self._engine.run(name, {**common, **request})
         if reply["state"] != "closed" or reply["source"] != "redis":
             self._isolation = None
             return reply
@@ -459,7 +461,7 @@ class BreakerCore:
     def _flush(self) -> Steps[None]:
         gathered = self._view.take()
         if "successes" in gathered:
-            yield from self._run("record", gathered)
+            yield from self._run("record", gathered, self._brief)
 
 
 def _check_options(lease: object, on_redis_failure: object, encoding: object, redis_timeout: object) -> None:

@@ -188,8 +188,11 @@ class View:
 
     def adopt(self, reply: Reply, sent: float, now: float) -> None:
         """Take a reply as the view, unless a newer one came in between."""
+        seen, generation = self.seen, reply["generation"]
+        if self.lease <= 0 and generation == seen.generation and reply["failure_count"] == seen.failure_count:
+            return  # nobody goes by the view, and it would be the same
         with self._lock:
-            seen, generation = self.seen, reply["generation"]
+            seen = self.seen
             # a lower generation is news only from a request that began after the last reply was here
             since = seen.arrived if generation < seen.generation else seen.sent
             if sent < since and generation <= seen.generation and not reply.get("isolated"):
