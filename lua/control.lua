@@ -1,14 +1,17 @@
 --[[
-An operator's action, for the whole fleet: force_open, force_closed, clear_override or reset.
+An operator's action, for the whole fleet: on the state, or on the policy that every instance obeys.
 
 KEYS     circuit_breaker:{name}:state, {circuit_breaker:{name}:state}:history, {circuit_breaker:{name}:state}:policy
          ({name} stands for the name; only the outer braces of the last two are typed)
 ARGV[1]  the request, JSON or msgpack; the reply comes in the same encoding.
-           action       (text)          "force_open", "force_closed", "clear_override" or "reset"; needed
-           duration_ms  (milliseconds)  when a forced state ends by itself; 30 days when left out, which is the most
+           action       (text)          "force_open", "force_closed", "clear_override", "reset", "set_policy" or
+                                        "clear_policy"; needed
+           duration_ms  (milliseconds)  when a forced state ends by itself (30 days when left out, which is the most),
+                                        or the policy that is set (never when left out)
+           override     (map)           for set_policy: fields as in policy, laid over those that were set before
            policy, instance, encoding   as for acquire
-Reply      changed (bool), state, generation, failure_count, success_count, retry_after_ms, forced, warning,
-           transition {...} if THIS call caused one
+Reply      changed (bool), state, generation, failure_count, success_count, retry_after_ms, ramp_left_ms, forced,
+           override, warning, transition {...} if THIS call caused one
 Errors     BADREQUEST field: what is wrong. Nothing was changed.
 
   redis-cli EVALSHA $CONTROL 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \

@@ -5,8 +5,10 @@ KEYS     circuit_breaker:{name}:state, {circuit_breaker:{name}:state}:history, {
          ({name} stands for the name; only the outer braces of the last two are typed)
 ARGV[1]  the request, JSON or msgpack; the reply comes in the same encoding: policy, instance, encoding as for acquire
 Reply      exists (bool), state, generation (0 when none is stored), failure_count, success_count,
-           last_failure_time and opened_at (unix seconds), retry_after_ms, forced, forced_until_ms, trips,
-           probes_in_flight, now_ms (the server's clock), warning
+           last_failure_time and opened_at (unix seconds), retry_after_ms, ramp_left_ms, forced, forced_until_ms,
+           trips (in a row), probes_in_flight, calls, failures, slow (of the window; 0 where none is kept),
+           health (0 to 100), reporters {instance: unix milliseconds} (kept for a quorum), policy {all fields in
+           force}, override {those that an operator set}, now_ms (the server's clock), warning
 Errors     BADREQUEST field: what is wrong.
 
   redis-cli EVALSHA $SNAPSHOT 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \

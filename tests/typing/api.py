@@ -10,6 +10,7 @@ from redis import Redis
 from pybreaker_redis import (
     AsyncCircuitBreaker,
     AsyncPermit,
+    AsyncWatch,
     CircuitBreaker,
     CircuitBreakerError,
     CircuitOpenError,
@@ -18,6 +19,7 @@ from pybreaker_redis import (
     Permit,
     Policy,
     Snapshot,
+    Watch,
 )
 
 State = Literal["closed", "open", "half_open"]
@@ -143,6 +145,22 @@ def steering() -> None:
     breaker.clear_override()
     breaker.reset()
     breaker.flush()
+    breaker.set_policy(reset_timeout=10, enforce=False, duration=60)
+    breaker.clear_policy()
+    with breaker.watch(lease=10) as watch:
+        assert_type(watch, Watch)
+        assert_type(watch.active, bool)
+    breaker.watch().close()
+
+
+def policies() -> None:
+    policy = Policy(error_rate_threshold=0.5, slow_call_duration=None, quorum=3, enforce=False)
+    assert_type(policy.error_rate_threshold, float | None)
+    seen = breaker.snapshot()
+    assert_type(seen.policy, Policy)
+    assert_type(seen.health, int)
+    assert_type(seen.failure_rate, float | None)
+    assert_type(seen.isolated, bool)
 
 
 def rejected() -> float:
@@ -190,3 +208,7 @@ async def awaiting() -> None:
     assert_type(await aio.history(count=2), list[HistoryEntry])
     await aio.force_open(duration=60)
     await aio.flush()
+    await aio.set_policy(window=10)
+    async with await aio.watch(lease=10) as watch:
+        assert_type(watch, AsyncWatch)
+    await watch.close()
