@@ -195,7 +195,8 @@ class AsyncCircuitBreaker(BreakerCore):
         except BaseException as exception:
             await self._drive(self._report_exception(exception, flight))
             raise
-        await self._drive(self._report_result(result, flight))
+        if not (self._quiet and self._view.lands_well(flight)):
+            await self._drive(self._report_result(result, flight))
         return result
 
     async def _iterate(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:

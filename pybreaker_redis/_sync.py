@@ -185,6 +185,8 @@ class CircuitBreaker(BreakerCore):
         except BaseException as exception:
             self._drive(self._report_exception(exception, flight))
             raise
+        if self._quiet and type(result) not in _SUSPENDED and self._view.lands_well(flight):
+            return result
         return self._settle_result(func, result, flight)
 
     def _settle_result(self, func: Any, result: R, flight: Flight) -> R:

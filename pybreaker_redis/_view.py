@@ -264,6 +264,13 @@ class View:
         limit = self.policy.slow_call_duration
         return None if limit is None else pending or monotonic() - flight.started >= limit, pending
 
+    def lands_well(self, flight: Flight) -> bool:
+        """A quick success is counted and done with; False, and nothing done, for any other."""
+        limit = self.policy.slow_call_duration
+        if limit is None or flight.probe is not None or self.lease <= 0 or monotonic() - flight.started >= limit:
+            return False
+        return self._flights.pop(flight, flight) is None and self.gather(flight.generation)
+
     def overdue(self) -> list[Flight]:
         """The calls in flight that became slow since the last look; each is given to one caller, once."""
         found: list[Flight] = []
