@@ -410,8 +410,8 @@ local function make(name)
   elseif name == 'open_time_ms' then
     -- How long the circuit opens for at the trips-th trip in a row, without jitter.
     function breaker.open_time_ms(policy, trips)
-      local most = policy.max_reset_timeout_ms > 0 and policy.max_reset_timeout_ms or LONGEST_MS
-      local open_ms = policy.reset_timeout_ms
+      local open_ms, most = policy.reset_timeout_ms, policy.max_reset_timeout_ms
+      most = most > 0 and math.max(most, open_ms) or LONGEST_MS
       for _ = 2, policy.backoff_multiplier > 1 and trips or 1 do
         open_ms = math.min(open_ms * policy.backoff_multiplier, most)
         if open_ms == most then break end

@@ -236,8 +236,8 @@ class MemoryEngine:
     # Rules
 
     def open_time_ms(self, policy: dict[str, Any], trips: int) -> int:
-        most: int = policy["max_reset_timeout_ms"] or LONGEST_MS
         open_ms: float = policy["reset_timeout_ms"]
+        most = max(policy["max_reset_timeout_ms"], open_ms) if policy["max_reset_timeout_ms"] else LONGEST_MS
         for _ in range(trips - 1 if policy["backoff_multiplier"] > 1 else 0):
             open_ms = min(open_ms * policy["backoff_multiplier"], most)
             if open_ms == most:
