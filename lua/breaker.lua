@@ -556,7 +556,7 @@ local function make(name)
       if document.forced or successes + failures + slow == 0 then return false end
       if successes > 0 then document.failure_count, document.run_since_ms = 0, nil end
       if failures > 0 then
-        if document.failure_count == 0 and policy.quorum > 1 then document.run_since_ms = now end
+        if policy.quorum > 1 then document.run_since_ms = document.run_since_ms or now end
         breaker.count_failures(document, failures)
       end
       if failures + slow > 0 and policy.quorum > 1 then

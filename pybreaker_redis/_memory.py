@@ -346,7 +346,7 @@ class MemoryEngine:
         if successes > 0:
             document.failure_count, document.run_since_ms = 0, None
         if failures > 0:
-            if document.failure_count == 0 and policy["quorum"] > 1:
+            if document.run_since_ms is None and policy["quorum"] > 1:
                 document.run_since_ms = document.now
             self.count_failures(document, failures)
         if failures + slow > 0 and policy["quorum"] > 1:

@@ -535,6 +535,17 @@ def test_a_great_quorum(machine: Machine) -> None:
     assert states == ["closed"] * 99 + ["open"]
 
 
+def test_a_quorum_that_is_set_in_a_run(machine: Machine) -> None:
+    """A quorum that is set while calls fail is reached by those who fail from then on."""
+    begin(machine, PLAIN)
+    report(machine, PLAIN, failures=1, instance="a")
+    machine.run("control", PLAIN, action="set_policy", override={"quorum": 2})
+    machine.advance(5)
+    assert report(machine, PLAIN, failures=5, instance="a")["state"] == "closed"
+    machine.advance(5)
+    assert report(machine, PLAIN, failures=1, instance="b")["state"] == "open"
+
+
 # Recovery
 
 
