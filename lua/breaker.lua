@@ -506,15 +506,14 @@ local function make(name)
   elseif name == 'note_reporter' then
     -- Remembers who failed; the newest `quorum` of them decide, so that more need not be kept.
     function breaker.note_reporter(document, policy, instance)
-      document.reporters = document.reporters or {}
-      document.reporters[instance] = document.now
-      local held, oldest = 0, nil
-      for name, at in pairs(document.reporters) do
-        held = held + 1
-        local oldest_at = oldest and document.reporters[oldest]
-        if not oldest or at < oldest_at or at == oldest_at and name < oldest then oldest = name end
-      end
-      if held > policy.quorum then document.reporters[oldest] = nil end
+      local reporters, names = document.reporters or {}, {}
+      reporters[instance] = document.now
+      for name in pairs(reporters) do names[#names + 1] = name end
+      table.sort(names, function(one, other)
+        return reporters[one] < reporters[other] or reporters[one] == reporters[other] and one < other
+      end)
+      for number = 1, #names - policy.quorum do reporters[names[number]] = nil end
+      document.reporters = reporters
     end
 
   elseif name == 'reporters_since' then

@@ -312,8 +312,9 @@ class MemoryEngine:
     def note_reporter(self, document: Document, policy: dict[str, Any], instance: str) -> None:
         reporters = document.reporters
         reporters[instance] = document.now
-        if len(reporters) > policy["quorum"]:
-            del reporters[min(reporters, key=lambda name: (reporters[name], name))]
+        names = sorted(reporters, key=lambda name: (reporters[name], name))
+        for name in names[: max(len(names) - policy["quorum"], 0)]:
+            del reporters[name]
 
     def reporters_since(self, document: Document, since_ms: int) -> int:
         return sum(at >= since_ms for at in document.reporters.values())

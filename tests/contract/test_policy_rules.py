@@ -535,6 +535,17 @@ def test_a_great_quorum(machine: Machine) -> None:
     assert states == ["closed"] * 99 + ["open"]
 
 
+def test_a_smaller_quorum_keeps_fewer_reporters(machine: Machine) -> None:
+    """Where the quorum shrinks live, so does what is kept."""
+    policy = {**PLAIN, "quorum": 50, "failure_threshold": NEVER}
+    begin(machine, policy)
+    for number in range(50):
+        report(machine, policy, failures=1, instance=str(number))
+    machine.run("control", policy, action="set_policy", override={"quorum": 2})
+    report(machine, policy, failures=1, instance="x")
+    assert len(machine.run("snapshot", policy)["reporters"]) == 2
+
+
 def test_a_quorum_that_is_set_in_a_run(machine: Machine) -> None:
     """A quorum that is set while calls fail is reached by those who fail from then on."""
     begin(machine, PLAIN)
