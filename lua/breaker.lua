@@ -365,7 +365,7 @@ local function make(name)
       local function closed()
         if integer(stored.closed_at_ms, 0, now) then document.closed_at_ms = stored.closed_at_ms end
         local policy = breaker.policy_of(request)
-        if document.trips > 0 and breaker.recent_trips(document, policy) == 0
+        if (document.trips > 0 or document.closed_at_ms) and breaker.recent_trips(document, policy) == 0
             and now >= (document.closed_at_ms or 0) + policy.ramp_up_ms then
           document.trips, document.closed_at_ms, document.outlived = 0, nil, true
         end

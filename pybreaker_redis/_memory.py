@@ -136,8 +136,9 @@ class MemoryEngine:
         document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
             document.window = self.window_at(document.window, self.bucket_ms(policy), now)
+        recovered = document.trips > 0 or document.closed_at_ms is not None
         ramped_up = now >= (document.closed_at_ms or 0) + policy["ramp_up_ms"]
-        if document.trips and self.recent_trips(document, policy) == 0 and ramped_up:
+        if recovered and self.recent_trips(document, policy) == 0 and ramped_up:
             document.trips, document.closed_at_ms, document.outlived = 0, None, True
         if document.forced_until_ms is not None and document.forced_until_ms <= now:
             document.forced, document.forced_until_ms = None, None

@@ -883,6 +883,22 @@ def test_size_with_a_full_window(client: redis.Redis, encoding: str) -> None:
     assert len(document["reporters"]) == 3
 
 
+def test_the_document_of_a_long_healthy_breaker(client: redis.Redis) -> None:
+    """When the row of trips and the ramp are over, nothing of a recovery is stored, however it had been opened."""
+    machine = lua_machine(client)
+    begin(machine, PLAIN)
+    fields = set(json.loads(client.get(keys_of("m").state)))
+    for opened_by in ("failures", "force_open"):
+        if opened_by == "failures":
+            report(machine, PLAIN, failures=3)
+        else:
+            machine.run("control", PLAIN, action="force_open", duration_ms=5)
+        recover(machine, PLAIN)
+        machine.advance(1000)
+        report(machine, PLAIN, successes=1)
+        assert set(json.loads(client.get(keys_of("m").state))) == fields
+
+
 @pytest.mark.parametrize("quorum", [1, 2])
 def test_expiry_with_a_window(client: redis.Redis, quorum: int) -> None:
     """A document with a window is kept for a window at least, however short its ttl."""
