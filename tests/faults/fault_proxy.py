@@ -22,12 +22,17 @@ class _Pair:
 class FaultProxy:
     """Forwards to 127.0.0.1:port on its own thread, and misbehaves as told.
 
-    The ways, each for connections that are open and for those that come, until fine():
-    delay(seconds): each reply is later by so much. stall(): nothing passes, in either direction, and connections are
-    taken. hold_replies(): requests pass, replies are kept until fine(), when they come all at once, too late.
-    drop_replies(): requests pass, replies vanish; lose_replies() does that to the links that are open now. truncate(bytes): so much of a reply passes, then the link is cut.
-    reset(): every link is cut, and each new one too. cut(): every open link is cut, once. half_open(): the client's
-    side of each open link stays up but leads nowhere any more; new links work.
+    Until fine(), for links that are open and for those that come:
+    delay(seconds): each reply is later by so much.
+    stall(): nothing passes, in either direction, but connections are taken.
+    hold_replies(): requests pass, replies are kept until fine(), when they come all at once, too late.
+    drop_replies(): requests pass, replies vanish.
+    truncate(size): so many bytes of a reply pass, then the link is cut.
+    reset(): every link is cut at once.
+
+    For the links that are open now, and for good:
+    cut(): they are cut. half_open(): they lead nowhere any more, and their clients are not told.
+    lose_replies(): requests pass, replies vanish.
     """
 
     def __init__(self, port: int) -> None:

@@ -24,6 +24,7 @@ from redis.crc import key_slot
 from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, find_binary
 
 SLOTS = 16384
+PROMPT = ["--repl-diskless-sync-delay", "0"]  # a replica need not wait for others that might come
 
 
 # Binaries ---------------------------------------------------------------------------------------
@@ -169,7 +170,7 @@ def cluster(*args: str) -> Iterator[Cluster]:
     """Three masters and three replicas on loopback, formed and whole."""
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pbr-"))
-        options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", "--cluster-require-full-coverage", "no"]
+        options = ["--cluster-enabled", "yes", "--cluster-node-timeout", "1000", *PROMPT]
         nodes = []
         for index in range(6):
             own = ["--cluster-config-file", f"{folder}/{index}.conf"]
@@ -205,7 +206,11 @@ def _form(formed: Cluster) -> None:
         wait_until(lambda index=index, master=master: master in str(formed.clients[index].cluster("NODES")), 30)
         wait_until(lambda index=index, master=master: _replicate(formed.clients[index], master), 30)
     wait_until(formed.is_whole, 30)
-    wait_until(lambda: all(client.info("replication")["connected_slaves"] == 1 for client in formed.clients[:3]), 30)
+    wait_until(lambda: all(map(_is_synced, formed.clients[3:])), 30)
+
+
+def _is_synced(replica: redis.Redis) -> bool:
+    return replica.info("replication").get("master_link_status") == "up"
 
 
 def _replicate(client: redis.Redis, master: str) -> bool:
@@ -249,10 +254,14 @@ def _port(server: EmbeddedServer) -> int:
 def sentinels() -> Iterator[Sentinels]:
     """One master, two replicas and three sentinels that know of each other."""
     with contextlib.ExitStack() as stack:
-        data = [stack.enter_context(EmbeddedServer(port=0))]
+        data = [stack.enter_context(EmbeddedServer(port=0, args=PROMPT))]
         master = str(_port(data[0]))
         for _ in range(2):
-            data.append(stack.enter_context(EmbeddedServer(port=0, args=["--replicaof", "127.0.0.1", master])))
+            args = ["--replicaof", "127.0.0.1", master, *PROMPT]
+            data.append(stack.enter_context(EmbeddedServer(port=0, args=args)))
+        for replica in data[1:]:
+            with redis.Redis(port=_port(replica)) as client:
+                wait_until(lambda client=client: _is_synced(client), 30)
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pbr-")))
         watchers = []
         for index in range(3):

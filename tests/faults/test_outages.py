@@ -5,6 +5,7 @@ check_outage() asserts what all of them have in common; see there and docs/fault
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import time
@@ -44,7 +45,7 @@ def check_history(client: redis.Redis) -> None:
     path = [(one[b"from"], one[b"to"]) for one in entries]
     legal = {(b"closed", b"open"), (b"open", b"half_open"), (b"half_open", b"open"), (b"half_open", b"closed")}
     assert set(path) <= legal, path
-    assert all(before[1] == after[0] for before, after in zip(path, path[1:], strict=False)), path
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(path)), path
     generations = [int(one[b"generation"]) for one in entries]
     assert generations == sorted(set(generations))
 
@@ -303,7 +304,10 @@ def test_demoted_to_replica(target: Restartable) -> None:
 def test_replica_promoted() -> None:
     """A replica that is promoted knows state and generation of its master, and takes over where that ended."""
     prompt = ["--repl-diskless-sync-delay", "0"]
-    with restartable(args=prompt) as master, restartable(args=["--replicaof", "127.0.0.1", str(master.port)]) as replica:
+    with (
+        restartable(args=prompt) as master,
+        restartable(args=["--replicaof", "127.0.0.1", str(master.port)]) as replica,
+    ):
         breaker = CircuitBreaker("moved", redis=master.url, policy=Policy(failure_threshold=1, reset_timeout=3600))
         with master.client() as first, replica.client() as second:
             wait_until(lambda: second.info("replication")["master_link_status"] == "up")
@@ -334,6 +338,7 @@ def test_connection_limit(target: Restartable) -> None:
 def test_password_changed(target: Restartable) -> None:
     """A password that is wrong from now on is an outage until it is right again."""
     with loads(url=target.url) as running, target.client(password="secret") as client:
+
         def change() -> None:
             with target.client() as before:
                 before.config_set("requirepass", "secret")
