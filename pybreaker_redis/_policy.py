@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from ._errors import PolicyError
@@ -69,5 +68,5 @@ def _check(name: str, value: Any, duration: bool) -> None:
     least, most = _RANGES[name]
     kind = "a number of seconds" if duration else "an integer"
     right_type = isinstance(value, (int, float) if duration else int) and not isinstance(value, bool)
-    if not right_type or not math.isfinite(value) or not least <= value <= most:
+    if not right_type or not least <= value <= most:  # which NaN is not either
         raise PolicyError(f"{name} must be {kind} from {least:g} to {most:g}, not {value!r}")
