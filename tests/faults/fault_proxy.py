@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import ssl
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -33,10 +34,12 @@ class FaultProxy:
     For the links that are open now, and for good:
     cut(): they are cut. half_open(): they lead nowhere any more, and their clients are not told.
     lose_replies(): requests pass, replies vanish.
+
+    tls: how to greet clients, who then must speak TLS; the server itself is spoken to without.
     """
 
-    def __init__(self, port: int) -> None:
-        self._target = port
+    def __init__(self, port: int, tls: ssl.SSLContext | None = None) -> None:
+        self._target, self._tls = port, tls
         self._loop = asyncio.new_event_loop()
         self._way, self._argument = _FINE, 0.0
         self._changed = asyncio.Event()
@@ -111,7 +114,7 @@ class FaultProxy:
         self._do(change)
 
     async def _listen(self) -> asyncio.Server:
-        return await asyncio.start_server(self._serve, "127.0.0.1", 0)
+        return await asyncio.start_server(self._serve, "127.0.0.1", 0, ssl=self._tls)
 
     async def _cut(self) -> None:
         for pair in list(self._pairs):
@@ -201,9 +204,9 @@ class FaultProxy:
 
 
 @contextlib.contextmanager
-def proxy_to(port: int) -> Iterator[FaultProxy]:
+def proxy_to(port: int, tls: ssl.SSLContext | None = None) -> Iterator[FaultProxy]:
     """A FaultProxy for a `with` block."""
-    proxy = FaultProxy(port)
+    proxy = FaultProxy(port, tls)
     try:
         yield proxy
     finally:
