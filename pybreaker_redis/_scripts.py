@@ -377,7 +377,7 @@ class _AsyncCluster:
 
 @contextlib.asynccontextmanager
 async def _deadline(seconds: float) -> AsyncIterator[None]:
-    """TimeoutError after seconds and _TURNS turns of the loop: a busy loop is not taken for a dead server."""
+    """redis.TimeoutError after seconds and _TURNS turns of the loop: a busy loop is not taken for a dead server."""
     loop = asyncio.get_running_loop()
     turns = itertools.count(1)
 
@@ -388,11 +388,13 @@ async def _deadline(seconds: float) -> AsyncIterator[None]:
             timeout.reschedule(loop.time())
 
     timer = [loop.call_later(seconds / _TURNS, turn)]
-    async with asyncio.timeout(None) as timeout:
-        try:
+    try:
+        async with asyncio.timeout(None) as timeout:
             yield
-        finally:
-            timer[0].cancel()
+    except TimeoutError as error:
+        raise redis.TimeoutError(f"no reply within {seconds:g} s") from error
+    finally:
+        timer[0].cancel()
 
 
 def _can_read(connection: Any) -> Any:

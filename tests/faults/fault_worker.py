@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import gc
 import json
+import logging
 import os
 import resource
 import sys
@@ -180,6 +181,8 @@ def _memory_bytes() -> int:
 
 if __name__ == "__main__":
     worker = Worker(json.loads(sys.argv[1]))
+    if worker.order.get("silent"):
+        logging.disable()
     if worker.order["shell"] == "sync":
         worker.run_sync()
     else:

@@ -5,24 +5,38 @@ check_outage() asserts what all of them have in common; see there and docs/fault
 
 from __future__ import annotations
 
-import itertools
+import asyncio
 import os
+import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import redis
 from conftest import wait_until
-from fault_load import LOADS, THRESHOLD, TIMEOUT, alone, check_bounded, check_outage, check_shared_again, loads, shared
+from fault_load import (
+    LOADS,
+    THRESHOLD,
+    TIMEOUT,
+    alone,
+    check_bounded,
+    check_history,
+    check_outage,
+    check_shared_again,
+    loads,
+    shared,
+)
 from fault_proxy import FaultProxy, proxy_to
 from fault_servers import Restartable, restartable
 
-from pybreaker_redis import CircuitBreaker, Policy
+from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy
 
 STATE = "circuit_breaker:loaded:state"
-HISTORY = f"{{{STATE}}}:history"
 
 
 @pytest.fixture
@@ -37,17 +51,6 @@ def proxy(target: Restartable) -> Iterator[FaultProxy]:
     """A link to it that misbehaves as told."""
     with proxy_to(target.port) as started:
         yield started
-
-
-def check_history(client: redis.Redis) -> None:
-    """The transitions that Redis remembers form a legal path with growing generations, each told once."""
-    entries = [fields for _, fields in client.xrange(HISTORY)]
-    path = [(one[b"from"], one[b"to"]) for one in entries]
-    legal = {(b"closed", b"open"), (b"open", b"half_open"), (b"half_open", b"open"), (b"half_open", b"closed")}
-    assert set(path) <= legal, path
-    assert all(before[1] == after[0] for before, after in itertools.pairwise(path)), path
-    generations = [int(one[b"generation"]) for one in entries]
-    assert generations == sorted(set(generations))
 
 
 # The process of the server ----------------------------------------------------------------------
@@ -195,6 +198,24 @@ def test_a_client_without_timeouts(proxy: FaultProxy) -> None:
             breaker.call(int)
         assert time.monotonic() - began < TIMEOUT * 8
         assert breaker.snapshot().source == "local"
+
+
+@pytest.mark.parametrize("shell", ["sync", "async"])
+def test_the_warning_says_why(proxy: FaultProxy, shell: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The one warning of an outage ends with its cause, for either shell."""
+
+    async def call() -> None:
+        async def fine() -> None: ...
+
+        await AsyncCircuitBreaker("why", redis=proxy.url, lease=0, redis_timeout=TIMEOUT).call(fine)
+
+    proxy.stall()
+    if shell == "sync":
+        CircuitBreaker("why", redis=proxy.url, lease=0, redis_timeout=TIMEOUT).call(int)
+    else:
+        asyncio.run(call())
+    [warning] = [one.getMessage() for one in caplog.records if one.name == "pybreaker_redis"]
+    assert re.search(r"goes on alone: \w.{5,}", warning)
 
 
 def test_failures_of_an_outage_are_the_processes_own(target: Restartable) -> None:
@@ -383,3 +404,12 @@ def test_wrong_password_from_the_beginning(target: Restartable) -> None:
     with target.client() as client:
         client.config_set("requirepass", "right")
     check_never_in(url=f"redis://:wrong@127.0.0.1:{target.port}")
+
+
+@pytest.mark.long
+def test_soak_for_a_short_while() -> None:
+    """The soak itself runs, and passes."""
+    program = Path(__file__).parent / "soak.py"
+    done = subprocess.run([sys.executable, str(program), "40"], capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "passed" in done.stdout

@@ -23,8 +23,8 @@ SHORT = {
 }
 LONG = {
     "lost replies, crashes, repeats, a reset": Bounds(asks=6),
-    "one failure trips": Bounds(asks=6, transitions=6, policy=policy(failure_threshold=1)),
-    "two slots": Bounds(asks=6, in_flight=3, policy=policy(failure_threshold=1, half_open_max_calls=2)),
+    "many rounds": Bounds(asks=7, transitions=6, crashes=0, resets=0, policy=policy(failure_threshold=1)),
+    "two slots": Bounds(asks=5, policy=policy(failure_threshold=1, half_open_max_calls=2)),
 }
 
 
