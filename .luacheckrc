@@ -8,7 +8,8 @@ end
 stds.redis_script = {
   read_globals = whole(
     'redis', 'cjson', 'cmsgpack', 'KEYS', 'ARGV', 'math', 'string', 'table', 'bit', 'struct',
-    'pairs', 'ipairs', 'tonumber', 'tostring', 'type', 'error', 'pcall', 'next', 'select', 'unpack', 'assert'),
+    'pairs', 'ipairs', 'tonumber', 'tostring', 'type', 'error', 'pcall', 'next', 'select', 'unpack', 'assert',
+    'setmetatable', 'rawget'),
 }
 std = 'redis_script'
 max_line_length = 120

@@ -18,15 +18,19 @@ Writes     nothing when it refuses, but for the deadline of an open document tha
   redis-cli EVALSHA $ACQUIRE 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"instance":"me"}'
 ]]
-local request, problem = breaker.request({generation = 'stamp', successes = 'count'})
+local request, problem = breaker.request({generation = 'stamp', successes = 'count', slow = 'count',
+  pending = 'count', policy = 'policy', instance = 'text', encoding = 'encoding'})
 if not request then return redis.error_reply(problem) end
 
-local now = breaker.now_ms()
-local document = breaker.load(request.policy, now)
-local counted = breaker.record(document, request, now)
-local admitted, probe = breaker.acquire(document, request.policy, now)
+local document = breaker.load(request)
+local counted = breaker.record(document, request)
+local admitted, probe = true, nil
+if document.state ~= 'closed' then admitted, probe = breaker.acquire(document, request) end
 
-if document.undated or admitted and (document.fresh or counted or probe) then breaker.save(document, request, now) end
-local reply = breaker.reply(document, request, now)
+if counted or document.undated or admitted and (document.fresh or probe) then breaker.save(document, request) end
+local reply = breaker.reply(document, request)
 reply.admitted, reply.probe = admitted, probe
+if not admitted and request.policy and request.policy.enforce == false then
+  reply.admitted, reply.shadow = true, true
+end
 return breaker.encode(reply, request)

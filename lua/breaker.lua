@@ -11,394 +11,700 @@ What Redis runs is this file followed by one of those scripts. All of it works o
   version            of this layout: 1
   generation         grows at every transition and is seeded from the clock in milliseconds, so that it
                      does not repeat after the key was lost; an outcome that carries another is ignored
+  trips              trips in a row, for the back-off; a close does not end the row, a stretch of health does
+  closed_at_ms       unix milliseconds at which probes closed it (closed only)
+  window             {bucket_ms, newest, calls, failures, slow}: three rings of 10 counts, the bucket of number n
+                     (n times bucket_ms is its time) at n % 10 + 1; kept where a rate can trip (closed only)
+  reporters          {instance: unix milliseconds of its last failure or slow call}, the newest `quorum` of them
+  run_since_ms       when the present row of failures began (both kept for a quorum, closed only)
   open_until_ms      unix milliseconds from which acquire may hand out probes (open only)
   open_ms            how long this open time was meant to be: bounds the wait when a clock went back
-  trips              trips since the last close
   probe_seq          the last slot number handed out in this half_open
   probe_ms           the longest time a slot of this half_open was given
-  probes             {slot: deadline in unix milliseconds}; left out when empty
-  forced             "open" or "closed" while an operator's override holds; left out otherwise
+  probes             {slot: deadline in unix milliseconds}
+  forced             "open" or "closed" while an operator's override holds
   forced_until_ms    when the override ends by itself; there is always an end
 
-The five contract fields are read and written by other programs, which may leave out all the others.
-Nothing here is global; every function hangs on the one local table, so that tests can put a clock of
-their own between this file and the script.
-]]
-local breaker = {}
+What is empty or zero of our own fields is left out. The five contract fields are read and written by other
+programs, which may leave out all the others.
 
-local VERSION = 1
+Redis makes the functions of a script anew at every call, which costs it more than what they do: the functions down
+to rest() are all that a healthy breaker needs, and rest() makes the others when the first of them is called for.
+Nothing here is global; every function that a script calls hangs on the one local table, so that tests can put a
+clock of their own between this file and the script.
+]]
 local EXACT = 90000000000000 -- cjson writes 14 digits without loss; here is room for what is added
 local LONGEST_MS = 365 * 86400 * 1000
-local LONGEST_OVERRIDE_MS = 30 * 86400 * 1000
-local HISTORY_ENTRIES = 1000
-local HISTORY_TTL_MS = 86400 * 1000
-local MARGIN_MS = 60000 -- the document outlives its own deadline by this much
+
+local breaker = {now_ms = false, request = false, load = false, record = false, save = false, reply = false,
+  encode = false}
 
 function breaker.now_ms()
   local time = redis.call('TIME')
   return time[1] * 1000 + math.floor(time[2] / 1000)
 end
 
--- Codec ------------------------------------------------------------------------------------------
-
 local function integer(value, least, most)
-  return type(value) == 'number' and value >= least and value <= most and value == math.floor(value)
+  return type(value) == 'number' and value >= least and value <= most and value % 1 == 0
 end
 
 local function decode(text)
-  local parse = string.byte(text) == 123 and cjson.decode or cmsgpack.unpack
-  local ok, value = pcall(parse, text)
+  local ok, value = pcall(string.byte(text) == 123 and cjson.decode or cmsgpack.unpack, text)
   return ok and type(value) == 'table' and value or nil
 end
 
--- By hand: the contract fields first, no loss in large numbers, and half the time of cjson.
-local function encode_json(document)
-  local parts = {string.format(
-    '{"state":"%s","failure_count":%.0f,"success_count":%.0f,"last_failure_time":%s,"opened_at":%s,' ..
-    '"version":%d,"generation":%.0f,"trips":%.0f',
-    document.state, document.failure_count, document.success_count,
-    document.last_failure_time and string.format('%.0f', document.last_failure_time) or 'null',
-    document.opened_at and string.format('%.0f', document.opened_at) or 'null',
-    VERSION, document.generation, document.trips)}
-  if document.state == 'open' then
-    parts[2] = string.format(',"open_until_ms":%.0f,"open_ms":%.0f', document.open_until_ms, document.open_ms)
-  elseif document.state == 'half_open' then
-    parts[2] = string.format(',"probe_seq":%.0f,"probe_ms":%.0f', document.probe_seq, document.probe_ms)
-    if document.probes then parts[3] = ',"probes":' .. cjson.encode(document.probes) end
-  end
-  if document.forced then
-    parts[#parts + 1] = string.format(',"forced":"%s","forced_until_ms":%.0f', document.forced, document.forced_until_ms)
-  end
-  return table.concat(parts) .. '}'
-end
-
--- Request ----------------------------------------------------------------------------------------
-
-local function policy_of(given)
-  local policy = {failure_threshold = 5, reset_timeout_ms = 30000, success_threshold = 1,
-    half_open_max_calls = 1, probe_timeout_ms = 30000, ttl_ms = 3600000}
-  if given == nil or given == cjson.null then return policy end
-  if type(given) ~= 'table' then return nil, 'policy: must be a map of fields' end
-  local most = {failure_threshold = 1e9, reset_timeout_ms = LONGEST_MS, success_threshold = 1e9,
-    half_open_max_calls = 1000, probe_timeout_ms = LONGEST_MS, ttl_ms = LONGEST_MS}
-  for field, value in pairs(given) do
-    if not most[field] then return nil, 'policy.' .. tostring(field) .. ': unknown field' end
-    local least = field == 'ttl_ms' and 1000 or 1
-    if not integer(value, least, most[field]) then
-      return nil, string.format('policy.%s: must be an integer from %.0f to %.0f, not %s',
-        field, least, most[field], tostring(value))
-    end
-    policy[field] = value
-  end
-  return policy
-end
-
-local function fits(kind, value)
-  if kind == 'text' then return type(value) == 'string' and #value <= 200 and not string.find(value, '[^ -~]') end
-  if kind == 'stamp' then return integer(value, 0, EXACT) end
-  if kind == 'count' then return integer(value, 0, 1e9) end
-  if kind == 'duration' then return integer(value, 1, LONGEST_OVERRIDE_MS) end
-  if kind == 'encoding' then return value == 'json' or value == 'msgpack' end
-  return value == 'force_open' or value == 'force_closed' or value == 'clear_override' or value == 'reset'
-end
-
-local function misfit(field, kind, value)
-  if not kind then return tostring(field) .. ': unknown field' end
-  local wanted = {
-    text = 'a string of at most 200 printable ASCII characters', stamp = 'an integer from 0 to 9e13',
-    count = 'an integer from 0 to 1e9', duration = 'an integer from 1 to 30 days of milliseconds',
-    encoding = '"json" or "msgpack"', action = '"force_open", "force_closed", "clear_override" or "reset"'}
-  return field .. ': must be ' .. wanted[kind] .. ', not ' .. string.sub(tostring(value), 1, 100)
-end
-
-local function check(text, kinds)
-  if #KEYS ~= 3 then return nil, 'KEYS: must be state, history, policy' end
-  if #ARGV ~= 1 then return nil, 'ARGV: must be one request document' end
-  local request = decode(text)
-  if not request then return nil, 'request: must be one map, in JSON or msgpack' end
-  for field, value in pairs(request) do
-    if value == cjson.null then
-      request[field] = nil
-    elseif field ~= 'policy' then
-      local kind = field == 'instance' and 'text' or field == 'encoding' and 'encoding' or kinds[field]
-      if not kind or not fits(kind, value) then return nil, misfit(field, kind, value) end
-    end
-  end
-  local policy, problem = policy_of(request.policy)
-  request.policy = policy
-  return request, problem
-end
-
--- The checked request, or nil and what is wrong with it. kinds: the fields that the script takes beside
--- policy, instance and encoding.
+-- The checked request, or nil and what is wrong with it. kinds: of the fields that the script takes.
 function breaker.request(kinds)
-  local text = ARGV[1] or ''
-  local request, problem = check(text, kinds)
+  local text, problem = ARGV[1] or '', nil
+  local request = decode(text)
+  if #KEYS ~= 3 then
+    problem = 'KEYS: must be state, history, policy'
+  elseif #ARGV ~= 1 then
+    problem = 'ARGV: must be one request document'
+  elseif not request then
+    problem = 'request: must be one map, in JSON or msgpack'
+  end
+  for field, value in next, not problem and request or {} do
+    local kind, fits = kinds[field], false
+    if value == cjson.null then
+      request[field], fits = nil, true
+    elseif kind == 'count' then
+      fits = integer(value, 0, 1e9)
+    elseif kind == 'stamp' then
+      fits = integer(value, 0, EXACT)
+    elseif kind == 'text' then
+      fits = type(value) == 'string' and #value <= 200 and not string.find(value, '[^ -~]')
+    elseif kind == 'policy' then
+      problem, fits = breaker.policy_problem(field, value), true
+    elseif kind == 'duration' then
+      fits = integer(value, 1, 30 * 86400 * 1000)
+    elseif kind == 'encoding' then
+      fits = value == 'json' or value == 'msgpack'
+    end
+    if not fits then problem = breaker.misfit(field, kind, value) end
+    if problem then break end
+  end
+  if not problem and (request.pending or request.counted) then problem = breaker.miscount(request) end
   if problem then return nil, 'BADREQUEST ' .. string.gsub(problem, '[%c]', '?') end
   request.json = string.byte(text) == 123
   return request
 end
 
--- Document ---------------------------------------------------------------------------------------
-
-local function new_document(now)
-  return {state = 'closed', failure_count = 0, success_count = 0, version = VERSION, generation = now,
-    trips = 0, fresh = true}
-end
-
-local function live_probes(probes, longest_ms, now)
-  local live, some = {}, false
-  for slot, deadline in pairs(type(probes) == 'table' and probes or {}) do
-    if integer(deadline, now + 1, now + longest_ms) then
-      live[tostring(slot)] = deadline
-      some = true
-    end
+-- The document now; takes the operator's policy along. What it has beside the stored fields:
+-- now: unix milliseconds, nil where a healthy breaker needs no clock; fresh: made here, so that no outcome is of it;
+-- undated: its deadline is not stored; outlived: the row of trips is over, but still stored; unchanged: save need
+-- only renew the TTL; change: the transition made; warning: what was odd; exists: whether the key was there.
+function breaker.load(request)
+  local found = redis.call('MGET', KEYS[1], KEYS[3])
+  if found[2] then breaker.take_override(request, found[2]) end
+  -- Closed and with nothing to remember, as save wrote it, which most are: a tenth of the work of cjson and checks.
+  local failures, failed_at, generation = string.match(found[1] or '', '^{"state":"closed","failure_count":(%d+),' ..
+    '"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,"generation":([1-9]%d*)}$')
+  if generation and #generation <= 13 and #failures <= 10
+      and (failed_at == 'null' or #failed_at <= 10 and tonumber(failed_at)) then
+    return {state = 'closed', failure_count = tonumber(failures), success_count = 0,
+      last_failure_time = tonumber(failed_at), generation = tonumber(generation), trips = 0, exists = true,
+      now = failures ~= '0' and breaker.now_ms() or nil}
   end
-  return some and live or nil
-end
-
-local function take_over_open(document, stored, policy, now)
-  if integer(stored.open_until_ms, 0, EXACT) and integer(stored.open_ms, 0, LONGEST_MS) and not document.fresh then
-    document.open_ms = stored.open_ms
-    -- a deadline further off than its own length means that the clock went back: it is due
-    document.open_until_ms = stored.open_until_ms - now > stored.open_ms and now or stored.open_until_ms
-  else
-    local opened_at = document.opened_at or document.last_failure_time or math.floor(now / 1000)
-    document.open_ms = policy.reset_timeout_ms
-    document.open_until_ms = math.min(opened_at * 1000, now) + policy.reset_timeout_ms
-    -- such a deadline has to be written even by a refusal: made up anew each time, it would never come
-    document.undated = not document.opened_at or document.opened_at * 1000 > now or nil
-  end
-end
-
-local function take_over_half_open(document, stored, now)
-  document.probe_seq = integer(stored.probe_seq, 0, EXACT) and not document.fresh and stored.probe_seq or 0
-  document.probe_ms = integer(stored.probe_ms, 0, EXACT) and not document.fresh and stored.probe_ms or 0
-  document.probes = stored.probes and live_probes(stored.probes, document.probe_ms, now)
-end
-
--- A document by what it says: own fields where they make sense, else the contract fields alone.
-local function take_over(stored, policy, now)
-  local foreign = not integer(stored.generation, 1, EXACT)
-  local document = {state = stored.state, failure_count = stored.failure_count or 0,
-    success_count = stored.success_count or 0, last_failure_time = stored.last_failure_time,
-    opened_at = stored.opened_at, version = VERSION, generation = foreign and now or stored.generation,
-    trips = not foreign and integer(stored.trips, 0, EXACT) and stored.trips or 0, fresh = foreign or nil}
-  if document.state == 'open' then
-    take_over_open(document, stored, policy, now)
-  elseif document.state == 'half_open' then
-    take_over_half_open(document, stored, now)
-  end
-  if stored.forced == document.state and stored.forced ~= 'half_open' and not foreign
-      and integer(stored.forced_until_ms, now + 1, now + LONGEST_OVERRIDE_MS) then
-    document.forced, document.forced_until_ms = stored.forced, stored.forced_until_ms
-  end
-  return document
-end
-
--- Whether a contract field is absent, null (then made absent) or an integer.
-local function sound(stored, field)
-  if stored[field] == cjson.null then stored[field] = nil end
-  return stored[field] == nil or integer(stored[field], 0, EXACT / 1000)
-end
-
-local function contract_holds(stored)
-  return (stored.state == 'closed' or stored.state == 'open' or stored.state == 'half_open')
-    and sound(stored, 'failure_count') and sound(stored, 'success_count')
-    and sound(stored, 'last_failure_time') and sound(stored, 'opened_at')
-end
-
--- The document now, and whether the key was there. document.fresh: made here, so that no outcome is of it;
--- document.undated: its deadline is not stored; document.warning: what was odd.
-function breaker.load(policy, now)
-  local text = redis.pcall('GET', KEYS[1])
-  if text == false then return new_document(now), false end
-  local stored = type(text) == 'string' and decode(text) or nil
-  if not stored or not contract_holds(stored) then
-    local document = new_document(now)
-    document.warning = type(text) == 'string' and 'corrupt_document' or 'foreign_key'
-    return document, true
-  end
-  local document = take_over(stored, policy, now)
-  if stored.version ~= nil and stored.version ~= VERSION then document.warning = 'future_version' end
-  return document, true
-end
-
--- Rules ------------------------------------------------------------------------------------------
-
-local function transition(document, state, reason, now)
-  document.change = {from = document.state, to = state, reason = reason,
-    failure_count = document.failure_count, success_count = document.success_count}
-  document.state = state
-  document.generation = math.max(document.generation + 1, now)
-  document.change.generation = document.generation
-  document.success_count = 0
-  document.probes, document.probe_seq, document.probe_ms = nil, nil, nil
-  document.open_until_ms, document.open_ms = nil, nil
-  document.forced, document.forced_until_ms = nil, nil
-end
-
-local function open_for(document, duration_ms, reason, now)
-  transition(document, 'open', reason, now)
-  document.opened_at = math.floor(now / 1000)
-  document.open_ms, document.open_until_ms = duration_ms, now + duration_ms
-end
-
-local function trip(document, policy, reason, now)
-  open_for(document, policy.reset_timeout_ms, reason, now)
-  document.trips = document.trips + 1
-end
-
-local function close(document, reason, now)
-  transition(document, 'closed', reason, now)
-  document.failure_count, document.trips, document.opened_at = 0, 0, nil
-end
-
-local function free_slot(document, policy)
-  local used = 0
-  for _ in pairs(document.probes or {}) do used = used + 1 end
-  return used < policy.half_open_max_calls
-end
-
--- May the caller call? Then (true) or (true, slot of its probe); else (false).
-function breaker.acquire(document, policy, now)
-  if document.state == 'closed' then return true end
-  if document.state == 'open' then
-    if now < document.open_until_ms then return false end
-    transition(document, 'half_open', 'timeout', now)
-    document.probe_seq, document.probe_ms = 0, 0
-  end
-  if not free_slot(document, policy) then return false end
-  document.probe_seq = document.probe_seq + 1
-  document.probe_ms = math.max(document.probe_ms, policy.probe_timeout_ms)
-  document.probes = document.probes or {}
-  document.probes[tostring(document.probe_seq)] = now + policy.probe_timeout_ms
-  return true, document.probe_seq
-end
-
-local function count_failures(document, failures, now)
-  document.failure_count = math.min(document.failure_count + failures, 4294967295) -- the contract's u32
-  document.last_failure_time = math.floor(now / 1000)
-end
-
-local function record_closed(document, policy, successes, failures, now)
-  if document.forced then return false end
-  document.unchanged = failures == 0 and document.failure_count == 0
-  if successes > 0 then document.failure_count = 0 end
-  if failures > 0 then
-    count_failures(document, failures, now)
-    if document.failure_count >= policy.failure_threshold then
-      trip(document, policy, 'failure_threshold', now)
-    end
-  end
-  return successes + failures > 0
-end
-
-local function record_probe(document, policy, probe, successes, failures, now)
-  local slot = tostring(probe)
-  if not document.probes or not document.probes[slot] then return false end
-  document.probes[slot] = nil
-  if next(document.probes) == nil then document.probes = nil end
-  if failures > 0 then
-    count_failures(document, failures, now)
-    trip(document, policy, 'probe_failed', now)
-  elseif successes > 0 then
-    document.success_count = document.success_count + 1
-    if document.success_count >= policy.success_threshold then close(document, 'probe_succeeded', now) end
-  end
-  return true
+  return breaker.take_over(found[1], request)
 end
 
 -- Counts outcomes of calls that were admitted under request.generation; tells whether they counted.
-function breaker.record(document, request, now)
+function breaker.record(document, request)
   if document.fresh or request.generation ~= document.generation then return false end
-  local successes, failures = request.successes or 0, request.failures or 0
-  if document.state == 'closed' and not request.probe then
-    return record_closed(document, request.policy, successes, failures, now)
+  if document.now or request.policy or request.failures or request.slow or request.probe then
+    return breaker.count(document, request)
   end
-  if document.state == 'half_open' and request.probe then
-    return record_probe(document, request.policy, request.probe, successes, failures, now)
-  end
-  return false
-end
-
--- An operator's action; tells whether it changed anything.
-function breaker.control(document, action, duration_ms, now)
-  duration_ms = duration_ms or LONGEST_OVERRIDE_MS
-  if action == 'reset' then
-    close(document, 'reset', now)
-  elseif action == 'force_open' then
-    open_for(document, duration_ms, 'forced', now)
-  elseif action == 'force_closed' then
-    close(document, 'forced', now)
-  elseif not document.forced then
-    return false
-  elseif document.forced == 'open' then
-    document.open_until_ms = now -- the next acquire sends a probe, as when an override ends by itself
-  end
-  if action == 'force_open' or action == 'force_closed' then
-    document.forced, document.forced_until_ms = document.state, now + duration_ms
-  else
-    document.forced, document.forced_until_ms = nil, nil
-  end
-  return true
-end
-
--- Milliseconds until a refused caller may be admitted; nil while closed or while a slot is free.
-local function retry_after_ms(document, policy, now)
-  if document.state == 'open' then return math.max(document.open_until_ms - now, 0) end
-  if document.state ~= 'half_open' or free_slot(document, policy) then return nil end
-  local nearest = math.huge
-  for _, deadline in pairs(document.probes) do nearest = math.min(nearest, deadline) end
-  return nearest - now
-end
-
--- Writes and reply -------------------------------------------------------------------------------
-
-local function announce(document, request, now)
-  local change = document.change
-  local function add()
-    return redis.pcall('XADD', KEYS[2], 'MAXLEN', '~', HISTORY_ENTRIES, '*', 'time_ms', string.format('%.0f', now),
-      'from', change.from, 'to', change.to, 'reason', change.reason,
-      'generation', string.format('%.0f', change.generation), 'failure_count', change.failure_count,
-      'success_count', change.success_count, 'instance', request.instance or '')
-  end
-  local added = add()
-  if type(added) == 'table' and added.err then -- a foreign value under our key must not undo the state
-    redis.pcall('DEL', KEYS[2])
-    add()
-  end
-  redis.pcall('PEXPIRE', KEYS[2], HISTORY_TTL_MS)
-  change.instance, change.time_ms = request.instance, now
-  redis.pcall('PUBLISH', KEYS[1], cjson.encode(change)) -- an ACL may refuse the channel
-  change.instance, change.time_ms = nil, nil
-end
-
-local function ttl_ms(document, request, now)
-  local deadline = math.max(document.open_until_ms or 0, document.forced_until_ms or 0)
-  return string.format('%.0f', math.max(request.policy.ttl_ms, deadline - now + MARGIN_MS))
+  document.unchanged = true -- most reports: successes of a breaker that has nothing to forget
+  return (request.successes or 0) > 0
 end
 
 -- The one write: the document with its TTL, then history and message of the transition it made.
-function breaker.save(document, request, now)
-  if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl_ms(document, request, now)) end
-  local change, warning = document.change, document.warning
-  document.change, document.warning, document.fresh, document.undated = nil, nil, nil, nil
-  document.unchanged = nil
-  local text = request.encoding == 'msgpack' and cmsgpack.pack(document) or encode_json(document)
-  redis.call('SET', KEYS[1], text, 'PX', ttl_ms(document, request, now))
-  document.change, document.warning = change, warning
-  if change then announce(document, request, now) end
+function breaker.save(document, request)
+  if document.now then return breaker.write(document, request) end
+  redis.call('PEXPIRE', KEYS[1], request.policy and request.policy.ttl_ms or 3600000)
 end
 
--- What every script replies; the script adds its own fields. An empty slot keeps the table from growing.
-function breaker.reply(document, request, now)
-  return {state = document.state, generation = document.generation,
-    failure_count = document.failure_count, success_count = document.success_count,
-    retry_after_ms = retry_after_ms(document, request.policy, now),
-    forced = document.forced, warning = document.warning, transition = document.change, admitted = nil}
+-- What every script replies; the script adds its own fields.
+function breaker.reply(document, request)
+  local reply = {state = document.state, generation = document.generation, failure_count = document.failure_count,
+    success_count = document.success_count, admitted = nil, applied = nil}
+  if document.now or request.overridden or request.warning then breaker.tell_more(reply, document, request) end
+  return reply
 end
 
 function breaker.encode(reply, request)
   return request.json and cjson.encode(reply) or cmsgpack.pack(reply)
 end
+
+-- Everything below is made when it is first called for.
+local function make(name)
+  -- Policy ---------------------------------------------------------------------------------------
+
+  if name == 'policy_of' then
+    -- The policy in force: the defaults, over them the caller's fields, over them the operator's.
+    function breaker.policy_of(request)
+      local policy = request.in_force
+      if policy then return policy end
+      policy = {failure_threshold = 5, reset_timeout_ms = 30000, success_threshold = 1, half_open_max_calls = 1,
+        probe_timeout_ms = 30000, error_rate_threshold = 0, minimum_calls = 20, window_ms = 60000,
+        slow_call_duration_ms = 0, slow_call_rate_threshold = 0, backoff_multiplier = 1, max_reset_timeout_ms = 0,
+        jitter = 0, quorum = 1, ttl_ms = 3600000, ramp_up_ms = 0, enforce = true}
+      for field, value in pairs(request.policy or {}) do policy[field] = value end
+      request.in_force = policy
+      return policy
+    end
+
+  elseif name == 'policy_problem' then
+    -- What is wrong with a map of policy fields, or nil. name: of the map.
+    function breaker.policy_problem(name, policy)
+      -- Least and most of a field, and whether it may lie between integers.
+      local function limits(field)
+        if field == 'failure_threshold' or field == 'success_threshold' or field == 'minimum_calls' then
+          return 1, 1e9
+        end
+        if field == 'reset_timeout_ms' or field == 'probe_timeout_ms' then return 1, LONGEST_MS end
+        if field == 'ttl_ms' then return 1000, LONGEST_MS end
+        if field == 'half_open_max_calls' then return 1, 1000 end
+        if field == 'error_rate_threshold' or field == 'slow_call_rate_threshold' or field == 'jitter' then
+          return 0, 1, true
+        end
+        if field == 'window_ms' then return 10, LONGEST_MS end
+        if field == 'slow_call_duration_ms' or field == 'max_reset_timeout_ms' or field == 'ramp_up_ms' then
+          return 0, LONGEST_MS
+        end
+        if field == 'backoff_multiplier' then return 1, 1000, true end
+        if field == 'quorum' then return 1, 100 end
+      end
+
+      if type(policy) ~= 'table' then return name .. ': must be a map of fields' end
+      for field, value in pairs(policy) do
+        local least, most, broken = limits(field)
+        if field == 'enforce' then
+          if type(value) ~= 'boolean' then
+            return name .. '.enforce: must be true or false, not ' .. string.sub(tostring(value), 1, 100)
+          end
+        elseif not least then
+          return name .. '.' .. tostring(field) .. ': unknown field'
+        elseif not integer(value, least, most)
+            and not (broken and type(value) == 'number' and value >= least and value <= most) then
+          return string.format('%s.%s: must be %s from %.0f to %.0f, not %s', name, field,
+            broken and 'a number' or 'an integer', least, most, string.sub(tostring(value), 1, 100))
+        end
+      end
+    end
+
+  elseif name == 'bucket_ms' then
+    -- Length of a bucket where a rate can trip, else nil: then no window is begun.
+    function breaker.bucket_ms(request)
+      local given = request.policy
+      if given and ((given.error_rate_threshold or 0) > 0 or (given.slow_call_rate_threshold or 0) > 0) then
+        return math.floor(breaker.policy_of(request).window_ms / 10)
+      end
+    end
+
+  elseif name == 'take_override' then
+    -- Lets what the operator stored for the fleet overrule the caller's policy.
+    function breaker.take_override(request, text)
+      local override = decode(text)
+      if not override or breaker.policy_problem('policy', override) then
+        request.warning = 'corrupt_policy'
+        return
+      end
+      request.policy, request.overridden = request.policy or {}, override
+      for field, value in pairs(override) do request.policy[field] = value end
+    end
+
+  elseif name == 'misfit' then
+    function breaker.misfit(field, kind, value)
+      if not kind then return tostring(field) .. ': unknown field' end
+      local wanted = {count = 'an integer from 0 to 1e9', stamp = 'an integer from 0 to 9e13',
+        text = 'a string of at most 200 printable ASCII characters', encoding = '"json" or "msgpack"',
+        duration = 'an integer from 1 to 30 days of milliseconds'}
+      return field .. ': must be ' .. wanted[kind] .. ', not ' .. string.sub(tostring(value), 1, 100)
+    end
+
+  elseif name == 'miscount' then
+    -- Of counts that refer to others; a call is pending when it is slow before its end, and counted at its end.
+    function breaker.miscount(request)
+      if (request.pending or 0) > (request.slow or 0) then return 'pending: must not be more than slow' end
+      if (request.counted or 0) > (request.successes or 0) + (request.failures or 0) then
+        return 'counted: must not be more than successes and failures'
+      end
+    end
+
+  -- Window ---------------------------------------------------------------------------------------
+
+  elseif name == 'empty_window' then
+    function breaker.empty_window(bucket_ms, newest)
+      local window = {bucket_ms = bucket_ms, newest = newest, calls = {}, failures = {}, slow = {}}
+      for slot = 1, 10 do window.calls[slot], window.failures[slot], window.slow[slot] = 0, 0, 0 end
+      return window
+    end
+
+  elseif name == 'rebucketed' then
+    -- Another policy has buckets of another length: a count stays with the time at which its bucket began.
+    function breaker.rebucketed(window, bucket_ms, newest)
+      local other = breaker.empty_window(bucket_ms, newest)
+      for number = math.max(window.newest - 9, 0), window.newest do
+        local at = math.min(math.floor(number * window.bucket_ms / bucket_ms), newest)
+        if at > newest - 10 then
+          local from, to = number % 10 + 1, at % 10 + 1
+          other.calls[to] = other.calls[to] + window.calls[from]
+          other.failures[to] = other.failures[to] + window.failures[from]
+          other.slow[to] = other.slow[to] + window.slow[from]
+        end
+      end
+      return other
+    end
+
+  elseif name == 'window_at' then
+    -- The window as it is now, whatever was stored: what has passed is dropped. bucket_ms: nil keeps the stored one.
+    function breaker.window_at(window, bucket_ms, now)
+      local function sound_rings()
+        local calls, failures, slow = window.calls, window.failures, window.slow
+        if type(calls) ~= 'table' or type(failures) ~= 'table' or type(slow) ~= 'table' then return false end
+        for slot = 1, 10 do
+          if not (integer(calls[slot], 0, EXACT) and integer(failures[slot], 0, EXACT)
+              and integer(slow[slot], 0, EXACT)) then
+            return false
+          end
+        end
+        return true
+      end
+
+      local sound = type(window) == 'table' and integer(window.bucket_ms, 1, LONGEST_MS)
+        and integer(window.newest, 0, EXACT) and sound_rings()
+      if not sound then return bucket_ms and breaker.empty_window(bucket_ms, math.floor(now / bucket_ms)) end
+      local newest = math.floor(now / window.bucket_ms)
+      -- beyond one window in either direction nothing is left; a clock that went back a little goes on in the newest
+      if math.abs(newest - window.newest) >= 10 then window = breaker.empty_window(window.bucket_ms, newest) end
+      for number = window.newest + 1, newest do
+        local slot = number % 10 + 1
+        window.calls[slot], window.failures[slot], window.slow[slot] = 0, 0, 0
+      end
+      window.newest = math.max(window.newest, newest)
+      if not bucket_ms or bucket_ms == window.bucket_ms then return window end
+      return breaker.rebucketed(window, bucket_ms, math.floor(now / bucket_ms))
+    end
+
+  elseif name == 'add_to_window' then
+    function breaker.add_to_window(window, calls, failures, slow)
+      local slot = window.newest % 10 + 1
+      window.calls[slot] = math.max(window.calls[slot] + calls, 0)
+      window.failures[slot] = window.failures[slot] + failures
+      window.slow[slot] = window.slow[slot] + slow
+    end
+
+  elseif name == 'sums' then
+    -- Calls, failures and slow calls; no more failures or slow calls than calls, whenever each was reported.
+    function breaker.sums(window)
+      local calls, failures, slow = 0, 0, 0
+      for slot = 1, 10 do
+        calls = calls + window.calls[slot]
+        failures = failures + window.failures[slot]
+        slow = slow + window.slow[slot]
+      end
+      return calls, math.min(failures, calls), math.min(slow, calls)
+    end
+
+  -- Document -------------------------------------------------------------------------------------
+
+  elseif name == 'new_document' then
+    function breaker.new_document(now, exists, warning)
+      return {now = now, exists = exists, state = 'closed', failure_count = 0, success_count = 0, generation = now,
+        trips = 0, fresh = true, warning = warning}
+    end
+
+  elseif name == 'take_over_document' then
+    -- A document by what is stored: own fields where they make sense, else the contract fields alone.
+    function breaker.take_over_document(stored, request, now)
+      local state, generation = stored.state, stored.generation
+      for _, field in ipairs({'failure_count', 'success_count', 'last_failure_time', 'opened_at'}) do
+        local value = stored[field]
+        if value == cjson.null then
+          stored[field] = nil
+        elseif value ~= nil and not integer(value, 0, EXACT / 1000) then
+          state = nil
+        end
+      end
+      if state ~= 'closed' and state ~= 'open' and state ~= 'half_open' then
+        return breaker.new_document(now, true, 'corrupt_document')
+      end
+      local foreign = not integer(generation, 1, EXACT)
+      local document = {now = now, exists = true, state = state, failure_count = stored.failure_count or 0,
+        success_count = stored.success_count or 0, last_failure_time = stored.last_failure_time,
+        opened_at = stored.opened_at, generation = foreign and now or generation, trips = 0, fresh = foreign or nil}
+      if stored.version ~= nil and stored.version ~= 1 then document.warning = 'future_version' end
+
+      local function open()
+        if not foreign and integer(stored.open_until_ms, 0, EXACT) and integer(stored.open_ms, 0, LONGEST_MS) then
+          document.open_ms = stored.open_ms
+          -- a deadline further off than its own length means that the clock went back: it is due
+          document.open_until_ms = stored.open_until_ms - now > stored.open_ms and now or stored.open_until_ms
+        else
+          local opened_at = document.opened_at or document.last_failure_time or math.floor(now / 1000)
+          document.open_ms = breaker.policy_of(request).reset_timeout_ms
+          document.open_until_ms = math.min(opened_at * 1000, now) + document.open_ms
+          -- such a deadline has to be written even by a refusal: made up anew each time, it would never come
+          document.undated = not document.opened_at or document.opened_at * 1000 > now
+        end
+      end
+
+      local function half_open()
+        document.probe_seq = not foreign and integer(stored.probe_seq, 0, EXACT) and stored.probe_seq or 0
+        document.probe_ms = not foreign and integer(stored.probe_ms, 0, EXACT) and stored.probe_ms or 0
+        for slot, deadline in pairs(type(stored.probes) == 'table' and stored.probes or {}) do
+          if integer(deadline, now + 1, now + document.probe_ms) then
+            document.probes = document.probes or {}
+            document.probes[tostring(slot)] = deadline
+          end
+        end
+      end
+
+      local function closed()
+        if integer(stored.closed_at_ms, 0, now) then document.closed_at_ms = stored.closed_at_ms end
+        local policy = breaker.policy_of(request)
+        if document.trips > 0 and breaker.recent_trips(document, policy) == 0
+            and now >= (document.closed_at_ms or 0) + policy.ramp_up_ms then
+          document.trips, document.closed_at_ms, document.outlived = 0, nil, true
+        end
+        if stored.window then document.window = breaker.window_at(stored.window, breaker.bucket_ms(request), now) end
+        if integer(stored.run_since_ms, 0, now) then document.run_since_ms = stored.run_since_ms end
+        for instance, at in pairs(type(stored.reporters) == 'table' and stored.reporters or {}) do
+          if type(instance) == 'string' and integer(at, 0, now) then
+            document.reporters = document.reporters or {}
+            document.reporters[instance] = at
+          end
+        end
+      end
+
+      if integer(stored.trips, 0, EXACT) and not foreign then document.trips = math.min(stored.trips, 1000) end
+      if state == 'open' then
+        open()
+      elseif state == 'half_open' then
+        half_open()
+      elseif not foreign then
+        closed()
+      end
+      if stored.forced == state and state ~= 'half_open' and not foreign
+          and integer(stored.forced_until_ms, now + 1, now + 30 * 86400 * 1000) then
+        document.forced, document.forced_until_ms = stored.forced, stored.forced_until_ms
+      end
+      return document
+    end
+
+  elseif name == 'take_over' then
+    -- The document by what the key holds, if anything.
+    function breaker.take_over(text, request)
+      local now = breaker.now_ms()
+      local stored = text and decode(text)
+      if stored then return breaker.take_over_document(stored, request, now) end
+      if text then return breaker.new_document(now, true, 'corrupt_document') end
+      local foreign = redis.call('EXISTS', KEYS[1]) == 1 -- MGET sees strings only
+      return breaker.new_document(now, foreign, foreign and 'foreign_key' or nil)
+    end
+
+  -- Rules ----------------------------------------------------------------------------------------
+
+  elseif name == 'open_time_ms' then
+    -- How long the circuit opens for at the trips-th trip in a row, without jitter.
+    function breaker.open_time_ms(policy, trips)
+      local most = policy.max_reset_timeout_ms > 0 and policy.max_reset_timeout_ms or LONGEST_MS
+      local open_ms = policy.reset_timeout_ms
+      for _ = 2, policy.backoff_multiplier > 1 and trips or 1 do
+        open_ms = math.min(open_ms * policy.backoff_multiplier, most)
+        if open_ms == most then break end
+      end
+      return math.floor(open_ms)
+    end
+
+  elseif name == 'recent_trips' then
+    -- Trips in a row. The row ends when the breaker has been closed for as long as it would open for next.
+    function breaker.recent_trips(document, policy)
+      if document.state ~= 'closed' then return document.trips end
+      if document.trips == 0 or not document.closed_at_ms then return 0 end
+      local healthy = document.now - document.closed_at_ms >= breaker.open_time_ms(policy, document.trips + 1)
+      return healthy and 0 or document.trips
+    end
+
+  elseif name == 'transition' then
+    function breaker.transition(document, state, reason)
+      document.change = {from = document.state, to = state, reason = reason,
+        failure_count = document.failure_count, success_count = document.success_count}
+      if document.window then
+        document.change.calls, document.change.failures, document.change.slow = breaker.sums(document.window)
+      end
+      document.state = state
+      document.generation = math.max(document.generation + 1, document.now)
+      document.change.generation = document.generation
+      document.success_count = 0
+      document.window, document.reporters, document.run_since_ms, document.closed_at_ms = nil, nil, nil, nil
+      document.probes, document.probe_seq, document.probe_ms = nil, nil, nil
+      document.open_until_ms, document.open_ms = nil, nil
+      document.forced, document.forced_until_ms = nil, nil
+    end
+
+  elseif name == 'open_for' then
+    function breaker.open_for(document, duration_ms, reason)
+      breaker.transition(document, 'open', reason)
+      document.opened_at = math.floor(document.now / 1000)
+      document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
+    end
+
+  elseif name == 'trip' then
+    function breaker.trip(document, policy, reason)
+      local trips = math.min(breaker.recent_trips(document, policy) + 1, 1000)
+      local open_ms = breaker.open_time_ms(policy, trips)
+      -- a share that anyone can compute again, and that differs from breaker to breaker
+      local share = math.max(document.generation + 1, document.now) % 1000003 * 7919 % 1000003 / 1000003
+      breaker.open_for(document, math.min(math.floor(open_ms * (1 + policy.jitter * share)), LONGEST_MS), reason)
+      document.trips = trips
+    end
+
+  elseif name == 'close' then
+    function breaker.close(document, reason)
+      breaker.transition(document, 'closed', reason)
+      document.failure_count, document.opened_at = 0, nil
+      if reason == 'probe_succeeded' then
+        document.closed_at_ms = document.now
+      else
+        document.trips = 0
+      end
+    end
+
+  elseif name == 'free_slot' then
+    function breaker.free_slot(document, policy)
+      local used = 0
+      for _ in pairs(document.probes or {}) do used = used + 1 end
+      return used < policy.half_open_max_calls
+    end
+
+  elseif name == 'acquire' then
+    -- May the caller call, where it is not closed? Then (true, slot of its probe), else (false).
+    function breaker.acquire(document, request)
+      if document.state == 'open' then
+        if document.now < document.open_until_ms then return false end
+        breaker.transition(document, 'half_open', 'timeout')
+        document.probe_seq, document.probe_ms = 0, 0
+      end
+      local policy = breaker.policy_of(request)
+      if not breaker.free_slot(document, policy) then return false end
+      document.probe_seq = document.probe_seq + 1
+      document.probe_ms = math.max(document.probe_ms, policy.probe_timeout_ms)
+      document.probes = document.probes or {}
+      document.probes[tostring(document.probe_seq)] = document.now + policy.probe_timeout_ms
+      return true, document.probe_seq
+    end
+
+  elseif name == 'count_failures' then
+    function breaker.count_failures(document, failures)
+      document.failure_count = math.min(document.failure_count + failures, 4294967295) -- the contract's u32
+      document.last_failure_time = math.floor(document.now / 1000)
+    end
+
+  elseif name == 'note_reporter' then
+    -- Remembers who failed; the newest `quorum` of them decide, so that more need not be kept.
+    function breaker.note_reporter(document, policy, instance)
+      document.reporters = document.reporters or {}
+      document.reporters[instance] = document.now
+      local held, oldest = 0, nil
+      for name, at in pairs(document.reporters) do
+        held = held + 1
+        local oldest_at = oldest and document.reporters[oldest]
+        if not oldest or at < oldest_at or at == oldest_at and name < oldest then oldest = name end
+      end
+      if held > policy.quorum then document.reporters[oldest] = nil end
+    end
+
+  elseif name == 'reporters_since' then
+    function breaker.reporters_since(document, since_ms)
+      local count = 0
+      for _, at in pairs(document.reporters or {}) do
+        if at >= since_ms then count = count + 1 end
+      end
+      return count
+    end
+
+  elseif name == 'trip_reason' then
+    -- Why a closed document has to open now, or nil.
+    function breaker.trip_reason(document, policy)
+      local function quorate(since_ms)
+        return policy.quorum == 1 or breaker.reporters_since(document, since_ms) >= policy.quorum
+      end
+      if document.failure_count >= policy.failure_threshold and quorate(document.run_since_ms or document.now) then
+        return 'failure_threshold'
+      end
+      if not document.window then return nil end
+      local calls, failures, slow = breaker.sums(document.window)
+      if calls < policy.minimum_calls or not quorate(document.now - policy.window_ms + 1) then return nil end
+      if policy.error_rate_threshold > 0 and failures / calls >= policy.error_rate_threshold then
+        return 'error_rate'
+      end
+      if policy.slow_call_rate_threshold > 0 and slow / calls >= policy.slow_call_rate_threshold then
+        return 'slow_rate'
+      end
+    end
+
+  elseif name == 'record_closed' then
+    function breaker.record_closed(document, request)
+      local now, policy = document.now, breaker.policy_of(request)
+      local successes, failures, slow = request.successes or 0, request.failures or 0, request.slow or 0
+      local bucket_ms = breaker.bucket_ms(request)
+      document.unchanged = failures + slow + document.failure_count == 0
+        and not (document.window or bucket_ms or document.outlived)
+      if document.forced or successes + failures + slow == 0 then return false end
+      if successes > 0 then document.failure_count, document.run_since_ms = 0, nil end
+      if failures > 0 then
+        if document.failure_count == 0 and policy.quorum > 1 then document.run_since_ms = now end
+        breaker.count_failures(document, failures)
+      end
+      if failures + slow > 0 and policy.quorum > 1 then
+        breaker.note_reporter(document, policy, request.instance or '')
+      end
+      if document.window or bucket_ms then
+        document.window = document.window or breaker.window_at(nil, bucket_ms, now)
+        local calls = successes + failures + (request.pending or 0) - (request.counted or 0)
+        breaker.add_to_window(document.window, calls, failures, slow)
+      end
+      local reason = breaker.trip_reason(document, policy)
+      if reason then breaker.trip(document, policy, reason) end
+      return true
+    end
+
+  elseif name == 'record_probe' then
+    function breaker.record_probe(document, request)
+      local slot, policy = tostring(request.probe), breaker.policy_of(request)
+      if not document.probes or not document.probes[slot] then return false end
+      local failures, slow = request.failures or 0, policy.slow_call_rate_threshold > 0 and request.slow or 0
+      if (request.pending or 0) == 0 or slow > 0 then document.probes[slot] = nil end
+      if next(document.probes) == nil then document.probes = nil end
+      if failures > 0 then breaker.count_failures(document, failures) end
+      if failures + slow > 0 then
+        breaker.trip(document, policy, failures > 0 and 'probe_failed' or 'probe_slow')
+      elseif (request.successes or 0) > 0 then
+        document.success_count = document.success_count + 1
+        if document.success_count >= policy.success_threshold then
+          breaker.close(document, 'probe_succeeded')
+        end
+      end
+      return true
+    end
+
+  elseif name == 'count' then
+    -- What record does where a breaker has something to count or to forget.
+    function breaker.count(document, request)
+      document.now = document.now or breaker.now_ms()
+      if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
+      if document.state == 'closed' and not request.probe then return breaker.record_closed(document, request) end
+      return false
+    end
+
+  elseif name == 'retry_after_ms' then
+    -- Milliseconds until a refused caller may be admitted; nil while a slot is free.
+    function breaker.retry_after_ms(document, request)
+      if document.state == 'open' then return math.max(document.open_until_ms - document.now, 0) end
+      if breaker.free_slot(document, breaker.policy_of(request)) then return nil end
+      local nearest = math.huge
+      for _, deadline in pairs(document.probes) do nearest = math.min(nearest, deadline) end
+      return nearest - document.now
+    end
+
+  -- Writes and reply -----------------------------------------------------------------------------
+
+  elseif name == 'encode_json' then
+    -- By hand: the contract fields first, no loss in large numbers, and half the time of cjson.
+    function breaker.encode_json(document)
+      local text = string.format(
+        '{"state":"%s","failure_count":%.0f,"success_count":%.0f,"last_failure_time":%s,"opened_at":%s,' ..
+        '"version":1,"generation":%.0f',
+        document.state, document.failure_count, document.success_count,
+        document.last_failure_time and string.format('%.0f', document.last_failure_time) or 'null',
+        document.opened_at and string.format('%.0f', document.opened_at) or 'null', document.generation)
+      local function add(field)
+        local value = document[field]
+        if value and value > 0 then text = string.format('%s,"%s":%.0f', text, field, value) end
+      end
+      add('trips')
+      if document.state == 'closed' then
+        add('closed_at_ms')
+        add('run_since_ms')
+      elseif document.state == 'open' then
+        add('open_until_ms')
+        add('open_ms')
+      else
+        add('probe_seq')
+        add('probe_ms')
+      end
+      add('forced_until_ms')
+      if document.forced then text = text .. ',"forced":"' .. document.forced .. '"' end
+      if document.probes then text = text .. ',"probes":' .. cjson.encode(document.probes) end
+      if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
+      if document.window then text = text .. ',"window":' .. cjson.encode(document.window) end
+      return text .. '}'
+    end
+
+  elseif name == 'encode_msgpack' then
+    function breaker.encode_msgpack(document)
+      local stored = {version = 1}
+      for field, value in pairs(document) do stored[field] = value end
+      for _, field in ipairs({'now', 'exists', 'fresh', 'undated', 'unchanged', 'outlived', 'change', 'warning'}) do
+        stored[field] = nil
+      end
+      return cmsgpack.pack(stored)
+    end
+
+  elseif name == 'announce' then
+    function breaker.announce(document, request)
+      local change = document.change
+      local entry = {'time_ms', string.format('%.0f', document.now), 'from', change.from, 'to', change.to,
+        'reason', change.reason, 'generation', string.format('%.0f', change.generation),
+        'failure_count', change.failure_count, 'success_count', change.success_count,
+          'instance', request.instance or ''}
+      if change.calls then
+        for _, field in ipairs({'calls', 'failures', 'slow'}) do
+          entry[#entry + 1], entry[#entry + 2] = field, change[field]
+        end
+      end
+      local function add() return redis.pcall('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', unpack(entry)) end
+      local added = add()
+      if type(added) == 'table' and added.err then -- a foreign value under our key must not undo the state
+        redis.pcall('DEL', KEYS[2])
+        add()
+      end
+      redis.pcall('PEXPIRE', KEYS[2], 86400000)
+      change.instance, change.time_ms, change.retry_after_ms = request.instance, document.now, document.open_ms
+      redis.pcall('PUBLISH', KEYS[1], cjson.encode(change)) -- an ACL may refuse the channel
+      change.instance, change.time_ms, change.retry_after_ms = nil, nil, nil
+    end
+
+  elseif name == 'write' then
+    function breaker.write(document, request)
+      local ttl = request.policy and request.policy.ttl_ms or 3600000
+      if document.window or document.reporters then ttl = math.max(ttl, breaker.policy_of(request).window_ms) end
+      local deadline = document.open_until_ms or document.forced_until_ms -- outlived by a minute
+      ttl = string.format('%.0f', deadline and math.max(ttl, deadline - document.now + 60000) or ttl)
+      if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl) end
+      local encode = request.encoding == 'msgpack' and breaker.encode_msgpack or breaker.encode_json
+      redis.call('SET', KEYS[1], encode(document), 'PX', ttl)
+      if document.change then breaker.announce(document, request) end
+    end
+
+  elseif name == 'tell_more' then
+    -- What there is to reply of a breaker that is not just healthy.
+    function breaker.tell_more(reply, document, request)
+      reply.forced, reply.transition, reply.override = document.forced, document.change, request.overridden
+      reply.warning = document.warning or request.warning
+      if document.state ~= 'closed' then reply.retry_after_ms = breaker.retry_after_ms(document, request) end
+      if document.closed_at_ms then
+        local left = document.closed_at_ms + (request.policy and request.policy.ramp_up_ms or 0) - document.now
+        if left > 0 then reply.ramp_left_ms = left end
+      end
+    end
+  end
+end
+
+setmetatable(breaker, {__index = function(_, name)
+  make(name)
+  return rawget(breaker, name)
+end})

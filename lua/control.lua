@@ -14,18 +14,74 @@ Errors     BADREQUEST field: what is wrong. Nothing was changed.
   redis-cli EVALSHA $CONTROL 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"action":"force_open","duration_ms":600000}'
 ]]
-local request, problem = breaker.request({action = 'action', duration_ms = 'duration'})
-if request and not request.action then problem = 'BADREQUEST action: is needed' end
-if request and request.duration_ms and not string.find(request.action or '', '^force_') then
-  problem = problem or 'BADREQUEST duration_ms: goes with force_open and force_closed only'
+local request, problem = breaker.request({action = 'text', duration_ms = 'duration', override = 'policy',
+  policy = 'policy', instance = 'text', encoding = 'encoding'})
+if not request then return redis.error_reply(problem) end
+local action, forces = request.action, {force_open = true, force_closed = true}
+local policies = {set_policy = true, clear_policy = true}
+if not (forces[action] or policies[action] or action == 'clear_override' or action == 'reset') then
+  problem = 'BADREQUEST action: must be "force_open", "force_closed", "clear_override", "reset", "set_policy" or ' ..
+    '"clear_policy", not ' .. tostring(action)
+elseif request.duration_ms and not forces[action] and action ~= 'set_policy' then
+  problem = 'BADREQUEST duration_ms: goes with force_open, force_closed and set_policy only'
+elseif (action == 'set_policy') ~= (request.override ~= nil) then
+  problem = 'BADREQUEST override: goes with set_policy, which needs it'
 end
 if problem then return redis.error_reply(problem) end
 
-local now = breaker.now_ms()
-local document = breaker.load(request.policy, now)
-local changed = breaker.control(document, request.action, request.duration_ms, now)
+local document = breaker.load(request)
+document.now = document.now or breaker.now_ms()
 
-if changed then breaker.save(document, request, now) end
-local reply = breaker.reply(document, request, now)
+-- Moves the state; tells whether it changed anything.
+local function steer()
+  local duration_ms = request.duration_ms or 30 * 86400 * 1000
+  if action == 'reset' then
+    breaker.close(document, 'reset')
+  elseif action == 'force_open' then
+    breaker.open_for(document, duration_ms, 'forced')
+  elseif action == 'force_closed' then
+    breaker.close(document, 'forced')
+  elseif not document.forced then
+    return false
+  elseif document.forced == 'open' then
+    document.open_until_ms = document.now -- the next acquire sends a probe, as when an override ends by itself
+  end
+  document.forced = forces[action] and document.state
+  document.forced_until_ms = forces[action] and document.now + duration_ms
+  return true
+end
+
+-- Lays the operator's fields over those that hold already; every instance obeys them from its next script on.
+local function set_policy()
+  local override, fields, expiry = request.overridden or {}, {}, {}
+  for field, value in pairs(request.override) do override[field] = value end
+  for field, value in pairs(override) do
+    local text = tostring(value) -- 14 digits, as in cjson: too few for a third
+    if type(value) == 'number' and tonumber(text) ~= value then text = string.format('%.17g', value) end
+    fields[#fields + 1] = string.format('"%s":%s', field, text)
+  end
+  if request.duration_ms then expiry = {'PX', string.format('%.0f', request.duration_ms)} end
+  redis.call('SET', KEYS[3], '{' .. table.concat(fields, ',') .. '}', unpack(expiry))
+  request.overridden = override
+  return true
+end
+
+local function clear_policy()
+  request.overridden = nil
+  return redis.call('DEL', KEYS[3]) == 1
+end
+
+local changed
+if policies[action] then
+  changed = (action == 'set_policy' and set_policy or clear_policy)()
+  if changed then
+    redis.pcall('PUBLISH', KEYS[1],
+      cjson.encode({policy = action, instance = request.instance, time_ms = document.now}))
+  end
+else
+  changed = steer()
+  if changed then breaker.save(document, request) end
+end
+local reply = breaker.reply(document, request)
 reply.changed = changed
 return breaker.encode(reply, request)

@@ -17,19 +17,19 @@ Errors     BADREQUEST field: what is wrong. Nothing was changed.
   redis-cli EVALSHA $RECORD 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"generation":1733500795000,"failures":1}'
 ]]
-local request, problem = breaker.request({
-  generation = 'stamp', successes = 'count', failures = 'count', probe = 'stamp'})
+local request, problem = breaker.request({generation = 'stamp', successes = 'count', failures = 'count',
+  slow = 'count', pending = 'count', counted = 'count', probe = 'stamp', policy = 'policy', instance = 'text',
+  encoding = 'encoding'})
 if request and not request.generation then problem = 'BADREQUEST generation: is needed' end
 if problem then return redis.error_reply(problem) end
 
-local now = breaker.now_ms()
-local document = breaker.load(request.policy, now)
-local applied = breaker.record(document, request, now)
+local document = breaker.load(request)
+local applied = breaker.record(document, request)
 
-local empty = not (request.successes or request.failures or request.probe)
+local empty = not (request.successes or request.failures or request.slow or request.probe)
 -- under generation 0, which is none, a client asks whether the server takes writes: a full one renews a TTL all the same
-if empty and not document.fresh and request.generation > 0 then document.unchanged = true end
-if applied or empty or document.fresh then breaker.save(document, request, now) end
-local reply = breaker.reply(document, request, now)
+if empty and not document.fresh and request.generation > 0 then document.unchanged = not document.outlived end
+if applied or empty or document.fresh then breaker.save(document, request) end
+local reply = breaker.reply(document, request)
 reply.applied = applied
 return breaker.encode(reply, request)

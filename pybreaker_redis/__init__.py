@@ -1,15 +1,16 @@
 """A circuit breaker that lives in Redis and is shared by every process that guards the same service."""
 
-from ._async import AsyncCircuitBreaker, AsyncPermit
+from ._async import AsyncCircuitBreaker, AsyncPermit, AsyncWatch
 from ._errors import CircuitBreakerError, CircuitOpenError, PermitError, PolicyError, RedisUnavailableError
 from ._policy import Policy
 from ._protocol import HistoryEntry, Snapshot
-from ._sync import CircuitBreaker, Permit
+from ._sync import CircuitBreaker, Permit, Watch
 from ._view import Event
 
 __all__ = [
     "AsyncCircuitBreaker",
     "AsyncPermit",
+    "AsyncWatch",
     "CircuitBreaker",
     "CircuitBreakerError",
     "CircuitOpenError",
@@ -21,4 +22,5 @@ __all__ = [
     "PolicyError",
     "RedisUnavailableError",
     "Snapshot",
+    "Watch",
 ]

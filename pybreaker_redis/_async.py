@@ -20,7 +20,8 @@ from ._policy import Policy
 from ._protocol import HistoryEntry, Snapshot, State
 from ._scripts import AsyncRedisEngine
 from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
-from ._view import Event, Outcome
+from ._view import Event, Flight, Outcome
+from ._watch import AsyncSubscription, BaseWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -56,6 +57,27 @@ class AsyncPermit(BasePermit):
         await self._breaker._drive(self._settle(Outcome.IGNORED, None))
 
     ignore = release
+
+
+class AsyncWatch(BaseWatch):
+    """A breaker's share in a subscription, in the loop that made it."""
+
+    def _key(self) -> tuple[object, ...]:
+        return *super()._key(), asyncio.get_running_loop()
+
+    def _open(self) -> AsyncSubscription:
+        breaker: Any = self._breaker
+        return AsyncSubscription(breaker._redis.subscriber, breaker._prefix)
+
+    async def close(self) -> None:
+        """Leave the subscription; the breaker's own lease holds again."""
+        self._leave()
+
+    async def __aenter__(self) -> AsyncWatch:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
 
 class AsyncCircuitBreaker(BreakerCore):
@@ -98,7 +120,7 @@ class AsyncCircuitBreaker(BreakerCore):
             encoding=encoding,
             redis_timeout=redis_timeout,
         )
-        self._redis: Any = None if redis is None else AsyncRedisEngine(redis, self.keys, redis_timeout)
+        self._redis = None if redis is None else AsyncRedisEngine(redis, self.keys, redis_timeout)
 
     def _start_process(self) -> None:
         super()._start_process()
@@ -150,12 +172,12 @@ class AsyncCircuitBreaker(BreakerCore):
             try:
                 result = await func(*args, **kwargs)
             except BaseException as exception:
-                await self._drive(self._report_exception(exception, seen.generation, None))
+                await self._drive(self._report_exception(exception, Flight(seen.generation, None, now)))
                 raise
             if quiet:
                 seen.counter.tick()
             else:
-                await self._drive(self._report_result(result, seen.generation, None))
+                await self._drive(self._report_result(result, Flight(seen.generation, None, now)))
             return result
 
         return guarded
@@ -164,17 +186,20 @@ class AsyncCircuitBreaker(BreakerCore):
         seen = self._view.seen
         if self._quiet and now < seen.open_until:
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        generation, probe = await self._drive(self._admit(), self._give_back)
+        if now < seen.timed_until:
+            flight = self._view.take_off(seen.generation, None, now)
+        else:
+            flight = await self._drive(self._admit(), self._give_back)
         try:
             result = await func(*args, **kwargs)
         except BaseException as exception:
-            await self._drive(self._report_exception(exception, generation, probe))
+            await self._drive(self._report_exception(exception, flight))
             raise
-        await self._drive(self._report_result(result, generation, probe))
+        await self._drive(self._report_result(result, flight))
         return result
 
     async def _iterate(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
-        generation, probe = await self._drive(self._admit(), self._give_back)
+        flight = await self._drive(self._admit(), self._give_back)
         try:
             async with contextlib.aclosing(generator):
                 item = await anext(generator)
@@ -188,14 +213,14 @@ class AsyncCircuitBreaker(BreakerCore):
                     else:
                         item = await generator.asend(sent)
         except StopAsyncIteration:
-            await self._drive(self._report_result(None, generation, probe))
+            await self._drive(self._report_result(None, flight))
         except BaseException as exception:
-            await self._drive(self._report_exception(exception, generation, probe))
+            await self._drive(self._report_exception(exception, flight))
             raise
 
     async def acquire(self) -> AsyncPermit:
         """A permit for one call, to be settled once. Raises CircuitOpenError when rejected."""
-        return AsyncPermit(self, *await self._drive(self._admit(), self._give_back))
+        return AsyncPermit(self, await self._drive(self._admit(), self._give_back))
 
     def __aenter__(self) -> Coroutine[Any, Any, AsyncPermit]:
         return self._enter(sys._getframe(1))
@@ -295,9 +320,9 @@ class AsyncCircuitBreaker(BreakerCore):
         task.add_done_callback(self._beside.discard)
         return task
 
-    def _give_back(self, admitted: tuple[int, int | None]) -> Steps[None]:
+    def _give_back(self, flight: Flight) -> Steps[None]:
         """The caller was cancelled while it asked: the slot that it may have got is not used."""
-        return self._report(Outcome.IGNORED, *admitted)
+        return self._report(Outcome.IGNORED, flight)
 
     async def _tell_beside(self, event: Event) -> None:
         """Nobody who waits for a refresh waits for a listener, which may call this breaker itself."""
@@ -350,6 +375,29 @@ class AsyncCircuitBreaker(BreakerCore):
         Raises RedisUnavailableError.
         """
         await self._drive(self._command("reset"))
+
+    async def watch(self, lease: float = 30.0) -> AsyncWatch:
+        """Subscribe to what other instances do, so that the view may be `lease` seconds old and still be right.
+
+        Every breaker of this loop that watches the same server shares one subscription, held by one task. While it
+        stands, a trip is in the view as soon as it is published, listeners are told of every transition (source
+        "watch"), and commands are sent once per lease (per tenth of the window where a rate can trip). When it is
+        lost the breaker's own short lease holds, at once, until it stands again. To be ended by close(), or by an
+        async with block. Raises PolicyError for a breaker without Redis, or a lease out of range.
+        """
+        return self._watch_with(AsyncWatch, lease)
+
+    async def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
+        """Overrule fields of the policy (see Policy) for the whole fleet, on top of those set before.
+
+        Every instance obeys from its next script call on. duration: seconds after which all of them end; None: they
+        hold until clear_policy(). Raises PolicyError; RedisUnavailableError.
+        """
+        await self._drive(self._command("set_policy", duration, fields))
+
+    async def clear_policy(self) -> None:
+        """End what set_policy() set: every instance goes by its own policy again. Raises RedisUnavailableError."""
+        await self._drive(self._command("clear_policy"))
 
     async def history(self, count: int = 100) -> list[HistoryEntry]:
         """The last transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""

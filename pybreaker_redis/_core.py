@@ -7,19 +7,20 @@ import os
 import secrets
 import types
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
-from typing import Any, Literal, NoReturn, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 from . import _protocol
 from ._errors import CircuitOpenError, PermitError, PolicyError
-from ._fallback import AloneEngine, FallbackEngine, OnRedisFailure, document_for
-from ._memory import Document
-from ._policy import Policy
-from ._protocol import HistoryEntry, Reply, Request, Snapshot, State, seconds
+from ._fallback import AloneEngine, FallbackEngine, LocalEngine, OnRedisFailure, document_for
+from ._policy import Policy, override_request
+from ._protocol import COUNTS, HistoryEntry, Reply, Request, Snapshot, State, seconds
 from ._steps import Refresh, Steps, Tell
-from ._view import Classifier, Event, EventKind, Outcome, Verdict, View
+from ._view import Classifier, Event, EventKind, Flight, Outcome, Verdict, View
+from ._watch import BaseWatch
 
+W = TypeVar("W", bound=BaseWatch)
 Exceptions: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 logger = logging.getLogger("pybreaker_redis")
 _breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
@@ -28,13 +29,22 @@ _breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
 class BasePermit:
     """The right to one call."""
 
-    __slots__ = ("_breaker", "_settled", "generation", "probe")
+    __slots__ = ("_breaker", "_flight", "_settled")
 
-    def __init__(self, breaker: Any, generation: int, probe: int | None) -> None:
+    def __init__(self, breaker: Any, flight: Flight) -> None:
         self._breaker = breaker
+        self._flight = flight
         self._settled = False
-        self.generation = generation
-        self.probe = probe
+
+    @property
+    def generation(self) -> int:
+        """Under which the call was admitted; 0 where its outcome counts for nothing (shadow mode)."""
+        return self._flight.generation
+
+    @property
+    def probe(self) -> int | None:
+        """The slot of a probe."""
+        return self._flight.probe
 
     @property
     def settled(self) -> bool:
@@ -45,7 +55,7 @@ class BasePermit:
         if self._settled:
             raise PermitError(f"this permit of breaker {self._breaker.name!r} was settled before")
         self._settled = True
-        report: Steps[None] = self._breaker._report(outcome, self.generation, self.probe, exception)
+        report: Steps[None] = self._breaker._report(outcome, self._flight, exception)
         return report
 
 
@@ -76,7 +86,11 @@ class BreakerCore:
         self._classifier = Classifier(failures, ignore if isinstance(ignore, tuple) else (ignore,), is_failure)
         self._listeners = tuple(listeners)
         self._encoding = encoding
-        self._view = View(float(lease))
+        self._lease = float(lease)
+        self._view = View(self._lease, self.policy)
+        self._override: dict[str, Any] | None = None  # what an operator set for the fleet, as last heard
+        self._redis: Any = None  # the shell's engine
+        self._isolation: LocalEngine | None = None  # where this instance fails alone, below the quorum
         self._engine: AloneEngine | FallbackEngine = (
             AloneEngine()
             if redis is None
@@ -86,29 +100,36 @@ class BreakerCore:
         self._quiet = not self._listeners and is_failure is None
         self._blocks: dict[types.FrameType, list[tuple[object, BasePermit]]] = {}  # innermost last
         self._start_process()
+        self._watch: BaseWatch | None = None
+        self._watch_lease: float | None = None  # while a subscription keeps the view fresh
+        self._rejoin: BaseWatch | None = None
+        self._prefix = prefix
         _breakers.add(self)
 
     def _start_process(self) -> None:
         self.instance = f"{os.getpid()}-{secrets.token_hex(4)}"
-        common: Request = {"instance": self.instance}
-        if given := self.policy.to_request():
-            common["policy"] = given
-        if self._encoding != "json":
-            common["encoding"] = self._encoding
-        self._common = common
+        given = self.policy.to_request()
+        # what a report of nothing but successes needs: to a healthy breaker most of it would only be work
+        self._brief: Request = {} if self._encoding == "json" else {"encoding": self._encoding}
+        self._common: Request = {**self._brief, "instance": self.instance, **({"policy": given} if given else {})}
+        if given.keys() & {"ttl_ms", "error_rate_threshold", "slow_call_rate_threshold"}:
+            self._brief = self._common
 
     def _after_fork(self) -> None:
         self._start_process()
         self._view.after_fork()
         self._engine.after_fork()
+        if self._watch is not None:
+            self._watch.after_fork()
+            self._watched(None)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
 
     # Decisions
 
-    def _admit(self) -> Steps[tuple[int, int | None]]:
-        """Generation and probe slot of an admitted call; raises CircuitOpenError."""
+    def _admit(self) -> Steps[Flight]:
+        """An admitted call; raises CircuitOpenError."""
         view = self._view
         while True:
             seen, now = view.seen, monotonic()
@@ -121,58 +142,94 @@ class BreakerCore:
                     continue
                 verdict = seen.verdict(now)
             if verdict is Verdict.ADMIT:
-                return seen.generation, None
+                if view.held_back(seen.ramp_until - now):
+                    yield from self._reject("closed", seen.ramp_until - now)
+                return view.take_off(seen.generation, None, now)
             if verdict is Verdict.REJECT:
-                yield from self._reject("open", max(seen.retry_at - now, 0.0))
-            reply = yield from self._run("acquire", view.take() if view.lease > 0 else {})
-            if reply["admitted"]:
-                return reply["generation"], reply.get("probe")
-            yield from self._reject(reply["state"], seconds(reply.get("retry_after_ms")) or 0.0)
+                return (yield from self._reject("open", max(seen.retry_at - now, 0.0)))
+            return (yield from self._ask())
 
-    def _reject(self, state: State, retry_after: float) -> Steps[NoReturn]:
+    def _ask(self) -> Steps[Flight]:
+        reply = yield from self._run("acquire", (yield from self._gathered()))
+        if not reply["admitted"] or reply.get("shadow"):
+            return (yield from self._reject(reply["state"], seconds(reply.get("retry_after_ms")) or 0.0))
+        ramp_left = seconds(reply.get("ramp_left_ms")) or 0.0
+        if self._view.held_back(ramp_left):
+            yield from self._reject("closed", ramp_left)
+        return self._view.take_off(reply["generation"], reply.get("probe"), monotonic())
+
+    def _reject(self, state: State, retry_after: float) -> Steps[Flight]:
+        """Raises CircuitOpenError; in shadow mode it is told, and the call goes ahead, counting for nothing."""
+        enforced = self._view.policy.enforce
         if self._listeners:
-            yield self._event("rejected", retry_after=retry_after)
-        raise CircuitOpenError(self.name, state, retry_after)
+            yield self._event("rejected", retry_after=retry_after, enforced=enforced)
+        if enforced:
+            raise CircuitOpenError(self.name, state, retry_after)
+        return Flight(0, None, monotonic())
+
+    def _gathered(self, generation: int | None = None) -> Steps[Request]:
+        """What was gathered since the last report, and the calls that became slow while they run.
+
+        generation: for a report of this one, else of the view's. A probe's slowness is reported by itself.
+        """
+        # under an earlier generation nothing counts: what is overdue waits for a report that does
+        overdue = self._view.overdue() if generation in (None, self._view.seen.generation) else []
+        for flight in overdue:
+            if flight.probe is not None:
+                slow = {"generation": flight.generation, "probe": flight.probe, "slow": 1, "pending": 1}
+                yield from self._run("record", slow)
+        request: Request = self._view.take(generation) if self._view.lease > 0 else {}
+        if overdue:
+            request.setdefault("generation", self._view.seen.generation)
+            slow_calls = sum(f.probe is None and f.generation == request["generation"] for f in overdue)
+            if slow_calls:
+                request["slow"] = request["pending"] = slow_calls
+        return request
 
     def _renew(self) -> Steps[None]:
         """Flush what was gathered, and take the reply as the view."""
-        yield from self._run("record", self._view.take())
+        yield from self._run("record", (yield from self._gathered()))
 
-    def _report(
-        self, outcome: Outcome, generation: int, probe: int | None, exception: BaseException | None = None
-    ) -> Steps[None]:
+    def _report(self, outcome: Outcome, flight: Flight, exception: BaseException | None = None) -> Steps[None]:
         """Count an outcome: locally where the view allows it, else by a script."""
+        slow, pending = self._view.land(flight)
+        generation, probe = flight.generation, flight.probe
         if self._listeners:
-            yield self._event(outcome.value, generation=generation, exception=exception)
-        if outcome is Outcome.SUCCESS and probe is None and self._view.gather(generation):
+            yield self._event(outcome.value, generation=generation, exception=exception, slow=slow)
+        if generation == 0 or (outcome is Outcome.IGNORED and probe is None):
             return
-        if outcome is Outcome.IGNORED and probe is None:
+        if outcome is Outcome.SUCCESS and probe is None and not slow and self._view.gather(generation):
             return
-        request = self._view.take(generation)
+        request = yield from self._gathered(generation)
+        request["generation"] = generation
         if probe is not None:
             request["probe"] = probe
         if outcome is Outcome.SUCCESS:
             request["successes"] = request.get("successes", 0) + 1
         elif outcome is Outcome.FAILURE:
             request["failures"] = 1
+        if outcome is not Outcome.IGNORED and pending:
+            request["counted"] = 1
+        elif outcome is not Outcome.IGNORED and slow:
+            request["slow"] = request.get("slow", 0) + 1
         yield from self._run("record", request)
 
-    def _report_result(self, result: Any, generation: int, probe: int | None) -> Steps[None]:
+    def _report_result(self, result: Any, flight: Flight) -> Steps[None]:
         """Judge a result and count it; an exception of the predicate is raised, and counts as nothing."""
         if self._quiet:
-            return self._report(Outcome.SUCCESS, generation, probe)
-        return self._judge(result, generation, probe)
+            return self._report(Outcome.SUCCESS, flight)
+        return self._judge(result, flight)
 
-    def _judge(self, result: Any, generation: int, probe: int | None) -> Steps[None]:
+    def _judge(self, result: Any, flight: Flight) -> Steps[None]:
         try:
             outcome = self._classifier.of_result(result)
         except BaseException as exception:
-            yield from self._report(Outcome.IGNORED, generation, probe, exception)
+            yield from self._report(Outcome.IGNORED, flight, exception)
             raise
-        yield from self._report(outcome, generation, probe)
+        yield from self._report(outcome, flight)
 
-    def _report_exception(self, exception: BaseException, generation: int, probe: int | None) -> Steps[None]:
-        return self._report(self._classifier.of_exception(exception), generation, probe, exception)
+    def _report_exception(self, exception: BaseException, flight: Flight) -> Steps[None]:
+        return self._report(self._classifier.of_exception(exception), flight, exception)
 
     # Blocks
 
@@ -209,10 +266,25 @@ class BreakerCore:
     def _run(self, name: str, request: Request) -> Steps[Reply]:
         """One script call, its reply adopted as the view and its transition told."""
         sent = monotonic()
-        reply = yield from self._engine.run(name, {**self._common, **request})
+        if self._rejoin is not None:
+            watch, self._rejoin = self._rejoin, None
+            watch._join()
+        if self._view.policy.quorum > 1:
+            reply = yield from self._run_below_quorum(name, request)
+        else:
+            self._isolation = None
+            reply = yield from self._engine.run(name, self._dressed(name, request))
         return (yield from self._heed(reply, sent))
 
+    def _dressed(self, name: str, request: Request) -> Request:
+        brief = name == "record" and not request.keys() & {"failures", "slow", "probe"} and not self._override
+        return {**(self._brief if brief else self._common), **request}
+
     def _heed(self, reply: Reply, sent: float) -> Steps[Reply]:
+        if reply["source"] != "local" and reply.get("override") != self._override:
+            self._override = reply.get("override")
+            self._view.policy = self.policy.with_override(self._override)
+            self._set_lease()
         self._view.adopt(reply, sent, monotonic())
         self._warn(reply)
         if change := reply.get("transition"):
@@ -220,34 +292,81 @@ class BreakerCore:
             yield from self._tell_change(change, reply["source"])
         return reply
 
+    # Below the quorum: an instance whose own calls fail opens for itself alone
+
+    def _run_below_quorum(self, name: str, request: Request) -> Steps[Reply]:
+        """A script call of an instance that keeps a state of its own too, by the same rules with a quorum of one.
+
+        While the fleet is closed, its own state decides; else the fleet's does, and its own is forgotten.
+        """
+        own = self._isolation = self._isolation or self._local_engine("closed", 0, 0.0)
+        alone = {**self._common, **request}
+        if name == "acquire" and own.state != "closed":
+            mine = own.run("acquire", alone)
+            if not mine["admitted"]:
+                return self._isolated(mine)
+            fleet = yield from self._engine.run("record", {**self._brief, "generation": 0})
+            if fleet["state"] == "closed" and fleet["source"] == "redis":
+                yield from self._tell_isolation(mine)
+                return {**self._isolated(mine), "admitted": True}
+            self._isolation = None  # its own probe is forgotten with it
+        reply = yield from self._engine.run(name, self._dressed(name, request))
+        if reply["state"] != "closed" or reply["source"] != "redis":
+            self._isolation = None
+            return reply
+        if request.get("generation", 0) < 0:
+            mine = own.run("record", alone)  # the outcome of its own probe
+        elif name == "acquire" or reply["applied"]:
+            mine = own.run("record", {**alone, "generation": own.generation})
+        else:
+            mine = own.run("record", {**self._common, "generation": 0})
+        yield from self._tell_isolation(mine)
+        return reply if mine["state"] == "closed" else {**self._isolated(mine), "transition": reply.get("transition")}
+
+    def _isolated(self, mine: Reply) -> Reply:
+        told = {"admitted": False, "transition": None, "override": self._override}
+        return {**mine, **told, "isolated": True, "source": "isolated"}
+
+    def _tell_isolation(self, mine: Reply) -> Steps[None]:
+        if change := mine.get("transition"):
+            logger.warning(
+                "circuit breaker %r: alone in this instance %s (%s)", self.name, change["to"], change["reason"]
+            )
+            yield from self._tell_change(change, "isolated")
+
     def _warn(self, reply: Reply) -> None:
         if warning := reply.get("warning"):
             self.corrupt_documents += 1
             logger.warning("circuit breaker %r: %s under key %s", self.name, warning, self.keys.state)
 
-    def _tell_change(self, change: dict[str, Any], source: str) -> Steps[None]:
+    def _tell_change(self, change: dict[str, Any], source: str, instance: str | None = None) -> Steps[None]:
         yield self._event(
             "state_change",
+            instance=self.instance if instance is None else instance,
             old=change["from"],
             new=change["to"],
             reason=change["reason"],
             generation=change["generation"],
-            counts={key: change[key] for key in ("failure_count", "success_count")},
+            counts={key: change[key] for key in COUNTS if key in change},
             source=source,
         )
 
     def _event(self, kind: EventKind, **fields: Any) -> Tell:
-        return Tell(Event(kind, self.name, self.instance, **fields))
+        return Tell(Event(kind, self.name, **{"instance": self.instance, **fields}))
 
     def _listener_failed(self, listener: object) -> None:
         logger.exception("circuit breaker %r: listener %r failed", self.name, listener)
 
     # Redis down
 
-    def _last_known(self) -> Document:
+    def _last_known(self) -> LocalEngine:
         seen = self._view.seen
         open_for = seen.retry_at - monotonic() if seen.state == "open" else 0.0
-        return document_for(seen.state, seen.generation or -1, seen.failure_count, open_for)
+        return self._local_engine(seen.state, seen.failure_count, open_for, seen.generation)
+
+    def _local_engine(self, state: State, failure_count: int, open_for: float, generation: int = 0) -> LocalEngine:
+        document = document_for(state, generation or -1, failure_count, open_for)
+        return LocalEngine(document=document, override=self._override, alone=True)
 
     def _redis_down(self, error: BaseException) -> Steps[None]:
         logger.warning("circuit breaker %r: Redis does not answer, this process goes on alone: %s", self.name, error)
@@ -257,6 +376,54 @@ class BreakerCore:
         self._view.drop()
         logger.warning("circuit breaker %r: Redis answers again", self.name)
         yield self._event("redis_restored", source="redis")
+
+    # Watching
+
+    def _watch_with(self, kind: Callable[[BreakerCore, float], W], lease: float) -> W:
+        if self._redis is None:
+            raise PolicyError("a breaker without Redis has nobody to watch")
+        if isinstance(lease, bool) or not isinstance(lease, (int, float)) or not 0 < lease <= 3600:
+            raise PolicyError(f"the lease of a watch must be above 0 and at most 3600 seconds, not {lease!r}")
+        if self._watch is not None:
+            self._watch._leave()
+        watch = self._watch = kind(self, float(lease))
+        return watch
+
+    def _watched(self, lease: float | None) -> None:
+        """The subscription stands (lease: as long as it lasts) or is lost (None). Either way the next call asks."""
+        self._watch_lease = lease
+        self._set_lease()
+        self._view.drop()
+
+    def _set_lease(self) -> None:
+        """A watched view may be old; but counts that a rate is made of must not be late by more than a bucket."""
+        policy, lease = self._view.policy, self._watch_lease
+        if lease is None or self._lease <= 0:
+            self._view.lease = self._lease
+            return
+        if policy.error_rate_threshold or policy.slow_call_rate_threshold:
+            lease = min(lease, policy.window / 10)
+        self._view.lease = max(lease, self._lease)
+
+    def _heard(self, message: dict[str, Any]) -> Steps[None]:
+        """A message on the breaker's channel: what another instance did is the view from here on."""
+        if message.get("instance") == self.instance:
+            return
+        try:
+            change = {**message, "generation": int(message["generation"])} if "policy" not in message else None
+            reply = _protocol.reply_from_message(change, self._view.policy) if change else None
+        except (KeyError, TypeError, ValueError):
+            self._view.drop()  # it may mean something to a later version: better ask
+            return
+        isolated = self._isolation is not None and self._isolation.state != "closed"
+        if change is None or reply is None or self._engine.alone or (isolated and reply["state"] == "closed"):
+            self._view.drop()
+            return
+        if reply["generation"] > self._view.seen.generation:
+            now = monotonic()
+            self._isolation = None
+            self._view.adopt({**reply, "override": self._override}, now, now)
+        yield from self._tell_change(change, "watch", change.get("instance") or "")
 
     # Looking and steering
 
@@ -269,12 +436,18 @@ class BreakerCore:
     def _snapshot(self) -> Steps[Snapshot]:
         reply = yield from self._engine.run("snapshot", self._common)
         self._warn(reply)
-        return _protocol.snapshot_from(self.name, reply)
+        own = self._isolation
+        return _protocol.snapshot_from(self.name, reply, self.policy, own is not None and own.state != "closed")
 
-    def _command(self, action: str, duration: float | None = None) -> Steps[None]:
+    def _command(
+        self, action: str, duration: float | None = None, policy: Mapping[str, Any] | None = None
+    ) -> Steps[None]:
         request = {**self._common, **_protocol.control_request(action, duration)}
+        if policy is not None:
+            request["override"] = override_request(policy)
         sent = monotonic()
         reply = yield from self._engine.command("control", request)
+        self._isolation = None
         yield from self._heed(reply, sent)
 
     def _history(self, count: int) -> Steps[list[HistoryEntry]]:

@@ -25,7 +25,17 @@ class LocalEngine(MemoryEngine):
 
     source = "local"
 
-    def next_generation(self, current: int, now: int) -> int:
+    @property
+    def state(self) -> State:
+        """As of the last request."""
+        return self._document.state if self._document else "closed"
+
+    @property
+    def generation(self) -> int:
+        """As of the last request."""
+        return self._document.generation if self._document else 0
+
+    def next_generation(self, document: Document) -> int:
         return -next(_local_generations)
 
 
@@ -56,8 +66,10 @@ class FixedEngine:
 class AloneEngine:
     """For redis=None: the state machine of this process, and no other."""
 
+    alone = True
+
     def __init__(self) -> None:
-        self._memory = MemoryEngine()
+        self._memory = MemoryEngine(alone=True)
         self.after_fork = self._memory.after_fork
 
     def run(self, name: str, request: Request) -> Steps[Reply]:
@@ -76,15 +88,14 @@ class AloneEngine:
 class FallbackEngine:
     """Redis while it answers, else a local engine that starts from what was last known.
 
-    mode: what to do without Redis. last_known: the document to start from. on_down, on_up: told once for
-    each outage.
+    mode: what to do without Redis. last_known: makes the local engine. on_down, on_up: told once for each outage.
     """
 
     def __init__(
         self,
         mode: OnRedisFailure,
         redis_timeout: float,
-        last_known: Callable[[], Document],
+        last_known: Callable[[], LocalEngine],
         on_down: Callable[[BaseException], Steps[None]],
         on_up: Callable[[], Steps[None]],
     ) -> None:
@@ -103,6 +114,11 @@ class FallbackEngine:
         self._retry_at = 0.0
         if self._local is not None:
             self._local.after_fork()
+
+    @property
+    def alone(self) -> bool:
+        """Whether Redis is down and this process decides for itself."""
+        return self._local is not None
 
     def run(self, name: str, request: Request) -> Steps[Reply]:
         """The reply of Redis or of the local engine; raises nothing of redis-py."""
@@ -148,7 +164,7 @@ class FallbackEngine:
 
     def _make_local(self) -> LocalEngine | FixedEngine:
         if self._mode == "local":
-            return LocalEngine(document=self._last_known())
+            return self._last_known()
         return FixedEngine(self._mode, round(LONGEST_PAUSE * 1000))
 
     def _claim_retry(self) -> bool:
@@ -182,7 +198,9 @@ def _reportable(request: Request) -> Request:
     """The request without what happened under a local generation, which Redis does not know."""
     if request.get("generation", 0) >= 0:
         return request
-    kept = {k: v for k, v in request.items() if k not in ("successes", "failures", "probe")}
+    kept = {
+        k: v for k, v in request.items() if k not in ("successes", "failures", "slow", "pending", "counted", "probe")
+    }
     return {**kept, "generation": 0}
 
 

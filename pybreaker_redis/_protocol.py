@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import msgpack
 
 from ._errors import PolicyError
+from ._policy import Policy, request_field
 
 State: TypeAlias = Literal["closed", "open", "half_open"]
 Request: TypeAlias = dict[str, Any]
 Reply: TypeAlias = dict[str, Any]
 
+COUNTS = ("failure_count", "success_count", "calls", "failures", "slow")
 LONGEST_NAME = 512
 LONGEST_OVERRIDE = 30 * 86400.0
 
@@ -66,8 +68,14 @@ class Snapshot:
 
     retry_after: seconds until a rejected call may be admitted, None where calls are admitted.
     last_failure_time, opened_at: unix seconds or None. generation: 0 when nothing is stored.
-    forced_until: unix seconds at which the override ends. source: "redis", "memory" (redis=None) or
-    "local" (Redis is down, this process protects itself).
+    forced_until: unix seconds at which the override ends. trips: in a row. calls, failures, slow: in the window,
+    0 where none is kept. failure_rate, slow_rate: shares of the calls, None without calls.
+    health: 0 (open) to 100 = state (closed 100, half_open 50, open 0) x (1 - failures) x (1 - slow_rate / 2)
+    x 4 / (4 + trips), where failures is the failure rate or, if greater, failure_count / failure_threshold.
+    reporters: the instances that failed last, with unix seconds (kept for a quorum).
+    policy: in force. policy_sources: where each of its fields comes from: "default", "client" or "override".
+    isolated: whether this instance alone is open, below the quorum.
+    source: "redis", "memory" (redis=None) or "local" (Redis is down, this process protects itself).
     """
 
     name: str
@@ -83,11 +91,31 @@ class Snapshot:
     trips: int
     probes_in_flight: int
     source: str
+    calls: int
+    failures: int
+    slow: int
+    failure_rate: float | None
+    slow_rate: float | None
+    health: int
+    reporters: dict[str, float]
+    policy: Policy
+    policy_sources: dict[str, str]
+    isolated: bool
 
 
-def snapshot_from(name: str, reply: Reply) -> Snapshot:
-    """The reply of snapshot.lua as a Snapshot."""
+def snapshot_from(name: str, reply: Reply, policy: Policy | None = None, isolated: bool = False) -> Snapshot:
+    """The reply of snapshot.lua as a Snapshot. policy: the client's own."""
+    policy = policy or Policy()
     forced_until_ms = reply.get("forced_until_ms")
+    calls, failures, slow = (reply.get(key, 0) for key in COUNTS[2:])
+    override = reply.get("override") or {}
+    client = policy.to_request()
+    sources = {
+        field.name: "override" if request_field(field.name) in override
+        else "client" if request_field(field.name) in client
+        else "default"
+        for field in dataclasses.fields(policy)
+    }  # fmt: skip
     return Snapshot(
         name=name,
         state=reply["state"],
@@ -98,10 +126,20 @@ def snapshot_from(name: str, reply: Reply) -> Snapshot:
         opened_at=reply.get("opened_at"),
         retry_after=seconds(reply.get("retry_after_ms")),
         forced=reply.get("forced"),
-        forced_until=None if forced_until_ms is None else forced_until_ms / 1000,
+        forced_until=seconds(forced_until_ms),
         trips=reply.get("trips", 0),
         probes_in_flight=reply.get("probes_in_flight", 0),
         source=reply["source"],
+        calls=calls,
+        failures=failures,
+        slow=slow,
+        failure_rate=failures / calls if calls else None,
+        slow_rate=slow / calls if calls else None,
+        health=reply.get("health", 0 if reply["state"] == "open" else 100),
+        reporters={name: at / 1000 for name, at in (reply.get("reporters") or {}).items()},
+        policy=policy.with_override(override),
+        policy_sources=sources,
+        isolated=isolated,
     )
 
 
@@ -112,7 +150,11 @@ def seconds(milliseconds: int | None) -> float | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One transition. time: unix seconds, on the server's clock; the counts are those that caused it."""
+    """One transition. time: unix seconds, on the server's clock; the counts are those that caused it.
+
+    reason: "failure_threshold", "error_rate", "slow_rate", "timeout", "probe_failed", "probe_slow",
+    "probe_succeeded", "forced" or "reset". calls, failures, slow: of the window, None where none was kept.
+    """
 
     time: float
     old: State
@@ -122,6 +164,9 @@ class HistoryEntry:
     failure_count: int
     success_count: int
     instance: str
+    calls: int | None = None
+    failures: int | None = None
+    slow: int | None = None
 
 
 def history_fields(raw: list[Any]) -> list[dict[str, Any]]:
@@ -144,7 +189,23 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
         failure_count=int(fields["failure_count"]),
         success_count=int(fields["success_count"]),
         instance=fields["instance"],
+        **{key: int(fields[key]) for key in COUNTS[2:] if key in fields},
     )
+
+
+def reply_from_message(message: dict[str, Any], policy: Policy) -> Reply:
+    """A published transition as the reply of which it is a part. Raises KeyError, TypeError or ValueError."""
+    state = message["to"]
+    if state not in get_args(State):
+        raise ValueError(f"no state: {state!r}")
+    recovered = state == "closed" and message["reason"] == "probe_succeeded"
+    return {
+        "state": state,
+        "generation": int(message["generation"]),
+        "failure_count": 0 if state == "closed" else int(message["failure_count"]),
+        "retry_after_ms": float(message.get("retry_after_ms", 0)),
+        "ramp_left_ms": policy.ramp_up * 1000 if recovered else 0,
+    }
 
 
 def control_request(action: str, duration: float | None) -> Request:

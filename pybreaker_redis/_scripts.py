@@ -11,6 +11,7 @@ import hashlib
 import importlib.resources
 import itertools
 import pathlib
+import random
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
@@ -86,7 +87,8 @@ class RedisEngine:
     """
 
     def __init__(self, client: Any, keys: Keys, timeout: float) -> None:
-        client = _client(client, redis.Redis, redis.RedisCluster, "redis.Redis")
+        client = self._client = _client(client, redis.Redis, redis.RedisCluster, "redis.Redis")
+        self._timeout = timeout
         self._words = _Words(keys)
         if isinstance(client, redis.RedisCluster):
             self._link: _Connections | _Cluster = _Cluster(client, timeout)
@@ -104,6 +106,17 @@ class RedisEngine:
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest transitions, newest first."""
         return _protocol.history_fields(self._link.execute(*self._words.history(count)))
+
+    @property
+    def address(self) -> str:
+        """The same for clients that lead to the same server."""
+        return _address(self._client)
+
+    def subscriber(self) -> Any:
+        """A connection for a subscription, not yet open; to any node of a cluster, which all get every message."""
+        pool = self._client if isinstance(self._client, redis.Redis) else _any_node(self._client)
+        kwargs = _connection_kwargs(pool.connection_pool.connection_kwargs, self._timeout) | {"protocol": 2}
+        return pool.connection_pool.connection_class(**kwargs, retry=Retry(NoBackoff(), 0))
 
     def close(self) -> None:
         """Close the connections; the next call opens others. In a forked child this leaves the parent's alone."""
@@ -246,7 +259,7 @@ class AsyncRedisEngine:
     """RedisEngine for asyncio, with connections of their own for every event loop."""
 
     def __init__(self, client: Any, keys: Keys, timeout: float) -> None:
-        client = _client(client, redis.asyncio.Redis, redis.asyncio.RedisCluster, "redis.asyncio.Redis")
+        client = self._client = _client(client, redis.asyncio.Redis, redis.asyncio.RedisCluster, "redis.asyncio.Redis")
         self._words = _Words(keys)
         if isinstance(client, redis.asyncio.RedisCluster):
             self._make_link: Any = functools.partial(_AsyncCluster, client, timeout)
@@ -269,6 +282,22 @@ class AsyncRedisEngine:
     async def history(self, count: int) -> list[dict[str, Any]]:
         """The newest transitions, newest first."""
         return _protocol.history_fields(await self._link().execute(*self._words.history(count)))
+
+    @property
+    def address(self) -> str:
+        """The same for clients that lead to the same server."""
+        return _address(self._client)
+
+    def subscriber(self) -> Any:
+        """A connection for a subscription, not yet open; to any node of a cluster, which all get every message."""
+        if isinstance(self._client, redis.asyncio.Redis):
+            pool = self._client.connection_pool
+            kind, given = pool.connection_class, pool.connection_kwargs
+        else:
+            node = random.choice(self._client.get_nodes())
+            kind, given = node.connection_class, {**node.connection_kwargs, "host": node.host, "port": node.port}
+        kwargs = _connection_kwargs(given, None) | {"protocol": 2}
+        return kind(**kwargs, retry=redis.asyncio.retry.Retry(NoBackoff(), 0))
 
     async def close(self) -> None:
         """Close this loop's connections; the next call opens others."""
@@ -436,6 +465,16 @@ def _impatient(client: Any, timeout: float) -> Any:
     retry = redis.asyncio.retry.Retry if isinstance(client, redis.asyncio.Redis) else Retry
     kwargs = {**_connection_kwargs(pool.connection_kwargs, timeout), "connection_class": pool.connection_class}
     return type(client)(connection_pool=type(pool)(**kwargs, retry=retry(NoBackoff(), 0)))
+
+
+def _address(client: Any) -> str:
+    if isinstance(client, (redis.Redis, redis.asyncio.Redis)):
+        return f"{client.connection_pool.connection_class} {sorted(client.connection_pool.connection_kwargs.items())!r}"
+    return repr(sorted((node.host, node.port) for node in client.get_nodes()))
+
+
+def _any_node(cluster: redis.RedisCluster) -> redis.Redis:
+    return cluster.get_redis_connection(random.choice(cluster.get_nodes()))
 
 
 def _connection_kwargs(given: dict[str, Any], timeout: float | None) -> dict[str, Any]:

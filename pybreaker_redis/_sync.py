@@ -18,7 +18,8 @@ from ._policy import Policy
 from ._protocol import HistoryEntry, Snapshot, State
 from ._scripts import RedisEngine
 from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
-from ._view import Event, Outcome, Verdict
+from ._view import Event, Flight, Outcome, Verdict
+from ._watch import BaseWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -54,6 +55,20 @@ class Permit(BasePermit):
         self._breaker._drive(self._settle(Outcome.IGNORED, None))
 
     ignore = release
+
+
+class Watch(BaseWatch):
+    """A breaker's share in a subscription."""
+
+    def close(self) -> None:
+        """Leave the subscription; the breaker's own lease holds again."""
+        self._leave()
+
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class CircuitBreaker(BreakerCore):
@@ -103,7 +118,7 @@ class CircuitBreaker(BreakerCore):
         for listener in self._listeners:
             if inspect.iscoroutinefunction(listener):
                 raise PolicyError(f"listener {listener!r} {_USE_ASYNC}")
-        self._redis: Any = None if redis is None else RedisEngine(redis, self.keys, redis_timeout)
+        self._redis = None if redis is None else RedisEngine(redis, self.keys, redis_timeout)
 
     def _start_process(self) -> None:
         super()._start_process()
@@ -148,12 +163,12 @@ class CircuitBreaker(BreakerCore):
             try:
                 result = func(*args, **kwargs)
             except BaseException as exception:
-                self._drive(self._report_exception(exception, seen.generation, None))
+                self._drive(self._report_exception(exception, Flight(seen.generation, None, now)))
                 raise
             if quiet and type(result) not in _SUSPENDED:
                 seen.counter.tick()
                 return result
-            return self._settle_result(func, result, seen.generation, None)
+            return self._settle_result(func, result, Flight(seen.generation, None, now))
 
         return guarded
 
@@ -161,20 +176,23 @@ class CircuitBreaker(BreakerCore):
         seen = self._view.seen
         if self._quiet and now < seen.open_until:
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        generation, probe = self._drive(self._admit())
+        if now < seen.timed_until:
+            flight = self._view.take_off(seen.generation, None, now)
+        else:
+            flight = self._drive(self._admit())
         try:
             result = func(*args, **kwargs)
         except BaseException as exception:
-            self._drive(self._report_exception(exception, generation, probe))
+            self._drive(self._report_exception(exception, flight))
             raise
-        return self._settle_result(func, result, generation, probe)
+        return self._settle_result(func, result, flight)
 
-    def _settle_result(self, func: Any, result: R, generation: int, probe: int | None) -> R:
+    def _settle_result(self, func: Any, result: R, flight: Flight) -> R:
         if type(result) not in _SUSPENDED:
-            self._drive(self._report_result(result, generation, probe))
+            self._drive(self._report_result(result, flight))
             return result
         # nothing has run yet: a generator asks for its own permit when it starts
-        self._drive(self._report(Outcome.IGNORED, generation, probe))
+        self._drive(self._report(Outcome.IGNORED, flight))
         if isinstance(result, types.GeneratorType):
             return cast(R, self._iterate(result))
         if isinstance(result, types.CoroutineType):
@@ -182,18 +200,18 @@ class CircuitBreaker(BreakerCore):
         raise TypeError(f"{func!r} {_USE_ASYNC}")
 
     def _iterate(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        generation, probe = self._drive(self._admit())
+        flight = self._drive(self._admit())
         try:
             result = yield from generator
         except BaseException as exception:
-            self._drive(self._report_exception(exception, generation, probe))
+            self._drive(self._report_exception(exception, flight))
             raise
-        self._drive(self._report_result(result, generation, probe))
+        self._drive(self._report_result(result, flight))
         return result
 
     def acquire(self) -> Permit:
         """A permit for one call, to be settled once. Raises CircuitOpenError when rejected."""
-        return Permit(self, *self._drive(self._admit()))
+        return Permit(self, self._drive(self._admit()))
 
     def __enter__(self) -> Permit:
         permit = self.acquire()
@@ -297,6 +315,29 @@ class CircuitBreaker(BreakerCore):
         Raises RedisUnavailableError.
         """
         self._drive(self._command("reset"))
+
+    def watch(self, lease: float = 30.0) -> Watch:
+        """Subscribe to what other instances do, so that the view may be `lease` seconds old and still be right.
+
+        Every breaker of this process that watches the same server shares one subscription, held by one thread. While
+        it stands, a trip is in the view as soon as it is published, listeners are told of every transition (source
+        "watch"), and commands are sent once per lease (per tenth of the window where a rate can trip). When it is
+        lost the breaker's own short lease holds, at once, until it stands again. To be ended by close(), or by a
+        with block. Raises PolicyError for a breaker without Redis, or a lease out of range.
+        """
+        return self._watch_with(Watch, lease)
+
+    def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
+        """Overrule fields of the policy (see Policy) for the whole fleet, on top of those set before.
+
+        Every instance obeys from its next script call on. duration: seconds after which all of them end; None: they
+        hold until clear_policy(). Raises PolicyError; RedisUnavailableError.
+        """
+        self._drive(self._command("set_policy", duration, fields))
+
+    def clear_policy(self) -> None:
+        """End what set_policy() set: every instance goes by its own policy again. Raises RedisUnavailableError."""
+        self._drive(self._command("clear_policy"))
 
     def history(self, count: int = 100) -> list[HistoryEntry]:
         """The last transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""

@@ -10,10 +10,13 @@ import concurrent.futures
 import dataclasses
 import enum
 import itertools
+import random
 import threading
 from collections.abc import Callable
+from time import monotonic
 from typing import Any, Literal, TypeAlias
 
+from ._policy import Policy
 from ._protocol import Reply, Request, State
 
 EventKind: TypeAlias = Literal[
@@ -21,6 +24,7 @@ EventKind: TypeAlias = Literal[
 ]
 CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError, KeyboardInterrupt, GeneratorExit)
 NEVER = float("-inf")
+FIRST_SHARE = 0.1  # of the calls, right after a recovery with a ramp
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,8 +32,11 @@ class Event:
     """What a listener is told. Fields that do not concern the kind are None.
 
     kind: what happened. breaker: its name. old, new, reason, generation, counts: of a state_change, told to
-    exactly one client of the fleet. retry_after: seconds, of a rejection. exception: of a failure, an ignored
-    call or a redis_error. instance: who tells. source: "redis", "memory" or "local" (Redis is down).
+    exactly one client of the fleet (and to those that watch, with source "watch"). retry_after: seconds, of a
+    rejection. enforced: False for a rejection in shadow mode, where the call was admitted all the same.
+    exception: of a failure, an ignored call or a redis_error. slow: of a success or failure, whether it took
+    slow_call_duration; None where that is not measured. instance: whose doing it was. source: "redis", "memory",
+    "local" (Redis is down), "isolated" (this instance fails alone, below the quorum) or "watch".
     """
 
     kind: EventKind
@@ -43,6 +50,8 @@ class Event:
     retry_after: float | None = None
     exception: BaseException | None = None
     source: str | None = None
+    slow: bool | None = None
+    enforced: bool | None = None
 
 
 class Verdict(enum.Enum):
@@ -81,11 +90,27 @@ class Counter:
         return new
 
 
+class Flight:
+    """One admitted call: the generation and probe slot it runs under, and when it began.
+
+    generation: 0 counts for nothing. pending: it was reported as slow while it ran.
+    """
+
+    __slots__ = ("generation", "pending", "probe", "started")
+
+    def __init__(self, generation: int, probe: int | None, started: float) -> None:
+        self.generation = generation
+        self.probe = probe
+        self.started = started
+        self.pending = False
+
+
 @dataclasses.dataclass(slots=True)
 class Seen:
     """One reply, never changed but swapped whole. Times are seconds of the monotonic clock.
 
-    closed_until, open_until: how long it admits or rejects without asking, which is all of the fast path.
+    closed_until, open_until: how long it admits or rejects without asking, which is all of the fast path;
+    timed_until: the same as closed_until where slow calls are measured. ramp_until: when a recovery is complete.
     """
 
     state: State
@@ -94,7 +119,9 @@ class Seen:
     sent: float
     arrived: float
     retry_at: float
+    ramp_until: float
     closed_until: float
+    timed_until: float
     open_until: float
     counter: Counter
 
@@ -105,22 +132,42 @@ class Seen:
         return Verdict.REJECT if self.state == "open" and now < self.retry_at else Verdict.ASK
 
 
-def nothing_seen() -> Seen:
-    """Before the first reply: too old for anything."""
-    return Seen("closed", 0, 0, NEVER, NEVER, NEVER, NEVER, NEVER, Counter())
+def unseen(
+    state: State = "closed", generation: int = 0, failure_count: int = 0, counter: Counter | None = None
+) -> Seen:
+    """Too old for anything: before the first reply, or one that is trusted no longer."""
+    return Seen(
+        state,
+        generation,
+        failure_count,
+        sent=NEVER,
+        arrived=NEVER,
+        retry_at=NEVER,
+        ramp_until=NEVER,
+        closed_until=NEVER,
+        timed_until=NEVER,
+        open_until=NEVER,
+        counter=counter or Counter(),
+    )
 
 
 class View:
-    """The state as last heard, good for `lease` seconds, and the successes gathered under its generation."""
+    """The state as last heard, good for `lease` seconds, and what was gathered under its generation.
 
-    def __init__(self, lease: float) -> None:
+    policy: in force, with what an operator set for the fleet.
+    """
+
+    def __init__(self, lease: float, policy: Policy | None = None) -> None:
         self.lease = lease
-        self.seen = nothing_seen()
+        self.policy = policy or Policy()
+        self.seen = unseen()
+        self._flights: dict[Flight, None] = {}  # those that may still become slow, oldest first
         self._lock = threading.Lock()
 
     def after_fork(self) -> None:
-        """In a child: the gathered successes are the parent's to report, and its lock may be held."""
+        """In a child: what was gathered and what flies is the parent's to report, and its lock may be held."""
         self._lock = threading.Lock()
+        self._flights = {}
         self.seen.counter.take()
 
     def decide(self, seen: Seen, now: float) -> Verdict:
@@ -132,34 +179,50 @@ class View:
             return verdict
         return Verdict.REFRESH if age < 2 * self.lease else Verdict.WAIT
 
+    def held_back(self, ramp_left: float) -> bool:
+        """Whether the ramp after a recovery rejects this call; ramp_left: seconds to its end."""
+        ramp_up = self.policy.ramp_up
+        if ramp_left <= 0 or ramp_up <= 0 or not self.policy.enforce:
+            return False
+        return random.random() >= FIRST_SHARE + (1 - FIRST_SHARE) * (1 - ramp_left / ramp_up)
+
     def adopt(self, reply: Reply, sent: float, now: float) -> None:
         """Take a reply as the view, unless a newer one came in between."""
         with self._lock:
-            seen, state, generation = self.seen, reply["state"], reply["generation"]
+            seen, generation = self.seen, reply["generation"]
             # a lower generation is news only from a request that began after the last reply was here
-            if sent < (seen.arrived if generation < seen.generation else seen.sent) and generation <= seen.generation:
+            since = seen.arrived if generation < seen.generation else seen.sent
+            if sent < since and generation <= seen.generation and not reply.get("isolated"):
                 return
-            retry_at = now + (reply.get("retry_after_ms") or 0) / 1000
-            fresh_until = sent + self.lease if self.lease > 0 else NEVER
-            self.seen = Seen(
-                state,
-                generation,
-                reply["failure_count"],
-                sent,
-                now,
-                retry_at,
-                fresh_until if state == "closed" else NEVER,
-                min(fresh_until, retry_at) if state == "open" else NEVER,
-                # outcomes of an earlier generation count for nothing: they stay behind in its counter
-                seen.counter if generation == seen.generation else Counter(),
-            )
+            self.seen = self._seen_from(reply, sent, now)
+
+    def _seen_from(self, reply: Reply, sent: float, now: float) -> Seen:
+        state, generation = reply["state"], reply["generation"]
+        retry_at = now + (reply.get("retry_after_ms") or 0) / 1000
+        ramp_until = now + (reply.get("ramp_left_ms") or 0) / 1000
+        fresh_until = sent + self.lease if self.lease > 0 else NEVER
+        closed_until = fresh_until if state == "closed" and ramp_until <= now else NEVER
+        timed = self.policy.slow_call_duration is not None
+        return Seen(
+            state,
+            generation,
+            reply["failure_count"],
+            sent,
+            now,
+            retry_at,
+            ramp_until,
+            NEVER if timed else closed_until,
+            closed_until if timed else NEVER,
+            min(fresh_until, retry_at) if state == "open" and self.policy.enforce else NEVER,
+            # outcomes of an earlier generation count for nothing: they stay behind in its counter
+            self.seen.counter if generation == self.seen.generation else Counter(),
+        )
 
     def drop(self) -> None:
         """Trust the view no longer: the next call asks. What was gathered stays, its generation may live on."""
         with self._lock:
-            self.seen = dataclasses.replace(
-                self.seen, sent=NEVER, arrived=NEVER, retry_at=NEVER, closed_until=NEVER, open_until=NEVER
-            )
+            seen = self.seen
+            self.seen = unseen(seen.state, seen.generation, seen.failure_count, seen.counter)
 
     def gather(self, generation: int) -> bool:
         """Count one success locally; False where it has to be reported at once."""
@@ -181,6 +244,38 @@ class View:
                 return {"generation": generation}
             gathered = seen.counter.take()
         return {"generation": seen.generation, "successes": gathered} if gathered else {"generation": seen.generation}
+
+    # Flights, where slow calls are measured
+
+    def take_off(self, generation: int, probe: int | None, now: float) -> Flight:
+        """A call begins."""
+        flight = Flight(generation, probe, now)
+        if self.policy.slow_call_duration is not None:
+            self._flights[flight] = None
+        return flight
+
+    def land(self, flight: Flight) -> tuple[bool | None, bool]:
+        """A call ended: whether it was slow (None: not measured), and whether that was reported while it ran."""
+        registered = self._flights.pop(flight, flight) is None  # else overdue() has it
+        pending = flight.pending and not registered
+        limit = self.policy.slow_call_duration
+        return None if limit is None else pending or monotonic() - flight.started >= limit, pending
+
+    def overdue(self) -> list[Flight]:
+        """The calls in flight that became slow since the last look; each is given to one caller, once."""
+        found: list[Flight] = []
+        limit = self.policy.slow_call_duration
+        while limit is not None and self._flights:
+            try:
+                flight = next(iter(self._flights))
+            except (StopIteration, RuntimeError):  # another thread took one just now
+                continue
+            if flight.started > monotonic() - limit:
+                break
+            flight.pending = True
+            if self._flights.pop(flight, flight) is None:
+                found.append(flight)
+        return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

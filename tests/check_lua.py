@@ -15,7 +15,7 @@ from lupa.lua51 import LuaRuntime
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SERVER = {"redis", "cjson", "cmsgpack", "KEYS", "ARGV"}
 LIBRARIES = {"math", "string", "table", "bit", "struct"}
-FUNCTIONS = {"pairs", "ipairs", "next", "select", "unpack", "tonumber", "tostring", "type"}
+FUNCTIONS = {"pairs", "ipairs", "next", "select", "unpack", "tonumber", "tostring", "type", "setmetatable", "rawget"}
 GLOBALS = SERVER | LIBRARIES | FUNCTIONS | {"error", "pcall", "assert"}
 SHARED = "breaker"  # the local that breaker.lua makes; a global only to a file compiled alone
 GETGLOBAL, SETGLOBAL = 5, 7

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
+import itertools
+import os
 from typing import Any
 
 import pytest
@@ -10,6 +11,10 @@ import redis
 from conftest import START_MS, Machine, lua_machine, memory_machine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from pybreaker_redis._protocol import keys_of
+
+SEQUENCES = int(os.environ.get("SEQUENCES", "300"))  # of test_engines_agree
 
 POLICY = {"failure_threshold": 3, "reset_timeout_ms": 1000, "probe_timeout_ms": 400}
 
@@ -207,66 +212,128 @@ def test_snapshot_changes_nothing(machine: Machine) -> None:
     assert (reply["state"], reply["retry_after_ms"], reply["exists"]) == ("open", 0, True)
 
 
-STEPS = st.lists(
-    st.one_of(
-        st.tuples(st.just("advance"), st.integers(0, 1500)),
-        st.tuples(st.just("acquire"), st.integers(0, 3)),
-        st.tuples(st.just("settle"), st.sampled_from(["success", "failure", "release"]), st.integers(0, 5)),
-        st.tuples(
-            st.just("control"),
-            st.sampled_from(["force_open", "force_closed", "clear_override", "reset"]),
-            st.integers(1, 2000),
-        ),
-        st.tuples(st.just("snapshot")),
-    ),
-    max_size=40,
-)
+COUNTS = st.integers(0, 4)
+INSTANCES = st.sampled_from(["a", "b", "c", "d"])
 POLICIES = st.fixed_dictionaries(
     {
-        "failure_threshold": st.integers(1, 4),
+        "failure_threshold": st.integers(1, 6),
         "reset_timeout_ms": st.integers(1, 2000),
+    },
+    optional={
         "success_threshold": st.integers(1, 3),
         "half_open_max_calls": st.integers(1, 3),
         "probe_timeout_ms": st.integers(1, 2000),
-    }
+        "error_rate_threshold": st.sampled_from([0, 0.1, 1 / 3, 0.5, 0.995, 1]),
+        "minimum_calls": st.integers(1, 12),
+        "window_ms": st.integers(10, 3000),
+        "slow_call_duration_ms": st.integers(0, 100),
+        "slow_call_rate_threshold": st.sampled_from([0, 0.2, 0.5, 1]),
+        "backoff_multiplier": st.sampled_from([1, 1.5, 2, 10]),
+        "max_reset_timeout_ms": st.integers(0, 5000),
+        "jitter": st.sampled_from([0, 0.1, 1]),
+        "quorum": st.integers(1, 3),
+        "ramp_up_ms": st.integers(0, 2000),
+        "enforce": st.booleans(),
+    },
 )
-_TOLD = ("applied", "admitted", "changed", "exists", "state", "generation", "probe", "failure_count", "success_count")
-_SEEN = ("retry_after_ms", "forced", "transition", "last_failure_time", "opened_at", "forced_until_ms", "trips")
+_ACQUIRE = st.tuples(st.just("acquire"), INSTANCES, st.integers(0, 3), st.integers(0, 2))
+_SETTLE = st.tuples(
+    st.just("settle"),
+    INSTANCES,
+    st.sampled_from(["success", "failure", "release", "slow success", "slow failure", "pending", "counted"]),
+    st.sampled_from([0, 0, 0, 1, 2, 5]),
+)
+_RARE = st.one_of(
+    st.tuples(
+        st.just("control"),
+        st.sampled_from(["force_open", "force_closed", "clear_override", "reset"]),
+        st.integers(1, 2000),
+    ),
+    st.tuples(st.just("set_policy"), POLICIES),  # one with an end goes by the clock of Redis itself
+    st.tuples(st.just("clear_policy")),
+)
+STEPS = st.lists(
+    st.one_of(
+        _ACQUIRE,
+        _SETTLE,
+        _SETTLE,
+        st.tuples(st.just("batch"), INSTANCES, COUNTS, COUNTS, COUNTS),
+        st.tuples(st.just("advance"), st.integers(0, 1500)),
+        st.tuples(st.just("due")),  # advance to the deadline that was told last, and acquire
+        _RARE,
+    ),
+    min_size=15,
+    max_size=60,
+)
+OUTCOMES = {
+    "success": {"successes": 1},
+    "failure": {"failures": 1},
+    "release": {},
+    "slow success": {"successes": 1, "slow": 1},
+    "slow failure": {"failures": 1, "slow": 1},
+    "pending": {"slow": 1, "pending": 1},
+    "counted": {"successes": 1, "counted": 1},
+}
 
 
-def play(machine: Machine, steps: list[Any], policy: dict[str, int]) -> list[Any]:
+def play(machine: Machine, steps: list[Any], policy: dict[str, Any]) -> list[Any]:
     """The replies to a sequence; outcomes are reported for permits of the whole past, so stale ones too."""
     permits: list[dict[str, Any]] = []
     told = []
-    for step, *rest in steps:
-        if step == "advance":
+
+    def tell(step: Any, reply: dict[str, Any]) -> dict[str, Any]:
+        told.append((step, {field: value for field, value in reply.items() if value is not None and field != "source"}))
+        return reply
+
+    for step in steps:
+        kind, *rest = step
+        if kind == "advance":
             machine.advance(rest[0])
-            continue
-        if step == "acquire":
+        elif kind == "due":
+            machine.advance(told[-1][1].get("retry_after_ms", 0) if told else 0)
+            kind, rest = "acquire", ["a", 0, 0]
+        if kind == "acquire":
             last = permits[-1]["generation"] if permits else 0
-            reply = machine.run("acquire", policy, generation=last, successes=rest[0])
+            request = {"instance": rest[0], "generation": last, "successes": rest[1]}
+            request |= {"slow": rest[2], "pending": rest[2]}
+            reply = tell(step, machine.run("acquire", policy, **request))
             if reply["admitted"]:
                 permits.append(reply)
-        elif step == "settle":
-            if not permits:
-                continue
-            permit = permits[-1 - rest[1] % len(permits)]
-            counts = {"success": {"successes": 1}, "failure": {"failures": 1}, "release": {}}[rest[0]]
+        elif kind == "settle" and permits:
+            permit = permits[-1 - rest[2] % len(permits)]
             slot = {"probe": permit["probe"]} if permit.get("probe") is not None else {}
-            reply = machine.run("record", policy, generation=permit["generation"], **slot, **counts)
-        elif step == "control":
+            request = {"instance": rest[0], "generation": permit["generation"], **slot, **OUTCOMES[rest[1]]}
+            tell(step, machine.run("record", policy, **request))
+        elif kind == "batch" and permits:
+            successes, failures, slow = rest[1:]
+            counts = {"successes": successes, "failures": failures, "slow": min(slow, successes + failures)}
+            tell(step, machine.run("record", policy, instance=rest[0], generation=permits[-1]["generation"], **counts))
+        elif kind == "control":
             length = {"duration_ms": rest[1]} if rest[0].startswith("force") else {}
-            reply = machine.run("control", policy, action=rest[0], **length)
-        else:
-            reply = machine.run("snapshot", policy)
-        told.append((step, {field: reply.get(field) for field in (*_TOLD, *_SEEN, "probes_in_flight")}))
+            tell(step, machine.run("control", policy, action=rest[0], **length))
+        elif kind == "set_policy":
+            tell(step, machine.run("control", policy, action="set_policy", override=rest[0]))
+        elif kind == "clear_policy":
+            tell(step, machine.run("control", policy, action="clear_policy"))
+        tell("snapshot", machine.run("snapshot", policy))
     return told
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(steps=STEPS, policy=POLICIES)
-def test_engines_agree(client: redis.Redis, steps: list[Any], policy: dict[str, int]) -> None:
-    """The Lua and the Python mirror reply the same to random sequences with random policies."""
-    with contextlib.suppress(redis.ResponseError):
-        client.delete(*client.keys("*circuit_breaker*") or [b"none"])
-    assert play(lua_machine(client), steps, policy) == play(memory_machine(), steps, policy)
+@settings(max_examples=SEQUENCES, deadline=None, suppress_health_check=list(HealthCheck))
+@given(steps=STEPS, policy=POLICIES, encodings=st.lists(st.sampled_from(["json", "msgpack"]), min_size=1, max_size=3))
+def test_engines_agree(client: redis.Redis, steps: list[Any], policy: dict[str, Any], encodings: list[str]) -> None:
+    """The Lua and the Python mirror reply the same, step by step, to random sequences with random policies.
+
+    With a snapshot after each step; documents are stored in either encoding, in turn.
+    """
+    client.delete(*keys_of("m"))
+    lua = play(lua_machine(client), steps, policy)
+    assert lua == play(memory_machine(), steps, policy)
+    stored_in = itertools.cycle(encodings)
+    other = lua_machine(client, "n")
+    client.delete(*keys_of("n"))
+    run = other.run
+    other.run = lambda name, policy=None, **request: run(  # type: ignore[method-assign]
+        name, policy, **request, encoding=next(stored_in)
+    )
+    assert play(other, steps, policy) == lua

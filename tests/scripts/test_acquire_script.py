@@ -40,10 +40,10 @@ def test_first_acquire_makes_the_document(client: redis.Redis) -> None:
         "failure_count": 0,
         "success_count": 0,
     }
-    assert (document(client)["generation"], document(client)["trips"]) == (START_MS, 0)
+    assert (document(client)["generation"], document(client).get("trips")) == (START_MS, None)
     with commands(client) as seen:
         assert machine.run("acquire", POLICY)["generation"] == START_MS
-    assert {words[0] for words in seen} == {"GET"}
+    assert {words[0] for words in seen} == {"MGET"}
 
 
 def test_counted_successes_are_written(client: redis.Redis) -> None:
@@ -69,7 +69,7 @@ def test_refusal_writes_nothing(client: redis.Redis, begin: Any) -> None:
         for _ in range(5):
             reply = machine.run("acquire", POLICY, generation=generation, successes=3)
             assert (reply["admitted"], "transition" in reply, "probe" in reply) == (False, False, False)
-    assert {words[0] for words in seen} == {"GET"}
+    assert {words[0] for words in seen} == {"GET", "MGET"}  # the clock of the tests is a key
     assert picture(client) == before
     assert client.pttl(KEYS.state) <= 50_000
 

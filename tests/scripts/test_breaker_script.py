@@ -224,6 +224,7 @@ def test_one_message_and_one_entry(client: redis.Redis) -> None:
         ("closed", "closed", "forced", None),
     ]
     assert (heard[0]["time_ms"], heard[0]["failure_count"]) == (START_MS, 3)
+    assert [change.pop("retry_after_ms", None) for change in heard] == [1000, None, None, 500, None, None, None]
     assert caused == [{k: v for k, v in change.items() if k not in ("instance", "time_ms")} for change in heard]
     entries = [{k.decode(): v.decode() for k, v in entry.items()} for _, entry in client.xrange(KEYS.history)]
     assert entries == [{"instance": "", **{k: str(v) for k, v in change.items()}} for change in heard]
@@ -262,8 +263,9 @@ def test_only_the_given_keys(client: redis.Redis) -> None:
     with commands(client) as seen:
         for script in ("acquire", "record", "control", "acquire", "snapshot"):
             call(client, script, bodies(NEEDED.get(script, {}))[0], keys=keys)
-    assert {words[0] for words in seen} >= {"GET", "SET", "XADD", "PEXPIRE"}
-    assert {words[1] for words in seen if words[0] != "TIME"} <= {"s", "h", "p"}
+    assert {words[0] for words in seen} >= {"MGET", "SET", "XADD", "PEXPIRE"}
+    assert {words[1] for words in seen if words[0] not in ("TIME", "MGET")} <= {"s", "h", "p"}
+    assert {tuple(words[1:]) for words in seen if words[0] == "MGET"} == {("s", "p")}
     assert sorted(client.keys()) == [b"h", b"s"]
 
 

@@ -128,7 +128,7 @@ def test_failures_rule_over_successes_of_a_probe(client: redis.Redis) -> None:
 
 
 def test_trips_in_a_row(client: redis.Redis) -> None:
-    """trips and failures count on through failed probes, and a close clears them."""
+    """trips and failures count on through failed probes; a close clears them once it has held for an open time."""
     machine = lua_machine(client, "discovery")
     trip(machine)
     for trips in (2, 3):
@@ -140,8 +140,15 @@ def test_trips_in_a_row(client: redis.Redis) -> None:
         assert stored["last_failure_time"] == stored["opened_at"] == machine.now_ms // 1000
     machine.advance(1000)
     permit = machine.run("acquire", POLICY)["generation"]
-    machine.run("record", POLICY, generation=permit, probe=1, successes=1)
-    assert document(client)["trips"] == 0
+    permit = machine.run("record", POLICY, generation=permit, probe=1, successes=1)["generation"]
+    assert (document(client)["trips"], document(client)["closed_at_ms"]) == (3, machine.now_ms)
+    machine.advance(999)
+    machine.run("record", POLICY, generation=permit, successes=1)
+    assert machine.run("snapshot", POLICY)["trips"] == document(client)["trips"] == 3
+    machine.advance(1)
+    assert machine.run("snapshot", POLICY)["trips"] == 0
+    machine.run("record", POLICY, generation=permit, successes=1)
+    assert not document(client).keys() & {"trips", "closed_at_ms"}
 
 
 @pytest.mark.parametrize("state", ["closed", "open", "half_open"])

@@ -1,0 +1,261 @@
+"""One subscription for any number of breakers: what others did is in their views the moment it is published."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import threading
+import time
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from redis.exceptions import ConnectionError
+
+if TYPE_CHECKING:
+    from ._core import BreakerCore
+
+PING_EVERY = 1.0  # seconds; a connection that is silent for twice that is lost
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
+logger = logging.getLogger("pybreaker_redis")
+_lock = threading.Lock()
+_subscriptions: dict[tuple[object, ...], Subscription | AsyncSubscription] = {}
+_tasks: set[asyncio.Task[None]] = set()
+
+
+class Audience:
+    """The breakers that one subscription serves, and the lease that each has while it lasts. No I/O."""
+
+    def __init__(self, prefix: str) -> None:
+        escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in prefix)
+        self.pattern = f"{escaped}:*:state"
+        self._connected = False
+        self._ended = False
+        self._leases: weakref.WeakKeyDictionary[BreakerCore, float] = weakref.WeakKeyDictionary()
+        self._lock = threading.Lock()
+
+    def __bool__(self) -> bool:
+        return bool(self._leases)
+
+    def join(self, breaker: BreakerCore, lease: float) -> bool:
+        """From now on the breaker is served; False when the subscription has ended."""
+        with self._lock:
+            if not self._ended:
+                self._leases[breaker] = lease
+                if self._connected:
+                    breaker._watched(lease)
+            return not self._ended
+
+    def leave(self, breaker: BreakerCore) -> None:
+        """The breaker is on its own again."""
+        with self._lock:
+            if self._leases.pop(breaker, None) is not None:
+                breaker._watched(None)
+
+    def has_ended(self) -> bool:
+        """Whether nobody is left; then nobody can join any more."""
+        with self._lock:
+            self._ended = self._ended or not self._leases
+            return self._ended
+
+    def end(self) -> None:
+        """Nobody is served any more."""
+        with self._lock:
+            self._ended = True
+        self._switch(False)
+
+    def up(self) -> None:
+        """The subscription stands: what was missed is read again, then leases may be long."""
+        self._switch(True)
+
+    def down(self, error: BaseException) -> None:
+        """It is lost: from this moment on the leases are short."""
+        if self._connected:
+            logger.warning("circuit breakers %r: the subscription is lost, leases are short: %r", self.pattern, error)
+        self._switch(False)
+
+    def _switch(self, connected: bool) -> None:
+        with self._lock:
+            self._connected = connected
+            for breaker, lease in list(self._leases.items()):
+                breaker._watched(lease if connected else None)
+
+    def heard(self, reply: list[Any]) -> Iterator[tuple[BreakerCore, dict[str, Any]]]:
+        """Whom a message concerns; anybody may publish anything, so that what makes no sense is passed over."""
+        if reply[0] not in (b"pmessage", "pmessage"):
+            return
+        channel, data = (part.decode(errors="replace") if isinstance(part, bytes) else part for part in reply[2:])
+        with contextlib.suppress(ValueError):
+            message = json.loads(data)
+            if isinstance(message, dict):
+                with self._lock:
+                    concerned = [breaker for breaker in self._leases if breaker.keys.state == channel]
+                for breaker in concerned:
+                    yield breaker, message
+
+
+class Subscription:
+    """A thread that holds the subscription of an audience, until nobody is left in it."""
+
+    def __init__(self, connect: Callable[[], Any], prefix: str) -> None:
+        self.audience = Audience(prefix)
+        self._connect = connect
+
+    def start(self) -> None:
+        """Begin, once somebody is in the audience."""
+        threading.Thread(target=self._run, name="pybreaker_redis-watch", daemon=True).start()
+
+    def _run(self) -> None:
+        pauses = _pauses()
+        while not self.audience.has_ended():
+            try:
+                for _ in self._listen():
+                    pauses = _pauses()
+            except Exception as error:  # whatever it is: leases must not stay long
+                self.audience.down(error)
+                time.sleep(next(pauses))
+
+    def _listen(self) -> Iterator[None]:
+        """Yields once it stands; ends when nobody is left."""
+        connection = self._connect()
+        try:
+            connection.send_command("PSUBSCRIBE", self.audience.pattern)
+            connection.read_response()
+            self.audience.up()
+            yield
+            pinged = False
+            while self.audience:
+                if connection.can_read(PING_EVERY):
+                    for breaker, message in self.audience.heard(connection.read_response()):
+                        breaker._drive(breaker._heard(message))  # type: ignore[attr-defined]
+                    pinged = False
+                elif pinged:
+                    raise ConnectionError("no answer to a PING on the subscription")
+                else:
+                    connection.send_command("PING")
+                    pinged = True
+        finally:
+            connection.disconnect()
+
+
+class AsyncSubscription:
+    """The same as a task of one event loop."""
+
+    def __init__(self, connect: Callable[[], Any], prefix: str) -> None:
+        self.audience = Audience(prefix)
+        self._connect = connect
+
+    def start(self) -> None:
+        """Begin, once somebody is in the audience."""
+        task = asyncio.get_running_loop().create_task(self._run(), name="pybreaker_redis-watch")
+        _tasks.add(task)  # the loop itself keeps a weak reference only
+        task.add_done_callback(_tasks.discard)
+
+    async def _run(self) -> None:
+        pauses = _pauses()
+        try:
+            while not self.audience.has_ended():
+                try:
+                    async for _ in self._listen():
+                        pauses = _pauses()
+                except Exception as error:  # whatever it is: leases must not stay long
+                    self.audience.down(error)
+                    await asyncio.sleep(next(pauses))
+        finally:
+            self.audience.end()
+
+    async def _listen(self) -> AsyncIterator[None]:
+        connection = self._connect()
+        reader: asyncio.Future[Any] | None = None
+        try:
+            async with asyncio.timeout(2 * PING_EVERY):
+                await connection.connect()
+                await connection.send_command("PSUBSCRIBE", self.audience.pattern)
+                await connection.read_response()
+            self.audience.up()
+            yield
+            pinged = False
+            while self.audience:
+                reader = reader or asyncio.ensure_future(connection.read_response())
+                await asyncio.wait({reader}, timeout=PING_EVERY)
+                if reader.done():
+                    reply, reader, pinged = reader.result(), None, False
+                    for breaker, message in self.audience.heard(reply):
+                        await breaker._drive(breaker._heard(message))  # type: ignore[attr-defined]
+                elif pinged:
+                    raise ConnectionError("no answer to a PING on the subscription")
+                else:
+                    await connection.send_command("PING")
+                    pinged = True
+        finally:
+            if reader is not None:
+                reader.cancel()
+                await asyncio.wait({reader})
+            await connection.disconnect(nowait=True)
+
+
+class BaseWatch:
+    """A breaker's share in a subscription."""
+
+    def __init__(self, breaker: BreakerCore, lease: float) -> None:
+        self._breaker = breaker
+        self._lease = lease
+        self._audience: Audience | None = None
+        self._join()
+
+    @property
+    def active(self) -> bool:
+        """Whether the subscription stands just now, so that the long lease holds."""
+        return self._audience is not None and self._breaker._watch_lease is not None
+
+    def _key(self) -> tuple[object, ...]:
+        breaker: Any = self._breaker
+        return breaker._redis.address, breaker._prefix
+
+    def _open(self) -> Subscription | AsyncSubscription:
+        breaker: Any = self._breaker
+        return Subscription(breaker._redis.subscriber, breaker._prefix)
+
+    def _join(self) -> None:
+        key = self._key()
+        with _lock:
+            for ended in [key for key, held in _subscriptions.items() if held.audience.has_ended()]:
+                del _subscriptions[ended]
+            shared = _subscriptions.get(key)
+            if shared is None or not shared.audience.join(self._breaker, self._lease):
+                shared = _subscriptions[key] = self._open()
+                shared.audience.join(self._breaker, self._lease)
+                shared.start()
+        self._audience = shared.audience
+
+    def _leave(self) -> None:
+        audience, self._audience = self._audience, None
+        if audience is not None:
+            audience.leave(self._breaker)
+
+    def after_fork(self) -> None:
+        """In a child: the thread that listens is the parent's; the next script call joins anew."""
+        if self._audience is not None:
+            self._audience = None
+            self._breaker._rejoin = self
+
+
+def _pauses() -> Iterator[float]:
+    pause = FIRST_PAUSE
+    while True:
+        yield pause * random.uniform(0.75, 1.25)
+        pause = min(pause * 2, LONGEST_PAUSE)
+
+
+def _after_fork_in_child() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _subscriptions.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
