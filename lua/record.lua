@@ -8,7 +8,7 @@ ARGV[1]  the request, JSON or msgpack; the reply comes in the same encoding.
            successes   (count)    counted first
            failures    (count)    counted after them
            probe       (integer)  slot from acquire; with neither success nor failure the slot is given back
-           A report with none of the three renews the TTL; under generation 0 it writes the document anew.
+           A report with none of the three renews the TTL; under generation 0 it fails where the server takes no writes.
            policy, instance, encoding  as for acquire
 Reply      applied (bool: false when the generation is not the current one or the slot is gone), state, generation,
            failure_count, success_count, retry_after_ms, forced, warning, transition {...} if THIS call caused one
@@ -27,8 +27,11 @@ local document = breaker.load(request)
 local applied = breaker.record(document, request)
 
 local empty = not (request.successes or request.failures or request.slow or request.probe)
--- under generation 0, which is none, a client asks whether the server takes writes: a full one renews a TTL all the same
-if empty and not document.fresh and request.generation > 0 then document.unchanged = not document.outlived end
+if empty and not document.fresh then
+  document.unchanged = not document.outlived
+  -- so a client asks whether the server takes writes: a full one renews a TTL all the same, but this needs room
+  if request.generation == 0 then redis.call('SETRANGE', KEYS[1], 0, '') end
+end
 if applied or empty or document.fresh then breaker.save(document, request) end
 local reply = breaker.reply(document, request)
 reply.applied = applied

@@ -99,6 +99,8 @@ def test_no_names(name: Any) -> None:
 )
 def test_policies_that_make_no_sense(field: str, value: Any) -> None:
     """No field of a policy takes NaN, an infinity, a negative, an endless number or another type."""
+    if isinstance(value, bool) and isinstance(getattr(Policy(), field), bool):
+        return  # a flag
     with pytest.raises(PolicyError, match=field):
         Policy(**{field: value})
 

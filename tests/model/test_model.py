@@ -59,8 +59,8 @@ class NoFence(MemoryEngine):
 class StuckGeneration(MemoryEngine):
     """Gives every state the same generation."""
 
-    def next_generation(self, current: int, now: int) -> int:
-        return current
+    def next_generation(self, document: Any, *_: Any) -> int:
+        return int(document.generation)
 
 
 class EndlessSlots(MemoryEngine):
