@@ -115,6 +115,17 @@ def test_no_right_of_the_documented_acl_is_idle() -> None:
                 assert use_everything(target, less) != everything, f"{rule} is not needed"
 
 
+def test_watch_with_the_documented_acl() -> None:
+    """With the rights that SECURITY.md adds for it, a user can watch; without them the short lease stays."""
+    [more] = re.findall(r"With `watch\(\)` add `([^`]*)`", SECURITY.read_text())
+    with restartable() as target, target.client() as admin:
+        admin.execute_command("ACL", "SETUSER", "breaker", "reset", "on", ">pw", *documented_rules(), *more.split())
+        breaker = CircuitBreaker(NAME, redis=f"redis://breaker:pw@127.0.0.1:{target.port}", redis_timeout=20)
+        watch = breaker.watch()
+        wait_until(lambda: watch.active)
+        watch.close()
+
+
 def test_what_the_documented_acl_forbids() -> None:
     """The breaker's user cannot touch keys or channels of others, nor the server."""
     with restartable() as target, target.client() as admin:

@@ -217,6 +217,15 @@ def test_sentinel_master_lost(how: str) -> None:
         check_old_master_is_back(running, lost, how)
 
 
+def test_watch_behind_sentinel() -> None:
+    """A subscription finds the master that the sentinels name."""
+    with sentinels() as formed:
+        breaker = CircuitBreaker(NAME, redis=formed.client(), redis_timeout=10)
+        watch = breaker.watch()
+        wait_until(lambda: watch.active)
+        watch.close()
+
+
 def stop_all(formed: Sentinels) -> None:
     """Nothing answers any more: neither data nor sentinels."""
     for server in (*formed.sentinels, *formed.data):
