@@ -16,9 +16,9 @@ def policy(**changed: int) -> tuple[tuple[str, int], ...]:
 
 
 SHORT = {
-    "lost replies, crashes, repeats, a reset": Bounds(asks=4),
+    "lost replies, crashes, repeats, a reset": Bounds(asks=4, waits=2),
     "one failure trips": Bounds(asks=5, crashes=0, repeats=0, resets=0, policy=policy(failure_threshold=1)),
-    "two slots": Bounds(asks=4, resets=0, policy=policy(failure_threshold=1, half_open_max_calls=2)),
+    "two slots": Bounds(asks=4, resets=0, crashes=0, policy=policy(failure_threshold=1, half_open_max_calls=2)),
     "two successes close": Bounds(asks=4, resets=0, policy=policy(failure_threshold=1, success_threshold=2)),
 }
 LONG = {
