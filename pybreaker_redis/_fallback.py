@@ -183,7 +183,7 @@ class FallbackEngine:
         return pause * random.uniform(0.75, 1.25)
 
     def _try_again(self, request: Request) -> Steps[None]:
-        """An empty report renews the TTL: a server that answers but takes no writes is not back yet."""
+        """An empty report under no generation needs room: a server that answers but takes no writes is not back yet."""
         common: Request = {key: request[key] for key in ("instance", "policy", "encoding") if key in request}
         try:
             yield Ask("record", {**common, "generation": 0})
