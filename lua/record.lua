@@ -7,16 +7,12 @@ ARGV[1]  the request, JSON or msgpack; the reply comes in the same encoding.
            generation  (integer)  from the reply of acquire; needed
            successes   (count)    counted first
            failures    (count)    counted after them
-<<<<<<< HEAD
            slow        (count)    calls that took slow_call_duration: of those above, or of the pending ones
            pending     (count)    calls that are slow already and still run: a call each, its outcome to follow
            counted     (count)    of the successes and failures those that were reported as pending before
            probe       (integer)  slot from acquire; with neither success, failure nor slow the slot is given back
-           A report with none of these renews the TTL.
-=======
-           probe       (integer)  slot from acquire; with neither success nor failure the slot is given back
-           A report with none of the three renews the TTL; under generation 0 it fails where the server takes no writes.
->>>>>>> faults-on-main
+           A report with none of these renews the TTL; under generation 0 it fails where the server takes no
+           writes.
            policy, instance, encoding  as for acquire
 Reply      applied (bool: false when the generation is not the current one or the slot is gone); the rest as acquire
            replies: state, generation, failure_count, success_count, retry_after_ms, ramp_left_ms, forced, override,

@@ -11,7 +11,6 @@ import hashlib
 import importlib.resources
 import itertools
 import pathlib
-import random
 import weakref
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
@@ -88,7 +87,6 @@ class RedisEngine:
 
     def __init__(self, client: Any, keys: Keys, timeout: float) -> None:
         client = self._client = _client(client, redis.Redis, redis.RedisCluster, "redis.Redis")
-        self._timeout = timeout
         self._words = _Words(keys)
         if isinstance(client, redis.RedisCluster):
             self._link: _Connections | _Cluster = _Cluster(client, timeout)
@@ -114,9 +112,7 @@ class RedisEngine:
 
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open; to any node of a cluster, which all get every message."""
-        pool = self._client if isinstance(self._client, redis.Redis) else _any_node(self._client)
-        kwargs = _connection_kwargs(pool.connection_pool.connection_kwargs, self._timeout) | {"protocol": 2}
-        return pool.connection_pool.connection_class(**kwargs, retry=Retry(NoBackoff(), 0))
+        return self._link.subscriber()
 
     def close(self) -> None:
         """Close the connections; the next call opens others. In a forked child this leaves the parent's alone."""
@@ -160,10 +156,17 @@ class _Connections:
                     if not connection.can_read():  # readable before a command: the server has closed it
                         return connection
                 connection.disconnect()
-        kwargs = _connection_kwargs(self._pool.connection_kwargs, self._timeout)
-        connection = self._pool.connection_class(**kwargs, retry=Retry(NoBackoff(), 0))
+        connection = self._connection()
         connection.connect()  # sending alone would not ask a Sentinel for the master
         return connection
+
+
+    def subscriber(self) -> Any:
+        return self._connection(protocol=2)
+
+    def _connection(self, **options: Any) -> Any:
+        kwargs = _connection_kwargs(self._pool.connection_kwargs, self._timeout) | options
+        return self._pool.connection_class(**kwargs, retry=Retry(NoBackoff(), 0))
 
 
 class _Nodes:
@@ -240,6 +243,9 @@ class _Cluster:
             return reply
         raise redis.RedisError(f"sent from node to node {_MOST_REDIRECTIONS} times, at last to {address}")
 
+    def subscriber(self) -> Any:
+        return self._link(self._nodes.address()).subscriber()
+
     def close(self) -> None:
         for link in list(self._links.values()):
             link.close()
@@ -290,14 +296,7 @@ class AsyncRedisEngine:
 
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open; to any node of a cluster, which all get every message."""
-        if isinstance(self._client, redis.asyncio.Redis):
-            pool = self._client.connection_pool
-            kind, given = pool.connection_class, pool.connection_kwargs
-        else:
-            node = random.choice(self._client.get_nodes())
-            kind, given = node.connection_class, {**node.connection_kwargs, "host": node.host, "port": node.port}
-        kwargs = _connection_kwargs(given, None) | {"protocol": 2}
-        return kind(**kwargs, retry=redis.asyncio.retry.Retry(NoBackoff(), 0))
+        return self._link().subscriber()
 
     async def close(self) -> None:
         """Close this loop's connections; the next call opens others."""
@@ -357,8 +356,14 @@ class _AsyncConnections:
                 if connection.is_connected and not await _can_read(connection)():
                     return connection
             await connection.disconnect(nowait=True)
+        return self._connection()
+
+    def subscriber(self) -> Any:
+        return self._connection(protocol=2)
+
+    def _connection(self, **options: Any) -> Any:
         # the deadline is around the whole exchange
-        kwargs = _connection_kwargs(self._pool.connection_kwargs, None)
+        kwargs = _connection_kwargs(self._pool.connection_kwargs, None) | options
         return self._pool.connection_class(**kwargs, retry=redis.asyncio.retry.Retry(NoBackoff(), 0))
 
 
@@ -388,6 +393,9 @@ class _AsyncCluster:
                 await self._learn(address)
             return reply
         raise redis.RedisError(f"sent from node to node {_MOST_REDIRECTIONS} times, at last to {address}")
+
+    def subscriber(self) -> Any:
+        return self._link(self._nodes.address()).subscriber()
 
     async def close(self) -> None:
         for link in list(self._links.values()):
@@ -471,10 +479,6 @@ def _address(client: Any) -> str:
     if isinstance(client, (redis.Redis, redis.asyncio.Redis)):
         return f"{client.connection_pool.connection_class} {sorted(client.connection_pool.connection_kwargs.items())!r}"
     return repr(sorted((node.host, node.port) for node in client.get_nodes()))
-
-
-def _any_node(cluster: redis.RedisCluster) -> redis.Redis:
-    return cluster.get_redis_connection(random.choice(cluster.get_nodes()))
 
 
 def _connection_kwargs(given: dict[str, Any], timeout: float | None) -> dict[str, Any]:

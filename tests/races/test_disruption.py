@@ -129,6 +129,7 @@ def test_a_lost_reply_counts_once(own_server: EmbeddedServer) -> None:
         breaker = CircuitBreaker("lost", redis=own_server.url, policy=MANY, lease=0, redis_timeout=0.4)
         wait_until(lambda: breaker.snapshot().source == "redis")
         permit = breaker.acquire()
+        before = server_watch.commands(client)
         os.kill(own_server.pid, signal.SIGSTOP)
         # back when the first attempt is given up, and a second one would be under way
         back = threading.Timer(0.6, os.kill, (own_server.pid, signal.SIGCONT))
@@ -138,6 +139,7 @@ def test_a_lost_reply_counts_once(own_server: EmbeddedServer) -> None:
         wait_until(lambda: breaker.snapshot().source == "redis")
         wait_until(lambda: server_watch.document(client, "lost")["failure_count"] > 0)
         assert server_watch.document(client, "lost")["failure_count"] == 1
+        assert (server_watch.commands(client) - before)["set"] == 1
 
 
 def test_an_outage_is_told_once(own_server: EmbeddedServer, caplog: pytest.LogCaptureFixture) -> None:
