@@ -13,8 +13,10 @@ What Redis runs is this file followed by one of those scripts. All of it works o
                      does not repeat after the key was lost; an outcome that carries another is ignored
   trips              trips in a row, for the back-off; a close does not end the row, a stretch of health does
   closed_at_ms       unix milliseconds at which probes closed it (closed only)
-  window             {bucket_ms, newest, calls, failures, slow}: three rings of 10 counts, the bucket of number n
-                     (n times bucket_ms is its time) at n % 10 + 1; kept where a rate can trip (closed only)
+  window             {bucket_ms, newest, calls, failures, slow, past}, kept where a rate can trip (closed only): the
+                     counts of all ten buckets together, of which the newest has the number newest (times bucket_ms is
+                     its time); past: "calls,failures,slow" of each of the nine before it, the latest first. What is
+                     in the newest is the rest, so that past is only read and written anew when a bucket ends
   reporters          {instance: unix milliseconds of its last failure or slow call}, the newest `quorum` of them
   run_since_ms       when the present row of failures began (both kept for a quorum, closed only)
   open_until_ms      unix milliseconds from which acquire may hand out probes (open only)
@@ -98,13 +100,15 @@ function breaker.load(request)
   local found = redis.call('MGET', KEYS[1], KEYS[3])
   if found[2] then breaker.take_override(request, found[2]) end
   -- Closed and with nothing to remember, as save wrote it, which most are: a tenth of the work of cjson and checks.
-  local failures, failed_at, generation = string.match(found[1] or '', '^{"state":"closed","failure_count":(%d+),' ..
-    '"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,"generation":([1-9]%d*)}$')
-  if generation and #generation <= 13 and #failures <= 10
+  local failures, failed_at, generation, rest = string.match(found[1] or '', '^{"state":"closed","failure_count":(%d+),'
+    .. '"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,"generation":([1-9]%d*)(.*)}$')
+  local window = rest and rest ~= '' and breaker.read_window(rest)
+  if generation and #generation <= 13 and #failures <= 10 and (rest == '' or window)
       and (failed_at == 'null' or #failed_at <= 10 and tonumber(failed_at)) then
+    local now = (window or failures ~= '0') and breaker.now_ms() or nil
     return {state = 'closed', failure_count = tonumber(failures), success_count = 0,
-      last_failure_time = tonumber(failed_at), generation = tonumber(generation), trips = 0, exists = true,
-      now = failures ~= '0' and breaker.now_ms() or nil}
+      last_failure_time = tonumber(failed_at), generation = tonumber(generation), trips = 0, exists = true, now = now,
+      window = window and breaker.window_at(window, breaker.bucket_ms(request), now) or nil}
   end
   return breaker.take_over(found[1], request)
 end
@@ -237,75 +241,96 @@ local function make(name)
 
   elseif name == 'empty_window' then
     function breaker.empty_window(bucket_ms, newest)
-      local window = {bucket_ms = bucket_ms, newest = newest, calls = {}, failures = {}, slow = {}}
-      for slot = 1, 10 do window.calls[slot], window.failures[slot], window.slow[slot] = 0, 0, 0 end
-      return window
+      return {bucket_ms = bucket_ms, newest = newest, calls = 0, failures = 0, slow = 0, past = ''}
+    end
+
+  elseif name == 'read_window' then
+    -- The window that encode_json wrote behind the fields of a healthy breaker, or nil.
+    function breaker.read_window(text)
+      local bucket_ms, newest, calls, failures, slow, past = string.match(text, '^,"window":{"bucket_ms":([1-9]%d*),' ..
+        '"newest":(%d+),"calls":(%d+),"failures":(%d+),"slow":(%d+),"past":"([%d, ]*)"}$')
+      if not past or #bucket_ms + #newest + #calls + #failures + #slow + #past > 400 then return nil end
+      local window = {bucket_ms = tonumber(bucket_ms), newest = tonumber(newest), calls = tonumber(calls),
+        failures = tonumber(failures), slow = tonumber(slow), past = past}
+      return window.bucket_ms <= LONGEST_MS and window.newest <= EXACT and window.calls <= EXACT
+        and window.failures <= EXACT and window.slow <= EXACT and window or nil
+    end
+
+  elseif name == 'sound_window' then
+    -- What is stored as the window, if it makes sense.
+    function breaker.sound_window(window)
+      local sound = type(window) == 'table' and integer(window.bucket_ms, 1, LONGEST_MS)
+        and integer(window.newest, 0, EXACT) and integer(window.calls, 0, EXACT)
+        and integer(window.failures, 0, EXACT) and integer(window.slow, 0, EXACT)
+        and type(window.past) == 'string' and #window.past <= 400 and not string.find(window.past, '[^%d, ]')
+      return sound and window or nil
     end
 
   elseif name == 'rebucketed' then
-    -- Another policy has buckets of another length: a count stays with the time at which its bucket began.
+    -- The counts in other buckets: later ones, or of another length. A count stays with the time at which its bucket
+    -- began; what has passed is dropped.
     function breaker.rebucketed(window, bucket_ms, newest)
-      local other = breaker.empty_window(bucket_ms, newest)
-      for number = math.max(window.newest - 9, 0), window.newest do
-        local at = math.min(math.floor(number * window.bucket_ms / bucket_ms), newest)
-        if at > newest - 10 then
-          local from, to = number % 10 + 1, at % 10 + 1
-          other.calls[to] = other.calls[to] + window.calls[from]
-          other.failures[to] = other.failures[to] + window.failures[from]
-          other.slow[to] = other.slow[to] + window.slow[from]
-        end
+      local calls, failures, slow, by_age = {}, {}, {}, {}
+      for age = 0, 9 do calls[age], failures[age], slow[age] = 0, 0, 0 end
+      local left_calls, left_failures, left_slow, number = window.calls, window.failures, window.slow, window.newest
+
+      local function put(more_calls, more_failures, more_slow)
+        local age = newest - math.min(math.floor(number * window.bucket_ms / bucket_ms), newest)
+        if age > 9 then return end
+        calls[age] = calls[age] + more_calls
+        failures[age] = failures[age] + more_failures
+        slow[age] = slow[age] + more_slow
       end
+
+      for calls_then, failures_then, slow_then in string.gmatch(window.past, '(%d+),(%d+),(%d+)') do
+        number = number - 1
+        if number < 0 or number < window.newest - 9 then break end
+        -- never more than there is in all, whatever was stored
+        calls_then = math.min(tonumber(calls_then), left_calls)
+        failures_then = math.min(tonumber(failures_then), left_failures)
+        slow_then = math.min(tonumber(slow_then), left_slow)
+        put(calls_then, failures_then, slow_then)
+        left_calls, left_failures = left_calls - calls_then, left_failures - failures_then
+        left_slow = left_slow - slow_then
+      end
+      number = window.newest
+      put(left_calls, left_failures, left_slow)
+
+      local other = breaker.empty_window(bucket_ms, newest)
+      for age = 0, 9 do
+        breaker.add_to_window(other, calls[age], failures[age], slow[age])
+        if age > 0 then by_age[age] = string.format('%.0f,%.0f,%.0f', calls[age], failures[age], slow[age]) end
+      end
+      other.past = table.concat(by_age, ' ')
       return other
     end
 
   elseif name == 'window_at' then
-    -- The window as it is now, whatever was stored: what has passed is dropped. bucket_ms: nil keeps the stored one.
+    -- The window as it is now: what has passed is dropped. bucket_ms: nil keeps the stored one.
     function breaker.window_at(window, bucket_ms, now)
-      local function sound_rings()
-        local calls, failures, slow = window.calls, window.failures, window.slow
-        if type(calls) ~= 'table' or type(failures) ~= 'table' or type(slow) ~= 'table' then return false end
-        for slot = 1, 10 do
-          if not (integer(calls[slot], 0, EXACT) and integer(failures[slot], 0, EXACT)
-              and integer(slow[slot], 0, EXACT)) then
-            return false
-          end
-        end
-        return true
-      end
-
-      local sound = type(window) == 'table' and integer(window.bucket_ms, 1, LONGEST_MS)
-        and integer(window.newest, 0, EXACT) and sound_rings()
-      if not sound then return bucket_ms and breaker.empty_window(bucket_ms, math.floor(now / bucket_ms)) end
       local newest = math.floor(now / window.bucket_ms)
+      local passed = newest - window.newest
       -- beyond one window in either direction nothing is left; a clock that went back a little goes on in the newest
-      if math.abs(newest - window.newest) >= 10 then window = breaker.empty_window(window.bucket_ms, newest) end
-      for number = window.newest + 1, newest do
-        local slot = number % 10 + 1
-        window.calls[slot], window.failures[slot], window.slow[slot] = 0, 0, 0
+      if passed >= 10 or passed <= -10 then
+        window = breaker.empty_window(window.bucket_ms, newest)
+      elseif passed > 0 then
+        window = breaker.rebucketed(window, window.bucket_ms, newest)
       end
-      window.newest = math.max(window.newest, newest)
       if not bucket_ms or bucket_ms == window.bucket_ms then return window end
       return breaker.rebucketed(window, bucket_ms, math.floor(now / bucket_ms))
     end
 
   elseif name == 'add_to_window' then
     function breaker.add_to_window(window, calls, failures, slow)
-      local slot = window.newest % 10 + 1
-      window.calls[slot] = math.max(window.calls[slot] + calls, 0)
-      window.failures[slot] = window.failures[slot] + failures
-      window.slow[slot] = window.slow[slot] + slow
+      window.calls = window.calls + calls
+      window.failures = window.failures + failures
+      window.slow = window.slow + slow
     end
 
   elseif name == 'sums' then
     -- Calls, failures and slow calls; no more failures or slow calls than calls, whenever each was reported.
     function breaker.sums(window)
-      local calls, failures, slow = 0, 0, 0
-      for slot = 1, 10 do
-        calls = calls + window.calls[slot]
-        failures = failures + window.failures[slot]
-        slow = slow + window.slow[slot]
-      end
-      return calls, math.min(failures, calls), math.min(slow, calls)
+      return window.calls, math.min(window.failures, window.calls), math.min(window.slow, window.calls)
     end
 
   -- Document -------------------------------------------------------------------------------------
@@ -369,7 +394,8 @@ local function make(name)
             and now >= (document.closed_at_ms or 0) + policy.ramp_up_ms then
           document.trips, document.closed_at_ms, document.outlived = 0, nil, true
         end
-        if stored.window then document.window = breaker.window_at(stored.window, breaker.bucket_ms(request), now) end
+        local window = stored.window and breaker.sound_window(stored.window)
+        if window then document.window = breaker.window_at(window, breaker.bucket_ms(request), now) end
         if integer(stored.run_since_ms, 0, now) then document.run_since_ms = stored.run_since_ms end
         for instance, at in pairs(type(stored.reporters) == 'table' and stored.reporters or {}) do
           if type(instance) == 'string' and integer(at, 0, now) then
@@ -563,7 +589,7 @@ local function make(name)
         breaker.note_reporter(document, policy, request.instance or '')
       end
       if document.window or bucket_ms then
-        document.window = document.window or breaker.window_at(nil, bucket_ms, now)
+        document.window = document.window or breaker.empty_window(bucket_ms, math.floor(now / bucket_ms))
         local calls = successes + failures + (request.pending or 0) - (request.counted or 0)
         breaker.add_to_window(document.window, calls, failures, slow)
       end
@@ -640,8 +666,10 @@ local function make(name)
       if document.forced then text = text .. ',"forced":"' .. document.forced .. '"' end
       if document.probes then text = text .. ',"probes":' .. cjson.encode(document.probes) end
       if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
-      if document.window then text = text .. ',"window":' .. cjson.encode(document.window) end
-      return text .. '}'
+      local window = document.window
+      if not window then return text .. '}' end
+      return string.format('%s,"window":{"bucket_ms":%.0f,"newest":%.0f,"calls":%.0f,"failures":%.0f,"slow":%.0f,' ..
+        '"past":"%s"}}', text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past)
     end
 
   elseif name == 'encode_msgpack' then
