@@ -133,7 +133,10 @@ end
 function breaker.reply(document, request)
   local reply = {state = document.state, generation = document.generation, failure_count = document.failure_count,
     success_count = document.success_count, admitted = nil, applied = nil}
-  if document.now or request.overridden or request.warning then breaker.tell_more(reply, document, request) end
+  if document.state ~= 'closed' or document.change or document.closed_at_ms or document.forced or document.warning
+      or request.overridden or request.warning then
+    breaker.tell_more(reply, document, request)
+  end
   return reply
 end
 
@@ -145,7 +148,7 @@ end
 local function make(name)
   -- Policy ---------------------------------------------------------------------------------------
 
-  if name == 'policy_of' then
+  if name == 'policy_of' or name == 'bucket_ms' then
     -- The policy in force: the defaults, over them the caller's fields, over them the operator's.
     function breaker.policy_of(request)
       local policy = request.in_force
@@ -154,56 +157,53 @@ local function make(name)
         probe_timeout_ms = 30000, error_rate_threshold = 0, minimum_calls = 20, window_ms = 60000,
         slow_call_duration_ms = 0, slow_call_rate_threshold = 0, backoff_multiplier = 1, max_reset_timeout_ms = 0,
         jitter = 0, quorum = 1, ttl_ms = 3600000, ramp_up_ms = 0, enforce = true}
-      for field, value in pairs(request.policy or {}) do policy[field] = value end
+      for field, value in next, request.policy or policy do policy[field] = value end
       request.in_force = policy
       return policy
     end
 
-  elseif name == 'policy_problem' then
-    -- What is wrong with a map of policy fields, or nil. name: of the map.
-    function breaker.policy_problem(name, policy)
-      -- Least and most of a field, and whether it may lie between integers.
-      local function limits(field)
-        if field == 'failure_threshold' or field == 'success_threshold' or field == 'minimum_calls' then
-          return 1, 1e9
-        end
-        if field == 'reset_timeout_ms' or field == 'probe_timeout_ms' then return 1, LONGEST_MS end
-        if field == 'ttl_ms' then return 1000, LONGEST_MS end
-        if field == 'half_open_max_calls' then return 1, 1000 end
-        if field == 'error_rate_threshold' or field == 'slow_call_rate_threshold' or field == 'jitter' then
-          return 0, 1, true
-        end
-        if field == 'window_ms' then return 10, LONGEST_MS end
-        if field == 'slow_call_duration_ms' or field == 'max_reset_timeout_ms' or field == 'ramp_up_ms' then
-          return 0, LONGEST_MS
-        end
-        if field == 'backoff_multiplier' then return 1, 1000, true end
-        if field == 'quorum' then return 1, 100 end
-      end
-
-      if type(policy) ~= 'table' then return name .. ': must be a map of fields' end
-      for field, value in pairs(policy) do
-        local least, most, broken = limits(field)
-        if field == 'enforce' then
-          if type(value) ~= 'boolean' then
-            return name .. '.enforce: must be true or false, not ' .. string.sub(tostring(value), 1, 100)
-          end
-        elseif not least then
-          return name .. '.' .. tostring(field) .. ': unknown field'
-        elseif not integer(value, least, most)
-            and not (broken and type(value) == 'number' and value >= least and value <= most) then
-          return string.format('%s.%s: must be %s from %.0f to %.0f, not %s', name, field,
-            broken and 'a number' or 'an integer', least, most, string.sub(tostring(value), 1, 100))
-        end
-      end
-    end
-
-  elseif name == 'bucket_ms' then
     -- Length of a bucket where a rate can trip, else nil: then no window is begun.
     function breaker.bucket_ms(request)
       local given = request.policy
       if given and ((given.error_rate_threshold or 0) > 0 or (given.slow_call_rate_threshold or 0) > 0) then
         return math.floor(breaker.policy_of(request).window_ms / 10)
+      end
+    end
+
+  elseif name == 'policy_problem' then
+    -- What is wrong with a map of policy fields, or nil. name: of the map.
+    function breaker.policy_problem(name, policy)
+      if type(policy) ~= 'table' then return name .. ': must be a map of fields' end
+      for field, value in next, policy do
+        local least, most, broken = nil, LONGEST_MS, false -- broken: it may lie between integers
+        if field == 'failure_threshold' or field == 'success_threshold' or field == 'minimum_calls' then
+          least, most = 1, 1e9
+        elseif field == 'error_rate_threshold' or field == 'slow_call_rate_threshold' or field == 'jitter' then
+          least, most, broken = 0, 1, true
+        elseif field == 'window_ms' then
+          least = 10
+        elseif field == 'slow_call_duration_ms' or field == 'max_reset_timeout_ms' or field == 'ramp_up_ms' then
+          least = 0
+        elseif field == 'reset_timeout_ms' or field == 'probe_timeout_ms' then
+          least = 1
+        elseif field == 'ttl_ms' then
+          least = 1000
+        elseif field == 'half_open_max_calls' then
+          least, most = 1, 1000
+        elseif field == 'backoff_multiplier' then
+          least, most, broken = 1, 1000, true
+        elseif field == 'quorum' then
+          least, most = 1, 100
+        elseif field ~= 'enforce' then
+          return name .. '.' .. tostring(field) .. ': unknown field'
+        elseif type(value) ~= 'boolean' then
+          return name .. '.enforce: must be true or false, not ' .. string.sub(tostring(value), 1, 100)
+        end
+        if least and not (type(value) == 'number' and value >= least and value <= most
+            and (broken or value % 1 == 0)) then
+          return string.format('%s.%s: must be %s from %.0f to %.0f, not %s', name, field,
+            broken and 'a number' or 'an integer', least, most, string.sub(tostring(value), 1, 100))
+        end
       end
     end
 
@@ -242,18 +242,6 @@ local function make(name)
   elseif name == 'empty_window' then
     function breaker.empty_window(bucket_ms, newest)
       return {bucket_ms = bucket_ms, newest = newest, calls = 0, failures = 0, slow = 0, past = ''}
-    end
-
-  elseif name == 'read_window' then
-    -- The window that encode_json wrote behind the fields of a healthy breaker, or nil.
-    function breaker.read_window(text)
-      local bucket_ms, newest, calls, failures, slow, past = string.match(text, '^,"window":{"bucket_ms":([1-9]%d*),' ..
-        '"newest":(%d+),"calls":(%d+),"failures":(%d+),"slow":(%d+),"past":"([%d, ]*)"}$')
-      if not past or #bucket_ms + #newest + #calls + #failures + #slow + #past > 400 then return nil end
-      local window = {bucket_ms = tonumber(bucket_ms), newest = tonumber(newest), calls = tonumber(calls),
-        failures = tonumber(failures), slow = tonumber(slow), past = past}
-      return window.bucket_ms <= LONGEST_MS and window.newest <= EXACT and window.calls <= EXACT
-        and window.failures <= EXACT and window.slow <= EXACT and window or nil
     end
 
   elseif name == 'sound_window' then
@@ -298,14 +286,26 @@ local function make(name)
 
       local other = breaker.empty_window(bucket_ms, newest)
       for age = 0, 9 do
-        breaker.add_to_window(other, calls[age], failures[age], slow[age])
+        other.calls, other.failures = other.calls + calls[age], other.failures + failures[age]
+        other.slow = other.slow + slow[age]
         if age > 0 then by_age[age] = string.format('%.0f,%.0f,%.0f', calls[age], failures[age], slow[age]) end
       end
       other.past = table.concat(by_age, ' ')
       return other
     end
 
-  elseif name == 'window_at' then
+  elseif name == 'read_window' or name == 'window_at' then
+    -- The window that encode_json wrote behind the fields of a healthy breaker, or nil.
+    function breaker.read_window(text)
+      local bucket_ms, newest, calls, failures, slow, past = string.match(text, '^,"window":{"bucket_ms":([1-9]%d*),' ..
+        '"newest":(%d+),"calls":(%d+),"failures":(%d+),"slow":(%d+),"past":"([%d, ]*)"}$')
+      if not past or #bucket_ms + #newest + #calls + #failures + #slow + #past > 400 then return nil end
+      local window = {bucket_ms = tonumber(bucket_ms), newest = tonumber(newest), calls = tonumber(calls),
+        failures = tonumber(failures), slow = tonumber(slow), past = past}
+      return window.bucket_ms <= LONGEST_MS and window.newest <= EXACT and window.calls <= EXACT
+        and window.failures <= EXACT and window.slow <= EXACT and window or nil
+    end
+
     -- The window as it is now: what has passed is dropped. bucket_ms: nil keeps the stored one.
     function breaker.window_at(window, bucket_ms, now)
       local newest = math.floor(now / window.bucket_ms)
@@ -318,13 +318,6 @@ local function make(name)
       end
       if not bucket_ms or bucket_ms == window.bucket_ms then return window end
       return breaker.rebucketed(window, bucket_ms, math.floor(now / bucket_ms))
-    end
-
-  elseif name == 'add_to_window' then
-    function breaker.add_to_window(window, calls, failures, slow)
-      window.calls = window.calls + calls
-      window.failures = window.failures + failures
-      window.slow = window.slow + slow
     end
 
   elseif name == 'sums' then
@@ -552,52 +545,6 @@ local function make(name)
       return count
     end
 
-  elseif name == 'trip_reason' then
-    -- Why a closed document has to open now, or nil.
-    function breaker.trip_reason(document, policy)
-      local function quorate(since_ms)
-        return policy.quorum == 1 or breaker.reporters_since(document, since_ms) >= policy.quorum
-      end
-      if document.failure_count >= policy.failure_threshold and quorate(document.run_since_ms or document.now) then
-        return 'failure_threshold'
-      end
-      if not document.window then return nil end
-      local calls, failures, slow = breaker.sums(document.window)
-      if calls < policy.minimum_calls or not quorate(document.now - policy.window_ms + 1) then return nil end
-      if policy.error_rate_threshold > 0 and failures / calls >= policy.error_rate_threshold then
-        return 'error_rate'
-      end
-      if policy.slow_call_rate_threshold > 0 and slow / calls >= policy.slow_call_rate_threshold then
-        return 'slow_rate'
-      end
-    end
-
-  elseif name == 'record_closed' then
-    function breaker.record_closed(document, request)
-      local now, policy = document.now, breaker.policy_of(request)
-      local successes, failures, slow = request.successes or 0, request.failures or 0, request.slow or 0
-      local bucket_ms = breaker.bucket_ms(request)
-      document.unchanged = failures + slow + document.failure_count == 0
-        and not (document.window or bucket_ms or document.outlived)
-      if document.forced or successes + failures + slow == 0 then return false end
-      if successes > 0 then document.failure_count, document.run_since_ms = 0, nil end
-      if failures > 0 then
-        if document.failure_count == 0 and policy.quorum > 1 then document.run_since_ms = now end
-        breaker.count_failures(document, failures)
-      end
-      if failures + slow > 0 and policy.quorum > 1 then
-        breaker.note_reporter(document, policy, request.instance or '')
-      end
-      if document.window or bucket_ms then
-        document.window = document.window or breaker.empty_window(bucket_ms, math.floor(now / bucket_ms))
-        local calls = successes + failures + (request.pending or 0) - (request.counted or 0)
-        breaker.add_to_window(document.window, calls, failures, slow)
-      end
-      local reason = breaker.trip_reason(document, policy)
-      if reason then breaker.trip(document, policy, reason) end
-      return true
-    end
-
   elseif name == 'record_probe' then
     function breaker.record_probe(document, request)
       local slot, policy = tostring(request.probe), breaker.policy_of(request)
@@ -618,11 +565,57 @@ local function make(name)
     end
 
   elseif name == 'count' then
+    -- Why a closed document has to open now, or nil.
+    local function trip_reason(document, policy)
+      local alone = policy.quorum == 1
+      if document.failure_count >= policy.failure_threshold
+          and (alone or breaker.reporters_since(document, document.run_since_ms or document.now) >= policy.quorum) then
+        return 'failure_threshold'
+      end
+      local window = document.window
+      if not window or window.calls < policy.minimum_calls then return nil end
+      if not alone and breaker.reporters_since(document, document.now - policy.window_ms + 1) < policy.quorum then
+        return nil
+      end
+      local error_rate, slow_rate = policy.error_rate_threshold, policy.slow_call_rate_threshold
+      if error_rate > 0 and window.failures / window.calls >= error_rate then return 'error_rate' end
+      if slow_rate > 0 and window.slow / window.calls >= slow_rate then return 'slow_rate' end
+    end
+
+    local function record_closed(document, request)
+      local now, policy = document.now, breaker.policy_of(request)
+      local successes, failures, slow = request.successes or 0, request.failures or 0, request.slow or 0
+      local bucket_ms = breaker.bucket_ms(request)
+      document.unchanged = failures + slow + document.failure_count == 0
+        and not (document.window or bucket_ms or document.outlived)
+      if document.forced or successes + failures + slow == 0 then return false end
+      if successes > 0 then
+        document.failure_count = 0
+        if document.run_since_ms then document.run_since_ms = nil end
+      end
+      if failures > 0 then
+        if document.failure_count == 0 and policy.quorum > 1 then document.run_since_ms = now end
+        breaker.count_failures(document, failures)
+      end
+      if failures + slow > 0 and policy.quorum > 1 then
+        breaker.note_reporter(document, policy, request.instance or '')
+      end
+      if document.window or bucket_ms then
+        local window = document.window or breaker.empty_window(bucket_ms, math.floor(now / bucket_ms))
+        window.calls = window.calls + successes + failures + (request.pending or 0) - (request.counted or 0)
+        window.failures, window.slow = window.failures + failures, window.slow + slow
+        document.window = window
+      end
+      local reason = trip_reason(document, policy)
+      if reason then breaker.trip(document, policy, reason) end
+      return true
+    end
+
     -- What record does where a breaker has something to count or to forget.
     function breaker.count(document, request)
       document.now = document.now or breaker.now_ms()
       if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
-      if document.state == 'closed' and not request.probe then return breaker.record_closed(document, request) end
+      if document.state == 'closed' and not request.probe then return record_closed(document, request) end
       return false
     end
 
@@ -637,40 +630,6 @@ local function make(name)
     end
 
   -- Writes and reply -----------------------------------------------------------------------------
-
-  elseif name == 'encode_json' then
-    -- By hand: the contract fields first, no loss in large numbers, and half the time of cjson.
-    function breaker.encode_json(document)
-      local text = string.format(
-        '{"state":"%s","failure_count":%.0f,"success_count":%.0f,"last_failure_time":%s,"opened_at":%s,' ..
-        '"version":1,"generation":%.0f',
-        document.state, document.failure_count, document.success_count,
-        document.last_failure_time and string.format('%.0f', document.last_failure_time) or 'null',
-        document.opened_at and string.format('%.0f', document.opened_at) or 'null', document.generation)
-      local function add(field)
-        local value = document[field]
-        if value and value > 0 then text = string.format('%s,"%s":%.0f', text, field, value) end
-      end
-      add('trips')
-      if document.state == 'closed' then
-        add('closed_at_ms')
-        add('run_since_ms')
-      elseif document.state == 'open' then
-        add('open_until_ms')
-        add('open_ms')
-      else
-        add('probe_seq')
-        add('probe_ms')
-      end
-      add('forced_until_ms')
-      if document.forced then text = text .. ',"forced":"' .. document.forced .. '"' end
-      if document.probes then text = text .. ',"probes":' .. cjson.encode(document.probes) end
-      if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
-      local window = document.window
-      if not window then return text .. '}' end
-      return string.format('%s,"window":{"bucket_ms":%.0f,"newest":%.0f,"calls":%.0f,"failures":%.0f,"slow":%.0f,' ..
-        '"past":"%s"}}', text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past)
-    end
 
   elseif name == 'encode_msgpack' then
     function breaker.encode_msgpack(document)
@@ -707,13 +666,40 @@ local function make(name)
     end
 
   elseif name == 'write' then
+    -- By hand: the contract fields first, no loss in large numbers, and half the time of cjson.
+    local function encode_json(document)
+      local text = string.format(
+        '{"state":"%s","failure_count":%.0f,"success_count":%.0f,"last_failure_time":%s,"opened_at":%s,' ..
+        '"version":1,"generation":%.0f',
+        document.state, document.failure_count, document.success_count, document.last_failure_time or 'null',
+        document.opened_at or 'null', document.generation)
+      local window = document.window
+      if document.trips > 0 then text = string.format('%s,"trips":%.0f', text, document.trips) end
+      if document.closed_at_ms then text = string.format('%s,"closed_at_ms":%.0f', text, document.closed_at_ms) end
+      if document.run_since_ms then text = string.format('%s,"run_since_ms":%.0f', text, document.run_since_ms) end
+      if document.open_until_ms then
+        text = string.format('%s,"open_until_ms":%.0f,"open_ms":%.0f', text, document.open_until_ms, document.open_ms)
+      end
+      if document.probe_seq then
+        text = string.format('%s,"probe_seq":%.0f,"probe_ms":%.0f', text, document.probe_seq, document.probe_ms)
+      end
+      if document.forced then
+        text = string.format('%s,"forced_until_ms":%.0f,"forced":"%s"', text, document.forced_until_ms, document.forced)
+      end
+      if document.probes then text = text .. ',"probes":' .. cjson.encode(document.probes) end
+      if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
+      if not window then return text .. '}' end
+      return string.format('%s,"window":{"bucket_ms":%.0f,"newest":%.0f,"calls":%.0f,"failures":%.0f,"slow":%.0f,' ..
+        '"past":"%s"}}', text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past)
+    end
+
     function breaker.write(document, request)
       local ttl = request.policy and request.policy.ttl_ms or 3600000
       if document.window or document.reporters then ttl = math.max(ttl, breaker.policy_of(request).window_ms) end
       local deadline = document.open_until_ms or document.forced_until_ms -- outlived by a minute
       ttl = string.format('%.0f', deadline and math.max(ttl, deadline - document.now + 60000) or ttl)
       if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl) end
-      local encode = request.encoding == 'msgpack' and breaker.encode_msgpack or breaker.encode_json
+      local encode = request.encoding == 'msgpack' and breaker.encode_msgpack or encode_json
       redis.call('SET', KEYS[1], encode(document), 'PX', ttl)
       if document.change then breaker.announce(document, request) end
     end

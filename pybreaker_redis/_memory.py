@@ -212,8 +212,7 @@ class MemoryEngine:
         put(window.newest, left)
 
         other = Window(bucket_ms, newest, past=tuple((calls, failures, slow) for calls, failures, slow in buckets[1:]))
-        for calls, failures, slow in buckets:
-            self.add_to_window(other, calls, failures, slow)
+        other.calls, other.failures, other.slow = (sum(counts) for counts in zip(*buckets, strict=True))
         return other
 
     def window_at(self, window: Window, bucket_ms: int | None, now: int) -> Window:
@@ -228,11 +227,6 @@ class MemoryEngine:
         if bucket_ms is None or bucket_ms == window.bucket_ms:
             return window
         return self.rebucketed(window, bucket_ms, now // bucket_ms)
-
-    def add_to_window(self, window: Window, calls: int, failures: int, slow: int) -> None:
-        window.calls += calls
-        window.failures += failures
-        window.slow += slow
 
     def sums(self, window: Window) -> Sums:
         return Sums(window.calls, min(window.failures, window.calls), min(window.slow, window.calls))
@@ -322,6 +316,24 @@ class MemoryEngine:
     def reporters_since(self, document: Document, since_ms: int) -> int:
         return sum(at >= since_ms for at in document.reporters.values())
 
+    def record_probe(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:
+        slot = request["probe"]
+        if slot not in document.probes:
+            return False
+        failures = request.get("failures", 0)
+        slow = request.get("slow", 0) if policy["slow_call_rate_threshold"] > 0 else 0
+        if request.get("pending", 0) == 0 or slow > 0:
+            del document.probes[slot]
+        if failures > 0:
+            self.count_failures(document, failures)
+        if failures + slow > 0:
+            self.trip(document, policy, "probe_failed" if failures > 0 else "probe_slow")
+        elif request.get("successes", 0) > 0:
+            document.success_count += 1
+            if document.success_count >= policy["success_threshold"]:
+                self.close(document, "probe_succeeded")
+        return True
+
     def trip_reason(self, document: Document, policy: dict[str, Any]) -> str | None:
         quorum: int = policy["quorum"]
 
@@ -333,12 +345,12 @@ class MemoryEngine:
             return "failure_threshold"
         if document.window is None:
             return None
-        calls, failures, slow = self.sums(document.window)
-        if calls < policy["minimum_calls"] or not quorate(document.now - policy["window_ms"] + 1):
+        window = document.window
+        if window.calls < policy["minimum_calls"] or not quorate(document.now - policy["window_ms"] + 1):
             return None
-        if 0 < policy["error_rate_threshold"] <= failures / calls:
+        if 0 < policy["error_rate_threshold"] <= window.failures / window.calls:
             return "error_rate"
-        if 0 < policy["slow_call_rate_threshold"] <= slow / calls:
+        if 0 < policy["slow_call_rate_threshold"] <= window.slow / window.calls:
             return "slow_rate"
         return None
 
@@ -358,29 +370,12 @@ class MemoryEngine:
         if document.window is None and bucket_ms is not None:
             document.window = Window(bucket_ms, document.now // bucket_ms)
         if document.window is not None:
-            calls = successes + failures + request.get("pending", 0) - request.get("counted", 0)
-            self.add_to_window(document.window, calls, failures, slow)
+            document.window.calls += successes + failures + request.get("pending", 0) - request.get("counted", 0)
+            document.window.failures += failures
+            document.window.slow += slow
         reason = self.trip_reason(document, policy)
         if reason is not None:
             self.trip(document, policy, reason)
-        return True
-
-    def record_probe(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:
-        slot = request["probe"]
-        if slot not in document.probes:
-            return False
-        failures = request.get("failures", 0)
-        slow = request.get("slow", 0) if policy["slow_call_rate_threshold"] > 0 else 0
-        if request.get("pending", 0) == 0 or slow > 0:
-            del document.probes[slot]
-        if failures > 0:
-            self.count_failures(document, failures)
-        if failures + slow > 0:
-            self.trip(document, policy, "probe_failed" if failures > 0 else "probe_slow")
-        elif request.get("successes", 0) > 0:
-            document.success_count += 1
-            if document.success_count >= policy["success_threshold"]:
-                self.close(document, "probe_succeeded")
         return True
 
     def record(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:
