@@ -449,19 +449,23 @@ local function make(name)
 
   elseif name == 'transition' then
     function breaker.transition(document, state, reason)
-      document.change = {from = document.state, to = state, reason = reason,
-        failure_count = document.failure_count, success_count = document.success_count}
+      local from, generation = document.state, math.max(document.generation + 1, document.now)
+      document.change = {from = from, to = state, reason = reason, generation = generation,
+        failure_count = document.failure_count, success_count = document.success_count,
+        instance = nil, time_ms = nil, retry_after_ms = nil}
       if document.window then
         document.change.calls, document.change.failures, document.change.slow = breaker.sums(document.window)
       end
-      document.state = state
-      document.generation = math.max(document.generation + 1, document.now)
-      document.change.generation = document.generation
-      document.success_count = 0
-      document.window, document.reporters, document.run_since_ms, document.closed_at_ms = nil, nil, nil, nil
-      document.probes, document.probe_seq, document.probe_ms = nil, nil, nil
-      document.open_until_ms, document.open_ms = nil, nil
-      document.forced, document.forced_until_ms = nil, nil
+      document.state, document.generation, document.success_count = state, generation, 0
+      -- only what may be there: to Lua a nil under a new key is a key, and it would grow the table for it
+      if from == 'closed' then
+        document.window, document.reporters, document.run_since_ms, document.closed_at_ms = nil, nil, nil, nil
+      elseif from == 'open' then
+        document.open_until_ms, document.open_ms = nil, nil
+      else
+        document.probes, document.probe_seq, document.probe_ms = nil, nil, nil
+      end
+      if document.forced then document.forced, document.forced_until_ms = nil, nil end
     end
 
   elseif name == 'open_for' then
@@ -644,20 +648,19 @@ local function make(name)
   elseif name == 'announce' then
     function breaker.announce(document, request)
       local change = document.change
-      local entry = {'time_ms', string.format('%.0f', document.now), 'from', change.from, 'to', change.to,
-        'reason', change.reason, 'generation', string.format('%.0f', change.generation),
-        'failure_count', change.failure_count, 'success_count', change.success_count,
-          'instance', request.instance or ''}
+      local entry = {'XADD', KEYS[2], 'MAXLEN', '~', '1000', '*', 'time_ms', string.format('%.0f', document.now),
+        'from', change.from, 'to', change.to, 'reason', change.reason,
+        'generation', string.format('%.0f', change.generation), 'failure_count', change.failure_count,
+        'success_count', change.success_count, 'instance', request.instance or ''}
       if change.calls then
         for _, field in ipairs({'calls', 'failures', 'slow'}) do
           entry[#entry + 1], entry[#entry + 2] = field, change[field]
         end
       end
-      local function add() return redis.pcall('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', unpack(entry)) end
-      local added = add()
+      local added = redis.pcall(unpack(entry))
       if type(added) == 'table' and added.err then -- a foreign value under our key must not undo the state
         redis.pcall('DEL', KEYS[2])
-        add()
+        redis.pcall(unpack(entry))
       end
       redis.pcall('PEXPIRE', KEYS[2], 86400000)
       change.instance, change.time_ms, change.retry_after_ms = request.instance, document.now, document.open_ms
@@ -697,7 +700,7 @@ local function make(name)
       local ttl = request.policy and request.policy.ttl_ms or 3600000
       if document.window or document.reporters then ttl = math.max(ttl, breaker.policy_of(request).window_ms) end
       local deadline = document.open_until_ms or document.forced_until_ms -- outlived by a minute
-      ttl = string.format('%.0f', deadline and math.max(ttl, deadline - document.now + 60000) or ttl)
+      if deadline then ttl = math.max(ttl, deadline - document.now + 60000) end
       if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl) end
       local encode = request.encoding == 'msgpack' and breaker.encode_msgpack or encode_json
       redis.call('SET', KEYS[1], encode(document), 'PX', ttl)
@@ -707,8 +710,10 @@ local function make(name)
   elseif name == 'tell_more' then
     -- What there is to reply of a breaker that is not just healthy.
     function breaker.tell_more(reply, document, request)
-      reply.forced, reply.transition, reply.override = document.forced, document.change, request.overridden
-      reply.warning = document.warning or request.warning
+      if document.forced then reply.forced = document.forced end
+      if document.change then reply.transition = document.change end
+      if request.overridden then reply.override = request.overridden end
+      if document.warning or request.warning then reply.warning = document.warning or request.warning end
       if document.state ~= 'closed' then reply.retry_after_ms = breaker.retry_after_ms(document, request) end
       if document.closed_at_ms then
         local left = document.closed_at_ms + (request.policy and request.policy.ramp_up_ms or 0) - document.now
