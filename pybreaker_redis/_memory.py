@@ -10,7 +10,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 from ._policy import Policy, request_field, request_value
@@ -28,19 +28,16 @@ def clock_ms() -> int:
     return (time.monotonic_ns() + _WALL_OFFSET_NS) // 1_000_000
 
 
-def _zeros() -> list[int]:
-    return [0] * 10
-
-
 @dataclasses.dataclass(slots=True)
 class Window:
-    """Three rings of 10 counts; the bucket of number n is at n % 10."""
+    """The counts of ten buckets together, and (calls, failures, slow) of the nine before the newest, latest first."""
 
     bucket_ms: int
     newest: int
-    calls: list[int] = dataclasses.field(default_factory=_zeros)
-    failures: list[int] = dataclasses.field(default_factory=_zeros)
-    slow: list[int] = dataclasses.field(default_factory=_zeros)
+    calls: int = 0
+    failures: int = 0
+    slow: int = 0
+    past: tuple[tuple[int, int, int], ...] = ()
 
 
 class Sums(NamedTuple):
@@ -202,37 +199,38 @@ class MemoryEngine:
         return None
 
     def rebucketed(self, window: Window, bucket_ms: int, newest: int) -> Window:
-        other = Window(bucket_ms, newest)
-        for number in range(max(window.newest - 9, 0), window.newest + 1):
-            at = min(number * window.bucket_ms // bucket_ms, newest)
-            if at > newest - 10:
-                other.calls[at % 10] += window.calls[number % 10]
-                other.failures[at % 10] += window.failures[number % 10]
-                other.slow[at % 10] += window.slow[number % 10]
+        buckets = [[0, 0, 0] for _ in range(10)]  # by age
+        left = [window.calls, window.failures, window.slow]
+
+        def put(number: int, counts: Iterable[int]) -> None:
+            age = newest - min(number * window.bucket_ms // bucket_ms, newest)
+            if age < 10:
+                buckets[age] = [there + more for there, more in zip(buckets[age], counts, strict=True)]
+
+        for number, counts in zip(range(window.newest - 1, -1, -1), window.past, strict=False):
+            put(number, counts)
+            left = [total - count for total, count in zip(left, counts, strict=True)]
+        put(window.newest, left)
+
+        other = Window(bucket_ms, newest, past=tuple((calls, failures, slow) for calls, failures, slow in buckets[1:]))
+        other.calls, other.failures, other.slow = (sum(counts) for counts in zip(*buckets, strict=True))
         return other
 
     def window_at(self, window: Window, bucket_ms: int | None, now: int) -> Window:
         newest = now // window.bucket_ms
-        if abs(newest - window.newest) >= 10:
+        passed = newest - window.newest
+        if abs(passed) >= 10:
             window = Window(window.bucket_ms, newest)
+        elif passed > 0:
+            window = self.rebucketed(window, window.bucket_ms, newest)
         else:
-            window = Window(window.bucket_ms, window.newest, window.calls[:], window.failures[:], window.slow[:])
-        for number in range(window.newest + 1, newest + 1):
-            window.calls[number % 10] = window.failures[number % 10] = window.slow[number % 10] = 0
-        window.newest = max(window.newest, newest)
+            window = dataclasses.replace(window)
         if bucket_ms is None or bucket_ms == window.bucket_ms:
             return window
         return self.rebucketed(window, bucket_ms, now // bucket_ms)
 
-    def add_to_window(self, window: Window, calls: int, failures: int, slow: int) -> None:
-        slot = window.newest % 10
-        window.calls[slot] = max(window.calls[slot] + calls, 0)
-        window.failures[slot] += failures
-        window.slow[slot] += slow
-
     def sums(self, window: Window) -> Sums:
-        calls = sum(window.calls)
-        return Sums(calls, min(sum(window.failures), calls), min(sum(window.slow), calls))
+        return Sums(window.calls, min(window.failures, window.calls), min(window.slow, window.calls))
 
     # Rules
 
@@ -320,6 +318,24 @@ class MemoryEngine:
     def reporters_since(self, document: Document, since_ms: int) -> int:
         return sum(at >= since_ms for at in document.reporters.values())
 
+    def record_probe(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:
+        slot = request["probe"]
+        if slot not in document.probes:
+            return False
+        failures = request.get("failures", 0)
+        slow = request.get("slow", 0) if policy["slow_call_rate_threshold"] > 0 else 0
+        if request.get("pending", 0) == 0 or slow > 0:
+            del document.probes[slot]
+        if failures > 0:
+            self.count_failures(document, failures)
+        if failures + slow > 0:
+            self.trip(document, policy, "probe_failed" if failures > 0 else "probe_slow")
+        elif request.get("successes", 0) > 0:
+            document.success_count += 1
+            if document.success_count >= policy["success_threshold"]:
+                self.close(document, "probe_succeeded")
+        return True
+
     def trip_reason(self, document: Document, policy: dict[str, Any]) -> str | None:
         quorum: int = policy["quorum"]
 
@@ -331,12 +347,12 @@ class MemoryEngine:
             return "failure_threshold"
         if document.window is None:
             return None
-        calls, failures, slow = self.sums(document.window)
-        if calls < policy["minimum_calls"] or not quorate(document.now - policy["window_ms"] + 1):
+        window = document.window
+        if window.calls < policy["minimum_calls"] or not quorate(document.now - policy["window_ms"] + 1):
             return None
-        if 0 < policy["error_rate_threshold"] <= failures / calls:
+        if 0 < policy["error_rate_threshold"] <= window.failures / window.calls:
             return "error_rate"
-        if 0 < policy["slow_call_rate_threshold"] <= slow / calls:
+        if 0 < policy["slow_call_rate_threshold"] <= window.slow / window.calls:
             return "slow_rate"
         return None
 
@@ -356,29 +372,12 @@ class MemoryEngine:
         if document.window is None and bucket_ms is not None:
             document.window = Window(bucket_ms, document.now // bucket_ms)
         if document.window is not None:
-            calls = successes + failures + request.get("pending", 0) - request.get("counted", 0)
-            self.add_to_window(document.window, calls, failures, slow)
+            document.window.calls += successes + failures + request.get("pending", 0) - request.get("counted", 0)
+            document.window.failures += failures
+            document.window.slow += slow
         reason = self.trip_reason(document, policy)
         if reason is not None:
             self.trip(document, policy, reason)
-        return True
-
-    def record_probe(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:
-        slot = request["probe"]
-        if slot not in document.probes:
-            return False
-        failures = request.get("failures", 0)
-        slow = request.get("slow", 0) if policy["slow_call_rate_threshold"] > 0 else 0
-        if request.get("pending", 0) == 0 or slow > 0:
-            del document.probes[slot]
-        if failures > 0:
-            self.count_failures(document, failures)
-        if failures + slow > 0:
-            self.trip(document, policy, "probe_failed" if failures > 0 else "probe_slow")
-        elif request.get("successes", 0) > 0:
-            document.success_count += 1
-            if document.success_count >= policy["success_threshold"]:
-                self.close(document, "probe_succeeded")
         return True
 
     def record(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:
