@@ -24,6 +24,11 @@ W = TypeVar("W", bound=BaseWatch)
 Exceptions: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 logger = logging.getLogger("pybreaker_redis")
 _breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
+# what a report of nothing but successes never asks for, whatever state it finds
+_FOR_OTHERS = frozenset(
+    ("failure_threshold", "success_threshold", "half_open_max_calls", "probe_timeout_ms", "jitter", "enforce")
+    + ("max_reset_timeout_ms", "slow_call_duration_ms")
+)
 
 
 class BasePermit:
@@ -112,7 +117,8 @@ class BreakerCore:
         # what a report of nothing but successes needs: to a healthy breaker most of it would only be work
         self._brief: Request = {} if self._encoding == "json" else {"encoding": self._encoding}
         self._common: Request = {**self._brief, "instance": self.instance, **({"policy": given} if given else {})}
-        if given.keys() & {"ttl_ms", "error_rate_threshold", "slow_call_rate_threshold"}:
+        patient = self.policy.reset_timeout > Policy().reset_timeout  # a row of trips lasts longer than by default
+        if given.keys() - _FOR_OTHERS - (set() if patient else {"reset_timeout_ms"}):
             self._brief = self._common
 
     def _after_fork(self) -> None:
