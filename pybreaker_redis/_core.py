@@ -288,11 +288,15 @@ class BreakerCore:
             reply = yield from self._engine.run(name, {**common, **request})
         return (yield from self._heed(reply, sent))
 
-    def _heed(self, reply: Reply, sent: float) -> Steps[Reply]:
+    def _obey(self, reply: Reply) -> None:
+        """The policy in force is the one that the operator set last."""
         if reply["source"] != "local" and reply.get("override") != self._override:
             self._override = reply.get("override")
             self._view.policy = self.policy.with_override(self._override)
             self._set_lease()
+
+    def _heed(self, reply: Reply, sent: float) -> Steps[Reply]:
+        self._obey(reply)
         self._view.adopt(reply, sent, monotonic())
         self._warn(reply)
         if change := reply.get("transition"):
@@ -455,8 +459,13 @@ class BreakerCore:
             request["override"] = override_request(policy)
         sent = monotonic()
         reply = yield from self._engine.command("control", request)
-        self._isolation = None
-        yield from self._heed(reply, sent)
+        if reply.get("transition"):
+            self._isolation = None
+            yield from self._heed(reply, sent)
+        else:  # the state may not even be stored, then no outcome is of it: the next call asks
+            self._obey(reply)
+            self._warn(reply)
+            self._view.drop()
 
     def _history(self, count: int) -> Steps[list[HistoryEntry]]:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:

@@ -248,6 +248,26 @@ def test_a_policy_with_an_end(make_any: Make) -> None:
     assert breaker.snapshot().state == "closed"
 
 
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_a_policy_for_a_breaker_that_nobody_used(make_any: Make, lease: float) -> None:
+    """The very first failure after set_policy counts by it."""
+    breaker = make_any(lease=lease, **PATIENT)
+    breaker.set_policy(failure_threshold=1)
+    fail(breaker)
+    assert breaker.snapshot().state == "open"
+
+
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_a_failure_after_a_cleared_nothing(make_any: Make, lease: float) -> None:
+    """Nor is a failure lost after clear_policy or clear_override on a breaker that nobody used."""
+    breaker = make_any(policy=Policy(failure_threshold=2), lease=lease, **PATIENT)
+    breaker.clear_policy()
+    fail(breaker)
+    breaker.clear_override()
+    fail(breaker)
+    assert breaker.snapshot().state == "open"
+
+
 @pytest.mark.parametrize(
     "fields",
     [
