@@ -685,6 +685,27 @@ LEASES = pytest.mark.parametrize("lease", [0, 0.005])
 
 
 @LEASES
+def test_an_instance_that_fails_alone(make: Make, lease: float) -> None:
+    """It opens for itself, the fleet stays closed, and the two are told apart."""
+    events: list[Event] = []
+    sick = make(policy=ALONE, lease=lease, listeners=[events.append], **PATIENT)
+    healthy = make(policy=ALONE, lease=lease, **PATIENT)
+    fail(sick, 3)
+    for _ in range(3):
+        error = rejects(sick)
+        assert (error.state, sick.state) == ("open", "open")
+        assert 3500 < error.retry_after <= 3600
+        assert healthy.call(fine) == "fine"
+        assert (healthy.state, healthy.snapshot().isolated) == ("closed", False)
+        time.sleep(0.006)  # the view of before is too old by now
+    seen = sick.snapshot()
+    assert (seen.state, seen.isolated, list(seen.reporters)) == ("closed", True, [sick.instance])
+    assert told(events, "isolated") == [("closed", "open", "failure_threshold")]
+    assert told(events, "redis") == []
+    assert sick.history() == []
+
+
+@LEASES
 def test_an_isolated_instance_recovers_alone(make: Make, lease: float) -> None:
     """It has a probe of its own, one at a time, whose success ends the isolation."""
     events: list[Event] = []
@@ -728,15 +749,68 @@ def test_an_isolated_probe_that_fails(make: Make, lease: float) -> None:
 
 
 @LEASES
+def test_a_fleet_that_opens_ends_the_isolation(make: Make, lease: float) -> None:
+    """When the quorum is reached the fleet's state counts for everybody, and so does its recovery."""
+    sick, other = (make(policy=ALONE, lease=lease, **PATIENT) for _ in range(2))
+    fail(sick, 3)
+    assert sick.snapshot().isolated
+    fail(other, 1)  # the quorum, and the threshold in the fleet's row
+    assert other.snapshot().state == "open"
+    wait_until(lambda: not succeeds(sick) and not sick.snapshot().isolated)
+    assert sick.state == "open"
+    other.reset()
+    wait_until(lambda: succeeds(sick))
+
+
+@LEASES
+@pytest.mark.parametrize("action", ["force_closed", "reset"])
+@pytest.mark.parametrize("by", ["itself", "another"])
+def test_an_operator_ends_the_isolation(make: Make, lease: float, action: str, by: str) -> None:
+    """Forced closed or reset, by whomever, an isolated instance admits calls again."""
+    sick, other = (make(policy=ALONE, lease=lease, **PATIENT) for _ in range(2))
+    fail(sick, 3)
+    rejects(sick)
+    getattr(sick if by == "itself" else other, action)()
+    wait_until(lambda: succeeds(sick))
+    assert not sick.snapshot().isolated
+    fail(sick, 2)
+    assert sick.call(fine) == "fine"
+
+
+@LEASES
 def test_an_isolated_instance_forced_open(make: Make, lease: float) -> None:
     """Forced open by another, it is open like all, and closes with all."""
     sick, other = (make(policy=SHORT, lease=lease, **PATIENT) for _ in range(2))
     fail(sick, 3)
     other.force_open(LONG)
-    wait_until(lambda: not succeeds(sick) and not sick.snapshot().isolated)
-    assert rejects(sick).retry_after > 3000
+    wait_until(lambda: not succeeds(sick) and rejects(sick).retry_after > 3000)
+    assert (sick.state, sick.snapshot().isolated) == ("open", False)
     other.reset()
     wait_until(lambda: succeeds(sick))
+
+
+@LEASES
+@pytest.mark.parametrize("fields", [{"enforce": False}, {"quorum": 1}])
+def test_an_isolated_instance_hears_of_policies(make: Make, lease: float, fields: dict[str, Any]) -> None:
+    """A policy that another instance sets reaches one that is isolated, before its own open time is over."""
+    sick, operator = (make(policy=ALONE, lease=lease, **PATIENT) for _ in range(2))
+    fail(sick, 3)
+    rejects(sick)
+    operator.set_policy(**fields)
+    wait_until(lambda: succeeds(sick))
+
+
+@LEASES
+def test_isolation_by_a_live_policy(make: Make, lease: float) -> None:
+    """A threshold that another instance sets is the one by which an instance isolates itself."""
+    sick, operator = (make(policy=Policy(failure_threshold=100, quorum=2), lease=lease, **PATIENT) for _ in range(2))
+    fail(sick, 2)
+    operator.set_policy(failure_threshold=4, reset_timeout=LONG)
+    fail(sick)
+    assert not sick.snapshot().isolated
+    fail(sick)
+    assert sick.snapshot().isolated
+    assert rejects(sick).retry_after > 3000
 
 
 def test_isolation_in_shadow_mode(make: Make) -> None:
@@ -763,6 +837,18 @@ def test_isolation_by_a_rate(make: Make) -> None:
     seen = sick.snapshot()
     assert (seen.isolated, seen.calls, seen.failures) == (True, 24, 2)
     rejects(sick)
+
+
+def test_an_outage_while_isolated(shell: Make, own_server: EmbeddedServer) -> None:
+    """An isolated instance goes on rejecting while Redis hangs, and is served by the fleet's state after that."""
+    sick = shell(own_server.url, policy=ALONE, lease=0, redis_timeout=0.3)
+    fail(sick, 3)
+    with stopped(own_server):
+        assert rejects(sick).retry_after > 3000
+        assert rejects(sick).state == "open"
+        assert sick.snapshot().source == "local"
+    wait_until(lambda: succeeds(sick))
+    assert sick.snapshot().source == "redis"
 
 
 def test_no_quorum_for_one(shell: Make) -> None:
