@@ -120,6 +120,11 @@ class MemoryEngine:
         with self._lock:
             return list(self._history)[::-1][:count]
 
+    def obey(self, override: dict[str, Any] | None) -> None:
+        """Take over what an operator set elsewhere."""
+        with self._lock:
+            self._override, self._override_until_ms = override, None
+
     def next_generation(self, document: Document) -> int:
         """The generation after the document's."""
         return max(document.generation + 1, document.now)
