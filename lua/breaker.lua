@@ -149,15 +149,24 @@ local function make(name)
   -- Policy ---------------------------------------------------------------------------------------
 
   if name == 'policy_of' or name == 'bucket_ms' then
-    -- The policy in force: the defaults, over them the caller's fields, over them the operator's.
+    local function default(_, field)
+      if field == 'quorum' or field == 'success_threshold' or field == 'half_open_max_calls'
+          or field == 'backoff_multiplier' then
+        return 1
+      end
+      if field == 'failure_threshold' then return 5 end
+      if field == 'minimum_calls' then return 20 end
+      if field == 'reset_timeout_ms' or field == 'probe_timeout_ms' then return 30000 end
+      if field == 'window_ms' then return 60000 end
+      if field == 'ttl_ms' then return 3600000 end
+      return field == 'enforce' or 0
+    end
+
+    -- The policy in force: the caller's fields, over them the operator's; what neither has is the default.
     function breaker.policy_of(request)
       local policy = request.in_force
       if policy then return policy end
-      policy = {failure_threshold = 5, reset_timeout_ms = 30000, success_threshold = 1, half_open_max_calls = 1,
-        probe_timeout_ms = 30000, error_rate_threshold = 0, minimum_calls = 20, window_ms = 60000,
-        slow_call_duration_ms = 0, slow_call_rate_threshold = 0, backoff_multiplier = 1, max_reset_timeout_ms = 0,
-        jitter = 0, quorum = 1, ttl_ms = 3600000, ramp_up_ms = 0, enforce = true}
-      for field, value in next, request.policy or policy do policy[field] = value end
+      policy = setmetatable(request.policy or {}, {__index = default})
       request.in_force = policy
       return policy
     end
@@ -168,6 +177,19 @@ local function make(name)
       if given and ((given.error_rate_threshold or 0) > 0 or (given.slow_call_rate_threshold or 0) > 0) then
         return math.floor(breaker.policy_of(request).window_ms / 10)
       end
+    end
+
+  elseif name == 'whole_policy' then
+    -- The policy in force with every field in it.
+    function breaker.whole_policy(request)
+      local p = breaker.policy_of(request)
+      return {failure_threshold = p.failure_threshold, reset_timeout_ms = p.reset_timeout_ms,
+        success_threshold = p.success_threshold, half_open_max_calls = p.half_open_max_calls,
+        probe_timeout_ms = p.probe_timeout_ms, error_rate_threshold = p.error_rate_threshold,
+        minimum_calls = p.minimum_calls, window_ms = p.window_ms, slow_call_duration_ms = p.slow_call_duration_ms,
+        slow_call_rate_threshold = p.slow_call_rate_threshold, backoff_multiplier = p.backoff_multiplier,
+        max_reset_timeout_ms = p.max_reset_timeout_ms, jitter = p.jitter, quorum = p.quorum, ttl_ms = p.ttl_ms,
+        ramp_up_ms = p.ramp_up_ms, enforce = p.enforce}
     end
 
   elseif name == 'policy_problem' then
