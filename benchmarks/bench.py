@@ -549,24 +549,27 @@ def script_work(bench: Bench, times: int) -> dict[str, Callable[[], Any]]:
         for _ in range(times):
             client.evalsha(noop, 0)
 
-    def with_window(script: str, request: dict[str, Any], window_ms: int = 36_000_000, pause: float = 0.0) -> Any:
-        """On a window whose ten buckets all hold counts; pause: between calls, so that each meets an ended bucket."""
-        policy = {**RATES, "window_ms": window_ms}
+    def with_window(script: str, request: dict[str, Any], ended: bool = False) -> Any:
+        """On a window whose ten buckets all hold counts. ended: the newest bucket has ended, before every call."""
+        policy = {**RATES, "window_ms": 36_000_000}
         keys = _protocol.keys_of(bench.env.name())
         generation = run(keys, "acquire", {"policy": policy})["generation"]
         run(keys, "record", {"generation": generation, "successes": 1000, "policy": policy})
         document = json.loads(client.get(keys.state))
-        document["window"] |= {"calls": 91_000, "failures": 900, "slow": 450, "past": " ".join(["10000,100,50"] * 9)}
-        client.set(keys.state, json.dumps(document, separators=(",", ":")))
+        past = "90000,900,450;" + 9 * " 10000,100,50"
+        document["window"] |= {"calls": 91_000, "failures": 910, "slow": 455, "past": past}
+        document["window"]["newest"] -= ended
+        stored = json.dumps(document, separators=(",", ":"))
+        client.set(keys.state, stored)
         stamped = {"generation": generation, **request} if script == "record" else request
         body = _protocol.encode({"instance": "bench-00000000", "policy": policy, **stamped})
         sha = _scripts.sha1(script)
 
         def work() -> None:
             for _ in range(times):
+                if ended:
+                    client.set(keys.state, stored)
                 client.evalsha(sha, 3, *keys, body)
-                if pause:
-                    time.sleep(pause)
 
         return work
 
@@ -582,7 +585,7 @@ def script_work(bench: Bench, times: int) -> dict[str, Callable[[], Any]]:
         "record, closed, failure, policy": repeat("record", {"failures": 1, **patient}),
         "record, window, successes": with_window("record", {"successes": 100}),
         "record, window, failure": with_window("record", {"successes": 99, "failures": 1}),
-        "record, a bucket of the window ends": with_window("record", {"successes": 100}, window_ms=10, pause=0.001),
+        "record, window, a bucket ended": with_window("record", {"successes": 100}, ended=True),
         "acquire, window": with_window("acquire", {}),
         "record, open (a late failure)": repeat("record", {"failures": 1}, tripped),
         "snapshot, closed": repeat("snapshot", {}),

@@ -15,8 +15,8 @@ What Redis runs is this file followed by one of those scripts. All of it works o
   closed_at_ms       unix milliseconds at which probes closed it (closed only)
   window             {bucket_ms, newest, calls, failures, slow, past}, kept where a rate can trip (closed only): the
                      counts of all ten buckets together, of which the newest has the number newest (times bucket_ms is
-                     its time); past: "calls,failures,slow" of each of the nine before it, the latest first. What is
-                     in the newest is the rest, so that past is only read and written anew when a bucket ends
+                     its time); past: "calls,failures,slow" of the nine before it together, then of each, the latest
+                     first. What is in the newest is the rest, so that past only changes when a bucket ends
   reporters          {instance: unix milliseconds of its last failure or slow call}, the newest `quorum` of them
   run_since_ms       when the present row of failures began (both kept for a quorum, closed only)
   open_until_ms      unix milliseconds from which acquire may hand out probes (open only)
@@ -149,15 +149,24 @@ local function make(name)
   -- Policy ---------------------------------------------------------------------------------------
 
   if name == 'policy_of' or name == 'bucket_ms' then
-    -- The policy in force: the defaults, over them the caller's fields, over them the operator's.
+    local function default(_, field)
+      if field == 'quorum' or field == 'success_threshold' or field == 'half_open_max_calls'
+          or field == 'backoff_multiplier' then
+        return 1
+      end
+      if field == 'failure_threshold' then return 5 end
+      if field == 'minimum_calls' then return 20 end
+      if field == 'reset_timeout_ms' or field == 'probe_timeout_ms' then return 30000 end
+      if field == 'window_ms' then return 60000 end
+      if field == 'ttl_ms' then return 3600000 end
+      return field == 'enforce' or 0
+    end
+
+    -- The policy in force: the caller's fields, over them the operator's; what neither has is the default.
     function breaker.policy_of(request)
       local policy = request.in_force
       if policy then return policy end
-      policy = {failure_threshold = 5, reset_timeout_ms = 30000, success_threshold = 1, half_open_max_calls = 1,
-        probe_timeout_ms = 30000, error_rate_threshold = 0, minimum_calls = 20, window_ms = 60000,
-        slow_call_duration_ms = 0, slow_call_rate_threshold = 0, backoff_multiplier = 1, max_reset_timeout_ms = 0,
-        jitter = 0, quorum = 1, ttl_ms = 3600000, ramp_up_ms = 0, enforce = true}
-      for field, value in next, request.policy or policy do policy[field] = value end
+      policy = setmetatable(request.policy or {}, {__index = default})
       request.in_force = policy
       return policy
     end
@@ -168,6 +177,19 @@ local function make(name)
       if given and ((given.error_rate_threshold or 0) > 0 or (given.slow_call_rate_threshold or 0) > 0) then
         return math.floor(breaker.policy_of(request).window_ms / 10)
       end
+    end
+
+  elseif name == 'whole_policy' then
+    -- The policy in force with every field in it.
+    function breaker.whole_policy(request)
+      local p = breaker.policy_of(request)
+      return {failure_threshold = p.failure_threshold, reset_timeout_ms = p.reset_timeout_ms,
+        success_threshold = p.success_threshold, half_open_max_calls = p.half_open_max_calls,
+        probe_timeout_ms = p.probe_timeout_ms, error_rate_threshold = p.error_rate_threshold,
+        minimum_calls = p.minimum_calls, window_ms = p.window_ms, slow_call_duration_ms = p.slow_call_duration_ms,
+        slow_call_rate_threshold = p.slow_call_rate_threshold, backoff_multiplier = p.backoff_multiplier,
+        max_reset_timeout_ms = p.max_reset_timeout_ms, jitter = p.jitter, quorum = p.quorum, ttl_ms = p.ttl_ms,
+        ramp_up_ms = p.ramp_up_ms, enforce = p.enforce}
     end
 
   elseif name == 'policy_problem' then
@@ -241,7 +263,8 @@ local function make(name)
 
   elseif name == 'empty_window' then
     function breaker.empty_window(bucket_ms, newest)
-      return {bucket_ms = bucket_ms, newest = newest, calls = 0, failures = 0, slow = 0, past = ''}
+      return {bucket_ms = bucket_ms, newest = newest, calls = 0, failures = 0, slow = 0,
+        past = '0,0,0; 0,0,0 0,0,0 0,0,0 0,0,0 0,0,0 0,0,0 0,0,0 0,0,0 0,0,0'}
     end
 
   elseif name == 'sound_window' then
@@ -250,13 +273,13 @@ local function make(name)
       local sound = type(window) == 'table' and integer(window.bucket_ms, 1, LONGEST_MS)
         and integer(window.newest, 0, EXACT) and integer(window.calls, 0, EXACT)
         and integer(window.failures, 0, EXACT) and integer(window.slow, 0, EXACT)
-        and type(window.past) == 'string' and #window.past <= 400 and not string.find(window.past, '[^%d, ]')
+        and type(window.past) == 'string' and #window.past <= 400 and not string.find(window.past, '[^%d,; ]')
       return sound and window or nil
     end
 
   elseif name == 'rebucketed' then
-    -- The counts in other buckets: later ones, or of another length. A count stays with the time at which its bucket
-    -- began; what has passed is dropped.
+    -- The counts in buckets of another length. A count stays with the time at which its bucket began; what has passed
+    -- is dropped.
     function breaker.rebucketed(window, bucket_ms, newest)
       local calls, failures, slow, by_age = {}, {}, {}, {}
       for age = 0, 9 do calls[age], failures[age], slow[age] = 0, 0, 0 end
@@ -270,7 +293,7 @@ local function make(name)
         slow[age] = slow[age] + more_slow
       end
 
-      for calls_then, failures_then, slow_then in string.gmatch(window.past, '(%d+),(%d+),(%d+)') do
+      for calls_then, failures_then, slow_then in string.gmatch(window.past, ' (%d+),(%d+),(%d+)') do
         number = number - 1
         if number < 0 or number < window.newest - 9 then break end
         -- never more than there is in all, whatever was stored
@@ -284,21 +307,41 @@ local function make(name)
       number = window.newest
       put(left_calls, left_failures, left_slow)
 
-      local other = breaker.empty_window(bucket_ms, newest)
-      for age = 0, 9 do
+      local other = {bucket_ms = bucket_ms, newest = newest, calls = 0, failures = 0, slow = 0}
+      for age = 9, 0, -1 do
+        if age == 0 then by_age[0] = string.format('%.0f,%.0f,%.0f;', other.calls, other.failures, other.slow) end
         other.calls, other.failures = other.calls + calls[age], other.failures + failures[age]
         other.slow = other.slow + slow[age]
         if age > 0 then by_age[age] = string.format('%.0f,%.0f,%.0f', calls[age], failures[age], slow[age]) end
       end
-      other.past = table.concat(by_age, ' ')
+      other.past = table.concat(by_age, ' ', 0)
       return other
+    end
+
+  elseif name == 'advanced' then
+    -- The window when its newest bucket has ended, and at most nine after it. Only what drops out is read.
+    function breaker.advanced(window, newest)
+      local calls, failures, slow, each = string.match(window.past, '^(%d+),(%d+),(%d+); (.*)$')
+      local latest = calls and string.format('%.0f,%.0f,%.0f', math.max(window.calls - calls, 0),
+        math.max(window.failures - failures, 0), math.max(window.slow - slow, 0))
+      for _ = window.newest + 1, newest do
+        each, calls, failures, slow = string.match(each or '', '^(.*) (%d+),(%d+),(%d+)$')
+        if not each then return breaker.empty_window(window.bucket_ms, newest) end -- it was not ours
+        window.calls = math.max(window.calls - calls, 0)
+        window.failures = math.max(window.failures - failures, 0)
+        window.slow = math.max(window.slow - slow, 0)
+        each, latest = latest .. ' ' .. each, '0,0,0'
+      end
+      window.newest = newest
+      window.past = string.format('%.0f,%.0f,%.0f; %s', window.calls, window.failures, window.slow, each)
+      return window
     end
 
   elseif name == 'read_window' or name == 'window_at' then
     -- The window that encode_json wrote behind the fields of a healthy breaker, or nil.
     function breaker.read_window(text)
       local bucket_ms, newest, calls, failures, slow, past = string.match(text, '^,"window":{"bucket_ms":([1-9]%d*),' ..
-        '"newest":(%d+),"calls":(%d+),"failures":(%d+),"slow":(%d+),"past":"([%d, ]*)"}$')
+        '"newest":(%d+),"calls":(%d+),"failures":(%d+),"slow":(%d+),"past":"([%d,; ]*)"}$')
       if not past or #bucket_ms + #newest + #calls + #failures + #slow + #past > 400 then return nil end
       local window = {bucket_ms = tonumber(bucket_ms), newest = tonumber(newest), calls = tonumber(calls),
         failures = tonumber(failures), slow = tonumber(slow), past = past}
@@ -314,7 +357,7 @@ local function make(name)
       if passed >= 10 or passed <= -10 then
         window = breaker.empty_window(window.bucket_ms, newest)
       elseif passed > 0 then
-        window = breaker.rebucketed(window, window.bucket_ms, newest)
+        window = breaker.advanced(window, newest)
       end
       if not bucket_ms or bucket_ms == window.bucket_ms then return window end
       return breaker.rebucketed(window, bucket_ms, math.floor(now / bucket_ms))

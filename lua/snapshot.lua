@@ -42,7 +42,7 @@ end
 if document.fresh then document.generation = 0 end
 local reply = breaker.reply(document, request)
 reply.exists, reply.probes_in_flight, reply.now_ms = document.exists, in_flight, document.now
-reply.trips, reply.health, reply.policy = trips, health(), policy
+reply.trips, reply.health, reply.policy = trips, health(), breaker.whole_policy(request)
 reply.last_failure_time, reply.opened_at = document.last_failure_time, document.opened_at
 reply.forced_until_ms, reply.reporters = document.forced_until_ms, document.reporters
 reply.calls, reply.failures, reply.slow = calls, failures, slow

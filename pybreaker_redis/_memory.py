@@ -221,13 +221,16 @@ class MemoryEngine:
         other.calls, other.failures, other.slow = (sum(counts) for counts in zip(*buckets, strict=True))
         return other
 
+    def advanced(self, window: Window, newest: int) -> Window:
+        return self.rebucketed(window, window.bucket_ms, newest)
+
     def window_at(self, window: Window, bucket_ms: int | None, now: int) -> Window:
         newest = now // window.bucket_ms
         passed = newest - window.newest
         if abs(passed) >= 10:
             window = Window(window.bucket_ms, newest)
         elif passed > 0:
-            window = self.rebucketed(window, window.bucket_ms, newest)
+            window = self.advanced(window, newest)
         else:
             window = dataclasses.replace(window)
         if bucket_ms is None or bucket_ms == window.bucket_ms:
