@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -133,6 +134,8 @@ def _node(text: str, default_port: int) -> tuple[str, int]:
 
 def without_password(url: str) -> str:
     """The URL as it may be shown."""
+    if "://" not in url:
+        return re.sub(r".*@", "***@", url)
     parts = urlsplit(url)
     credentials, at, hosts = parts.netloc.rpartition("@")
     user, colon, _ = credentials.partition(":")

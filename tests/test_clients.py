@@ -103,6 +103,8 @@ def test_refused(url: str, reason: str, breaker: type) -> None:
         ("redis+sentinel://u:secret@a,b/m?sentinel_password=secret&db=1", "redis+sentinel://u:***@a,b/m?sentinel_password=***&db=1"),
         ("unix:///run/r.sock?password=secret", "unix:///run/r.sock?password=***"),
         ("redis://h", "redis://h"),
+        ("localhost:6379", "localhost:6379"),
+        ("me:secret@localhost", "***@localhost"),
     ],
 )  # fmt: skip
 def test_passwords_are_not_shown(url: str, shown: str) -> None:
