@@ -161,7 +161,6 @@ class _Connections:
         connection.connect()  # sending alone would not ask a Sentinel for the master
         return connection
 
-
     def subscriber(self) -> Any:
         return self._connection(protocol=2)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import pathlib
+import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,7 +14,7 @@ import redis
 import redis.asyncio
 from conftest import wait_until
 
-from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy, PolicyError, _scripts
+from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy, PolicyError
 from pybreaker_redis._clients import async_client_from_url, client_from_url, parse, without_password
 from pybreaker_redis.embedded import EmbeddedServer, find_binary
 
@@ -129,15 +130,15 @@ def use(url: str) -> None:
 
 def check_breakers(url: str) -> None:
     """Both breakers share one state there."""
-    policy = Policy(failure_threshold=1, reset_timeout=60)
-    breaker = CircuitBreaker(NAME, redis=url, policy=policy, redis_timeout=20)
+    policy, name = Policy(failure_threshold=1, reset_timeout=60), f"shared-{secrets.token_hex(4)}"
+    breaker = CircuitBreaker(name, redis=url, policy=policy, redis_timeout=20)
     breaker.acquire().failure()
     assert (breaker.snapshot().state, breaker.snapshot().source) == ("open", "redis")
     assert [entry.new for entry in breaker.history()] == ["open"]
     breaker.close()
 
     async def look() -> None:
-        other = AsyncCircuitBreaker(NAME, redis=url, policy=policy, redis_timeout=20)
+        other = AsyncCircuitBreaker(name, redis=url, policy=policy, redis_timeout=20)
         seen = await other.snapshot()
         assert (seen.state, seen.source) == ("open", "redis")
         await other.close()
@@ -145,10 +146,7 @@ def check_breakers(url: str) -> None:
     asyncio.run(look())
 
 
-mended = pytest.mark.skipif(not hasattr(_scripts, "_Nodes"), reason="the links of breakers are not mended here yet")
-
-
-@pytest.mark.parametrize("do", [use, pytest.param(check_breakers, marks=mended)])
+@pytest.mark.parametrize("do", [use, check_breakers])
 def test_sentinel(do: Callable[[str], None], tmp_path: pathlib.Path) -> None:
     """The master that the Sentinels name, although the first of them does not answer."""
     with one_sentinel(tmp_path) as url:
@@ -166,10 +164,8 @@ def test_cluster(cluster_url: str) -> None:
     client.close()
 
 
-@mended
 def test_breakers_on_a_cluster(cluster_url: str) -> None:
     """A breaker takes the URL of a cluster."""
-    client_from_url(cluster_url).delete(f"circuit_breaker:{NAME}:state")
     check_breakers(cluster_url)
 
 

@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -30,22 +31,11 @@ from pybreaker_redis import (
     Event,
     Policy,
     PolicyError,
-    _scripts,
 )
 from pybreaker_redis.embedded import EmbeddedServer
 
 ONE = Policy(failure_threshold=1, reset_timeout=60)
-# where no server is
-NOWHERE = [
-    "redis://127.0.0.1:1",
-    "redis+sentinel://127.0.0.1:1/mymaster",
-    pytest.param(
-        "redis+cluster://127.0.0.1:1",
-        marks=pytest.mark.skipif(
-            not hasattr(_scripts, "_Nodes"), reason="the link to a cluster is not mended here yet"
-        ),
-    ),
-]
+NOWHERE = ["redis://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/mymaster", "redis+cluster://127.0.0.1:1"]
 
 
 class Boom(Exception):
@@ -174,6 +164,15 @@ def test_one_subscription(make_manager: Callable[..., CircuitBreakerManager], cl
     quiet = make_manager(watch=None)
     quiet.call("service", int)
     assert not client.client_list(_type="pubsub")
+
+
+def test_a_server_that_goes_after_close(caplog: pytest.LogCaptureFixture) -> None:
+    """Once closed, nobody is warned of a subscription that nobody needs any more."""
+    with EmbeddedServer() as server:
+        with CircuitBreakerManager.with_redis(Config(redis_url=server.url, redis_timeout=20)) as manager:
+            wait_until(lambda: manager.get_or_create("a")._watch.active)
+    wait_until(lambda: not any(t.name == "pybreaker_redis-watch" for t in threading.enumerate()))
+    assert "subscription" not in caplog.text
 
 
 def test_states_cost_nothing_while_views_are_fresh(
