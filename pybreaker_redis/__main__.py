@@ -1,8 +1,9 @@
-"""`python -m pybreaker_redis demo`."""
+"""`pybreaker-redis` and `python -m pybreaker_redis`: the program of .cli; without its extra the demo alone."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -16,7 +17,19 @@ def _worker_count(text: str) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m pybreaker_redis", description="A circuit breaker in Redis.")
+    if importlib.util.find_spec("typer") and importlib.util.find_spec("rich"):
+        from .cli import main as run
+
+        return run(arguments)
+    return _demo_alone(arguments)
+
+
+def _demo_alone(arguments: Sequence[str] | None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pybreaker_redis",
+        description="A circuit breaker in Redis.",
+        epilog="The other commands need: pip install 'pybreaker_redis[cli]'",
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     demo = commands.add_parser(
         "demo",

@@ -13,6 +13,7 @@ import functools
 import http.client
 import http.server
 import importlib.util
+import json
 import multiprocessing
 import multiprocessing.resource_tracker
 import os
@@ -521,15 +522,31 @@ def summary(runs: dict[str, Run]) -> Iterator[str]:
     yield ""
 
 
+def report(runs: dict[str, Run], held: Iterable[Promise]) -> dict[str, Any]:
+    """The same for a program."""
+    return {
+        "runs": {
+            kind: {
+                "hits": run.hits,
+                "rejected": sum(tally.rejected for tally in run.tallies),
+                "trips": len(run.trips),
+                "probes": run.probes,
+            }
+            for kind, run in runs.items()
+        },
+        "promises": [{"held": promise.held, "text": promise.text} for promise in held],
+    }
+
+
 # The command
 
 
-def main(workers: int, *, plain: bool) -> int:
+def main(workers: int, *, plain: bool, use_json: bool = False) -> int:
     """Run the demo; 0 when every promise held, 1 when not, 2 without a server, 130 after Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with serve() as url:
-            return _demonstrate(workers, url, plain)
+            return _demonstrate(workers, url, plain, use_json)
     except CircuitBreakerError as error:
         print(error, file=sys.stderr)
         return 2
@@ -552,7 +569,18 @@ def _screen(plain: bool) -> Iterator[Plain]:
         yield Live(live)
 
 
-def _demonstrate(workers: int, url: str, plain: bool) -> int:
+def _demonstrate(workers: int, url: str, plain: bool, use_json: bool) -> int:
+    with contextlib.redirect_stdout(sys.stderr) if use_json else contextlib.nullcontext():
+        runs, held = _run(workers, url, plain or use_json)
+    if use_json:
+        print(json.dumps(report(runs, held), indent=2), flush=True)
+    else:
+        print(*summary(runs), sep="\n")
+        print(*(f"{'ok' if promise.held else 'FAILED':8}{promise.text}" for promise in held), sep="\n", flush=True)
+    return 0 if all(promise.held for promise in held) else 1
+
+
+def _run(workers: int, url: str, plain: bool) -> tuple[dict[str, Run], list[Promise]]:
     name = f"demo-{os.getpid()}-{secrets.token_hex(4)}"
     policy = Policy(failure_threshold=failure_threshold(workers), reset_timeout=RESET_TIMEOUT, probe_timeout=5.0)
     with _own_keys(url, keys_of(name)), Crew(workers, url, name, policy) as crew:
@@ -565,10 +593,7 @@ def _demonstrate(workers: int, url: str, plain: bool) -> int:
         crew.ready()
         with _screen(plain) as screen:
             runs = {kind: perform(kind, crew, breaker, screen) for kind in GUARDS}
-        held = promises(runs, breaker.history(), breaker.snapshot().state)
-    print(*summary(runs), sep="\n")
-    print(*(f"{'ok' if promise.held else 'FAILED':8}{promise.text}" for promise in held), sep="\n", flush=True)
-    return 0 if all(promise.held for promise in held) else 1
+        return runs, promises(runs, breaker.history(), breaker.snapshot().state)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,10 @@ class PolicyError(CircuitBreakerError, ValueError):
     """A name, policy or option that makes no sense; nothing was changed."""
 
 
+class ConfigError(CircuitBreakerError, ValueError):
+    """A configuration that cannot be read or makes no sense; the message names its file, the field and the reason."""
+
+
 class PermitError(CircuitBreakerError, RuntimeError):
     """A permit was settled a second time."""
 

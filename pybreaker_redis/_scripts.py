@@ -23,6 +23,7 @@ from redis.exceptions import AskError, MovedError, NoScriptError
 from redis.retry import Retry
 
 from . import _protocol
+from ._clients import async_client_from_url, client_from_url
 from ._errors import PolicyError
 from ._protocol import Keys, Reply, Request
 
@@ -442,10 +443,7 @@ def _client(given: Any, kind: Any, cluster: Any, wanted: str) -> Any:
         return given
     if not isinstance(given, str):
         raise PolicyError(f"redis must be a {wanted} (or cluster) client, a URL or None, not {given!r}")
-    try:
-        return kind.from_url(given)
-    except ValueError as error:
-        raise PolicyError(f"redis is no URL of a server: {error}") from error
+    return (client_from_url if kind is redis.Redis else async_client_from_url)(given)
 
 
 def _own_pool(pool: Any, timeout: float) -> Any:

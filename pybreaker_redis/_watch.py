@@ -74,7 +74,7 @@ class Audience:
 
     def down(self, error: BaseException) -> None:
         """It is lost: from this moment on the leases are short."""
-        if self._connected:
+        if self._connected and self._leases:
             logger.warning("circuit breakers %r: the subscription is lost, leases are short: %r", self.pattern, error)
         self._switch(False)
 

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -47,6 +48,34 @@ def own_server() -> Iterator[EmbeddedServer]:
     """A server that the test may hurt."""
     with EmbeddedServer() as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def cluster_url() -> Iterator[str]:
+    """A cluster of three masters, for the tests that do not hurt it; the URL names the first of them."""
+    with contextlib.ExitStack() as stack:
+        ports, buses = [], [free_port() for _ in range(3)]
+        for index, bus in enumerate(buses):
+            node = stack.enter_context(
+                EmbeddedServer(port=0, args=("--cluster-enabled", "yes", "--cluster-port", str(bus)))
+            )
+            ports.append(int(node.url.rpartition(":")[2]))
+            with redis.Redis.from_url(node.url) as connected:
+                connected.execute_command("CLUSTER ADDSLOTS", *range(index * 16384 // 3, (index + 1) * 16384 // 3))
+                connected.execute_command("CLUSTER SET-CONFIG-EPOCH", index + 1)
+                if index:
+                    connected.execute_command("CLUSTER MEET", "127.0.0.1", ports[0], buses[0])
+        for port in ports:
+            with redis.Redis(port=port) as connected:
+                wait_until(lambda of=connected: of.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
+        yield f"redis+cluster://127.0.0.1:{ports[0]}"
+
+
+def free_port() -> int:
+    """A port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(params=["redis", "memory"])

@@ -1,0 +1,292 @@
+"""One breaker for each service, by one configuration: their policies, and the client and subscription they share."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import weakref
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any, Generic, Literal, ParamSpec, TypeAlias, TypeVar
+
+from ._async import AsyncCircuitBreaker, AsyncWatch
+from ._clients import async_client_from_url, client_from_url
+from ._core import BreakerCore, Exceptions, _check_options
+from ._errors import ConfigError, PolicyError
+from ._fallback import OnRedisFailure
+from ._policy import Policy
+from ._protocol import State, keys_of
+from ._sync import CircuitBreaker
+from ._view import Event
+
+P = ParamSpec("P")
+R = TypeVar("R")
+B = TypeVar("B", bound=BreakerCore)
+DEFAULT_POLICY = Policy(failure_threshold=10, reset_timeout=2.0, error_rate_threshold=0.5)
+_PASSING = Policy(failure_threshold=10**9, enforce=False)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+    """What a manager goes by. pybreaker_redis.config reads one from a file, a dict and the environment.
+
+    enabled: False passes every call straight through. services: the policy of each service; defaults: of a service
+    that is not among them. redis_url: of the server that with_redis() shares the state through; redis_options: of
+    its client, as redis.Redis takes them, where the URL does not give them. watch: the lease, in seconds, while one
+    subscription for all breakers stands; None: no subscription. The others are those of CircuitBreaker.
+
+    Raises PolicyError for a value that makes no sense.
+    """
+
+    enabled: bool = True
+    defaults: Policy = DEFAULT_POLICY
+    services: Mapping[str, Policy] = dataclasses.field(default_factory=dict)
+    redis_url: str = "redis://localhost:6379"
+    redis_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # it may hold a password
+    watch: float | None = 30.0
+    lease: float = 0.1
+    on_redis_failure: OnRedisFailure = "local"
+    redis_timeout: float = 0.25
+    prefix: str = "circuit_breaker"
+    encoding: Literal["json", "msgpack"] = "json"
+
+    def __post_init__(self) -> None:
+        _check_options(self.lease, self.on_redis_failure, self.encoding, self.redis_timeout)
+        if self.watch is not None and not 0 < self.watch <= 3600:
+            raise PolicyError(f"watch must be None, or above 0 and at most 3600 seconds, not {self.watch!r}")
+        for service, policy in {"defaults": self.defaults, **self.services}.items():
+            keys_of(service, self.prefix)
+            if not isinstance(policy, Policy):
+                raise PolicyError(f"the policy of {service!r} must be a Policy, not {policy!r}")
+
+    def policy_of(self, service: str) -> Policy:
+        """The policy of a service."""
+        return self.services.get(service, self.defaults)
+
+
+Source: TypeAlias = Config | Mapping[str, Any] | str | os.PathLike[str]
+
+
+class ManagerCore(Generic[B]):
+    """Configuration and breakers of a manager; the shells add the I/O."""
+
+    _breaker_type: Callable[..., B]
+    _client_from_url: Callable[..., Any]
+
+    def __init__(
+        self,
+        config: Source | None = None,
+        *,
+        failures: Exceptions = Exception,
+        ignore: Exceptions = (),
+        is_failure: Callable[[Any], bool] | None = None,
+        listeners: Iterable[Callable[[Event], object]] = (),
+    ) -> None:
+        self.config = _config_from(config)
+        self._hooks: dict[str, Any] = {
+            "failures": failures,
+            "ignore": ignore,
+            "is_failure": is_failure,
+            "listeners": tuple(listeners),
+        }
+        self._client: Any = None
+        self._owns_client = False
+        self._breakers: dict[str, B] = {}
+
+    def _share(self, client: Any) -> None:
+        self._owns_client = client is None
+        url, options = self.config.redis_url, self.config.redis_options
+        self._client = type(self)._client_from_url(url, **options) if client is None else client
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {sorted(self._breakers)}>"
+
+    def get_or_create(self, service: str) -> B:
+        """The breaker of a service, one and the same for all callers; made at the first request, without any I/O.
+
+        Raises PolicyError for a service whose name cannot be a key.
+        """
+        breaker = self._breakers.get(service)
+        if breaker is None:
+            # without a lock, which a fork might inherit locked: of several that are made, the first one stays
+            breaker = self._breakers.setdefault(service, self._make(service))
+        if self._client is not None and self.config.enabled and self.config.watch is not None:
+            self._subscribe(breaker, self.config.watch)
+        return breaker
+
+    def _make(self, service: str) -> B:
+        config = self.config
+        shared = self._client if config.enabled else None
+        return type(self)._breaker_type(
+            service,
+            redis=shared,
+            policy=config.policy_of(service) if config.enabled else _PASSING,
+            lease=config.lease,
+            on_redis_failure=config.on_redis_failure,
+            redis_timeout=config.redis_timeout,
+            prefix=config.prefix,
+            encoding=config.encoding,
+            **self._hooks,
+        )
+
+    def _subscribe(self, breaker: B, lease: float) -> None:
+        """Let the breaker share the subscription, unless it does already."""
+        raise NotImplementedError
+
+    def _all(self) -> Iterator[tuple[str, B]]:
+        """The breakers of the services in the configuration and of those that were used."""
+        for service in sorted({*self.config.services, *self._breakers}):
+            yield service, self.get_or_create(service)
+
+    def _unsubscribe(self) -> list[B]:
+        breakers = list(self._breakers.values())
+        for breaker in breakers:
+            if breaker._watch is not None:
+                breaker._watch._leave()
+        return breakers
+
+
+class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
+    """The circuit breakers of this process, one for each service it calls.
+
+    CircuitBreakerManager(config) keeps them in memory, with_redis(config) shares them with every other process.
+    config: a Config, or what pybreaker_redis.config.load() takes (a path, a dict), or None for the defaults.
+    failures, ignore, is_failure, listeners: as for CircuitBreaker, for all of them.
+
+    Making one needs no server. While Redis does not answer, each breaker protects this process by the same rules and
+    has logged one warning. Raises ConfigError; PolicyError.
+    """
+
+    _breaker_type = CircuitBreaker
+    _client_from_url = staticmethod(client_from_url)
+
+    @classmethod
+    def with_redis(cls, config: Source | None = None, *, redis: Any = None, **hooks: Any) -> CircuitBreakerManager:
+        """A manager whose breakers are shared through Redis: at config's URL, or by a redis-py client that is given.
+
+        Raises ConfigError; PolicyError.
+        """
+        manager = cls(config, **hooks)
+        manager._share(redis)
+        return manager
+
+    def call(self, service: str, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """func(*args, **kwargs), guarded by the breaker of the service.
+
+        Raises CircuitOpenError when it is rejected, else what func raises.
+        """
+        if not self.config.enabled:
+            return func(*args, **kwargs)
+        return self.get_or_create(service).call(func, *args, **kwargs)
+
+    def get_state(self, service: str) -> State:
+        """The state of a service's breaker: from its view while that is fresh, else from Redis."""
+        return self.get_or_create(service).state
+
+    def get_all_states(self) -> dict[str, State]:
+        """The states of the services in the configuration and of those that were used; as last known without Redis."""
+        states: dict[str, State] = {}
+        down = False
+        for service, breaker in self._all():
+            states[service] = breaker._view.seen.state if down else breaker.state
+            down = down or (self._client is not None and breaker._engine.alone)  # one time-out is enough
+        return states
+
+    def close(self) -> None:
+        """Report what was gathered, and close subscription and connections; a later call opens new ones."""
+        for breaker in self._unsubscribe():
+            breaker.close()
+        if self._owns_client:
+            self._client.close()
+
+    def __enter__(self) -> CircuitBreakerManager:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _subscribe(self, breaker: CircuitBreaker, lease: float) -> None:
+        if breaker._watch is None:
+            breaker.watch(lease)
+
+
+class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
+    """CircuitBreakerManager for asyncio: the same arguments and methods, awaitable but for get_or_create().
+
+    It may be made outside of a running loop, and be used in several.
+    """
+
+    _breaker_type = AsyncCircuitBreaker
+    _client_from_url = staticmethod(async_client_from_url)
+
+    @classmethod
+    def with_redis(cls, config: Source | None = None, *, redis: Any = None, **hooks: Any) -> AsyncCircuitBreakerManager:
+        """A manager whose breakers are shared through Redis: at config's URL, or by a redis.asyncio client.
+
+        Raises ConfigError; PolicyError.
+        """
+        manager = cls(config, **hooks)
+        manager._share(redis)
+        return manager
+
+    async def call(self, service: str, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
+        """await func(*args, **kwargs), guarded by the breaker of the service.
+
+        Raises CircuitOpenError when it is rejected, else what func raises.
+        """
+        if not self.config.enabled:
+            return await func(*args, **kwargs)
+        return await self.get_or_create(service).call(func, *args, **kwargs)
+
+    async def get_state(self, service: str) -> State:
+        """The state of a service's breaker: from its view while that is fresh, else from Redis."""
+        return await self.get_or_create(service).state
+
+    async def get_all_states(self) -> dict[str, State]:
+        """The states of the services in the configuration and of those that were used; as last known without Redis."""
+        states: dict[str, State] = {}
+        down = False
+        for service, breaker in self._all():
+            states[service] = breaker._view.seen.state if down else await breaker.state
+            down = down or (self._client is not None and breaker._engine.alone)  # one time-out is enough
+        return states
+
+    async def close(self) -> None:
+        """Report what was gathered, and close this loop's subscription and connections."""
+        for breaker in self._unsubscribe():
+            await breaker.close()
+        if self._client is not None:
+            self._joined.clear()
+        if self._owns_client:
+            await self._client.aclose()
+
+    async def __aenter__(self) -> AsyncCircuitBreakerManager:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _share(self, client: Any) -> None:
+        super()._share(client)
+        self._joined: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
+
+    def _subscribe(self, breaker: AsyncCircuitBreaker, lease: float) -> None:
+        try:
+            joined = self._joined.setdefault(asyncio.get_running_loop(), set())
+        except RuntimeError:  # no loop yet: the first call in one subscribes
+            return
+        if breaker.name not in joined:
+            joined.add(breaker.name)
+            breaker._watch_with(AsyncWatch, lease)
+
+
+def _config_from(source: Source | None) -> Config:
+    if source is None:
+        return Config()
+    if isinstance(source, Config):
+        return source
+    try:
+        from .config import load
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{error}; or pass a pybreaker_redis.Config, which needs nothing else") from error
+    return load(source)

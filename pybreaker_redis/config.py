@@ -1,0 +1,196 @@
+"""A manager's configuration from YAML, TOML, JSON, a dict and the environment (needs the extra `config`).
+
+    circuit_breaker:
+      enabled: true
+      defaults: {failure_threshold: 10, timeout_seconds: 2, error_rate_threshold: 0.5}
+      services:
+        discovery: {failure_threshold: 20, timeout_seconds: 3}
+    redis:
+      url: "redis://localhost:6379"
+      pool_size: 10
+
+Every field of Policy may stand under a service or under `defaults`, by which a service goes for what it does not say
+itself; `timeout_seconds` is another name of `reset_timeout`. REDIS_URL and CIRCUIT_BREAKER_ENABLED in the environment
+go before what the file says.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import pathlib
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Annotated, Any, Literal
+
+try:
+    import pydantic
+    import yaml
+    from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "a configuration from a file, a dict or the environment needs the extra: pip install 'pybreaker_redis[config]'",
+        name=error.name,
+    ) from error
+
+from ._clients import parse
+from ._errors import ConfigError, PolicyError
+from ._manager import DEFAULT_POLICY, Config
+from ._policy import Policy, override_request
+
+ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
+_ALIASES = {"timeout_seconds": "reset_timeout"}
+_POLICY_FIELDS = [field.name for field in dataclasses.fields(Policy)]
+_BREAKER_OPTIONS = ("watch", "lease", "on_redis_failure", "redis_timeout", "prefix", "encoding")
+
+
+def _policy_fields(given: Any) -> dict[str, Any]:
+    """Checked by Policy's own rules, one field at a time, so that an error names the field."""
+    if not isinstance(given, Mapping):
+        raise ValueError(f"must be a map of policy fields, not {given!r}")
+    problems = list(_policy_problems(given))
+    if problems:
+        raise pydantic.ValidationError.from_exception_data("policy", problems)
+    return {_ALIASES.get(str(name), str(name)): value for name, value in given.items()}
+
+
+def _policy_problems(given: Mapping[str, Any]) -> Iterator[Any]:
+    for name, value in given.items():
+        try:
+            if name not in (*_POLICY_FIELDS, *_ALIASES):
+                raise PolicyError(_unknown(name, (*_POLICY_FIELDS, *_ALIASES)))
+            if name in _ALIASES and _ALIASES[name] in given:
+                raise PolicyError(f"is another name of {_ALIASES[name]}, which is given too")
+            override_request({_ALIASES.get(name, name): value})
+        except PolicyError as error:
+            yield {"type": "value_error", "loc": (name,), "input": value, "ctx": {"error": error}}
+
+
+_PolicyFields = Annotated[dict[str, Any], pydantic.PlainValidator(_policy_fields)]
+
+
+class _Section(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(extra="forbid", strict=False)
+
+
+class _CircuitBreaker(_Section):
+    enabled: bool = True
+    defaults: _PolicyFields = {}
+    services: dict[str, _PolicyFields] = {}
+    watch: float | None = 30.0
+    lease: float = 0.1
+    on_redis_failure: Literal["local", "open", "closed"] = "local"
+    redis_timeout: float = 0.25
+    prefix: str = "circuit_breaker"
+    encoding: Literal["json", "msgpack"] = "json"
+
+
+def _url(value: str) -> str:
+    parse(value)
+    return value
+
+
+class _Redis(_Section):
+    url: Annotated[str, pydantic.AfterValidator(_url)] = "redis://localhost:6379"
+    pool_size: Annotated[int, pydantic.Field(ge=1)] | None = None
+    username: str | None = None
+    password: str | None = None
+    ssl_ca_certs: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_check_hostname: bool | None = None
+    ssl_cert_reqs: Literal["required", "optional", "none"] | None = None
+
+
+class _Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        extra="forbid", env_nested_delimiter="_", env_nested_max_split=1, env_ignore_empty=True
+    )
+    circuit_breaker: _CircuitBreaker = _CircuitBreaker()
+    redis: _Redis = _Redis()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        *_: PydanticBaseSettingsSource,
+        **__: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        assert isinstance(env_settings, EnvSettingsSource)
+        # these two and no others: an orchestrator sets REDIS_PORT, and it is not meant for us
+        known = {name.lower() for name in ENVIRONMENT}
+        env_settings.env_vars = {name: value for name, value in env_settings.env_vars.items() if name in known}
+        return env_settings, init_settings
+
+
+def load(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> Config:
+    """The configuration in a file (.yaml, .yml, .json or .toml) or a dict, under what the environment says.
+
+    source: None takes the environment alone. Raises ConfigError, whose message names file, field and reason.
+    """
+    if source is None or isinstance(source, Mapping):
+        where, content = "the configuration", source or {}
+    else:
+        where, content = os.fspath(source), _read(pathlib.Path(source))
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"{where}: must be a map with circuit_breaker and redis, not {type(content).__name__}")
+    try:
+        settings = _Settings(**{str(key): value for key, value in content.items()})
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_told(where, problem) for problem in error.errors())) from None
+    return _config(where, settings)
+
+
+def _read(path: pathlib.Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            return tomllib.loads(text)
+        if path.suffix in (".yaml", ".yml", ".json"):  # JSON is YAML
+            return yaml.safe_load(text) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    raise ConfigError(f"{path}: must end in .yaml, .yml, .json or .toml")
+
+
+def _told(where: str, problem: Any) -> str:
+    path = tuple(str(part) for part in problem["loc"])
+    variable = next((name for name, of in ENVIRONMENT.items() if of == path and os.environ.get(name)), None)
+    if problem["type"] == "extra_forbidden":
+        section: Any = {"circuit_breaker": _CircuitBreaker, "redis": _Redis}.get(path[0], _Settings)
+        reason = _unknown(path[-1], section.model_fields)
+    else:
+        reason = problem["msg"].removeprefix("Value error, ")
+    return f"{f'{variable} in the environment' if variable else where}: {'.'.join(path)}: {reason}"
+
+
+def _unknown(name: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(known), 1)
+    return "unknown field; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+
+
+def _config(where: str, settings: _Settings) -> Config:
+    given, redis = settings.circuit_breaker, settings.redis
+    options = redis.model_dump(exclude={"url", "pool_size"}, exclude_none=True)
+    if redis.pool_size is not None:
+        options["max_connections"] = redis.pool_size
+    defaults = _policy(f"{where}: circuit_breaker.defaults", DEFAULT_POLICY, given.defaults)
+    services = {
+        name: _policy(f"{where}: circuit_breaker.services.{name}", defaults, fields)
+        for name, fields in given.services.items()
+    }
+    others = {name: getattr(given, name) for name in _BREAKER_OPTIONS}
+    try:
+        return Config(given.enabled, defaults, services, redis.url, options, **others)
+    except PolicyError as error:
+        raise ConfigError(f"{where}: circuit_breaker: {error}") from error
+
+
+def _policy(where: str, base: Policy, fields: Mapping[str, Any]) -> Policy:
+    try:
+        return dataclasses.replace(base, **fields)
+    except PolicyError as error:
+        raise ConfigError(f"{where}: {error}") from error

