@@ -627,10 +627,10 @@ def test_dashboard_and_alerts_use_what_is_exported() -> None:
         for selector in found:
             assert selector.name in exported, (place, selector.name)
             labels = {matcher.name for matcher in selector.matchers.matchers}
-            assert labels <= exported[selector.name] | {"job"}, (place, selector.name)
+            assert labels <= exported[selector.name] | {"job", "instance"}, (place, selector.name)
             used.add(selector.name)
         grouped = set(re.findall(r"\w+", " ".join(re.findall(r"\b(?:by|on)\s*\(([^)]*)\)", expression))))
-        assert grouped <= set().union(*(exported[one.name] for one in found)) | {"job"}, place
+        assert grouped <= set().union(*(exported[one.name] for one in found)) | {"job", "instance"}, place
     whole = {re.sub(r"_(bucket|sum|count)$", "", name) for name in exported if not name.endswith("_created")}
     assert {re.sub(r"_(bucket|sum|count)$", "", name) for name in used} == whole  # nothing is left out
 
