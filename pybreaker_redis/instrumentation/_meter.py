@@ -19,7 +19,7 @@ from redis.retry import Retry
 from .._core import BreakerCore, Instrument
 from .._fallback import FallbackEngine
 from .._protocol import Keys, Reply, Snapshot, State, decode, encode, snapshot_from
-from .._scripts import REDIS_ERRORS, _client, _connection_kwargs, _Words, compose
+from .._scripts import REDIS_ERRORS, _client, _connection_kwargs, _Words
 from .._view import NEVER, Event
 
 CallOutcome: TypeAlias = Literal["success", "slow", "failure", "ignored", "rejected"]
@@ -244,8 +244,8 @@ class _Line:
         try:
             replies = self._exchange(connection, commands)
             if any(isinstance(reply, NoScriptError) for reply in replies):
-                load = (b"SCRIPT", b"LOAD", compose("snapshot").encode())
-                replies = self._exchange(connection, [load, *commands])[1:]
+                (keys, body), *_ = asked
+                replies = self._exchange(connection, [_Words(keys).eval("snapshot", body), *commands[1:]])  # loads it
         except BaseException:
             connection.disconnect()
             raise
