@@ -20,7 +20,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bundles bench clean
+.PHONY: help demo test lint docs bundles bench clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -38,6 +38,9 @@ lint: $(VENV)/dev.stamp bundles ## check style, types and the Lua
 	$(BIN)/mypy --strict $(TYPED)
 	$(BIN)/python tests/check_lua.py
 	@if command -v luacheck >/dev/null; then luacheck --quiet lua $(wildcard tests/lua) build/lua; fi
+
+docs: $(VENV)/docs.stamp ## build the documentation into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bundles: $(VENV)/demo.stamp ## write build/lua/NAME.lua, the very bytes that Redis runs
 	@$(BIN)/python -c "$$WRITE_BUNDLES"
