@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 TYPED := pybreaker_redis tests/typing/api.py
+SECONDS ?= 600
 
 define WRITE_BUNDLES
 import pathlib
@@ -20,17 +21,26 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint docs bundles bench clean
+.PHONY: help demo test test-faults test-pythons soak lint docs bundles bench clean
 .NOTPARALLEL:
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one shared breaker
 	@$(BIN)/python -m pybreaker_redis demo $(ARGS)
 
-test: $(VENV)/dev.stamp ## run all tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/dev.stamp ## run all tests but the long ones (four minutes); prints the coverage
+	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+
+test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (ten minutes)
+	@$(BIN)/python -m pytest tests/faults tests/model tests/races -m 'long or not long' $(ARGS)
+
+test-pythons: ## run the tests on every Python found, with the oldest and the newest redis-py that is allowed
+	@$(PYTHON) tests/run_pythons.py $(ARGS)
+
+soak: $(VENV)/dev.stamp ## random faults for ten minutes; another time: make soak SECONDS=3600
+	@$(BIN)/python tests/faults/soak.py $(SECONDS) $(ARGS)
 
 lint: $(VENV)/dev.stamp bundles ## check style, types and the Lua
 	$(BIN)/ruff check .

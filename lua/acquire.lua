@@ -35,7 +35,8 @@ if document.state ~= 'closed' then admitted, probe = breaker.acquire(document, r
 
 if counted or document.undated or admitted and (document.fresh or probe) then breaker.save(document, request) end
 local reply = breaker.reply(document, request)
-reply.admitted, reply.probe = admitted, probe
+reply.admitted = admitted
+if probe then reply.probe = probe end
 if not admitted and request.policy and request.policy.enforce == false then
   reply.admitted, reply.shadow = true, true
 end

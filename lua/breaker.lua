@@ -13,8 +13,10 @@ What Redis runs is this file followed by one of those scripts. All of it works o
                      does not repeat after the key was lost; an outcome that carries another is ignored
   trips              trips in a row, for the back-off; a close does not end the row, a stretch of health does
   closed_at_ms       unix milliseconds at which probes closed it (closed only)
-  window             {bucket_ms, newest, calls, failures, slow}: three rings of 10 counts, the bucket of number n
-                     (n times bucket_ms is its time) at n % 10 + 1; kept where a rate can trip (closed only)
+  window             {bucket_ms, newest, calls, failures, slow, past}, kept where a rate can trip (closed only): the
+                     counts of all ten buckets together, of which the newest has the number newest (times bucket_ms is
+                     its time); past: "calls,failures,slow" of each of the nine before it, the latest first. What is
+                     in the newest is the rest, so that past is only read and written anew when a bucket ends
   reporters          {instance: unix milliseconds of its last failure or slow call}, the newest `quorum` of them
   run_since_ms       when the present row of failures began (both kept for a quorum, closed only)
   open_until_ms      unix milliseconds from which acquire may hand out probes (open only)
@@ -98,13 +100,15 @@ function breaker.load(request)
   local found = redis.call('MGET', KEYS[1], KEYS[3])
   if found[2] then breaker.take_override(request, found[2]) end
   -- Closed and with nothing to remember, as save wrote it, which most are: a tenth of the work of cjson and checks.
-  local failures, failed_at, generation = string.match(found[1] or '', '^{"state":"closed","failure_count":(%d+),' ..
-    '"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,"generation":([1-9]%d*)}$')
-  if generation and #generation <= 13 and #failures <= 10
+  local failures, failed_at, generation, rest = string.match(found[1] or '', '^{"state":"closed","failure_count":(%d+),'
+    .. '"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,"generation":([1-9]%d*)(.*)}$')
+  local window = rest and rest ~= '' and breaker.read_window(rest)
+  if generation and #generation <= 13 and #failures <= 10 and (rest == '' or window)
       and (failed_at == 'null' or #failed_at <= 10 and tonumber(failed_at)) then
+    local now = (window or failures ~= '0') and breaker.now_ms() or nil
     return {state = 'closed', failure_count = tonumber(failures), success_count = 0,
-      last_failure_time = tonumber(failed_at), generation = tonumber(generation), trips = 0, exists = true,
-      now = failures ~= '0' and breaker.now_ms() or nil}
+      last_failure_time = tonumber(failed_at), generation = tonumber(generation), trips = 0, exists = true, now = now,
+      window = window and breaker.window_at(window, breaker.bucket_ms(request), now) or nil}
   end
   return breaker.take_over(found[1], request)
 end
@@ -129,7 +133,10 @@ end
 function breaker.reply(document, request)
   local reply = {state = document.state, generation = document.generation, failure_count = document.failure_count,
     success_count = document.success_count, admitted = nil, applied = nil}
-  if document.now or request.overridden or request.warning then breaker.tell_more(reply, document, request) end
+  if document.state ~= 'closed' or document.change or document.closed_at_ms or document.forced or document.warning
+      or request.overridden or request.warning then
+    breaker.tell_more(reply, document, request)
+  end
   return reply
 end
 
@@ -141,7 +148,7 @@ end
 local function make(name)
   -- Policy ---------------------------------------------------------------------------------------
 
-  if name == 'policy_of' then
+  if name == 'policy_of' or name == 'bucket_ms' then
     -- The policy in force: the defaults, over them the caller's fields, over them the operator's.
     function breaker.policy_of(request)
       local policy = request.in_force
@@ -150,56 +157,53 @@ local function make(name)
         probe_timeout_ms = 30000, error_rate_threshold = 0, minimum_calls = 20, window_ms = 60000,
         slow_call_duration_ms = 0, slow_call_rate_threshold = 0, backoff_multiplier = 1, max_reset_timeout_ms = 0,
         jitter = 0, quorum = 1, ttl_ms = 3600000, ramp_up_ms = 0, enforce = true}
-      for field, value in pairs(request.policy or {}) do policy[field] = value end
+      for field, value in next, request.policy or policy do policy[field] = value end
       request.in_force = policy
       return policy
     end
 
-  elseif name == 'policy_problem' then
-    -- What is wrong with a map of policy fields, or nil. name: of the map.
-    function breaker.policy_problem(name, policy)
-      -- Least and most of a field, and whether it may lie between integers.
-      local function limits(field)
-        if field == 'failure_threshold' or field == 'success_threshold' or field == 'minimum_calls' then
-          return 1, 1e9
-        end
-        if field == 'reset_timeout_ms' or field == 'probe_timeout_ms' then return 1, LONGEST_MS end
-        if field == 'ttl_ms' then return 1000, LONGEST_MS end
-        if field == 'half_open_max_calls' then return 1, 1000 end
-        if field == 'error_rate_threshold' or field == 'slow_call_rate_threshold' or field == 'jitter' then
-          return 0, 1, true
-        end
-        if field == 'window_ms' then return 10, LONGEST_MS end
-        if field == 'slow_call_duration_ms' or field == 'max_reset_timeout_ms' or field == 'ramp_up_ms' then
-          return 0, LONGEST_MS
-        end
-        if field == 'backoff_multiplier' then return 1, 1000, true end
-        if field == 'quorum' then return 1, 100 end
-      end
-
-      if type(policy) ~= 'table' then return name .. ': must be a map of fields' end
-      for field, value in pairs(policy) do
-        local least, most, broken = limits(field)
-        if field == 'enforce' then
-          if type(value) ~= 'boolean' then
-            return name .. '.enforce: must be true or false, not ' .. string.sub(tostring(value), 1, 100)
-          end
-        elseif not least then
-          return name .. '.' .. tostring(field) .. ': unknown field'
-        elseif not integer(value, least, most)
-            and not (broken and type(value) == 'number' and value >= least and value <= most) then
-          return string.format('%s.%s: must be %s from %.0f to %.0f, not %s', name, field,
-            broken and 'a number' or 'an integer', least, most, string.sub(tostring(value), 1, 100))
-        end
-      end
-    end
-
-  elseif name == 'bucket_ms' then
     -- Length of a bucket where a rate can trip, else nil: then no window is begun.
     function breaker.bucket_ms(request)
       local given = request.policy
       if given and ((given.error_rate_threshold or 0) > 0 or (given.slow_call_rate_threshold or 0) > 0) then
         return math.floor(breaker.policy_of(request).window_ms / 10)
+      end
+    end
+
+  elseif name == 'policy_problem' then
+    -- What is wrong with a map of policy fields, or nil. name: of the map.
+    function breaker.policy_problem(name, policy)
+      if type(policy) ~= 'table' then return name .. ': must be a map of fields' end
+      for field, value in next, policy do
+        local least, most, broken = nil, LONGEST_MS, false -- broken: it may lie between integers
+        if field == 'failure_threshold' or field == 'success_threshold' or field == 'minimum_calls' then
+          least, most = 1, 1e9
+        elseif field == 'error_rate_threshold' or field == 'slow_call_rate_threshold' or field == 'jitter' then
+          least, most, broken = 0, 1, true
+        elseif field == 'window_ms' then
+          least = 10
+        elseif field == 'slow_call_duration_ms' or field == 'max_reset_timeout_ms' or field == 'ramp_up_ms' then
+          least = 0
+        elseif field == 'reset_timeout_ms' or field == 'probe_timeout_ms' then
+          least = 1
+        elseif field == 'ttl_ms' then
+          least = 1000
+        elseif field == 'half_open_max_calls' then
+          least, most = 1, 1000
+        elseif field == 'backoff_multiplier' then
+          least, most, broken = 1, 1000, true
+        elseif field == 'quorum' then
+          least, most = 1, 100
+        elseif field ~= 'enforce' then
+          return name .. '.' .. tostring(field) .. ': unknown field'
+        elseif type(value) ~= 'boolean' then
+          return name .. '.enforce: must be true or false, not ' .. string.sub(tostring(value), 1, 100)
+        end
+        if least and not (type(value) == 'number' and value >= least and value <= most
+            and (broken or value % 1 == 0)) then
+          return string.format('%s.%s: must be %s from %.0f to %.0f, not %s', name, field,
+            broken and 'a number' or 'an integer', least, most, string.sub(tostring(value), 1, 100))
+        end
       end
     end
 
@@ -237,75 +241,89 @@ local function make(name)
 
   elseif name == 'empty_window' then
     function breaker.empty_window(bucket_ms, newest)
-      local window = {bucket_ms = bucket_ms, newest = newest, calls = {}, failures = {}, slow = {}}
-      for slot = 1, 10 do window.calls[slot], window.failures[slot], window.slow[slot] = 0, 0, 0 end
-      return window
+      return {bucket_ms = bucket_ms, newest = newest, calls = 0, failures = 0, slow = 0, past = ''}
+    end
+
+  elseif name == 'sound_window' then
+    -- What is stored as the window, if it makes sense.
+    function breaker.sound_window(window)
+      local sound = type(window) == 'table' and integer(window.bucket_ms, 1, LONGEST_MS)
+        and integer(window.newest, 0, EXACT) and integer(window.calls, 0, EXACT)
+        and integer(window.failures, 0, EXACT) and integer(window.slow, 0, EXACT)
+        and type(window.past) == 'string' and #window.past <= 400 and not string.find(window.past, '[^%d, ]')
+      return sound and window or nil
     end
 
   elseif name == 'rebucketed' then
-    -- Another policy has buckets of another length: a count stays with the time at which its bucket began.
+    -- The counts in other buckets: later ones, or of another length. A count stays with the time at which its bucket
+    -- began; what has passed is dropped.
     function breaker.rebucketed(window, bucket_ms, newest)
-      local other = breaker.empty_window(bucket_ms, newest)
-      for number = math.max(window.newest - 9, 0), window.newest do
-        local at = math.min(math.floor(number * window.bucket_ms / bucket_ms), newest)
-        if at > newest - 10 then
-          local from, to = number % 10 + 1, at % 10 + 1
-          other.calls[to] = other.calls[to] + window.calls[from]
-          other.failures[to] = other.failures[to] + window.failures[from]
-          other.slow[to] = other.slow[to] + window.slow[from]
-        end
+      local calls, failures, slow, by_age = {}, {}, {}, {}
+      for age = 0, 9 do calls[age], failures[age], slow[age] = 0, 0, 0 end
+      local left_calls, left_failures, left_slow, number = window.calls, window.failures, window.slow, window.newest
+
+      local function put(more_calls, more_failures, more_slow)
+        local age = newest - math.min(math.floor(number * window.bucket_ms / bucket_ms), newest)
+        if age > 9 then return end
+        calls[age] = calls[age] + more_calls
+        failures[age] = failures[age] + more_failures
+        slow[age] = slow[age] + more_slow
       end
+
+      for calls_then, failures_then, slow_then in string.gmatch(window.past, '(%d+),(%d+),(%d+)') do
+        number = number - 1
+        if number < 0 or number < window.newest - 9 then break end
+        -- never more than there is in all, whatever was stored
+        calls_then = math.min(tonumber(calls_then), left_calls)
+        failures_then = math.min(tonumber(failures_then), left_failures)
+        slow_then = math.min(tonumber(slow_then), left_slow)
+        put(calls_then, failures_then, slow_then)
+        left_calls, left_failures = left_calls - calls_then, left_failures - failures_then
+        left_slow = left_slow - slow_then
+      end
+      number = window.newest
+      put(left_calls, left_failures, left_slow)
+
+      local other = breaker.empty_window(bucket_ms, newest)
+      for age = 0, 9 do
+        other.calls, other.failures = other.calls + calls[age], other.failures + failures[age]
+        other.slow = other.slow + slow[age]
+        if age > 0 then by_age[age] = string.format('%.0f,%.0f,%.0f', calls[age], failures[age], slow[age]) end
+      end
+      other.past = table.concat(by_age, ' ')
       return other
     end
 
-  elseif name == 'window_at' then
-    -- The window as it is now, whatever was stored: what has passed is dropped. bucket_ms: nil keeps the stored one.
-    function breaker.window_at(window, bucket_ms, now)
-      local function sound_rings()
-        local calls, failures, slow = window.calls, window.failures, window.slow
-        if type(calls) ~= 'table' or type(failures) ~= 'table' or type(slow) ~= 'table' then return false end
-        for slot = 1, 10 do
-          if not (integer(calls[slot], 0, EXACT) and integer(failures[slot], 0, EXACT)
-              and integer(slow[slot], 0, EXACT)) then
-            return false
-          end
-        end
-        return true
-      end
-
-      local sound = type(window) == 'table' and integer(window.bucket_ms, 1, LONGEST_MS)
-        and integer(window.newest, 0, EXACT) and sound_rings()
-      if not sound then return bucket_ms and breaker.empty_window(bucket_ms, math.floor(now / bucket_ms)) end
-      local newest = math.floor(now / window.bucket_ms)
-      -- beyond one window in either direction nothing is left; a clock that went back a little goes on in the newest
-      if math.abs(newest - window.newest) >= 10 then window = breaker.empty_window(window.bucket_ms, newest) end
-      for number = window.newest + 1, newest do
-        local slot = number % 10 + 1
-        window.calls[slot], window.failures[slot], window.slow[slot] = 0, 0, 0
-      end
-      window.newest = math.max(window.newest, newest)
-      if not bucket_ms or bucket_ms == window.bucket_ms then return window end
-      return breaker.rebucketed(window, bucket_ms, math.floor(now / bucket_ms))
+  elseif name == 'read_window' or name == 'window_at' then
+    -- The window that encode_json wrote behind the fields of a healthy breaker, or nil.
+    function breaker.read_window(text)
+      local bucket_ms, newest, calls, failures, slow, past = string.match(text, '^,"window":{"bucket_ms":([1-9]%d*),' ..
+        '"newest":(%d+),"calls":(%d+),"failures":(%d+),"slow":(%d+),"past":"([%d, ]*)"}$')
+      if not past or #bucket_ms + #newest + #calls + #failures + #slow + #past > 400 then return nil end
+      local window = {bucket_ms = tonumber(bucket_ms), newest = tonumber(newest), calls = tonumber(calls),
+        failures = tonumber(failures), slow = tonumber(slow), past = past}
+      return window.bucket_ms <= LONGEST_MS and window.newest <= EXACT and window.calls <= EXACT
+        and window.failures <= EXACT and window.slow <= EXACT and window or nil
     end
 
-  elseif name == 'add_to_window' then
-    function breaker.add_to_window(window, calls, failures, slow)
-      local slot = window.newest % 10 + 1
-      window.calls[slot] = math.max(window.calls[slot] + calls, 0)
-      window.failures[slot] = window.failures[slot] + failures
-      window.slow[slot] = window.slow[slot] + slow
+    -- The window as it is now: what has passed is dropped. bucket_ms: nil keeps the stored one.
+    function breaker.window_at(window, bucket_ms, now)
+      local newest = math.floor(now / window.bucket_ms)
+      local passed = newest - window.newest
+      -- beyond one window in either direction nothing is left; a clock that went back a little goes on in the newest
+      if passed >= 10 or passed <= -10 then
+        window = breaker.empty_window(window.bucket_ms, newest)
+      elseif passed > 0 then
+        window = breaker.rebucketed(window, window.bucket_ms, newest)
+      end
+      if not bucket_ms or bucket_ms == window.bucket_ms then return window end
+      return breaker.rebucketed(window, bucket_ms, math.floor(now / bucket_ms))
     end
 
   elseif name == 'sums' then
     -- Calls, failures and slow calls; no more failures or slow calls than calls, whenever each was reported.
     function breaker.sums(window)
-      local calls, failures, slow = 0, 0, 0
-      for slot = 1, 10 do
-        calls = calls + window.calls[slot]
-        failures = failures + window.failures[slot]
-        slow = slow + window.slow[slot]
-      end
-      return calls, math.min(failures, calls), math.min(slow, calls)
+      return window.calls, math.min(window.failures, window.calls), math.min(window.slow, window.calls)
     end
 
   -- Document -------------------------------------------------------------------------------------
@@ -365,11 +383,12 @@ local function make(name)
       local function closed()
         if integer(stored.closed_at_ms, 0, now) then document.closed_at_ms = stored.closed_at_ms end
         local policy = breaker.policy_of(request)
-        if document.trips > 0 and breaker.recent_trips(document, policy) == 0
+        if (document.trips > 0 or document.closed_at_ms) and breaker.recent_trips(document, policy) == 0
             and now >= (document.closed_at_ms or 0) + policy.ramp_up_ms then
           document.trips, document.closed_at_ms, document.outlived = 0, nil, true
         end
-        if stored.window then document.window = breaker.window_at(stored.window, breaker.bucket_ms(request), now) end
+        local window = stored.window and breaker.sound_window(stored.window)
+        if window then document.window = breaker.window_at(window, breaker.bucket_ms(request), now) end
         if integer(stored.run_since_ms, 0, now) then document.run_since_ms = stored.run_since_ms end
         for instance, at in pairs(type(stored.reporters) == 'table' and stored.reporters or {}) do
           if type(instance) == 'string' and integer(at, 0, now) then
@@ -410,8 +429,8 @@ local function make(name)
   elseif name == 'open_time_ms' then
     -- How long the circuit opens for at the trips-th trip in a row, without jitter.
     function breaker.open_time_ms(policy, trips)
-      local most = policy.max_reset_timeout_ms > 0 and policy.max_reset_timeout_ms or LONGEST_MS
-      local open_ms = policy.reset_timeout_ms
+      local open_ms, most = policy.reset_timeout_ms, policy.max_reset_timeout_ms
+      most = most > 0 and math.max(most, open_ms) or LONGEST_MS
       for _ = 2, policy.backoff_multiplier > 1 and trips or 1 do
         open_ms = math.min(open_ms * policy.backoff_multiplier, most)
         if open_ms == most then break end
@@ -430,19 +449,23 @@ local function make(name)
 
   elseif name == 'transition' then
     function breaker.transition(document, state, reason)
-      document.change = {from = document.state, to = state, reason = reason,
-        failure_count = document.failure_count, success_count = document.success_count}
+      local from, generation = document.state, math.max(document.generation + 1, document.now)
+      document.change = {from = from, to = state, reason = reason, generation = generation,
+        failure_count = document.failure_count, success_count = document.success_count,
+        instance = nil, time_ms = nil, retry_after_ms = nil}
       if document.window then
         document.change.calls, document.change.failures, document.change.slow = breaker.sums(document.window)
       end
-      document.state = state
-      document.generation = math.max(document.generation + 1, document.now)
-      document.change.generation = document.generation
-      document.success_count = 0
-      document.window, document.reporters, document.run_since_ms, document.closed_at_ms = nil, nil, nil, nil
-      document.probes, document.probe_seq, document.probe_ms = nil, nil, nil
-      document.open_until_ms, document.open_ms = nil, nil
-      document.forced, document.forced_until_ms = nil, nil
+      document.state, document.generation, document.success_count = state, generation, 0
+      -- only what may be there: to Lua a nil under a new key is a key, and it would grow the table for it
+      if from == 'closed' then
+        document.window, document.reporters, document.run_since_ms, document.closed_at_ms = nil, nil, nil, nil
+      elseif from == 'open' then
+        document.open_until_ms, document.open_ms = nil, nil
+      else
+        document.probes, document.probe_seq, document.probe_ms = nil, nil, nil
+      end
+      if document.forced then document.forced, document.forced_until_ms = nil, nil end
     end
 
   elseif name == 'open_for' then
@@ -506,15 +529,14 @@ local function make(name)
   elseif name == 'note_reporter' then
     -- Remembers who failed; the newest `quorum` of them decide, so that more need not be kept.
     function breaker.note_reporter(document, policy, instance)
-      document.reporters = document.reporters or {}
-      document.reporters[instance] = document.now
-      local held, oldest = 0, nil
-      for name, at in pairs(document.reporters) do
-        held = held + 1
-        local oldest_at = oldest and document.reporters[oldest]
-        if not oldest or at < oldest_at or at == oldest_at and name < oldest then oldest = name end
-      end
-      if held > policy.quorum then document.reporters[oldest] = nil end
+      local reporters, names = document.reporters or {}, {}
+      reporters[instance] = document.now
+      for name in pairs(reporters) do names[#names + 1] = name end
+      table.sort(names, function(one, other)
+        return reporters[one] < reporters[other] or reporters[one] == reporters[other] and one < other
+      end)
+      for number = 1, #names - policy.quorum do reporters[names[number]] = nil end
+      document.reporters = reporters
     end
 
   elseif name == 'reporters_since' then
@@ -524,52 +546,6 @@ local function make(name)
         if at >= since_ms then count = count + 1 end
       end
       return count
-    end
-
-  elseif name == 'trip_reason' then
-    -- Why a closed document has to open now, or nil.
-    function breaker.trip_reason(document, policy)
-      local function quorate(since_ms)
-        return policy.quorum == 1 or breaker.reporters_since(document, since_ms) >= policy.quorum
-      end
-      if document.failure_count >= policy.failure_threshold and quorate(document.run_since_ms or document.now) then
-        return 'failure_threshold'
-      end
-      if not document.window then return nil end
-      local calls, failures, slow = breaker.sums(document.window)
-      if calls < policy.minimum_calls or not quorate(document.now - policy.window_ms + 1) then return nil end
-      if policy.error_rate_threshold > 0 and failures / calls >= policy.error_rate_threshold then
-        return 'error_rate'
-      end
-      if policy.slow_call_rate_threshold > 0 and slow / calls >= policy.slow_call_rate_threshold then
-        return 'slow_rate'
-      end
-    end
-
-  elseif name == 'record_closed' then
-    function breaker.record_closed(document, request)
-      local now, policy = document.now, breaker.policy_of(request)
-      local successes, failures, slow = request.successes or 0, request.failures or 0, request.slow or 0
-      local bucket_ms = breaker.bucket_ms(request)
-      document.unchanged = failures + slow + document.failure_count == 0
-        and not (document.window or bucket_ms or document.outlived)
-      if document.forced or successes + failures + slow == 0 then return false end
-      if successes > 0 then document.failure_count, document.run_since_ms = 0, nil end
-      if failures > 0 then
-        if document.failure_count == 0 and policy.quorum > 1 then document.run_since_ms = now end
-        breaker.count_failures(document, failures)
-      end
-      if failures + slow > 0 and policy.quorum > 1 then
-        breaker.note_reporter(document, policy, request.instance or '')
-      end
-      if document.window or bucket_ms then
-        document.window = document.window or breaker.window_at(nil, bucket_ms, now)
-        local calls = successes + failures + (request.pending or 0) - (request.counted or 0)
-        breaker.add_to_window(document.window, calls, failures, slow)
-      end
-      local reason = breaker.trip_reason(document, policy)
-      if reason then breaker.trip(document, policy, reason) end
-      return true
     end
 
   elseif name == 'record_probe' then
@@ -592,11 +568,57 @@ local function make(name)
     end
 
   elseif name == 'count' then
+    -- Why a closed document has to open now, or nil.
+    local function trip_reason(document, policy)
+      local alone = policy.quorum == 1
+      if document.failure_count >= policy.failure_threshold
+          and (alone or breaker.reporters_since(document, document.run_since_ms or document.now) >= policy.quorum) then
+        return 'failure_threshold'
+      end
+      local window = document.window
+      if not window or window.calls < policy.minimum_calls then return nil end
+      if not alone and breaker.reporters_since(document, document.now - policy.window_ms + 1) < policy.quorum then
+        return nil
+      end
+      local error_rate, slow_rate = policy.error_rate_threshold, policy.slow_call_rate_threshold
+      if error_rate > 0 and window.failures / window.calls >= error_rate then return 'error_rate' end
+      if slow_rate > 0 and window.slow / window.calls >= slow_rate then return 'slow_rate' end
+    end
+
+    local function record_closed(document, request)
+      local now, policy = document.now, breaker.policy_of(request)
+      local successes, failures, slow = request.successes or 0, request.failures or 0, request.slow or 0
+      local bucket_ms = breaker.bucket_ms(request)
+      document.unchanged = failures + slow + document.failure_count == 0
+        and not (document.window or bucket_ms or document.outlived)
+      if document.forced or successes + failures + slow == 0 then return false end
+      if successes > 0 then
+        document.failure_count = 0
+        if document.run_since_ms then document.run_since_ms = nil end
+      end
+      if failures > 0 then
+        if policy.quorum > 1 then document.run_since_ms = document.run_since_ms or now end
+        breaker.count_failures(document, failures)
+      end
+      if failures + slow > 0 and policy.quorum > 1 then
+        breaker.note_reporter(document, policy, request.instance or '')
+      end
+      if document.window or bucket_ms then
+        local window = document.window or breaker.empty_window(bucket_ms, math.floor(now / bucket_ms))
+        window.calls = window.calls + successes + failures + (request.pending or 0) - (request.counted or 0)
+        window.failures, window.slow = window.failures + failures, window.slow + slow
+        document.window = window
+      end
+      local reason = trip_reason(document, policy)
+      if reason then breaker.trip(document, policy, reason) end
+      return true
+    end
+
     -- What record does where a breaker has something to count or to forget.
     function breaker.count(document, request)
       document.now = document.now or breaker.now_ms()
       if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
-      if document.state == 'closed' and not request.probe then return breaker.record_closed(document, request) end
+      if document.state == 'closed' and not request.probe then return record_closed(document, request) end
       return false
     end
 
@@ -612,38 +634,6 @@ local function make(name)
 
   -- Writes and reply -----------------------------------------------------------------------------
 
-  elseif name == 'encode_json' then
-    -- By hand: the contract fields first, no loss in large numbers, and half the time of cjson.
-    function breaker.encode_json(document)
-      local text = string.format(
-        '{"state":"%s","failure_count":%.0f,"success_count":%.0f,"last_failure_time":%s,"opened_at":%s,' ..
-        '"version":1,"generation":%.0f',
-        document.state, document.failure_count, document.success_count,
-        document.last_failure_time and string.format('%.0f', document.last_failure_time) or 'null',
-        document.opened_at and string.format('%.0f', document.opened_at) or 'null', document.generation)
-      local function add(field)
-        local value = document[field]
-        if value and value > 0 then text = string.format('%s,"%s":%.0f', text, field, value) end
-      end
-      add('trips')
-      if document.state == 'closed' then
-        add('closed_at_ms')
-        add('run_since_ms')
-      elseif document.state == 'open' then
-        add('open_until_ms')
-        add('open_ms')
-      else
-        add('probe_seq')
-        add('probe_ms')
-      end
-      add('forced_until_ms')
-      if document.forced then text = text .. ',"forced":"' .. document.forced .. '"' end
-      if document.probes then text = text .. ',"probes":' .. cjson.encode(document.probes) end
-      if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
-      if document.window then text = text .. ',"window":' .. cjson.encode(document.window) end
-      return text .. '}'
-    end
-
   elseif name == 'encode_msgpack' then
     function breaker.encode_msgpack(document)
       local stored = {version = 1}
@@ -657,20 +647,19 @@ local function make(name)
   elseif name == 'announce' then
     function breaker.announce(document, request)
       local change = document.change
-      local entry = {'time_ms', string.format('%.0f', document.now), 'from', change.from, 'to', change.to,
-        'reason', change.reason, 'generation', string.format('%.0f', change.generation),
-        'failure_count', change.failure_count, 'success_count', change.success_count,
-          'instance', request.instance or ''}
+      local entry = {'XADD', KEYS[2], 'MAXLEN', '~', '1000', '*', 'time_ms', string.format('%.0f', document.now),
+        'from', change.from, 'to', change.to, 'reason', change.reason,
+        'generation', string.format('%.0f', change.generation), 'failure_count', change.failure_count,
+        'success_count', change.success_count, 'instance', request.instance or ''}
       if change.calls then
         for _, field in ipairs({'calls', 'failures', 'slow'}) do
           entry[#entry + 1], entry[#entry + 2] = field, change[field]
         end
       end
-      local function add() return redis.pcall('XADD', KEYS[2], 'MAXLEN', '~', 1000, '*', unpack(entry)) end
-      local added = add()
+      local added = redis.pcall(unpack(entry))
       if type(added) == 'table' and added.err then -- a foreign value under our key must not undo the state
         redis.pcall('DEL', KEYS[2])
-        add()
+        redis.pcall(unpack(entry))
       end
       redis.pcall('PEXPIRE', KEYS[2], 86400000)
       change.instance, change.time_ms, change.retry_after_ms = request.instance, document.now, document.open_ms
@@ -679,13 +668,40 @@ local function make(name)
     end
 
   elseif name == 'write' then
+    -- By hand: the contract fields first, no loss in large numbers, and half the time of cjson.
+    local function encode_json(document)
+      local text = string.format(
+        '{"state":"%s","failure_count":%.0f,"success_count":%.0f,"last_failure_time":%s,"opened_at":%s,' ..
+        '"version":1,"generation":%.0f',
+        document.state, document.failure_count, document.success_count, document.last_failure_time or 'null',
+        document.opened_at or 'null', document.generation)
+      local window = document.window
+      if document.trips > 0 then text = string.format('%s,"trips":%.0f', text, document.trips) end
+      if document.closed_at_ms then text = string.format('%s,"closed_at_ms":%.0f', text, document.closed_at_ms) end
+      if document.run_since_ms then text = string.format('%s,"run_since_ms":%.0f', text, document.run_since_ms) end
+      if document.open_until_ms then
+        text = string.format('%s,"open_until_ms":%.0f,"open_ms":%.0f', text, document.open_until_ms, document.open_ms)
+      end
+      if document.probe_seq then
+        text = string.format('%s,"probe_seq":%.0f,"probe_ms":%.0f', text, document.probe_seq, document.probe_ms)
+      end
+      if document.forced then
+        text = string.format('%s,"forced_until_ms":%.0f,"forced":"%s"', text, document.forced_until_ms, document.forced)
+      end
+      if document.probes then text = text .. ',"probes":' .. cjson.encode(document.probes) end
+      if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
+      if not window then return text .. '}' end
+      return string.format('%s,"window":{"bucket_ms":%.0f,"newest":%.0f,"calls":%.0f,"failures":%.0f,"slow":%.0f,' ..
+        '"past":"%s"}}', text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past)
+    end
+
     function breaker.write(document, request)
       local ttl = request.policy and request.policy.ttl_ms or 3600000
       if document.window or document.reporters then ttl = math.max(ttl, breaker.policy_of(request).window_ms) end
       local deadline = document.open_until_ms or document.forced_until_ms -- outlived by a minute
-      ttl = string.format('%.0f', deadline and math.max(ttl, deadline - document.now + 60000) or ttl)
+      if deadline then ttl = math.max(ttl, deadline - document.now + 60000) end
       if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl) end
-      local encode = request.encoding == 'msgpack' and breaker.encode_msgpack or breaker.encode_json
+      local encode = request.encoding == 'msgpack' and breaker.encode_msgpack or encode_json
       redis.call('SET', KEYS[1], encode(document), 'PX', ttl)
       if document.change then breaker.announce(document, request) end
     end
@@ -693,8 +709,10 @@ local function make(name)
   elseif name == 'tell_more' then
     -- What there is to reply of a breaker that is not just healthy.
     function breaker.tell_more(reply, document, request)
-      reply.forced, reply.transition, reply.override = document.forced, document.change, request.overridden
-      reply.warning = document.warning or request.warning
+      if document.forced then reply.forced = document.forced end
+      if document.change then reply.transition = document.change end
+      if request.overridden then reply.override = request.overridden end
+      if document.warning or request.warning then reply.warning = document.warning or request.warning end
       if document.state ~= 'closed' then reply.retry_after_ms = breaker.retry_after_ms(document, request) end
       if document.closed_at_ms then
         local left = document.closed_at_ms + (request.policy and request.policy.ramp_up_ms or 0) - document.now

@@ -27,8 +27,10 @@ if not (forces[action] or policies[action] or action == 'clear_override' or acti
     '"clear_policy", not ' .. tostring(action)
 elseif request.duration_ms and not forces[action] and action ~= 'set_policy' then
   problem = 'BADREQUEST duration_ms: goes with force_open, force_closed and set_policy only'
-elseif (action == 'set_policy') ~= (request.override ~= nil) then
-  problem = 'BADREQUEST override: goes with set_policy, which needs it'
+elseif action == 'set_policy' and not next(request.override or {}) then
+  problem = 'BADREQUEST override: set_policy needs a map of at least one field'
+elseif request.override and action ~= 'set_policy' then
+  problem = 'BADREQUEST override: goes with set_policy only'
 end
 if problem then return redis.error_reply(problem) end
 

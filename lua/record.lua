@@ -11,7 +11,8 @@ ARGV[1]  the request, JSON or msgpack; the reply comes in the same encoding.
            pending     (count)    calls that are slow already and still run: a call each, its outcome to follow
            counted     (count)    of the successes and failures those that were reported as pending before
            probe       (integer)  slot from acquire; with neither success, failure nor slow the slot is given back
-           A report with none of these renews the TTL.
+           A report with none of these renews the TTL; under generation 0 it fails where the server takes no
+           writes.
            policy, instance, encoding  as for acquire
 Reply      applied (bool: false when the generation is not the current one or the slot is gone); the rest as acquire
            replies: state, generation, failure_count, success_count, retry_after_ms, ramp_left_ms, forced, override,
@@ -31,7 +32,11 @@ local document = breaker.load(request)
 local applied = breaker.record(document, request)
 
 local empty = not (request.successes or request.failures or request.slow or request.probe)
-if empty and not document.fresh then document.unchanged = not document.outlived end
+if empty and not document.fresh then
+  document.unchanged = not document.outlived
+  -- so a client asks whether the server takes writes: a full one renews a TTL all the same, but this needs room
+  if request.generation == 0 then redis.call('SETRANGE', KEYS[1], 0, '') end
+end
 if applied or empty or document.fresh then breaker.save(document, request) end
 local reply = breaker.reply(document, request)
 reply.applied = applied

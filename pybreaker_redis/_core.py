@@ -25,6 +25,17 @@ W = TypeVar("W", bound=BaseWatch)
 Exceptions: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 logger = logging.getLogger("pybreaker_redis")
 _breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
+# what a report of nothing but successes never asks for, whatever state it finds
+_FOR_OTHERS = {
+    "failure_threshold",
+    "success_threshold",
+    "half_open_max_calls",
+    "probe_timeout_ms",
+    "slow_call_duration_ms",
+    "max_reset_timeout_ms",
+    "jitter",
+    "enforce",
+}
 
 
 class Instrument:
@@ -139,7 +150,8 @@ class BreakerCore:
         # what a report of nothing but successes needs: to a healthy breaker most of it would only be work
         self._brief: Request = {} if self._encoding == "json" else {"encoding": self._encoding}
         self._common: Request = {**self._brief, "instance": self.instance, **({"policy": given} if given else {})}
-        if given.keys() & {"ttl_ms", "error_rate_threshold", "slow_call_rate_threshold"}:
+        patient = self.policy.reset_timeout > Policy().reset_timeout  # a row of trips lasts longer than by default
+        if given.keys() - _FOR_OTHERS - (set() if patient else {"reset_timeout_ms"}):
             self._brief = self._common
 
     def _after_fork(self) -> None:
@@ -312,11 +324,17 @@ class BreakerCore:
             reply = yield from self._engine.run(name, {**common, **request})
         return (yield from self._heed(reply, sent))
 
-    def _heed(self, reply: Reply, sent: float) -> Steps[Reply]:
+    def _obey(self, reply: Reply) -> None:
+        """The policy in force is the one that the operator set last."""
         if reply["source"] != "local" and reply.get("override") != self._override:
             self._override = reply.get("override")
             self._view.policy = self.policy.with_override(self._override)
             self._set_lease()
+            if self._isolation is not None:
+                self._isolation.obey(self._override)
+
+    def _heed(self, reply: Reply, sent: float) -> Steps[Reply]:
+        self._obey(reply)
         self._view.adopt(reply, sent, monotonic())
         self._warn(reply)
         if change := reply.get("transition"):
@@ -331,20 +349,16 @@ class BreakerCore:
 
         While the fleet is closed, its own state decides; else the fleet's does, and its own is forgotten.
         """
-        own = self._isolation = self._isolation or self._local_engine("closed", 0, 0.0)
-        alone = {**self._common, **request}
-        if name == "acquire" and own.state != "closed":
-            mine = own.run("acquire", alone)
-            if not mine["admitted"]:
-                return self._isolated(mine)
+        alone, own = {**self._common, **request}, self._isolation
+        if name == "acquire" and own is not None and own.state != "closed":
             fleet = yield from self._engine.run("record", {**self._brief, "generation": 0})
-            if fleet["state"] == "closed" and fleet["source"] == "redis":
+            if self._own_beside(fleet) is own:
+                mine = own.run("acquire", alone)
                 yield from self._tell_isolation(mine)
-                return {**self._isolated(mine), "admitted": True}
-            self._isolation = None  # its own probe is forgotten with it
+                return {**self._isolated(mine, fleet), "admitted": mine["admitted"]}
         reply = yield from self._engine.run(name, {**common, **request})
-        if reply["state"] != "closed" or reply["source"] != "redis":
-            self._isolation = None
+        own = self._own_beside(reply)
+        if own is None:
             return reply
         if request.get("generation", 0) < 0:
             mine = own.run("record", alone)  # the outcome of its own probe
@@ -353,11 +367,25 @@ class BreakerCore:
         else:
             mine = own.run("record", {**self._common, "generation": 0})
         yield from self._tell_isolation(mine)
-        return reply if mine["state"] == "closed" else {**self._isolated(mine), "transition": reply.get("transition")}
+        return reply if mine["state"] == "closed" else self._isolated(mine, reply)
 
-    def _isolated(self, mine: Reply) -> Reply:
-        told = {"admitted": False, "transition": None, "override": self._override}
-        return {**mine, **told, "isolated": True, "source": "isolated"}
+    def _own_beside(self, fleet: Reply) -> LocalEngine | None:
+        """The state that this instance keeps beside the fleet's; None while that one alone decides.
+
+        It is of one generation of the fleet: what happened to all in between, a reset too, happened to it.
+        """
+        self._obey(fleet)
+        if self._view.policy.quorum == 1 or fleet["source"] != "redis" or _decides(fleet):
+            self._isolation = None
+        elif self._isolation is None or self._isolation.fleet_generation < fleet["generation"]:
+            self._isolation = self._local_engine("closed", 0, 0.0)
+            self._isolation.fleet_generation = fleet["generation"]
+        return self._isolation
+
+    def _isolated(self, mine: Reply, fleet: Reply) -> Reply:
+        """The reply of this instance's own state, with what the fleet's said of everything else."""
+        told = {key: fleet.get(key) for key in ("transition", "override", "warning")}
+        return {**mine, **told, "admitted": False, "isolated": True, "source": "isolated"}
 
     def _tell_isolation(self, mine: Reply) -> Steps[None]:
         if change := mine.get("transition"):
@@ -422,7 +450,7 @@ class BreakerCore:
         return self._local_engine(seen.state, seen.failure_count, open_for, seen.generation)
 
     def _local_engine(self, state: State, failure_count: int, open_for: float, generation: int = 0) -> LocalEngine:
-        document = document_for(state, generation or -1, failure_count, open_for)
+        document = document_for(state, generation, failure_count, open_for)
         return LocalEngine(document=document, override=self._override, alone=True)
 
     def _redis_down(self, error: BaseException) -> Steps[None]:
@@ -488,13 +516,15 @@ class BreakerCore:
         seen = self._view.seen
         if self._view.decide(seen, monotonic()) in (Verdict.ADMIT, Verdict.REJECT):
             return seen.state
-        return (yield from self._snapshot()).state
+        snapshot, own = (yield from self._snapshot()), self._isolation
+        return own.state if own is not None and snapshot.isolated else snapshot.state
 
     def _snapshot(self) -> Steps[Snapshot]:
         reply = yield from self._engine.run("snapshot", self._common)
         self._warn(reply)
         own = self._isolation
-        return _protocol.snapshot_from(self.name, reply, self.policy, own is not None and own.state != "closed")
+        isolated = own is not None and own.state != "closed" and own.fleet_generation >= reply["generation"]
+        return _protocol.snapshot_from(self.name, reply, self.policy, isolated and not _decides(reply))
 
     def _command(
         self, action: str, duration: float | None = None, policy: Mapping[str, Any] | None = None
@@ -504,8 +534,13 @@ class BreakerCore:
             request["override"] = override_request(policy)
         sent = monotonic()
         reply = yield from self._engine.command("control", request)
-        self._isolation = None
-        yield from self._heed(reply, sent)
+        if reply.get("transition"):
+            self._isolation = None
+            yield from self._heed(reply, sent)
+        else:  # the state may not even be stored, then no outcome is of it: the next call asks
+            self._obey(reply)
+            self._warn(reply)
+            self._view.drop()
 
     def _history(self, count: int) -> Steps[list[HistoryEntry]]:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -517,6 +552,11 @@ class BreakerCore:
         gathered = self._view.take()
         if "successes" in gathered:
             yield from self._run("record", gathered, self._brief)
+
+
+def _decides(fleet: Reply) -> bool:
+    """Whether what the fleet's state says goes for an instance that fails alone too."""
+    return fleet["state"] != "closed" or fleet.get("forced") is not None
 
 
 def _check_options(lease: object, on_redis_failure: object, encoding: object, redis_timeout: object) -> None:

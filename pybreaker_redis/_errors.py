@@ -22,7 +22,8 @@ class RedisUnavailableError(CircuitBreakerError):
 class CircuitOpenError(CircuitBreakerError):
     """The call was rejected; the protected function did not run.
 
-    Attributes: name; state ("open" or "half_open"); retry_after, seconds until a call may be admitted.
+    Attributes: name; state ("open", "half_open", or "closed" where a ramp holds the call back); retry_after,
+    seconds until a call may be admitted.
     """
 
     def __init__(self, name: str, state: str, retry_after: float) -> None:

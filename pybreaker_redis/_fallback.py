@@ -17,13 +17,14 @@ from ._steps import Ask, Beside, ReadHistory, Steps
 
 OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
-_local_generations = itertools.count(1)
+_local_generations = itertools.count(2)  # FixedEngine has -1
 
 
 class LocalEngine(MemoryEngine):
     """Protects one process while Redis is down; its own generations are below zero, so Redis never takes them."""
 
     source = "local"
+    fleet_generation = 0  # beside which it is kept, where an instance fails alone
 
     @property
     def state(self) -> State:
@@ -204,7 +205,7 @@ class FallbackEngine:
         return pause * random.uniform(0.75, 1.25)
 
     def _try_again(self, request: Request) -> Steps[None]:
-        """An empty report renews the TTL: a server that answers but takes no writes is not back yet."""
+        """An empty report under no generation needs room: a server that answers but takes no writes is not back yet."""
         common: Request = {key: request[key] for key in ("instance", "policy", "encoding") if key in request}
         try:
             yield from self._ask("record", {**common, "generation": 0})
@@ -230,7 +231,7 @@ def document_for(state: State, generation: int, failure_count: int, open_for: fl
     now = clock_ms()
     return Document(
         # the slots of a local half_open are none of Redis'
-        generation=generation if state == "closed" else -next(_local_generations),
+        generation=generation if state == "closed" and generation else -next(_local_generations),
         state=state,
         failure_count=failure_count,
         opened_at=None if state == "closed" else now // 1000,

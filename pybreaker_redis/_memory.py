@@ -10,7 +10,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 from ._policy import Policy, request_field, request_value
@@ -28,19 +28,16 @@ def clock_ms() -> int:
     return (time.monotonic_ns() + _WALL_OFFSET_NS) // 1_000_000
 
 
-def _zeros() -> list[int]:
-    return [0] * 10
-
-
 @dataclasses.dataclass(slots=True)
 class Window:
-    """Three rings of 10 counts; the bucket of number n is at n % 10."""
+    """The counts of ten buckets together, and (calls, failures, slow) of the nine before the newest, latest first."""
 
     bucket_ms: int
     newest: int
-    calls: list[int] = dataclasses.field(default_factory=_zeros)
-    failures: list[int] = dataclasses.field(default_factory=_zeros)
-    slow: list[int] = dataclasses.field(default_factory=_zeros)
+    calls: int = 0
+    failures: int = 0
+    slow: int = 0
+    past: tuple[tuple[int, int, int], ...] = ()
 
 
 class Sums(NamedTuple):
@@ -123,6 +120,11 @@ class MemoryEngine:
         with self._lock:
             return list(self._history)[::-1][:count]
 
+    def obey(self, override: dict[str, Any] | None) -> None:
+        """Take over what an operator set elsewhere."""
+        with self._lock:
+            self._override, self._override_until_ms = override, None
+
     def next_generation(self, document: Document) -> int:
         """The generation after the document's."""
         return max(document.generation + 1, document.now)
@@ -136,8 +138,9 @@ class MemoryEngine:
         document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
             document.window = self.window_at(document.window, self.bucket_ms(policy), now)
+        recovered = document.trips > 0 or document.closed_at_ms is not None
         ramped_up = now >= (document.closed_at_ms or 0) + policy["ramp_up_ms"]
-        if document.trips and self.recent_trips(document, policy) == 0 and ramped_up:
+        if recovered and self.recent_trips(document, policy) == 0 and ramped_up:
             document.trips, document.closed_at_ms, document.outlived = 0, None, True
         if document.forced_until_ms is not None and document.forced_until_ms <= now:
             document.forced, document.forced_until_ms = None, None
@@ -201,43 +204,44 @@ class MemoryEngine:
         return None
 
     def rebucketed(self, window: Window, bucket_ms: int, newest: int) -> Window:
-        other = Window(bucket_ms, newest)
-        for number in range(max(window.newest - 9, 0), window.newest + 1):
-            at = min(number * window.bucket_ms // bucket_ms, newest)
-            if at > newest - 10:
-                other.calls[at % 10] += window.calls[number % 10]
-                other.failures[at % 10] += window.failures[number % 10]
-                other.slow[at % 10] += window.slow[number % 10]
+        buckets = [[0, 0, 0] for _ in range(10)]  # by age
+        left = [window.calls, window.failures, window.slow]
+
+        def put(number: int, counts: Iterable[int]) -> None:
+            age = newest - min(number * window.bucket_ms // bucket_ms, newest)
+            if age < 10:
+                buckets[age] = [there + more for there, more in zip(buckets[age], counts, strict=True)]
+
+        for number, counts in zip(range(window.newest - 1, -1, -1), window.past, strict=False):
+            put(number, counts)
+            left = [total - count for total, count in zip(left, counts, strict=True)]
+        put(window.newest, left)
+
+        other = Window(bucket_ms, newest, past=tuple((calls, failures, slow) for calls, failures, slow in buckets[1:]))
+        other.calls, other.failures, other.slow = (sum(counts) for counts in zip(*buckets, strict=True))
         return other
 
     def window_at(self, window: Window, bucket_ms: int | None, now: int) -> Window:
         newest = now // window.bucket_ms
-        if abs(newest - window.newest) >= 10:
+        passed = newest - window.newest
+        if abs(passed) >= 10:
             window = Window(window.bucket_ms, newest)
+        elif passed > 0:
+            window = self.rebucketed(window, window.bucket_ms, newest)
         else:
-            window = Window(window.bucket_ms, window.newest, window.calls[:], window.failures[:], window.slow[:])
-        for number in range(window.newest + 1, newest + 1):
-            window.calls[number % 10] = window.failures[number % 10] = window.slow[number % 10] = 0
-        window.newest = max(window.newest, newest)
+            window = dataclasses.replace(window)
         if bucket_ms is None or bucket_ms == window.bucket_ms:
             return window
         return self.rebucketed(window, bucket_ms, now // bucket_ms)
 
-    def add_to_window(self, window: Window, calls: int, failures: int, slow: int) -> None:
-        slot = window.newest % 10
-        window.calls[slot] = max(window.calls[slot] + calls, 0)
-        window.failures[slot] += failures
-        window.slow[slot] += slow
-
     def sums(self, window: Window) -> Sums:
-        calls = sum(window.calls)
-        return Sums(calls, min(sum(window.failures), calls), min(sum(window.slow), calls))
+        return Sums(window.calls, min(window.failures, window.calls), min(window.slow, window.calls))
 
     # Rules
 
     def open_time_ms(self, policy: dict[str, Any], trips: int) -> int:
-        most: int = policy["max_reset_timeout_ms"] or LONGEST_MS
         open_ms: float = policy["reset_timeout_ms"]
+        most = max(policy["max_reset_timeout_ms"], open_ms) if policy["max_reset_timeout_ms"] else LONGEST_MS
         for _ in range(trips - 1 if policy["backoff_multiplier"] > 1 else 0):
             open_ms = min(open_ms * policy["backoff_multiplier"], most)
             if open_ms == most:
@@ -312,54 +316,12 @@ class MemoryEngine:
     def note_reporter(self, document: Document, policy: dict[str, Any], instance: str) -> None:
         reporters = document.reporters
         reporters[instance] = document.now
-        if len(reporters) > policy["quorum"]:
-            del reporters[min(reporters, key=lambda name: (reporters[name], name))]
+        names = sorted(reporters, key=lambda name: (reporters[name], name))
+        for name in names[: max(len(names) - policy["quorum"], 0)]:
+            del reporters[name]
 
     def reporters_since(self, document: Document, since_ms: int) -> int:
         return sum(at >= since_ms for at in document.reporters.values())
-
-    def trip_reason(self, document: Document, policy: dict[str, Any]) -> str | None:
-        quorum: int = policy["quorum"]
-
-        def quorate(since_ms: int) -> bool:
-            return quorum == 1 or self.reporters_since(document, since_ms) >= quorum
-
-        run_since_ms = document.now if document.run_since_ms is None else document.run_since_ms
-        if document.failure_count >= policy["failure_threshold"] and quorate(run_since_ms):
-            return "failure_threshold"
-        if document.window is None:
-            return None
-        calls, failures, slow = self.sums(document.window)
-        if calls < policy["minimum_calls"] or not quorate(document.now - policy["window_ms"] + 1):
-            return None
-        if 0 < policy["error_rate_threshold"] <= failures / calls:
-            return "error_rate"
-        if 0 < policy["slow_call_rate_threshold"] <= slow / calls:
-            return "slow_rate"
-        return None
-
-    def record_closed(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:
-        successes, failures, slow = (request.get(key, 0) for key in ("successes", "failures", "slow"))
-        bucket_ms = self.bucket_ms(policy)
-        if document.forced or successes + failures + slow == 0:
-            return False
-        if successes > 0:
-            document.failure_count, document.run_since_ms = 0, None
-        if failures > 0:
-            if document.failure_count == 0 and policy["quorum"] > 1:
-                document.run_since_ms = document.now
-            self.count_failures(document, failures)
-        if failures + slow > 0 and policy["quorum"] > 1:
-            self.note_reporter(document, policy, request.get("instance", ""))
-        if document.window is None and bucket_ms is not None:
-            document.window = Window(bucket_ms, document.now // bucket_ms)
-        if document.window is not None:
-            calls = successes + failures + request.get("pending", 0) - request.get("counted", 0)
-            self.add_to_window(document.window, calls, failures, slow)
-        reason = self.trip_reason(document, policy)
-        if reason is not None:
-            self.trip(document, policy, reason)
-        return True
 
     def record_probe(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:
         slot = request["probe"]
@@ -377,6 +339,50 @@ class MemoryEngine:
             document.success_count += 1
             if document.success_count >= policy["success_threshold"]:
                 self.close(document, "probe_succeeded")
+        return True
+
+    def trip_reason(self, document: Document, policy: dict[str, Any]) -> str | None:
+        quorum: int = policy["quorum"]
+
+        def quorate(since_ms: int) -> bool:
+            return quorum == 1 or self.reporters_since(document, since_ms) >= quorum
+
+        run_since_ms = document.now if document.run_since_ms is None else document.run_since_ms
+        if document.failure_count >= policy["failure_threshold"] and quorate(run_since_ms):
+            return "failure_threshold"
+        if document.window is None:
+            return None
+        window = document.window
+        if window.calls < policy["minimum_calls"] or not quorate(document.now - policy["window_ms"] + 1):
+            return None
+        if 0 < policy["error_rate_threshold"] <= window.failures / window.calls:
+            return "error_rate"
+        if 0 < policy["slow_call_rate_threshold"] <= window.slow / window.calls:
+            return "slow_rate"
+        return None
+
+    def record_closed(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:
+        successes, failures, slow = (request.get(key, 0) for key in ("successes", "failures", "slow"))
+        bucket_ms = self.bucket_ms(policy)
+        if document.forced or successes + failures + slow == 0:
+            return False
+        if successes > 0:
+            document.failure_count, document.run_since_ms = 0, None
+        if failures > 0:
+            if document.run_since_ms is None and policy["quorum"] > 1:
+                document.run_since_ms = document.now
+            self.count_failures(document, failures)
+        if failures + slow > 0 and policy["quorum"] > 1:
+            self.note_reporter(document, policy, request.get("instance", ""))
+        if document.window is None and bucket_ms is not None:
+            document.window = Window(bucket_ms, document.now // bucket_ms)
+        if document.window is not None:
+            document.window.calls += successes + failures + request.get("pending", 0) - request.get("counted", 0)
+            document.window.failures += failures
+            document.window.slow += slow
+        reason = self.trip_reason(document, policy)
+        if reason is not None:
+            self.trip(document, policy, reason)
         return True
 
     def record(self, document: Document, request: Request, policy: dict[str, Any]) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -155,7 +154,7 @@ def _check(name: str, value: Any) -> None:
         fits = isinstance(value, bool)
     else:
         right_type = isinstance(value, int if kind == "count" else (int, float)) and not isinstance(value, bool)
-        fits = right_type and math.isfinite(value) and least <= value <= most
+        fits = right_type and least <= value <= most  # which NaN is not either
     if not fits:
         bounds = "" if kind == "flag" else f" from {least:g} to {most:g}"
         raise PolicyError(f"{name} must be {_KINDS[kind]}{bounds}{' or None' if optional else ''}, not {value!r}")

@@ -5,21 +5,21 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import copy
 import functools
 import hashlib
 import importlib.resources
 import itertools
 import pathlib
-import random
 import weakref
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import redis
 import redis.asyncio
 import redis.asyncio.retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError
+from redis.exceptions import AskError, MovedError, NoScriptError
 from redis.retry import Retry
 
 from . import _protocol
@@ -29,7 +29,11 @@ from ._protocol import Keys, Reply, Request
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 _TURNS = 32
 _MOST_CONNECTIONS = 128  # of one breaker on one event loop
+_MOST_REDIRECTIONS = 5
 REDIS_ERRORS = (redis.RedisError, OSError)
+_INTACT = (NoScriptError, AskError, MovedError)  # errors that leave a connection as good as it was
+_ASKING = b"*1\r\n$6\r\nASKING\r\n"
+_Address: TypeAlias = tuple[str, int]
 
 
 def _folder() -> Any:
@@ -67,9 +71,10 @@ class _Words:
         return (b"XREVRANGE", self._keys[1], b"+", b"-", b"COUNT", b"%d" % count)
 
 
-def _packed(words: tuple[bytes, ...]) -> list[bytes]:
+def _packed(words: tuple[bytes, ...], asking: bool) -> list[bytes]:
     """The words in the bytes of the protocol; redis-py's own packer takes a third of a round trip on asyncio."""
-    return [b"*%d\r\n" % len(words) + b"".join([b"$%d\r\n%b\r\n" % (len(word), word) for word in words])]
+    parts = [b"$%d\r\n%b\r\n" % (len(word), word) for word in words]
+    return [(_ASKING if asking else b"") + b"*%d\r\n" % len(words) + b"".join(parts)]
 
 
 class RedisEngine:
@@ -82,9 +87,11 @@ class RedisEngine:
 
     def __init__(self, client: Any, keys: Keys, timeout: float) -> None:
         client = self._client = _client(client, redis.Redis, redis.RedisCluster, "redis.Redis")
-        self._timeout = timeout
         self._words = _Words(keys)
-        self._link = (_Cluster if isinstance(client, redis.RedisCluster) else _Connections)(client, timeout)
+        if isinstance(client, redis.RedisCluster):
+            self._link: _Connections | _Cluster = _Cluster(client, timeout)
+        else:
+            self._link = _Connections(_own_pool(client.connection_pool, timeout), timeout)
 
     def run(self, name: str, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -105,9 +112,7 @@ class RedisEngine:
 
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open; to any node of a cluster, which all get every message."""
-        pool = self._client if isinstance(self._client, redis.Redis) else _any_node(self._client)
-        kwargs = _connection_kwargs(pool.connection_pool.connection_kwargs, self._timeout) | {"protocol": 2}
-        return pool.connection_pool.connection_class(**kwargs, retry=Retry(NoBackoff(), 0))
+        return self._link.subscriber()
 
     def close(self) -> None:
         """Close the connections; the next call opens others. In a forked child this leaves the parent's alone."""
@@ -117,16 +122,18 @@ class RedisEngine:
 class _Connections:
     """A stack of idle connections to where a client's pool connects to (a server, a socket, a Sentinel's master)."""
 
-    def __init__(self, client: redis.Redis, timeout: float) -> None:
-        self._pool, self._timeout = client.connection_pool, timeout
+    def __init__(self, pool: Any, timeout: float) -> None:
+        self._pool, self._timeout = pool, timeout
         self._idle: collections.deque[Any] = collections.deque()
 
-    def execute(self, *words: bytes) -> Any:
+    def execute(self, *words: bytes, asking: bool = False) -> Any:
         connection = self._take()
         try:
-            connection.send_packed_command(_packed(words), check_health=False)
+            connection.send_packed_command(_packed(words, asking), check_health=False)
+            if asking:
+                connection.read_response()
             reply = connection.read_response()
-        except NoScriptError:
+        except _INTACT:
             self._idle.append(connection)
             raise
         except BaseException:
@@ -149,28 +156,108 @@ class _Connections:
                     if not connection.can_read():  # readable before a command: the server has closed it
                         return connection
                 connection.disconnect()
-        kwargs = _connection_kwargs(self._pool.connection_kwargs, self._timeout)
+        connection = self._connection()
+        connection.connect()  # sending alone would not ask a Sentinel for the master
+        return connection
+
+    def subscriber(self) -> Any:
+        return self._connection(protocol=2)
+
+    def _connection(self, **options: Any) -> Any:
+        kwargs = _connection_kwargs(self._pool.connection_kwargs, self._timeout) | options
         return self._pool.connection_class(**kwargs, retry=Retry(NoBackoff(), 0))
 
 
+class _Nodes:
+    """Which node of a cluster to ask for the slot of one breaker: any of them tells which one serves it."""
+
+    ALL = (b"CLUSTER", b"SLOTS")
+
+    def __init__(self, client: Any) -> None:
+        self._manager = client.nodes_manager
+        self._learned: list[_Address] = []
+        self._turn = itertools.count()
+        self._serving: _Address | None = None
+
+    def address(self) -> _Address:
+        """The node that is known to serve the slot, else the next one of all."""
+        if self._serving is not None:
+            return self._serving
+        manager = self._manager
+        nodes = [*list(manager.nodes_cache.values()), *list(manager.startup_nodes.values())]
+        known = list(dict.fromkeys([*self._learned, *((node.host, int(node.port)) for node in nodes)]))
+        return known[next(self._turn) % len(known)]
+
+    def redirected(self, asked: _Address, error: AskError) -> _Address:
+        """Where the node that was asked sends us."""
+        return self._remap(asked, error.host, error.port)
+
+    def serves(self, address: _Address) -> bool:
+        """This one served the slot; whether that is news, and so a reason to ask it for all nodes."""
+        news, self._serving = address != self._serving, address
+        return news
+
+    def lost(self) -> None:
+        """The node that was asked does not serve: the next one may know which one does."""
+        self._serving = None
+
+    def learn(self, asked: _Address, slots: Any) -> None:
+        """All nodes, as one of them lists them; the client that was given may know but one."""
+        nodes = [node for _, _, *nodes in slots for node in nodes]
+        self._learned = [self._remap(asked, (host or b"").decode(), port) for host, port, *_ in nodes]
+
+    def _remap(self, asked: _Address, host: str, port: int) -> _Address:
+        host, port = self._manager.remap_host_port(host or asked[0], int(port))  # without a host: on the same one
+        return host, port
+
+
 class _Cluster:
-    """A cluster client of our own, made at the first call; it follows the slots."""
+    """Connections to the node that serves the slot of one breaker.
+
+    Only what was redirected, and thus executed by nobody, is repeated. redis-py's own cluster client repeats a
+    report whose reply was lost, and waits for one dead node after the other.
+    """
 
     def __init__(self, client: redis.RedisCluster, timeout: float) -> None:
-        self._given, self._timeout = client, timeout
-        self._client: redis.RedisCluster | None = None
+        self._manager, self._timeout = client.nodes_manager, timeout
+        self._kwargs = _without("redis_connect_func", self._manager.connection_kwargs)  # it may ask for replicas
+        self._nodes = _Nodes(client)
+        self._links: dict[_Address, _Connections] = {}
 
     def execute(self, *words: bytes) -> Any:
-        if self._client is None:
-            nodes = [redis.cluster.ClusterNode(node.host, node.port) for node in self._given.get_nodes()]
-            kwargs = _cluster_kwargs(self._given.nodes_manager.connection_kwargs, self._timeout)
-            self._client = redis.RedisCluster(startup_nodes=nodes, **kwargs)
-        return self._client.execute_command(*words)
+        address, asking = self._nodes.address(), False
+        for _ in range(_MOST_REDIRECTIONS):
+            try:
+                reply = self._link(address).execute(*words, asking=asking)
+            except AskError as error:  # or its subclass, MovedError
+                address, asking = self._nodes.redirected(address, error), not isinstance(error, MovedError)
+                continue
+            except NoScriptError:
+                raise
+            except BaseException:
+                self._nodes.lost()
+                raise
+            if not asking and self._nodes.serves(address):
+                self._learn(address)
+            return reply
+        raise redis.RedisError(f"sent from node to node {_MOST_REDIRECTIONS} times, at last to {address}")
+
+    def subscriber(self) -> Any:
+        return self._link(self._nodes.address()).subscriber()
 
     def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            client.close()
+        for link in list(self._links.values()):
+            link.close()
+
+    def _learn(self, address: _Address) -> None:
+        with contextlib.suppress(*REDIS_ERRORS):  # an ACL may refuse it
+            self._nodes.learn(address, self._link(address).execute(*_Nodes.ALL))
+
+    def _link(self, address: _Address) -> _Connections:
+        if address not in self._links:
+            pool = self._manager.create_redis_node(*address, **self._kwargs).connection_pool
+            self._links[address] = _Connections(pool, self._timeout)
+        return self._links[address]
 
 
 class AsyncRedisEngine:
@@ -179,8 +266,10 @@ class AsyncRedisEngine:
     def __init__(self, client: Any, keys: Keys, timeout: float) -> None:
         client = self._client = _client(client, redis.asyncio.Redis, redis.asyncio.RedisCluster, "redis.asyncio.Redis")
         self._words = _Words(keys)
-        make = _AsyncCluster if isinstance(client, redis.asyncio.RedisCluster) else _AsyncConnections
-        self._make_link = functools.partial(make, client, timeout)
+        if isinstance(client, redis.asyncio.RedisCluster):
+            self._make_link: Any = functools.partial(_AsyncCluster, client, timeout)
+        else:
+            self._make_link = functools.partial(_AsyncConnections, _own_pool(client.connection_pool, timeout), timeout)
         self.forget()
 
     def forget(self) -> None:
@@ -206,14 +295,7 @@ class AsyncRedisEngine:
 
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open; to any node of a cluster, which all get every message."""
-        if isinstance(self._client, redis.asyncio.Redis):
-            pool = self._client.connection_pool
-            kind, given = pool.connection_class, pool.connection_kwargs
-        else:
-            node = random.choice(self._client.get_nodes())
-            kind, given = node.connection_class, {**node.connection_kwargs, "host": node.host, "port": node.port}
-        kwargs = _connection_kwargs(given, None) | {"protocol": 2}
-        return kind(**kwargs, retry=redis.asyncio.retry.Retry(NoBackoff(), 0))
+        return self._link().subscriber()
 
     async def close(self) -> None:
         """Close this loop's connections; the next call opens others."""
@@ -228,26 +310,30 @@ class AsyncRedisEngine:
 
 
 class _AsyncConnections:
-    def __init__(self, client: redis.asyncio.Redis, timeout: float) -> None:
-        self._pool, self._timeout = client.connection_pool, timeout
+    def __init__(self, pool: Any, timeout: float) -> None:
+        self._pool, self._timeout = pool, timeout
         self._idle: collections.deque[Any] = collections.deque()
         self._slots = asyncio.Semaphore(_MOST_CONNECTIONS)
         self._failures = 0
 
-    async def execute(self, *words: bytes) -> Any:
+    async def execute(self, *words: bytes, asking: bool = False) -> Any:
         failures = self._failures
         async with self._slots:
             if failures != self._failures:  # or a crowd would wait for a dead server in turns
                 raise redis.ConnectionError("another call lost the server while this one waited for a connection")
-            return await self._exchange(words)
+            return await self._exchange(words, asking)
 
-    async def _exchange(self, words: tuple[bytes, ...]) -> Any:
+    async def _exchange(self, words: tuple[bytes, ...], asking: bool) -> Any:
         async with _deadline(self._timeout):
             connection = await self._take()
             try:
-                await connection.send_packed_command(_packed(words), check_health=False)
+                if not connection.is_connected:
+                    await connection.connect()  # sending alone would not ask a Sentinel for the master
+                await connection.send_packed_command(_packed(words, asking), check_health=False)
+                if asking:
+                    await connection.read_response()
                 reply = await connection.read_response()
-            except NoScriptError:
+            except _INTACT:
                 self._idle.append(connection)
                 raise
             except BaseException:
@@ -269,14 +355,65 @@ class _AsyncConnections:
                 if connection.is_connected and not await _can_read(connection)():
                     return connection
             await connection.disconnect(nowait=True)
+        return self._connection()
+
+    def subscriber(self) -> Any:
+        return self._connection(protocol=2)
+
+    def _connection(self, **options: Any) -> Any:
         # the deadline is around the whole exchange
-        kwargs = _connection_kwargs(self._pool.connection_kwargs, None)
+        kwargs = _connection_kwargs(self._pool.connection_kwargs, None) | options
         return self._pool.connection_class(**kwargs, retry=redis.asyncio.retry.Retry(NoBackoff(), 0))
+
+
+class _AsyncCluster:
+    """_Cluster for asyncio."""
+
+    def __init__(self, client: redis.asyncio.RedisCluster, timeout: float) -> None:
+        self._kwargs = _without("redis_connect_func", client.connection_kwargs)
+        self._timeout = timeout
+        self._nodes = _Nodes(client)
+        self._links: dict[_Address, _AsyncConnections] = {}
+
+    async def execute(self, *words: bytes) -> Any:
+        address, asking = self._nodes.address(), False
+        for _ in range(_MOST_REDIRECTIONS):
+            try:
+                reply = await self._link(address).execute(*words, asking=asking)
+            except AskError as error:  # or its subclass, MovedError
+                address, asking = self._nodes.redirected(address, error), not isinstance(error, MovedError)
+                continue
+            except NoScriptError:
+                raise
+            except BaseException:
+                self._nodes.lost()
+                raise
+            if not asking and self._nodes.serves(address):
+                await self._learn(address)
+            return reply
+        raise redis.RedisError(f"sent from node to node {_MOST_REDIRECTIONS} times, at last to {address}")
+
+    def subscriber(self) -> Any:
+        return self._link(self._nodes.address()).subscriber()
+
+    async def close(self) -> None:
+        for link in list(self._links.values()):
+            await link.close()
+
+    async def _learn(self, address: _Address) -> None:
+        with contextlib.suppress(*REDIS_ERRORS):  # an ACL may refuse it
+            self._nodes.learn(address, await self._link(address).execute(*_Nodes.ALL))
+
+    def _link(self, address: _Address) -> _AsyncConnections:
+        if address not in self._links:
+            node = redis.asyncio.cluster.ClusterNode(*address, **self._kwargs)
+            self._links[address] = _AsyncConnections(node, self._timeout)
+        return self._links[address]
 
 
 @contextlib.asynccontextmanager
 async def _deadline(seconds: float) -> AsyncIterator[None]:
-    """TimeoutError after seconds and _TURNS turns of the loop: a busy loop is not taken for a dead server."""
+    """redis.TimeoutError after seconds and _TURNS turns of the loop: a busy loop is not taken for a dead server."""
     loop = asyncio.get_running_loop()
     turns = itertools.count(1)
 
@@ -287,34 +424,17 @@ async def _deadline(seconds: float) -> AsyncIterator[None]:
             timeout.reschedule(loop.time())
 
     timer = [loop.call_later(seconds / _TURNS, turn)]
-    async with asyncio.timeout(None) as timeout:
-        try:
+    try:
+        async with asyncio.timeout(None) as timeout:
             yield
-        finally:
-            timer[0].cancel()
+    except TimeoutError as error:
+        raise redis.TimeoutError(f"no reply within {seconds:g} s") from error
+    finally:
+        timer[0].cancel()
 
 
 def _can_read(connection: Any) -> Any:
     return connection.can_read if hasattr(connection, "can_read") else connection.can_read_destructive
-
-
-class _AsyncCluster:
-    def __init__(self, client: redis.asyncio.RedisCluster, timeout: float) -> None:
-        self._given, self._timeout = client, timeout
-        self._client: redis.asyncio.RedisCluster | None = None
-
-    async def execute(self, *words: bytes) -> Any:
-        if self._client is None:
-            nodes = [redis.asyncio.cluster.ClusterNode(node.host, node.port) for node in self._given.get_nodes()]
-            kwargs = _cluster_kwargs(self._given.connection_kwargs, self._timeout)
-            self._client = redis.asyncio.RedisCluster(startup_nodes=nodes, **kwargs)
-        async with _deadline(self._timeout):
-            return await self._client.execute_command(*words)
-
-    async def close(self) -> None:
-        client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
 
 
 def _client(given: Any, kind: Any, cluster: Any, wanted: str) -> Any:
@@ -328,14 +448,36 @@ def _client(given: Any, kind: Any, cluster: Any, wanted: str) -> Any:
         raise PolicyError(f"redis is no URL of a server: {error}") from error
 
 
+def _own_pool(pool: Any, timeout: float) -> Any:
+    """A pool to connect like: the client's, or for a Sentinel's one that asks the sentinels within our deadline."""
+    manager = getattr(pool, "sentinel_manager", None)
+    if manager is None:
+        return pool
+    own = copy.copy(manager)
+    # all of them and the master too: one that hangs must not use up the time of the next one
+    share = timeout / (len(manager.sentinels) + 1)
+    own.sentinels = [_impatient(sentinel, share) for sentinel in manager.sentinels]
+    kwargs = _connection_kwargs(_without("connection_pool", pool.connection_kwargs), timeout)
+    connect = {"connection_class": pool.connection_class, "is_master": pool.is_master}
+    return type(pool)(pool.service_name, own, **kwargs, **connect)
+
+
+def _without(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if key != name}
+
+
+def _impatient(client: Any, timeout: float) -> Any:
+    """A client like this one that tries once, for so many seconds."""
+    pool = client.connection_pool
+    retry = redis.asyncio.retry.Retry if isinstance(client, redis.asyncio.Redis) else Retry
+    kwargs = {**_connection_kwargs(pool.connection_kwargs, timeout), "connection_class": pool.connection_class}
+    return type(client)(connection_pool=type(pool)(**kwargs, retry=retry(NoBackoff(), 0)))
+
+
 def _address(client: Any) -> str:
     if isinstance(client, (redis.Redis, redis.asyncio.Redis)):
         return f"{client.connection_pool.connection_class} {sorted(client.connection_pool.connection_kwargs.items())!r}"
     return repr(sorted((node.host, node.port) for node in client.get_nodes()))
-
-
-def _any_node(cluster: redis.RedisCluster) -> redis.Redis:
-    return cluster.get_redis_connection(random.choice(cluster.get_nodes()))
 
 
 def _connection_kwargs(given: dict[str, Any], timeout: float | None) -> dict[str, Any]:
@@ -348,11 +490,4 @@ def _connection_kwargs(given: dict[str, Any], timeout: float | None) -> dict[str
     }
     for key in ("socket_timeout", "socket_connect_timeout"):
         kwargs[key] = timeout and min(kwargs.get(key) or timeout, timeout)
-    return kwargs
-
-
-def _cluster_kwargs(given: dict[str, Any], timeout: float) -> dict[str, Any]:
-    kwargs = _connection_kwargs(given, timeout)
-    for key in ("host", "port", "cache", "redis_connect_func", "connection_pool"):
-        kwargs.pop(key, None)
     return kwargs

@@ -123,6 +123,7 @@ class Subscription:
         """Yields once it stands; ends when nobody is left."""
         connection = self._connect()
         try:
+            connection.connect()  # sending alone would not ask a Sentinel for the master
             connection.send_command("PSUBSCRIBE", self.audience.pattern)
             connection.read_response()
             self.audience.up()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import os
 import threading
@@ -12,14 +11,12 @@ from time import monotonic
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import redis
-from redis.backoff import NoBackoff
 from redis.exceptions import MovedError, NoScriptError
-from redis.retry import Retry
 
 from .._core import BreakerCore, Instrument
 from .._fallback import FallbackEngine
 from .._protocol import Keys, Reply, Snapshot, State, decode, encode, snapshot_from
-from .._scripts import REDIS_ERRORS, _client, _connection_kwargs, _Words
+from .._scripts import REDIS_ERRORS, _client, _Connections, _own_pool, _Words
 from .._view import NEVER, Event
 
 CallOutcome: TypeAlias = Literal["success", "slow", "failure", "ignored", "rejected"]
@@ -184,6 +181,7 @@ class SnapshotPipeline:
         """Connect anew next time. In a forked child this leaves the parent's connections alone."""
         self._lines: dict[_Address | None, _Line] = {}
         self._moved: dict[int, _Address] = {}  # slots that are elsewhere than the client thinks
+        self._lost: set[_Address] = set()  # nodes that do not answer: another one knows who serves their slots now
 
     def read(self, asked: list[tuple[Keys, bytes]]) -> tuple[list[Reply | None], list[BaseException]]:
         """The reply of snapshot.lua to each request, None where there was none, and what went wrong."""
@@ -197,27 +195,35 @@ class SnapshotPipeline:
                 raw = self._line(address).snapshots([asked[place] for place in there])
             except REDIS_ERRORS as error:
                 errors.append(error)
+                if address is not None:
+                    self._lost.add(address)
                 continue
             for place, reply in zip(there, raw, strict=True):
                 if isinstance(reply, bytes):
                     replies[place] = decode(reply)
                     continue
                 errors.append(reply)
-                if isinstance(reply, MovedError):
-                    self._moved[reply.slot_id] = reply.host, reply.port
+                if isinstance(reply, MovedError) and address is not None:
+                    self._moved[reply.slot_id] = reply.host or address[0], int(reply.port)
+                    self._lost.discard(self._moved[reply.slot_id])
         return replies, errors
 
     def _address(self, keys: Keys) -> _Address | None:
         if isinstance(self._client, redis.Redis):
             return None
         node = self._client.get_node_from_key(keys.state)
-        found: _Address = node.host, int(node.port)
-        return self._moved.get(self._client.keyslot(keys.state), found)
+        found = self._moved.get(self._client.keyslot(keys.state), (node.host, int(node.port)))
+        if found in self._lost:
+            others = {(node.host, int(node.port)) for node in self._client.get_nodes()} - self._lost
+            if others:
+                return min(others)
+            self._lost.clear()
+        return found
 
     def _line(self, address: _Address | None) -> _Line:
         if address not in self._lines:
             if address is None:
-                pool = self._client.connection_pool
+                pool = _own_pool(self._client.connection_pool, self._timeout)
             else:
                 manager = self._client.nodes_manager
                 kwargs = {k: v for k, v in manager.connection_kwargs.items() if k != "redis_connect_func"}
@@ -226,21 +232,13 @@ class SnapshotPipeline:
         return self._lines[address]
 
 
-class _Line:
-    """One connection to where a pool connects to, with a deadline of its own."""
-
-    def __init__(self, pool: Any, timeout: float) -> None:
-        self._pool, self._timeout = pool, timeout
-        self._connection: Any = None
+class _Line(_Connections):
+    """Connections to where a pool connects to, of which a scrape takes one."""
 
     def snapshots(self, asked: list[tuple[Keys, bytes]]) -> list[Any]:
         """The replies in the order of the requests; a server's error is a reply."""
         commands = [_Words(keys).evalsha("snapshot", body) for keys, body in asked]
-        connection, self._connection = self._connection or self._connect(), None
-        with contextlib.suppress(*REDIS_ERRORS):
-            if connection.can_read():  # readable before a command: the server has closed it
-                connection.disconnect()
-                connection = self._connect()
+        connection = self._take()
         try:
             replies = self._exchange(connection, commands)
             if any(isinstance(reply, NoScriptError) for reply in replies):
@@ -249,14 +247,8 @@ class _Line:
         except BaseException:
             connection.disconnect()
             raise
-        self._connection = connection
+        self._idle.append(connection)
         return replies
-
-    def _connect(self) -> Any:
-        kwargs = _connection_kwargs(self._pool.connection_kwargs, self._timeout)
-        connection = self._pool.connection_class(**kwargs, retry=Retry(NoBackoff(), 0))
-        connection.connect()
-        return connection
 
     def _exchange(self, connection: Any, commands: list[tuple[bytes, ...]]) -> list[Any]:
         connection.send_packed_command(connection.pack_commands(commands), check_health=False)

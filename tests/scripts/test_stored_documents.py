@@ -262,6 +262,64 @@ def test_odd_probes(client: redis.Redis, probes: Any) -> None:
     assert machine.run("record", POLICY, generation=START_MS, probe=slot, successes=1)["state"] == "closed"
 
 
+RATES = {"failure_threshold": 10**9, "error_rate_threshold": 0.5, "minimum_calls": 10, "window_ms": 10_000}
+NEWEST = START_MS // 1000
+COUNTS = {"calls": 20, "failures": 2, "slow": 1, "past": "7,1,0 6,0,1"}
+
+
+def test_stored_window(client: redis.Redis) -> None:
+    """The window holds the counts of all buckets, and those of the past ones apart, as long as they are within it."""
+    machine = lua_machine(client, "discovery")
+    generation = machine.run("acquire", RATES)["generation"]
+    for counts in ({"successes": 6, "slow": 1}, {"successes": 6, "failures": 1}, {"successes": 6, "failures": 1}):
+        machine.run("record", RATES, generation=generation, **counts)
+        machine.advance(1000)
+    window = document(client)["window"]
+    assert window == {"bucket_ms": 1000, "newest": NEWEST + 2, **COUNTS, "past": window["past"]}
+    assert window["past"].split(" ") == ["7,1,0", "6,0,1", *["0,0,0"] * 7]
+    machine.advance(8000)  # the first bucket has passed
+    machine.run("record", RATES, generation=generation, successes=1)
+    window = document(client)["window"]
+    assert window == {**window, "newest": NEWEST + 11, "calls": 8, "failures": 1, "slow": 0}
+    assert window["past"].split(" ") == [*["0,0,0"] * 8, "7,1,0"]
+
+
+@pytest.mark.parametrize(
+    "window",
+    [
+        7,
+        [],
+        {},
+        {"bucket_ms": 0, "newest": NEWEST, **COUNTS},
+        {"bucket_ms": 1000, "newest": "x", **COUNTS},
+        {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, "calls": -1},
+        {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, "failures": 1e300},
+        {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, "past": [7]},
+        {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, "past": "many"},
+        {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, "past": "9" * 399 + ",0,0"},
+        {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, "past": "9" * 99 + ",9,9 " + "9" * 99 + ",9,9"},
+        {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, "past": "1,1,1 " * 60},
+        {"bucket_ms": 1000, "newest": 3, **COUNTS},
+        {"bucket_ms": 1000, "newest": NEWEST * 2, **COUNTS},
+    ],
+    ids=lambda window: repr(window)[:60],
+)
+@pytest.mark.parametrize("later_ms", [0, 1000, 5000, 60_000])
+def test_odd_window(client: redis.Redis, window: Any, later_ms: int) -> None:
+    """A window that makes no sense leaves no more counts than it has in all, and failures trip by their rate."""
+    machine = lua_machine(client, "discovery")
+    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "window": window}
+    dense = (",", ":") if later_ms in (0, 1000) else None  # as save writes it, or not
+    client.set(KEYS.state, json.dumps(stored, separators=dense))
+    machine.advance(later_ms)
+    assert machine.run("record", RATES, generation=START_MS, successes=1)["applied"] is True
+    stored = document(client)["window"]
+    assert stored["bucket_ms"] == 1000
+    assert 1 <= stored["calls"] <= 21
+    assert len(stored["past"]) <= (100 if later_ms else 400)  # what is odd stays until the bucket ends
+    assert machine.run("record", RATES, generation=START_MS, failures=100)["transition"]["reason"] == "error_rate"
+
+
 @pytest.mark.parametrize("slot", ["7", "x\n\u00e9"])
 def test_probe_slots_of_any_name(client: redis.Redis, slot: str) -> None:
     """A slot that another program named holds until its deadline."""

@@ -1,0 +1,344 @@
+"""An explicit-state search over the protocol: every state that clients, network, crashes and time can bring about.
+
+The in-memory engine is the step function, and with it what the Lua does, for the contract suite shows that both do
+the same. A state is the engine's document, the clock, what each client holds, and the messages under way. From each
+state every possible step is taken; states that were seen are not entered again. What must always hold is checked at
+each step: transitions form a legal path, each under a generation greater than the last and told by one reply alone;
+never more live probes than slots; a straggler, a lost or a repeated report of a probe changes nothing.
+
+The steps:
+  ask      a client sends acquire (its request is under way)
+  end      a client's call ends, and its report is under way
+  deliver  any request that is under way is executed; its reply arrives, or is lost
+  repeat   a delivered report is executed once more, as a network or a proxy may do
+  crash    a client forgets everything: its permit, and that it asked
+  advance  the clock jumps to the next deadline of the document
+  reset    an operator resets (once)
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import dataclasses
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from pybreaker_redis._memory import MemoryEngine
+
+LEGAL = {
+    ("closed", "open"): {"failure_threshold"},
+    ("open", "half_open"): {"timeout"},
+    ("half_open", "open"): {"probe_failed"},
+    ("half_open", "closed"): {"probe_succeeded"},
+}
+START_MS = 1_700_000_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """How far the search goes."""
+
+    clients: int = 3
+    transitions: int = 4
+    asks: int = 6
+    waits: int = 4
+    in_flight: int = 2
+    repeats: int = 1
+    crashes: int = 1
+    resets: int = 1
+    policy: tuple[tuple[str, int], ...] = (
+        ("failure_threshold", 2),
+        ("success_threshold", 1),
+        ("half_open_max_calls", 1),
+        ("reset_timeout_ms", 10),
+        ("probe_timeout_ms", 7),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """A request under way. heard: somebody waits for its reply; delivered: it was executed, and may be once more."""
+
+    script: str
+    heard: bool = False
+    generation: int = 0
+    probe: int | None = None
+    outcome: str = ""
+    delivered: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Client:
+    """busy: a request is under way. permit: (generation, probe) of the call that runs."""
+
+    busy: bool = False
+    permit: tuple[int, int | None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """One state. engine is the document as a tuple; now_ms is what the clock has advanced."""
+
+    engine: Any
+    now_ms: int
+    clients: tuple[Client, ...]
+    messages: tuple[Message, ...]
+    transitions: int = 0
+    asks: int = 0
+    waits: int = 0
+    repeats: int = 0
+    crashes: int = 0
+    resets: int = 0
+
+
+class Broken(AssertionError):
+    """An invariant does not hold. The arguments: what, and the steps that lead there."""
+
+
+class Search:
+    """Visits every state within the bounds, breadth first."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self.bounds = bounds
+        self.policy = dict(bounds.policy)
+        self.clock = 0
+        self.engine = MemoryEngine(now_ms=lambda: START_MS + self.clock)
+        self.steps = 0
+        self.transitions: collections.Counter[str] = collections.Counter()
+
+    def run(self) -> int:
+        """How many states there are. Raises Broken, with the path to it."""
+        first = World(None, 0, (Client(),) * self.bounds.clients, ())
+        origin: dict[World, tuple[World, str] | None] = {first: None}
+        queue = collections.deque([first])
+        while queue:
+            world = queue.popleft()
+            try:
+                for step, following in self.following(world):
+                    self.steps += 1
+                    if following not in origin:
+                        origin[following] = world, step
+                        queue.append(following)
+            except Broken as broken:
+                raise Broken(f"{broken}\n" + "\n".join(path_to(world, origin))) from None
+        return len(origin)
+
+    # Steps
+
+    def following(self, world: World) -> Iterator[tuple[str, World]]:
+        """Every step that can be taken, and where it leads."""
+        if world.transitions >= self.bounds.transitions:
+            return
+        room = sum(not message.delivered for message in world.messages) < self.bounds.in_flight
+        seen: set[Client] = set()
+        for index, client in enumerate(world.clients):
+            if client in seen:  # clients are alike: what one can do from here, the other can too
+                continue
+            seen.add(client)
+            if room and not client.busy and client.permit is None and world.asks < self.bounds.asks:
+                asked = send(world, index, Message("acquire", heard=True), Client(busy=True))
+                yield f"{index} asks", dataclasses.replace(asked, asks=world.asks + 1)
+            if room and client.permit is not None:
+                generation, probe = client.permit
+                for outcome in ("successes", "failures") if probe is None else ("successes", "failures", ""):
+                    report = Message("record", False, generation, probe, outcome)
+                    yield f"{index} ends with {outcome or 'nothing'}", send(world, index, report, Client())
+            if (client.permit or client.busy) and world.crashes < self.bounds.crashes:
+                yield f"{index} crashes", crash(world, index)
+        for message in dict.fromkeys(world.messages):
+            yield from self.deliver(world, message)
+        deadline = self.next_deadline(world)
+        if deadline is not None and world.waits < self.bounds.waits:
+            waited = dataclasses.replace(world, now_ms=deadline, waits=world.waits + 1)
+            yield f"{deadline - world.now_ms} ms pass", waited
+        if world.resets < self.bounds.resets and world.engine is not None:
+            after, _ = self.execute(world, "control", {"action": "reset"}, "reset")
+            yield "an operator resets", dataclasses.replace(after, resets=world.resets + 1)
+
+    def deliver(self, world: World, message: Message) -> Iterator[tuple[str, World]]:
+        if message.delivered:
+            if world.repeats < self.bounds.repeats:
+                after, reply = self.execute(world, "record", self.request(message), "repeat")
+                if reply["applied"] and message.probe is not None:
+                    raise Broken(f"a repeated report of a probe was applied: {message}")
+                yield f"{message} comes once more", dataclasses.replace(after, repeats=world.repeats + 1)
+            return
+        after, reply = self.execute(world, message.script, self.request(message), message.script)
+        self.check_straggler(world, after, message, reply)
+        rest = list(world.messages)
+        rest.remove(message)
+        if message.script == "record":
+            if world.repeats < self.bounds.repeats:
+                rest.append(dataclasses.replace(message, delivered=True))
+            yield f"{message} arrives", dataclasses.replace(after, messages=ordered(rest))
+            return
+        after = dataclasses.replace(after, messages=ordered(rest))
+        if not message.heard:  # its sender has crashed since
+            yield f"{message} arrives", after
+            return
+        waiting = world.clients.index(Client(busy=True))  # clients that wait for the same are alike
+        permit = (reply["generation"], reply["probe"]) if reply["admitted"] else None
+        yield f"{message} is answered", with_client(after, waiting, Client(permit=permit))
+        yield f"the reply to {message} is lost", with_client(after, waiting, Client())
+
+    def request(self, message: Message) -> dict[str, Any]:
+        if message.script == "acquire":
+            return {}
+        counts = {message.outcome: 1} if message.outcome else {}
+        return {"generation": message.generation, **counts, **({"probe": message.probe} if message.probe else {})}
+
+    # The engine as a function
+
+    def execute(self, world: World, script: str, request: dict[str, Any], cause: str) -> tuple[World, dict[str, Any]]:
+        """The world after a script has run, and its reply; checks what must hold of every run."""
+        engine = self.engine
+        engine._document = copy.deepcopy(world.engine.document) if world.engine else None
+        self.clock = world.now_ms
+        reply = engine.run(script, {**request, "policy": self.policy})
+        after = dataclasses.replace(world, engine=Frozen(engine._document))
+        if change := reply.get("transition"):
+            self.check_transition(world, reply, change, cause)
+            after = dataclasses.replace(after, transitions=world.transitions + 1)
+        self.check_slots(after)
+        return after, reply
+
+    def next_deadline(self, world: World) -> int | None:
+        """When something next ends by itself, as the clock counts."""
+        if world.engine is None:
+            return None
+        document = world.engine.document
+        ends = [document.open_until_ms] if document.state == "open" else list(document.probes.values())
+        later = [end - START_MS for end in ends if end - START_MS > world.now_ms]
+        return min(later, default=None)
+
+    # Invariants
+
+    def check_transition(self, world: World, reply: dict[str, Any], change: dict[str, Any], cause: str) -> None:
+        before = world.engine.document if world.engine else None
+        self.transitions[f"{change['from']} > {change['to']} ({change['reason']})"] += 1
+        if before is None or change["from"] != before.state or change["to"] != reply["state"]:
+            raise Broken(f"a transition that does not fit its states: {change}")
+        legal = cause == "reset" or change["reason"] in LEGAL.get((change["from"], change["to"]), ())
+        if not legal:
+            raise Broken(f"an illegal transition: {change}")
+        if not change["generation"] == reply["generation"] > before.generation:
+            raise Broken(f"a generation that does not grow: {change} after {before.generation}")
+
+    def check_slots(self, world: World) -> None:
+        document = world.engine.document if world.engine else None
+        if document is None:
+            return
+        live = [end for end in document.probes.values() if end > START_MS + world.now_ms]
+        if len(live) > self.policy["half_open_max_calls"]:
+            raise Broken(f"{len(live)} live probes")
+        if live and document.state != "half_open":
+            raise Broken(f"probes while {document.state}")
+
+    def check_straggler(self, before: World, after: World, message: Message, reply: dict[str, Any]) -> None:
+        """A report of another generation, or of a slot that is gone, changes nothing and tells of no transition."""
+        if message.script != "record" or before.engine is None:
+            return
+        document = before.engine.document
+        now = START_MS + before.now_ms
+        current = message.generation == document.generation
+        if message.probe is not None:
+            current = current and document.probes.get(message.probe, 0) > now
+        else:
+            current = current and document.state == "closed"
+        if not current and (reply["applied"] or reply.get("transition") or essence(before, now) != essence(after, now)):
+            raise Broken(f"a straggler changed something: {message}")
+
+
+class Frozen:
+    """A document that counts as equal to another one with the same fields."""
+
+    def __init__(self, document: Any) -> None:
+        self.document = document
+        self._fields = frozenset(
+            (field.name, _hashable(getattr(document, field.name)))
+            for field in dataclasses.fields(document)
+            if field.name not in ("change", "fresh", "now")
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Frozen) and self._fields == other._fields
+
+    def __hash__(self) -> int:
+        return hash(self._fields)
+
+    def __repr__(self) -> str:
+        return f"{self.document}"
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, dict):
+        return tuple(sorted((key, _hashable(one)) for key, one in value.items()))
+    if isinstance(value, (list, tuple, collections.deque)):
+        return tuple(_hashable(one) for one in value)
+    if dataclasses.is_dataclass(value):
+        return tuple(_hashable(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return value
+
+
+def essence(world: World, now: int) -> Any:
+    """What a straggler must leave alone: everything but slots that ran out, which the next look clears away."""
+    document = world.engine.document
+    live = {slot: end for slot, end in document.probes.items() if end > now}
+    return document.state, document.generation, document.failure_count, document.success_count, document.trips, live
+
+
+def ordered(messages: list[Message]) -> tuple[Message, ...]:
+    """In no order: any of them may arrive next."""
+    return tuple(sorted(messages, key=repr))
+
+
+def send(world: World, index: int, message: Message, client: Client) -> World:
+    world = with_client(world, index, client)
+    return dataclasses.replace(world, messages=ordered([*world.messages, message]))
+
+
+def with_client(world: World, index: int, client: Client, **fields: Any) -> World:
+    clients = [*world.clients[:index], client, *world.clients[index + 1 :]]
+    return dataclasses.replace(world, clients=tuple(sorted(clients, key=repr)), **fields)
+
+
+def crash(world: World, index: int) -> World:
+    """The client is as new; what it has sent goes on, and nobody waits for a reply any more."""
+    messages = list(world.messages)
+    if world.clients[index].busy:
+        messages.remove(Message("acquire", heard=True))
+        messages.append(Message("acquire"))
+    return with_client(world, index, Client(), crashes=world.crashes + 1, messages=ordered(messages))
+
+
+def path_to(world: World, origin: dict[World, tuple[World, str] | None]) -> list[str]:
+    """The steps from the beginning."""
+    steps = []
+    while (came := origin[world]) is not None:
+        world, step = came
+        steps.append(step)
+    return steps[::-1]
+
+
+def explore(bounds: Bounds) -> Search:
+    """Search, and print how many states were seen."""
+    began = time.monotonic()
+    search = Search(bounds)
+    states = search.run()
+    print(f"{states:,} states, {search.steps:,} steps, {time.monotonic() - began:.1f} s, {bounds}")
+    for transition, count in sorted(search.transitions.items()):
+        print(f"  {count:>9,}  {transition}")
+    return search
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(Bounds):
+        if field.name != "policy":
+            parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
+    explore(Bounds(**vars(parser.parse_args())))
+    sys.exit(0)
