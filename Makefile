@@ -21,7 +21,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-pythons soak lint bundles bench clean
+.PHONY: help demo test test-faults test-pythons soak lint docs bundles bench clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -49,12 +49,16 @@ lint: $(VENV)/dev.stamp bundles ## check style, types and the Lua
 	$(BIN)/python tests/check_lua.py
 	@if command -v luacheck >/dev/null; then luacheck --quiet lua $(wildcard tests/lua) build/lua; fi
 
+docs: $(VENV)/docs.stamp ## build the documentation into build/site
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bundles: $(VENV)/demo.stamp ## write build/lua/NAME.lua, the very bytes that Redis runs
 	@$(BIN)/python -c "$$WRITE_BUNDLES"
 
 bench: $(VENV)/bench.stamp ## compare with every peer, and simulate fleets (eight minutes)
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
 	@$(BIN)/python benchmarks/fleet.py
+	@$(BIN)/python benchmarks/watch.py
 	@$(BIN)/python benchmarks/charts.py
 
 clean: ## remove the virtual environment and everything generated

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +36,25 @@ _FOR_OTHERS = {
     "jitter",
     "enforce",
 }
+
+
+class Instrument:
+    """A listener that also looks at its breakers, so that they stay on the fast path: it is told of those successes
+    only that went another way, and reads their number from the breaker. It keeps the breakers it was given to.
+
+    rejections: whether it has to be told of every one; else those of a fresh view stay on the fast path too.
+    """
+
+    rejections = True
+
+    def attach(self, breaker: BreakerCore) -> None:
+        """A breaker was made with this as a listener."""
+
+    def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
+        """Redis answered a script call, or did not."""
+
+    def __call__(self, event: Event) -> object:
+        """Like every listener."""
 
 
 class BasePermit:
@@ -105,10 +125,14 @@ class BreakerCore:
         self._engine: AloneEngine | FallbackEngine = (
             AloneEngine()
             if redis is None
-            else FallbackEngine(on_redis_failure, redis_timeout, self._last_known, self._redis_down, self._redis_up)
+            else FallbackEngine(
+                on_redis_failure, redis_timeout, self._last_known, self._redis_down, self._redis_up, self._script_ran
+            )
         )
+        self._instruments = tuple(one for one in self._listeners if isinstance(one, Instrument))
         # a success that nobody wants to hear of or to judge is only counted: the fast path
-        self._quiet = not self._listeners and is_failure is None
+        self._quiet = len(self._instruments) == len(self._listeners) and is_failure is None
+        self._silent = self._quiet and not any(one.rejections for one in self._instruments)  # the same for rejections
         self._blocks: dict[types.FrameType, list[tuple[object, BasePermit]]] = {}  # innermost last
         self._start_process()
         self._watch: BaseWatch | None = None
@@ -116,9 +140,12 @@ class BreakerCore:
         self._rejoin: BaseWatch | None = None
         self._prefix = prefix
         _breakers.add(self)
+        for instrument in self._instruments:
+            instrument.attach(self)
 
     def _start_process(self) -> None:
         self.instance = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._reported, self._counting = 0, threading.Lock()  # successes, for instruments
         given = self.policy.to_request()
         # what a report of nothing but successes needs: to a healthy breaker most of it would only be work
         self._brief: Request = {} if self._encoding == "json" else {"encoding": self._encoding}
@@ -282,6 +309,9 @@ class BreakerCore:
         common: what goes with every request, or what goes with a report of nothing but successes.
         """
         sent = monotonic()
+        if self._instruments and (successes := request.get("successes")):
+            with self._counting:
+                self._reported += successes
         if self._rejoin is not None:
             watch, self._rejoin = self._rejoin, None
             watch._join()
@@ -386,6 +416,31 @@ class BreakerCore:
 
     def _listener_failed(self, listener: object) -> None:
         logger.exception("circuit breaker %r: listener %r failed", self.name, listener)
+
+    # What instruments read, without I/O
+
+    def _script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
+        for instrument in self._instruments:
+            try:
+                instrument.script_ran(name, seconds, error)
+            except Exception:
+                self._listener_failed(instrument)
+
+    def _successes(self) -> int:
+        """Those reported and those gathered; what a transition left behind, or a report takes just now, is in neither.
+
+        One caller at a time.
+        """
+        reported, view = self._reported, self._view
+        with view._lock:
+            counter = view.seen.counter
+            counter._looks += 1
+            return reported + counter.tick() - counter._looks - counter._taken
+
+    def _own_snapshot(self) -> Snapshot | None:
+        """By the engine of this process, where that decides; None where Redis does."""
+        reply = self._engine.own("snapshot", self._common)
+        return None if reply is None else _protocol.snapshot_from(self.name, reply, self.policy)
 
     # Redis down
 

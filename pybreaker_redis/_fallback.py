@@ -80,6 +80,10 @@ class AloneEngine:
 
     command = run
 
+    def own(self, name: str, request: Request) -> Reply | None:
+        """The reply of the engine in this process, None where Redis decides."""
+        return self._memory.run(name, request)
+
     def history(self, count: int) -> Steps[list[dict[str, Any]]]:
         """The newest transitions, newest first."""
         return self._memory.history(count)
@@ -90,6 +94,7 @@ class FallbackEngine:
     """Redis while it answers, else a local engine that starts from what was last known.
 
     mode: what to do without Redis. last_known: makes the local engine. on_down, on_up: told once for each outage.
+    on_script: told of each script call, with the seconds that it took and the error it ended with.
     """
 
     def __init__(
@@ -99,11 +104,12 @@ class FallbackEngine:
         last_known: Callable[[], LocalEngine],
         on_down: Callable[[BaseException], Steps[None]],
         on_up: Callable[[], Steps[None]],
+        on_script: Callable[[str, float, BaseException | None], None],
     ) -> None:
         self._mode = mode
         self._patience = LONGEST_PAUSE + 10 * redis_timeout  # longer than any one try
         self._last_known = last_known
-        self._on_down, self._on_up = on_down, on_up
+        self._on_down, self._on_up, self._on_script = on_down, on_up, on_script
         self._local: LocalEngine | FixedEngine | None = None
         self._retry_at = 0.0
         self._pause = FIRST_PAUSE
@@ -126,7 +132,7 @@ class FallbackEngine:
         local = self._local
         if local is None:
             try:
-                reply: Reply = yield Ask(name, _reportable(request))
+                reply = yield from self._ask(name, _reportable(request))
             except REDIS_ERRORS as error:
                 local = yield from self._go_down(error)
             else:
@@ -136,10 +142,15 @@ class FallbackEngine:
             yield Beside(self._try_again(request))  # no call waits for a server that is known to be down
         return local.run(name, request)
 
+    def own(self, name: str, request: Request) -> Reply | None:
+        """The reply of the engine in this process, None where Redis decides."""
+        local = self._local
+        return None if local is None else local.run(name, request)
+
     def command(self, name: str, request: Request) -> Steps[Reply]:
         """An operator's action: by Redis or not at all. Raises RedisUnavailableError."""
         try:
-            reply: Reply = yield Ask(name, request)
+            reply = yield from self._ask(name, request)
             reply["source"] = "redis"
             return reply
         except REDIS_ERRORS as error:
@@ -152,6 +163,16 @@ class FallbackEngine:
         except REDIS_ERRORS as error:
             raise RedisUnavailableError(f"the history could not be read: {error}") from error
         return entries
+
+    def _ask(self, name: str, request: Request) -> Steps[Reply]:
+        began = monotonic()
+        try:
+            reply: Reply = yield Ask(name, request)
+        except REDIS_ERRORS as error:
+            self._on_script(name, monotonic() - began, error)
+            raise
+        self._on_script(name, monotonic() - began, None)
+        return reply
 
     def _go_down(self, error: BaseException) -> Steps[LocalEngine | FixedEngine]:
         with self._lock:
@@ -187,7 +208,7 @@ class FallbackEngine:
         """An empty report under no generation needs room: a server that answers but takes no writes is not back yet."""
         common: Request = {key: request[key] for key in ("instance", "policy", "encoding") if key in request}
         try:
-            yield Ask("record", {**common, "generation": 0})
+            yield from self._ask("record", {**common, "generation": 0})
         except REDIS_ERRORS:
             self._retry_at = monotonic() + self._next_pause()
         else:

@@ -174,7 +174,7 @@ class CircuitBreaker(BreakerCore):
 
     def _slow_call(self, func: Callable[..., R], args: Any, kwargs: Any, now: float) -> R:
         seen = self._view.seen
-        if self._quiet and now < seen.open_until:
+        if self._silent and now < seen.open_until:
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
         if now < seen.timed_until:
             flight = self._view.take_off(seen.generation, None, now)

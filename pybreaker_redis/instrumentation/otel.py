@@ -1,0 +1,164 @@
+"""Metrics and span events of circuit breakers for OpenTelemetry. Needs the extra `otel`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from opentelemetry import metrics, trace
+from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
+
+from .._core import Instrument
+from .._view import Event
+from ._meter import DURATION_BOUNDS, STATES, BreakerReading, Meter, Reading, error_kind
+
+_SCOPE = "pybreaker_redis"
+_NAME = "circuit_breaker.name"
+
+
+class OpenTelemetryMetrics(Meter):
+    """A listener for any number of breakers, whose instruments read them when the SDK collects.
+
+    redis, timeout: as for PrometheusMetrics; one collection asks for all breakers in one pipeline.
+    meter_provider: default the global one.
+    """
+
+    def __init__(
+        self, redis: Any = None, *, meter_provider: MeterProvider | None = None, timeout: float = 0.25
+    ) -> None:
+        super().__init__(redis, timeout)
+        meter = metrics.get_meter(_SCOPE, meter_provider=meter_provider)
+        self._duration = meter.create_histogram(
+            "circuit_breaker.script.duration",
+            unit="s",
+            description="Time of a script call, from sending it to its reply or error, as a caller waits for it.",
+            explicit_bucket_boundaries_advisory=DURATION_BOUNDS,
+        )
+        counter, gauge = meter.create_observable_counter, meter.create_observable_gauge
+        meter.create_observable_up_down_counter(
+            "circuit_breaker.probe.in_flight",
+            [self._reads(_probes)],
+            "{probe}",
+            "Probes in flight, in the whole fleet.",
+        )
+        gauge("circuit_breaker.state", [self._reads(_state)], "1", "1 for the present state, 0 for the others.")
+        gauge("circuit_breaker.health", [self._reads(_health)], "1", "Health score, 0 (open) to 100.")
+        gauge("circuit_breaker.fallback", [self._reads(_fallback)], "1", "1 while this process goes on without Redis.")
+        gauge("circuit_breaker.view.age", [self._reads(_age)], "s", "Since the request whose reply is the local view.")
+        counter("circuit_breaker.calls", [self._reads(_calls)], "{call}", "Calls by outcome.")
+        counter("circuit_breaker.transitions", [self._reads(_transitions)], "{transition}", "Made by this process.")
+        counter("circuit_breaker.redis.errors", [self._reads(_errors)], "{error}", "Script calls without an answer.")
+
+    def _start_process(self) -> None:
+        super()._start_process()
+        self._sharing = threading.Lock()
+        self._shared: Reading | None = None
+        self._used: set[object] = set()
+
+    def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
+        super().script_ran(name, seconds, error)
+        told = {"circuit_breaker.script": name}
+        if error is not None:
+            told["error.type"] = error_kind(error)
+        self._duration.record(seconds, told)
+
+    def _reads(
+        self, what: Callable[[Reading], Iterator[Observation]]
+    ) -> Callable[[CallbackOptions], Iterable[Observation]]:
+        """A callback. The first that comes a second time begins a new collection; the others share its reading."""
+
+        def callback(_: CallbackOptions) -> Iterable[Observation]:
+            with self._sharing:
+                if self._shared is None or what in self._used:
+                    self._shared, self._used = self.read(), set()
+                self._used.add(what)
+                return list(what(self._shared))
+
+        return callback
+
+
+def _each(reading: Reading, value: Callable[[BreakerReading], float | None]) -> Iterator[Observation]:
+    for one in reading.breakers:
+        found = value(one)
+        if found is not None:
+            yield Observation(found, {_NAME: one.name})
+
+
+def _health(reading: Reading) -> Iterator[Observation]:
+    return _each(reading, lambda one: one.health)
+
+
+def _probes(reading: Reading) -> Iterator[Observation]:
+    return _each(reading, lambda one: one.probes_in_flight)
+
+
+def _fallback(reading: Reading) -> Iterator[Observation]:
+    return _each(reading, lambda one: int(one.fallback))
+
+
+def _age(reading: Reading) -> Iterator[Observation]:
+    return _each(reading, lambda one: one.view_age)
+
+
+def _state(reading: Reading) -> Iterator[Observation]:
+    for one in reading.breakers:
+        for state in STATES:
+            yield Observation(int(one.state == state), {_NAME: one.name, "circuit_breaker.state": state})
+
+
+def _calls(reading: Reading) -> Iterator[Observation]:
+    for one in reading.breakers:
+        for outcome, count in one.calls.items():
+            yield Observation(count, {_NAME: one.name, "circuit_breaker.outcome": outcome})
+
+
+def _transitions(reading: Reading) -> Iterator[Observation]:
+    for change, count in reading.transitions.items():
+        yield Observation(
+            count,
+            {
+                _NAME: change.breaker,
+                "circuit_breaker.transition.from": change.old,
+                "circuit_breaker.transition.to": change.new,
+                "circuit_breaker.transition.reason": change.reason,
+                "circuit_breaker.transition.source": change.source,
+            },
+        )
+
+
+def _errors(reading: Reading) -> Iterator[Observation]:
+    for kind, count in reading.redis_errors.items():
+        yield Observation(count, {"error.type": kind})
+
+
+class OpenTelemetrySpans(Instrument):
+    """A listener that adds an event to the current span for a rejection, a transition, and the loss or return of Redis.
+
+    A rejection becomes `circuit_breaker.rejected`, a transition `circuit_breaker.state_change`, the others
+    `circuit_breaker.redis_error` and `circuit_breaker.redis_restored`. Nothing happens without a recording span.
+    """
+
+    def __call__(self, event: Event) -> None:
+        if event.kind in ("success", "failure", "ignored"):
+            return
+        span = trace.get_current_span()
+        if span.is_recording():
+            span.add_event(f"circuit_breaker.{event.kind}", dict(_attributes(event)))
+
+
+def _attributes(event: Event) -> Iterator[tuple[str, str | float | bool]]:
+    yield _NAME, event.breaker
+    for key, value in (
+        ("transition.from", event.old),
+        ("transition.to", event.new),
+        ("transition.reason", event.reason),
+        ("source", event.source),
+        ("generation", event.generation),
+        ("retry_after", event.retry_after),
+        ("enforced", event.enforced),
+    ):
+        if value is not None:
+            yield f"circuit_breaker.{key}", value
+    if event.exception is not None:
+        yield "error.type", error_kind(event.exception)

