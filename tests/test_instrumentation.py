@@ -389,16 +389,6 @@ def test_a_scrape_without_rights(own_server: EmbeddedServer) -> None:
     assert scrape()["state", ("discovery", "closed")] == 1
 
 
-def test_a_scrape_of_a_cluster(meter: Any) -> None:
-    """Breakers whose keys lie on a cluster are asked by one pipeline for each node."""
-    with cluster_of_one() as client:
-        metrics, scrape = meter(redis=client)
-        for number in range(5):
-            CircuitBreaker(f"s{number}", redis=client, listeners=[metrics])
-        found = by_prometheus_names(scrape())
-        assert [found["health_score", (f"s{number}",)] for number in range(5)] == [100] * 5
-
-
 @contextlib.contextmanager
 def cluster_of_one() -> Iterator[redis.RedisCluster]:
     """A cluster whose one node has all slots."""
