@@ -637,6 +637,15 @@ def test_doctor_of_missing_rights(missing: str, told: str, run: Callable[..., Do
             assert run(*command, "--redis", url).code in (0, 1), command
 
 
+def test_the_acl_line_names_every_command_of_the_scripts(client: redis.Redis) -> None:
+    """Whatever word in the Lua is a command of the server stands in the line that doctor prints."""
+    words = {word for script in SCRIPTS for word in re.findall(r"'([A-Z]{2,})'", compose(script))}
+    commands = {word.lower() for word in words} & {name.decode() for name in client.command_list()}
+    rule = acl_rule(Fleet(client, "circuit_breaker", lambda name: ONE, print)).split()
+    assert "xadd" in commands
+    assert {f"+{command}" for command in commands} <= set(rule)
+
+
 # The program itself
 
 

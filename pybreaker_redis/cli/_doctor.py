@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import re
 import secrets
 import statistics
 import time
@@ -256,8 +255,8 @@ def acl_rule(fleet: Fleet) -> str:
     """What a user must be allowed, as ACL SETUSER takes it: first what breakers need, then this program."""
     # PSUBSCRIBE is allowed for the very pattern only
     keys = f"~{fleet.prefix}:* ~{{{fleet.prefix}:* resetchannels &{fleet.pattern()}"
-    scripts = {word.lower() for name in SCRIPTS for word in re.findall(r"redis\.p?call\('([A-Z]+)'", compose(name))}
-    breakers = sorted({*scripts, "evalsha", "eval", "xrevrange", "psubscribe", "subscribe", "ping"})
+    scripts = ["time", "mget", "exists", "set", "setrange", "pexpire", "del", "xadd", "publish"]
+    breakers = [*scripts, "evalsha", "eval", "xrevrange", "psubscribe", "subscribe", "ping"]
     program = ["scan", "script|load", "script|exists", "pttl", "info", "acl|whoami"]
     return " ".join([keys, *(f"+{command}" for command in (*breakers, *program))])
 

@@ -9,11 +9,14 @@ from redis import Redis
 
 from pybreaker_redis import (
     AsyncCircuitBreaker,
+    AsyncCircuitBreakerManager,
     AsyncPermit,
     AsyncWatch,
     CircuitBreaker,
     CircuitBreakerError,
+    CircuitBreakerManager,
     CircuitOpenError,
+    Config,
     Event,
     HistoryEntry,
     Permit,
@@ -212,3 +215,23 @@ async def awaiting() -> None:
     async with await aio.watch(lease=10) as watch:
         assert_type(watch, AsyncWatch)
     await watch.close()
+
+
+manager = CircuitBreakerManager.with_redis(Config(services={"discovery": Policy()}), listeners=[on_event])
+assert_type(manager, CircuitBreakerManager)
+assert_type(manager.call("discovery", length, "x", times=2), int)
+manager.call("discovery", length, 1)  # type: ignore[arg-type]
+assert_type(manager.get_or_create("discovery"), CircuitBreaker)
+assert_type(manager.get_state("discovery"), State)
+assert_type(manager.get_all_states(), dict[str, State])
+CircuitBreakerManager("gateway.yaml")
+CircuitBreakerManager({"circuit_breaker": {}})
+CircuitBreakerManager(3)  # type: ignore[arg-type]
+Config(services={"discovery": 3})  # type: ignore[dict-item]
+
+
+async def managed() -> None:
+    async with AsyncCircuitBreakerManager.with_redis() as aio_manager:
+        assert_type(await aio_manager.call("discovery", fetch, "x", limit=2), list[str])
+        assert_type(aio_manager.get_or_create("discovery"), AsyncCircuitBreaker)
+        assert_type(await aio_manager.get_all_states(), dict[str, State])
