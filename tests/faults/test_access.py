@@ -104,6 +104,7 @@ def test_the_documented_acl_is_enough(kind: str) -> None:
         assert use_everything(target, documented_rules()) == everything
 
 
+@pytest.mark.long
 def test_no_right_of_the_documented_acl_is_idle() -> None:
     """Without any one of the documented rights something is missing."""
     with restartable() as target:
