@@ -117,6 +117,7 @@ class BreakerCore:
         self._classifier = Classifier(failures, ignore if isinstance(ignore, tuple) else (ignore,), is_failure)
         self._listeners = tuple(listeners)
         self._encoding = encoding
+        self._warned: str | None = None
         self._lease = float(lease)
         self._view = View(self._lease, self.policy)
         self._override: dict[str, Any] | None = None  # what an operator set for the fleet, as last heard
@@ -395,9 +396,13 @@ class BreakerCore:
             yield from self._tell_change(change, "isolated")
 
     def _warn(self, reply: Reply) -> None:
-        if warning := reply.get("warning"):
+        warning = reply.get("warning")
+        if warning:
             self.corrupt_documents += 1
-            logger.warning("circuit breaker %r: %s under key %s", self.name, warning, self.keys.state)
+        if warning and warning != self._warned:  # what stays odd is told once, not with every call
+            key = self.keys.policy if warning == "corrupt_policy" else self.keys.state
+            logger.warning("circuit breaker %r: %s under key %s", self.name, warning, key)
+        self._warned = warning
 
     def _tell_change(self, change: dict[str, Any], source: str, instance: str | None = None) -> Steps[None]:
         yield self._event(

@@ -890,3 +890,19 @@ def test_history_of_every_rule(make_any: Make) -> None:
     assert times == sorted(times)
     assert abs(times[-1] - time.time()) < 60
     assert breaker.history(2) == entries[::-1][:2]
+
+
+def test_garbage_under_the_policy_key_is_told_once(
+    make: Make, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What stays odd is logged once, not with every call; once it was mended it is told anew."""
+    breaker = make(**STRICT)
+    for _ in range(2):
+        client.set(breaker.keys.policy, "garbage")
+        for _ in range(5):
+            assert breaker.call(fine) == "fine"
+        breaker.clear_policy()
+        breaker.call(fine)
+    told = [record.getMessage() for record in caplog.records if "corrupt_policy" in record.getMessage()]
+    assert len(told) == 2
+    assert all(breaker.keys.policy in message for message in told)
