@@ -133,7 +133,7 @@ class MemoryEngine:
         """A copy, which takes the document's place where a script would write it."""
         if self._document is None:
             return Document(generation=now, now=now)
-        document = dataclasses.replace(self._document, now=now, fresh=False, change=None)
+        document = dataclasses.replace(self._document, now=now, fresh=False, outlived=False, change=None)
         document.reporters = dict(document.reporters)
         document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
