@@ -38,7 +38,7 @@ local document = breaker.load(request)
 document.now = document.now or breaker.now_ms()
 
 -- Moves the state; tells whether it changed anything.
-local function steer()
+local function control()
   local duration_ms = request.duration_ms or 30 * 86400 * 1000
   if action == 'reset' then
     breaker.close(document, 'reset')
@@ -84,7 +84,7 @@ if policies[action] then
       cjson.encode({policy = action, instance = request.instance, time_ms = document.now}))
   end
 else
-  changed = steer()
+  changed = control()
   if changed then breaker.save(document, request) end
 end
 local reply = breaker.reply(document, request)
