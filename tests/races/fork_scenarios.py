@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ def fork(work: Callable[[], object]) -> int:
     """A child that does the work and ends: 0 when it succeeded."""
     child = os.fork()
     if child == 0:
+        faulthandler.dump_traceback_later(CHILD_PATIENCE * 0.4)  # where it hangs, if it does
         try:
             work()
             os._exit(0)
