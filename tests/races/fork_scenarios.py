@@ -25,7 +25,6 @@ def fork(work: Callable[[], object]) -> int:
     """A child that does the work and ends: 0 when it succeeded."""
     child = os.fork()
     if child == 0:
-        faulthandler.dump_traceback_later(CHILD_PATIENCE * 0.4)  # where it hangs, if it does
         try:
             work()
             os._exit(0)
@@ -36,13 +35,15 @@ def fork(work: Callable[[], object]) -> int:
 
 
 def ended(child: int, patience: float = CHILD_PATIENCE) -> str:
-    """How a child ended: "ok", "failed", or "hung" (it is killed then)."""
+    """How a child ended: "ok", "failed", or "hung" (then it says where on stderr, and is killed)."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return "failed" if status else "ok"
         time.sleep(0.001)
+    os.kill(child, signal.SIGUSR1)
+    time.sleep(0.5)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return "hung"
@@ -174,4 +175,5 @@ def outage(url: str, server_pid: str) -> object:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)
     print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])), flush=True)
