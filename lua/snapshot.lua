@@ -14,7 +14,7 @@ Errors     BADREQUEST field: what is wrong.
   redis-cli EVALSHA $SNAPSHOT 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{}'
 ]]
-local request, problem = breaker.request({policy = 'policy', instance = 'text', encoding = 'encoding'})
+local request, problem = breaker.request({})
 if not request then return redis.error_reply(problem) end
 
 local document = breaker.load(request)
