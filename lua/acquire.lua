@@ -40,4 +40,4 @@ if probe then reply.probe = probe end
 if not admitted and request.policy and request.policy.enforce == false then
   reply.admitted, reply.shadow = true, true
 end
-return breaker.encode(reply, request)
+return request.encode(reply)

@@ -31,15 +31,14 @@ What is empty or zero of our own fields is left out. The five contract fields ar
 programs, which may leave out all the others.
 
 Redis makes the functions of a script anew at every call, which costs it more than what they do: the functions down
-to rest() are all that a healthy breaker needs, and rest() makes the others when the first of them is called for.
+to make() are all that a healthy breaker needs, and make() makes each of the others when it is first called for.
 Nothing here is global; every function that a script calls hangs on the one local table, so that tests can put a
 clock of their own between this file and the script.
 ]]
 local EXACT = 90000000000000 -- cjson writes 14 digits without loss; here is room for what is added
 local LONGEST_MS = 365 * 86400 * 1000
 
-local breaker = {now_ms = false, request = false, load = false, record = false, save = false, reply = false,
-  encode = false}
+local breaker = {now_ms = false, request = false, load = false, record = false, reply = false}
 
 function breaker.now_ms()
   local time = redis.call('TIME')
@@ -77,7 +76,7 @@ function breaker.request(own)
     elseif kind == 'stamp' then
       fits = integer(value, 0, EXACT)
     elseif kind == 'text' or field == 'instance' then
-      kind, fits = 'text', type(value) == 'string' and #value <= 200 and not string.find(value, '[^ -~]')
+      kind, fits = 'text', type(value) == 'string' and #value <= 200 and string.find(value, '^[ -~]*$')
     elseif kind == 'policy' or field == 'policy' then
       problem, fits = breaker.policy_problem(field, value), true
     elseif kind == 'duration' then
@@ -90,7 +89,7 @@ function breaker.request(own)
   end
   if not problem and (request.pending or request.counted) then problem = breaker.miscount(request) end
   if problem then return nil, 'BADREQUEST ' .. string.gsub(problem, '[%c]', '?') end
-  request.json = json
+  request.encode = json and cjson.encode or cmsgpack.pack
   return request
 end
 
@@ -104,12 +103,12 @@ function breaker.load(request)
   -- Closed and with nothing to remember, as save wrote it, which most are: a tenth of the work of cjson and checks.
   local failures, failed_at, generation, rest = string.match(found[1] or '', '^{"state":"closed","failure_count":(%d+),'
     .. '"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,"generation":([1-9]%d*)(.*)}$')
-  local window = rest and rest ~= '' and breaker.read_window(rest)
+  local window, failed_s = rest and rest ~= '' and breaker.read_window(rest), failed_at and tonumber(failed_at)
   if generation and #generation <= 13 and #failures <= 10 and (rest == '' or window)
-      and (failed_at == 'null' or #failed_at <= 10 and tonumber(failed_at)) then
+      and #failed_at <= 10 and (failed_s or failed_at == 'null') then
     local now = (window or failures ~= '0') and breaker.now_ms() or nil
     return {state = 'closed', failure_count = tonumber(failures), success_count = 0,
-      last_failure_time = tonumber(failed_at), generation = tonumber(generation), trips = 0, exists = true, now = now,
+      last_failure_time = failed_s, generation = tonumber(generation), trips = 0, exists = true, now = now,
       window = window and breaker.window_at(window, breaker.bucket_ms(request), now) or nil}
   end
   return breaker.take_over(found[1], request)
@@ -125,12 +124,6 @@ function breaker.record(document, request)
   return (request.successes or 0) > 0
 end
 
--- The one write: the document with its TTL, then history and message of the transition it made.
-function breaker.save(document, request)
-  if document.now then return breaker.write(document, request) end
-  redis.call('PEXPIRE', KEYS[1], request.policy and request.policy.ttl_ms or 3600000)
-end
-
 -- What every script replies; the script adds its own fields.
 function breaker.reply(document, request)
   local reply = {state = document.state, generation = document.generation, failure_count = document.failure_count,
@@ -142,12 +135,8 @@ function breaker.reply(document, request)
   return reply
 end
 
-function breaker.encode(reply, request)
-  return request.json and cjson.encode(reply) or cmsgpack.pack(reply)
-end
-
 -- Everything below is made when it is first called for.
-local function make(name)
+local function make(_, name)
   -- Counting -----------------------------------------------------------------------------------------
 
   if name == 'count' or name == 'count_failures' then
@@ -173,8 +162,13 @@ local function make(name)
       if slow_rate > 0 and window.slow / window.calls >= slow_rate then return 'slow_rate' end
     end
 
-    local function record_closed(document, request)
-      local now, policy = document.now, breaker.policy_of(request)
+    -- What record does where a breaker has something to count or to forget.
+    function breaker.count(document, request)
+      local now = document.now or breaker.now_ms()
+      document.now = now
+      if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
+      if document.state ~= 'closed' or request.probe then return false end
+      local policy = breaker.policy_of(request)
       local successes, failures, slow = request.successes or 0, request.failures or 0, request.slow or 0
       local bucket_ms, quorum = breaker.bucket_ms(request), policy.quorum
       document.unchanged = failures + slow + document.failure_count == 0
@@ -202,17 +196,9 @@ local function make(name)
       return true
     end
 
-    -- What record does where a breaker has something to count or to forget.
-    function breaker.count(document, request)
-      document.now = document.now or breaker.now_ms()
-      if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
-      if document.state == 'closed' and not request.probe then return record_closed(document, request) end
-      return false
-    end
-
   -- Writes and reply -----------------------------------------------------------------------------
 
-  elseif name == 'write' then
+  elseif name == 'save' then
     -- By hand: the contract fields first, no loss in large numbers, and half the time of cjson. %d is half the work of
     -- %.0f, but on a 32-bit server it ends at 2^31.
     local function encode_json(document)
@@ -242,8 +228,10 @@ local function make(name)
         '"past":"%s"}}', text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past)
     end
 
-    function breaker.write(document, request)
+    -- The one write: the document with its TTL, then history and message of the transition it made.
+    function breaker.save(document, request)
       local ttl = request.policy and request.policy.ttl_ms or 3600000
+      if not document.now then return redis.call('PEXPIRE', KEYS[1], ttl) end
       if document.window or document.reporters then ttl = math.max(ttl, breaker.policy_of(request).window_ms) end
       local deadline = document.open_until_ms or document.forced_until_ms -- outlived by a minute
       if deadline then ttl = math.max(ttl, deadline - document.now + 60000) end
@@ -768,9 +756,7 @@ local function make(name)
       return nearest - document.now
     end
   end
+  return rawget(breaker, name)
 end
 
-setmetatable(breaker, {__index = function(_, name)
-  make(name)
-  return rawget(breaker, name)
-end})
+setmetatable(breaker, {__index = make})

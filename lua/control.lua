@@ -88,4 +88,4 @@ else
 end
 local reply = breaker.reply(document, request)
 reply.changed = changed
-return breaker.encode(reply, request)
+return request.encode(reply)

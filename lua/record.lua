@@ -39,4 +39,4 @@ end
 if applied or empty or document.fresh then breaker.save(document, request) end
 local reply = breaker.reply(document, request)
 reply.applied = applied
-return breaker.encode(reply, request)
+return request.encode(reply)

@@ -46,4 +46,4 @@ reply.trips, reply.health, reply.policy = trips, health(), breaker.whole_policy(
 reply.last_failure_time, reply.opened_at = document.last_failure_time, document.opened_at
 reply.forced_until_ms, reply.reporters = document.forced_until_ms, document.reporters
 reply.calls, reply.failures, reply.slow = calls, failures, slow
-return breaker.encode(reply, request)
+return request.encode(reply)
