@@ -233,12 +233,21 @@ local function make(_, name)
       local ttl = request.policy and request.policy.ttl_ms or 3600000
       if not document.now then return redis.call('PEXPIRE', KEYS[1], ttl) end
       if document.window or document.reporters then ttl = math.max(ttl, breaker.policy_of(request).window_ms) end
-      local deadline = document.open_until_ms or document.forced_until_ms -- outlived by a minute
-      if deadline then ttl = math.max(ttl, deadline - document.now + 60000) end
+      local deadline = document.open_until_ms or document.forced_until_ms
+        or document.probe_ms and document.now + document.probe_ms
+        or document.closed_at_ms and breaker.recovered_at_ms(document, breaker.policy_of(request))
+      if deadline then ttl = math.max(ttl, deadline - document.now + 60000) end -- outlived by a minute
       if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl) end
       local encode = request.encoding == 'msgpack' and breaker.encode_msgpack or encode_json
       redis.call('SET', KEYS[1], encode(document), 'PX', ttl)
       if document.change then breaker.announce(document, request) end
+    end
+
+  elseif name == 'recovered_at_ms' then
+    -- When the row of trips and the ramp after a recovery are over, if it stays closed.
+    function breaker.recovered_at_ms(document, policy)
+      local row_ms = document.trips > 0 and breaker.open_time_ms(policy, document.trips + 1) or 0
+      return document.closed_at_ms + math.max(row_ms, policy.ramp_up_ms)
     end
 
   elseif name == 'encode_msgpack' then
