@@ -25,7 +25,7 @@ Writes     nothing when it refuses, but for what it took along, and the deadline
     '{circuit_breaker:discovery:state}:policy' '{"instance":"me"}'
 ]]
 local request, problem = breaker.request({generation = 'stamp', successes = 'count', slow = 'count',
-  pending = 'count', policy = 'policy', instance = 'text', encoding = 'encoding'})
+  pending = 'count'})
 if not request then return redis.error_reply(problem) end
 
 local document = breaker.load(request)
@@ -40,4 +40,4 @@ if probe then reply.probe = probe end
 if not admitted and request.policy and request.policy.enforce == false then
   reply.admitted, reply.shadow = true, true
 end
-return breaker.encode(reply, request)
+return request.encode(reply)

@@ -31,15 +31,14 @@ What is empty or zero of our own fields is left out. The five contract fields ar
 programs, which may leave out all the others.
 
 Redis makes the functions of a script anew at every call, which costs it more than what they do: the functions down
-to rest() are all that a healthy breaker needs, and rest() makes the others when the first of them is called for.
+to make() are all that a healthy breaker needs, and make() makes each of the others when it is first called for.
 Nothing here is global; every function that a script calls hangs on the one local table, so that tests can put a
 clock of their own between this file and the script.
 ]]
 local EXACT = 90000000000000 -- cjson writes 14 digits without loss; here is room for what is added
 local LONGEST_MS = 365 * 86400 * 1000
 
-local breaker = {now_ms = false, request = false, load = false, record = false, save = false, reply = false,
-  encode = false}
+local breaker = {now_ms = false, request = false, load = false, record = false, reply = false}
 
 function breaker.now_ms()
   local time = redis.call('TIME')
@@ -51,14 +50,16 @@ local function integer(value, least, most)
 end
 
 local function decode(text)
-  local ok, value = pcall(string.byte(text) == 123 and cjson.decode or cmsgpack.unpack, text)
-  return ok and type(value) == 'table' and value or nil
+  local json = string.byte(text) == 123
+  local ok, value = pcall(json and cjson.decode or cmsgpack.unpack, text)
+  return ok and type(value) == 'table' and value or nil, json
 end
 
--- The checked request, or nil and what is wrong with it. kinds: of the fields that the script takes.
-function breaker.request(kinds)
-  local text, problem = ARGV[1] or '', nil
-  local request = decode(text)
+-- The checked request, or nil and what is wrong with it. own: the kinds of the fields that this script takes beside
+-- policy, instance and encoding.
+function breaker.request(own)
+  local request, json = decode(ARGV[1] or '')
+  local problem
   if #KEYS ~= 3 then
     problem = 'KEYS: must be state, history, policy'
   elseif #ARGV ~= 1 then
@@ -67,28 +68,28 @@ function breaker.request(kinds)
     problem = 'request: must be one map, in JSON or msgpack'
   end
   for field, value in next, not problem and request or {} do
-    local kind, fits = kinds[field], false
+    local kind, fits = own[field], false
     if value == cjson.null then
       request[field], fits = nil, true
     elseif kind == 'count' then
       fits = integer(value, 0, 1e9)
     elseif kind == 'stamp' then
       fits = integer(value, 0, EXACT)
-    elseif kind == 'text' then
-      fits = type(value) == 'string' and #value <= 200 and not string.find(value, '[^ -~]')
-    elseif kind == 'policy' then
+    elseif kind == 'text' or field == 'instance' then
+      kind, fits = 'text', type(value) == 'string' and #value <= 200 and string.find(value, '^[ -~]*$')
+    elseif kind == 'policy' or field == 'policy' then
       problem, fits = breaker.policy_problem(field, value), true
     elseif kind == 'duration' then
       fits = integer(value, 1, 30 * 86400 * 1000)
-    elseif kind == 'encoding' then
-      fits = value == 'json' or value == 'msgpack'
+    elseif field == 'encoding' then
+      kind, fits = 'encoding', value == 'json' or value == 'msgpack'
     end
     if not fits then problem = breaker.misfit(field, kind, value) end
     if problem then break end
   end
   if not problem and (request.pending or request.counted) then problem = breaker.miscount(request) end
   if problem then return nil, 'BADREQUEST ' .. string.gsub(problem, '[%c]', '?') end
-  request.json = string.byte(text) == 123
+  request.encode = json and cjson.encode or cmsgpack.pack
   return request
 end
 
@@ -102,12 +103,12 @@ function breaker.load(request)
   -- Closed and with nothing to remember, as save wrote it, which most are: a tenth of the work of cjson and checks.
   local failures, failed_at, generation, rest = string.match(found[1] or '', '^{"state":"closed","failure_count":(%d+),'
     .. '"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,"generation":([1-9]%d*)(.*)}$')
-  local window = rest and rest ~= '' and breaker.read_window(rest)
+  local window, failed_s = rest and rest ~= '' and breaker.read_window(rest), failed_at and tonumber(failed_at)
   if generation and #generation <= 13 and #failures <= 10 and (rest == '' or window)
-      and (failed_at == 'null' or #failed_at <= 10 and tonumber(failed_at)) then
+      and #failed_at <= 10 and (failed_s or failed_at == 'null') then
     local now = (window or failures ~= '0') and breaker.now_ms() or nil
     return {state = 'closed', failure_count = tonumber(failures), success_count = 0,
-      last_failure_time = tonumber(failed_at), generation = tonumber(generation), trips = 0, exists = true, now = now,
+      last_failure_time = failed_s, generation = tonumber(generation), trips = 0, exists = true, now = now,
       window = window and breaker.window_at(window, breaker.bucket_ms(request), now) or nil}
   end
   return breaker.take_over(found[1], request)
@@ -123,12 +124,6 @@ function breaker.record(document, request)
   return (request.successes or 0) > 0
 end
 
--- The one write: the document with its TTL, then history and message of the transition it made.
-function breaker.save(document, request)
-  if document.now then return breaker.write(document, request) end
-  redis.call('PEXPIRE', KEYS[1], request.policy and request.policy.ttl_ms or 3600000)
-end
-
 -- What every script replies; the script adds its own fields.
 function breaker.reply(document, request)
   local reply = {state = document.state, generation = document.generation, failure_count = document.failure_count,
@@ -140,15 +135,171 @@ function breaker.reply(document, request)
   return reply
 end
 
-function breaker.encode(reply, request)
-  return request.json and cjson.encode(reply) or cmsgpack.pack(reply)
-end
-
 -- Everything below is made when it is first called for.
-local function make(name)
+local function make(_, name)
+  -- Counting -----------------------------------------------------------------------------------------
+
+  if name == 'count' or name == 'count_failures' then
+    function breaker.count_failures(document, failures)
+      document.failure_count = math.min(document.failure_count + failures, 4294967295) -- the contract's u32
+      document.last_failure_time = math.floor(document.now / 1000)
+    end
+
+    -- Why a closed document has to open now, or nil.
+    local function trip_reason(document, policy)
+      local alone = policy.quorum == 1
+      if document.failure_count >= policy.failure_threshold
+          and (alone or breaker.reporters_since(document, document.run_since_ms or document.now) >= policy.quorum) then
+        return 'failure_threshold'
+      end
+      local window = document.window
+      if not window or window.calls < policy.minimum_calls then return nil end
+      if not alone and breaker.reporters_since(document, document.now - policy.window_ms + 1) < policy.quorum then
+        return nil
+      end
+      local error_rate, slow_rate = policy.error_rate_threshold, policy.slow_call_rate_threshold
+      if error_rate > 0 and window.failures / window.calls >= error_rate then return 'error_rate' end
+      if slow_rate > 0 and window.slow / window.calls >= slow_rate then return 'slow_rate' end
+    end
+
+    -- What record does where a breaker has something to count or to forget.
+    function breaker.count(document, request)
+      local now = document.now or breaker.now_ms()
+      document.now = now
+      if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
+      if document.state ~= 'closed' or request.probe then return false end
+      local policy = breaker.policy_of(request)
+      local successes, failures, slow = request.successes or 0, request.failures or 0, request.slow or 0
+      local bucket_ms, quorum = breaker.bucket_ms(request), policy.quorum
+      document.unchanged = failures + slow + document.failure_count == 0
+        and not (document.window or bucket_ms or document.outlived)
+      if document.forced or successes + failures + slow == 0 then return false end
+      if successes > 0 then
+        document.failure_count = 0
+        if document.run_since_ms then document.run_since_ms = nil end
+      end
+      if failures > 0 then
+        if quorum > 1 then document.run_since_ms = document.run_since_ms or now end
+        breaker.count_failures(document, failures)
+      end
+      if failures + slow > 0 and quorum > 1 then
+        breaker.note_reporter(document, policy, request.instance or '')
+      end
+      if document.window or bucket_ms then
+        local window = document.window or breaker.empty_window(bucket_ms, math.floor(now / bucket_ms))
+        window.calls = window.calls + successes + failures + (request.pending or 0) - (request.counted or 0)
+        window.failures, window.slow = window.failures + failures, window.slow + slow
+        document.window = window
+      end
+      local reason = trip_reason(document, policy)
+      if reason then breaker.trip(document, policy, reason) end
+      return true
+    end
+
+  -- Writes and reply -----------------------------------------------------------------------------
+
+  elseif name == 'save' then
+    -- By hand: the contract fields first, no loss in large numbers, and half the time of cjson. %d is half the work of
+    -- %.0f, but on a 32-bit server it ends at 2^31.
+    local function encode_json(document)
+      local failed_at = document.last_failure_time and string.format('%d', document.last_failure_time) or 'null'
+      local opened_at = document.opened_at and string.format('%d', document.opened_at) or 'null'
+      local text = string.format(
+        '{"state":"%s","failure_count":%d,"success_count":%d,"last_failure_time":%s,"opened_at":%s,' ..
+        '"version":1,"generation":%.0f',
+        document.state, document.failure_count, document.success_count, failed_at, opened_at, document.generation)
+      local window = document.window
+      if document.trips > 0 then text = string.format('%s,"trips":%.0f', text, document.trips) end
+      if document.closed_at_ms then text = string.format('%s,"closed_at_ms":%.0f', text, document.closed_at_ms) end
+      if document.run_since_ms then text = string.format('%s,"run_since_ms":%.0f', text, document.run_since_ms) end
+      if document.open_until_ms then
+        text = string.format('%s,"open_until_ms":%.0f,"open_ms":%.0f', text, document.open_until_ms, document.open_ms)
+      end
+      if document.probe_seq then
+        text = string.format('%s,"probe_seq":%.0f,"probe_ms":%.0f', text, document.probe_seq, document.probe_ms)
+      end
+      if document.forced then
+        text = string.format('%s,"forced_until_ms":%.0f,"forced":"%s"', text, document.forced_until_ms, document.forced)
+      end
+      if document.probes then text = text .. ',"probes":' .. cjson.encode(document.probes) end
+      if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
+      if not window then return text .. '}' end
+      return string.format('%s,"window":{"bucket_ms":%.0f,"newest":%.0f,"calls":%.0f,"failures":%.0f,"slow":%.0f,' ..
+        '"past":"%s"}}', text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past)
+    end
+
+    -- The one write: the document with its TTL, then history and message of the transition it made.
+    function breaker.save(document, request)
+      local ttl = request.policy and request.policy.ttl_ms or 3600000
+      if not document.now then return redis.call('PEXPIRE', KEYS[1], ttl) end
+      if document.window or document.reporters then ttl = math.max(ttl, breaker.policy_of(request).window_ms) end
+      local deadline = document.open_until_ms or document.forced_until_ms
+        or document.probe_ms and document.now + document.probe_ms
+        or document.closed_at_ms and breaker.recovered_at_ms(document, breaker.policy_of(request))
+      if deadline then ttl = math.max(ttl, deadline - document.now + 60000) end -- outlived by a minute
+      if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl) end
+      local encode = request.encoding == 'msgpack' and breaker.encode_msgpack or encode_json
+      redis.call('SET', KEYS[1], encode(document), 'PX', ttl)
+      if document.change then breaker.announce(document, request) end
+    end
+
+  elseif name == 'recovered_at_ms' then
+    -- When the row of trips and the ramp after a recovery are over, if it stays closed.
+    function breaker.recovered_at_ms(document, policy)
+      local row_ms = document.trips > 0 and breaker.open_time_ms(policy, document.trips + 1) or 0
+      return document.closed_at_ms + math.max(row_ms, policy.ramp_up_ms)
+    end
+
+  elseif name == 'encode_msgpack' then
+    function breaker.encode_msgpack(document)
+      local stored = {version = 1}
+      for field, value in pairs(document) do stored[field] = value end
+      for _, field in ipairs({'now', 'exists', 'fresh', 'undated', 'unchanged', 'outlived', 'change', 'warning'}) do
+        stored[field] = nil
+      end
+      return cmsgpack.pack(stored)
+    end
+
+  elseif name == 'announce' then
+    function breaker.announce(document, request)
+      local change = document.change
+      local entry = {'XADD', KEYS[2], 'MAXLEN', '~', '1000', '*', 'time_ms', string.format('%.0f', document.now),
+        'from', change.from, 'to', change.to, 'reason', change.reason,
+        'generation', string.format('%.0f', change.generation), 'failure_count', change.failure_count,
+        'success_count', change.success_count, 'instance', request.instance or ''}
+      if change.calls then
+        for _, field in ipairs({'calls', 'failures', 'slow'}) do
+          entry[#entry + 1], entry[#entry + 2] = field, change[field]
+        end
+      end
+      local added = redis.pcall(unpack(entry))
+      if type(added) == 'table' and added.err then -- a foreign value under our key must not undo the state
+        redis.pcall('DEL', KEYS[2])
+        redis.pcall(unpack(entry))
+      end
+      redis.pcall('PEXPIRE', KEYS[2], 86400000)
+      change.instance, change.time_ms, change.retry_after_ms = request.instance, document.now, document.open_ms
+      redis.pcall('PUBLISH', KEYS[1], cjson.encode(change)) -- an ACL may refuse the channel
+      change.instance, change.time_ms, change.retry_after_ms = nil, nil, nil
+    end
+
+  elseif name == 'tell_more' then
+    -- What there is to reply of a breaker that is not just healthy.
+    function breaker.tell_more(reply, document, request)
+      if document.forced then reply.forced = document.forced end
+      if document.change then reply.transition = document.change end
+      if request.overridden then reply.override = request.overridden end
+      if document.warning or request.warning then reply.warning = document.warning or request.warning end
+      if document.state ~= 'closed' then reply.retry_after_ms = breaker.retry_after_ms(document, request) end
+      if document.closed_at_ms then
+        local left = document.closed_at_ms + (request.policy and request.policy.ramp_up_ms or 0) - document.now
+        if left > 0 then reply.ramp_left_ms = left end
+      end
+    end
+
   -- Policy ---------------------------------------------------------------------------------------
 
-  if name == 'policy_of' or name == 'bucket_ms' then
+  elseif name == 'policy_of' or name == 'bucket_ms' then
     local function default(_, field)
       if field == 'quorum' or field == 'success_threshold' or field == 'half_open_max_calls'
           or field == 'backoff_multiplier' then
@@ -563,12 +714,6 @@ local function make(name)
       return true, document.probe_seq
     end
 
-  elseif name == 'count_failures' then
-    function breaker.count_failures(document, failures)
-      document.failure_count = math.min(document.failure_count + failures, 4294967295) -- the contract's u32
-      document.last_failure_time = math.floor(document.now / 1000)
-    end
-
   elseif name == 'note_reporter' then
     -- Remembers who failed; the newest `quorum` of them decide, so that more need not be kept.
     function breaker.note_reporter(document, policy, instance)
@@ -610,61 +755,6 @@ local function make(name)
       return true
     end
 
-  elseif name == 'count' then
-    -- Why a closed document has to open now, or nil.
-    local function trip_reason(document, policy)
-      local alone = policy.quorum == 1
-      if document.failure_count >= policy.failure_threshold
-          and (alone or breaker.reporters_since(document, document.run_since_ms or document.now) >= policy.quorum) then
-        return 'failure_threshold'
-      end
-      local window = document.window
-      if not window or window.calls < policy.minimum_calls then return nil end
-      if not alone and breaker.reporters_since(document, document.now - policy.window_ms + 1) < policy.quorum then
-        return nil
-      end
-      local error_rate, slow_rate = policy.error_rate_threshold, policy.slow_call_rate_threshold
-      if error_rate > 0 and window.failures / window.calls >= error_rate then return 'error_rate' end
-      if slow_rate > 0 and window.slow / window.calls >= slow_rate then return 'slow_rate' end
-    end
-
-    local function record_closed(document, request)
-      local now, policy = document.now, breaker.policy_of(request)
-      local successes, failures, slow = request.successes or 0, request.failures or 0, request.slow or 0
-      local bucket_ms = breaker.bucket_ms(request)
-      document.unchanged = failures + slow + document.failure_count == 0
-        and not (document.window or bucket_ms or document.outlived)
-      if document.forced or successes + failures + slow == 0 then return false end
-      if successes > 0 then
-        document.failure_count = 0
-        if document.run_since_ms then document.run_since_ms = nil end
-      end
-      if failures > 0 then
-        if policy.quorum > 1 then document.run_since_ms = document.run_since_ms or now end
-        breaker.count_failures(document, failures)
-      end
-      if failures + slow > 0 and policy.quorum > 1 then
-        breaker.note_reporter(document, policy, request.instance or '')
-      end
-      if document.window or bucket_ms then
-        local window = document.window or breaker.empty_window(bucket_ms, math.floor(now / bucket_ms))
-        window.calls = window.calls + successes + failures + (request.pending or 0) - (request.counted or 0)
-        window.failures, window.slow = window.failures + failures, window.slow + slow
-        document.window = window
-      end
-      local reason = trip_reason(document, policy)
-      if reason then breaker.trip(document, policy, reason) end
-      return true
-    end
-
-    -- What record does where a breaker has something to count or to forget.
-    function breaker.count(document, request)
-      document.now = document.now or breaker.now_ms()
-      if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
-      if document.state == 'closed' and not request.probe then return record_closed(document, request) end
-      return false
-    end
-
   elseif name == 'retry_after_ms' then
     -- Milliseconds until a refused caller may be admitted; nil while a slot is free.
     function breaker.retry_after_ms(document, request)
@@ -674,98 +764,8 @@ local function make(name)
       for _, deadline in pairs(document.probes) do nearest = math.min(nearest, deadline) end
       return nearest - document.now
     end
-
-  -- Writes and reply -----------------------------------------------------------------------------
-
-  elseif name == 'encode_msgpack' then
-    function breaker.encode_msgpack(document)
-      local stored = {version = 1}
-      for field, value in pairs(document) do stored[field] = value end
-      for _, field in ipairs({'now', 'exists', 'fresh', 'undated', 'unchanged', 'outlived', 'change', 'warning'}) do
-        stored[field] = nil
-      end
-      return cmsgpack.pack(stored)
-    end
-
-  elseif name == 'announce' then
-    function breaker.announce(document, request)
-      local change = document.change
-      local entry = {'XADD', KEYS[2], 'MAXLEN', '~', '1000', '*', 'time_ms', string.format('%.0f', document.now),
-        'from', change.from, 'to', change.to, 'reason', change.reason,
-        'generation', string.format('%.0f', change.generation), 'failure_count', change.failure_count,
-        'success_count', change.success_count, 'instance', request.instance or ''}
-      if change.calls then
-        for _, field in ipairs({'calls', 'failures', 'slow'}) do
-          entry[#entry + 1], entry[#entry + 2] = field, change[field]
-        end
-      end
-      local added = redis.pcall(unpack(entry))
-      if type(added) == 'table' and added.err then -- a foreign value under our key must not undo the state
-        redis.pcall('DEL', KEYS[2])
-        redis.pcall(unpack(entry))
-      end
-      redis.pcall('PEXPIRE', KEYS[2], 86400000)
-      change.instance, change.time_ms, change.retry_after_ms = request.instance, document.now, document.open_ms
-      redis.pcall('PUBLISH', KEYS[1], cjson.encode(change)) -- an ACL may refuse the channel
-      change.instance, change.time_ms, change.retry_after_ms = nil, nil, nil
-    end
-
-  elseif name == 'write' then
-    -- By hand: the contract fields first, no loss in large numbers, and half the time of cjson.
-    local function encode_json(document)
-      local text = string.format(
-        '{"state":"%s","failure_count":%.0f,"success_count":%.0f,"last_failure_time":%s,"opened_at":%s,' ..
-        '"version":1,"generation":%.0f',
-        document.state, document.failure_count, document.success_count, document.last_failure_time or 'null',
-        document.opened_at or 'null', document.generation)
-      local window = document.window
-      if document.trips > 0 then text = string.format('%s,"trips":%.0f', text, document.trips) end
-      if document.closed_at_ms then text = string.format('%s,"closed_at_ms":%.0f', text, document.closed_at_ms) end
-      if document.run_since_ms then text = string.format('%s,"run_since_ms":%.0f', text, document.run_since_ms) end
-      if document.open_until_ms then
-        text = string.format('%s,"open_until_ms":%.0f,"open_ms":%.0f', text, document.open_until_ms, document.open_ms)
-      end
-      if document.probe_seq then
-        text = string.format('%s,"probe_seq":%.0f,"probe_ms":%.0f', text, document.probe_seq, document.probe_ms)
-      end
-      if document.forced then
-        text = string.format('%s,"forced_until_ms":%.0f,"forced":"%s"', text, document.forced_until_ms, document.forced)
-      end
-      if document.probes then text = text .. ',"probes":' .. cjson.encode(document.probes) end
-      if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
-      if not window then return text .. '}' end
-      return string.format('%s,"window":{"bucket_ms":%.0f,"newest":%.0f,"calls":%.0f,"failures":%.0f,"slow":%.0f,' ..
-        '"past":"%s"}}', text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past)
-    end
-
-    function breaker.write(document, request)
-      local ttl = request.policy and request.policy.ttl_ms or 3600000
-      if document.window or document.reporters then ttl = math.max(ttl, breaker.policy_of(request).window_ms) end
-      local deadline = document.open_until_ms or document.forced_until_ms -- outlived by a minute
-      if deadline then ttl = math.max(ttl, deadline - document.now + 60000) end
-      if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl) end
-      local encode = request.encoding == 'msgpack' and breaker.encode_msgpack or encode_json
-      redis.call('SET', KEYS[1], encode(document), 'PX', ttl)
-      if document.change then breaker.announce(document, request) end
-    end
-
-  elseif name == 'tell_more' then
-    -- What there is to reply of a breaker that is not just healthy.
-    function breaker.tell_more(reply, document, request)
-      if document.forced then reply.forced = document.forced end
-      if document.change then reply.transition = document.change end
-      if request.overridden then reply.override = request.overridden end
-      if document.warning or request.warning then reply.warning = document.warning or request.warning end
-      if document.state ~= 'closed' then reply.retry_after_ms = breaker.retry_after_ms(document, request) end
-      if document.closed_at_ms then
-        local left = document.closed_at_ms + (request.policy and request.policy.ramp_up_ms or 0) - document.now
-        if left > 0 then reply.ramp_left_ms = left end
-      end
-    end
   end
+  return rawget(breaker, name)
 end
 
-setmetatable(breaker, {__index = function(_, name)
-  make(name)
-  return rawget(breaker, name)
-end})
+setmetatable(breaker, {__index = make})

@@ -17,8 +17,7 @@ Errors     BADREQUEST field: what is wrong. Nothing was changed.
   redis-cli EVALSHA $CONTROL 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"action":"force_open","duration_ms":600000}'
 ]]
-local request, problem = breaker.request({action = 'text', duration_ms = 'duration', override = 'policy',
-  policy = 'policy', instance = 'text', encoding = 'encoding'})
+local request, problem = breaker.request({action = 'text', duration_ms = 'duration', override = 'policy'})
 if not request then return redis.error_reply(problem) end
 local action, forces = request.action, {force_open = true, force_closed = true}
 local policies = {set_policy = true, clear_policy = true}
@@ -89,4 +88,4 @@ else
 end
 local reply = breaker.reply(document, request)
 reply.changed = changed
-return breaker.encode(reply, request)
+return request.encode(reply)

@@ -23,8 +23,7 @@ Errors     BADREQUEST field: what is wrong. Nothing was changed.
     '{circuit_breaker:discovery:state}:policy' '{"generation":1733500795000,"failures":1}'
 ]]
 local request, problem = breaker.request({generation = 'stamp', successes = 'count', failures = 'count',
-  slow = 'count', pending = 'count', counted = 'count', probe = 'stamp', policy = 'policy', instance = 'text',
-  encoding = 'encoding'})
+  slow = 'count', pending = 'count', counted = 'count', probe = 'stamp'})
 if request and not request.generation then problem = 'BADREQUEST generation: is needed' end
 if problem then return redis.error_reply(problem) end
 
@@ -40,4 +39,4 @@ end
 if applied or empty or document.fresh then breaker.save(document, request) end
 local reply = breaker.reply(document, request)
 reply.applied = applied
-return breaker.encode(reply, request)
+return request.encode(reply)

@@ -14,7 +14,7 @@ Errors     BADREQUEST field: what is wrong.
   redis-cli EVALSHA $SNAPSHOT 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{}'
 ]]
-local request, problem = breaker.request({policy = 'policy', instance = 'text', encoding = 'encoding'})
+local request, problem = breaker.request({})
 if not request then return redis.error_reply(problem) end
 
 local document = breaker.load(request)
@@ -46,4 +46,4 @@ reply.trips, reply.health, reply.policy = trips, health(), breaker.whole_policy(
 reply.last_failure_time, reply.opened_at = document.last_failure_time, document.opened_at
 reply.forced_until_ms, reply.reporters = document.forced_until_ms, document.reporters
 reply.calls, reply.failures, reply.slow = calls, failures, slow
-return breaker.encode(reply, request)
+return request.encode(reply)

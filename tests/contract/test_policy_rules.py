@@ -910,6 +910,27 @@ def test_expiry_with_a_window(client: redis.Redis, quorum: int) -> None:
         assert 7_190_000 < client.pttl(keys_of("m").state) <= 7_200_000
 
 
+def test_expiry_after_a_recovery(client: redis.Redis) -> None:
+    """A document outlives its probes, then the row of trips and the ramp, however short its ttl."""
+    machine = lua_machine(client)
+    policy = {"failure_threshold": 1, "backoff_multiplier": 2.0, "reset_timeout_ms": 7_200_000, "ttl_ms": 1000}
+    policy |= {"probe_timeout_ms": 20_000_000}
+
+    def left_ms() -> int:
+        return client.pttl(keys_of("m").state)
+
+    begin(machine, policy)
+    report(machine, policy, failures=1)
+    machine.advance(7_200_000)
+    probe = machine.run("acquire", policy)
+    assert 20_000_000 < left_ms() <= 20_060_000
+    machine.run("record", policy, generation=probe["generation"], probe=probe["probe"], successes=1)
+    assert 14_400_000 < left_ms() <= 14_460_000  # as long as it would open for next
+    machine.advance(7_200_000)
+    report(machine, policy | {"ramp_up_ms": 30_000_000})
+    assert 22_800_000 < left_ms() <= 22_860_000
+
+
 def test_machine_starts_on_a_bucket() -> None:
     """The clock of these tests starts where a bucket does, as they assume."""
     assert START_MS % 10_000 == 0

@@ -164,7 +164,7 @@ def test_null_means_left_out(client: redis.Redis) -> None:
 
 @pytest.mark.parametrize("ttl_ms", [3_600_000, 1000])
 def test_expiry(client: redis.Redis, ttl_ms: int) -> None:
-    """Every write leaves a document that outlives its open time, and only by ttl or a margin."""
+    """Every write leaves a document that outlives what it holds, and only by ttl or a margin."""
     policy = {"failure_threshold": 1, "reset_timeout_ms": 7_200_000, "ttl_ms": ttl_ms}
 
     def check(reply: dict[str, Any], remaining_ms: int = 0) -> dict[str, Any]:
@@ -177,10 +177,10 @@ def test_expiry(client: redis.Redis, ttl_ms: int) -> None:
     check(machine.run("acquire", policy, generation=permit, successes=1))
     check(machine.run("record", policy, generation=permit, failures=1), 7_200_000)
     machine.advance(7_200_000)
-    permit = check(machine.run("acquire", policy))["generation"]
-    check(machine.run("record", policy, generation=permit, probe=1))
+    permit = check(machine.run("acquire", policy), 29_999)["generation"]
+    check(machine.run("record", policy, generation=permit, probe=1), 29_999)
     machine.run("acquire", policy)
-    check(machine.run("record", policy, generation=permit, probe=2, successes=1))
+    check(machine.run("record", policy, generation=permit, probe=2, successes=1), 7_200_000)  # the row of trips
     for action in ("force_open", "force_closed"):
         check(machine.run("control", policy, action=action, duration_ms=86_400_000), 86_400_000)
     check(machine.run("control", policy, action="clear_override"))
