@@ -34,7 +34,7 @@ test: $(VENV)/dev.stamp ## run all tests but the long ones (four minutes); print
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (ten minutes)
-	@$(BIN)/python -m pytest tests/faults tests/model tests/races -m 'long or not long' $(ARGS)
+	@$(BIN)/python -m pytest tests/faults tests/model tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
 
 test-pythons: ## run the tests on every Python found, with the oldest and the newest redis-py that is allowed
 	@$(PYTHON) tests/run_pythons.py $(ARGS)

@@ -24,7 +24,14 @@ from pybreaker_redis._demo import Crew, Live, Moment, Run, Tally, promises
 from pybreaker_redis.embedded import EmbeddedServer
 
 MARK = "PYBREAKER_REDIS_TEST_DEMO"
-TO_THE_THIRD_RUN = "from pybreaker_redis._demo import SCRIPTS; SCRIPTS['none'] = SCRIPTS['private'] = (('dead', 0.1),);"
+HURRY = "from pybreaker_redis._demo import SCRIPTS;"
+TO_THE_THIRD_RUN = (
+    f"{HURRY} SCRIPTS['none'] = SCRIPTS['private'] = (('dead', 0.1),); SCRIPTS['shared'] = (('dead', 5),);"
+)
+HALF_AS_LONG = (
+    f"{HURRY} SCRIPTS.update({{guard: [(phase, lasts if phase == 'repaired' else lasts / 2) for phase, lasts in script]"
+    " for guard, script in SCRIPTS.items()});"
+)
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
 
@@ -97,9 +104,10 @@ def figures(pattern: str, output: str) -> tuple[int, ...]:
 
 
 @needs_proc
-def test_the_whole_demo_in_a_pipe(start: Callable[..., Demo]) -> None:
+@pytest.mark.parametrize("before", [HALF_AS_LONG, pytest.param("", marks=pytest.mark.long)], ids=["hurried", "whole"])
+def test_the_whole_demo_in_a_pipe(before: str, start: Callable[..., Demo]) -> None:
     """It ends by itself with 0, every promise holds, its figures agree, and no process is left."""
-    demo = start()
+    demo = start(before=before)
     code, output, errors = demo.end()
     assert (code, errors) == (0, ""), output
     assert "\x1b" not in output
@@ -148,6 +156,18 @@ def test_an_early_end_leaves_nothing(how: str, start: Callable[..., Demo]) -> No
     assert code == {"Ctrl-C": 130, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL}[how]
     assert "Traceback" not in errors
     wait_until(lambda: not demo.living())
+
+
+def test_without_the_extra_or_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor does the program without its extra, which is the demo alone, do more than say so."""
+    monkeypatch.delenv("REDIS_URL", raising=False)
+    monkeypatch.setenv("PYBREAKER_REDIS_SERVER", "/nowhere/redis-server")
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert _demo_alone(["demo", "--plain", "--workers", "2"]) == 2
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert "/nowhere/redis-server" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_cluster_reports_once(healthy: Cluster) -> None:
     breaker.reset()
 
 
-HOW = pytest.mark.parametrize("how", [pytest.param("killed", marks=pytest.mark.long), "stopped"])
+LONG = pytest.mark.long
 
 
 def lose(pid: int, how: str) -> None:
@@ -197,7 +197,8 @@ def check_old_master_is_back(running: Loads, pid: int, how: str) -> None:
         running.check_no_surprise()
 
 
-@HOW
+@LONG
+@pytest.mark.parametrize("how", ["killed", "stopped"])
 def test_cluster_master_lost(how: str) -> None:
     """The master of the breaker's slot is lost, its replica takes over (CLUSTERDOWN, MOVED), and all find it."""
     with cluster() as formed, loads(cluster=("127.0.0.1", formed.port(0)), name=NAME) as running:
@@ -210,7 +211,7 @@ def test_cluster_master_lost(how: str) -> None:
 # Sentinel ---------------------------------------------------------------------------------------
 
 
-@HOW
+@pytest.mark.parametrize("how", [pytest.param("killed", marks=LONG), "stopped"])
 def test_sentinel_master_lost(how: str) -> None:
     """The master under Sentinel is lost, a replica is promoted, which holds no scripts, and all find it."""
     with sentinels() as formed, loads(sentinels=formed.addresses, name=NAME) as running:

@@ -18,9 +18,10 @@ TESTS = Path(__file__).parent.parent
 EVERY = pytest.mark.parametrize("kind", BINARIES)
 
 
-def suite_on(binary: str, *arguments: str | Path, sequences: int = 300) -> str:
-    """What pytest says of these tests with this server."""
-    environment = {**os.environ, "PYBREAKER_REDIS_SERVER": binary, "SEQUENCES": str(sequences)}
+def suite_on(binary: str, *arguments: str | Path, examples: int) -> str:
+    """What pytest says of these tests with this server, with so many random examples each."""
+    counts = dict.fromkeys(("SEQUENCES", "EXAMPLES"), str(examples))
+    environment = {**os.environ, "PYBREAKER_REDIS_SERVER": binary, **counts}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
@@ -29,8 +30,8 @@ def suite_on(binary: str, *arguments: str | Path, sequences: int = 300) -> str:
 
 @pytest.mark.timeout(600)
 @EVERY
-@pytest.mark.parametrize("sequences", [30, pytest.param(300, marks=pytest.mark.long)])
-def test_contract(kind: str, sequences: int) -> None:
+@pytest.mark.parametrize("examples", [30, pytest.param(300, marks=pytest.mark.long)])
+def test_contract(kind: str, examples: int) -> None:
     """Both engines agree over so many random sequences, and every rule holds, on this server."""
     binary = binary_of(kind)
     if os.path.realpath(binary) == os.path.realpath(find_binary()):
@@ -39,7 +40,7 @@ def test_contract(kind: str, sequences: int) -> None:
         version = version_of(client)
     story = TESTS / "scripts" / "test_breaker_script.py"
     stories = f"{story}::test_same_decisions", f"{story}::test_reply_encoding"
-    told = suite_on(binary, TESTS / "contract", *stories, sequences=sequences)
+    told = suite_on(binary, TESTS / "contract", *stories, examples=examples)
     print(f"{kind}: {version}: {told}")
 
 
@@ -49,7 +50,7 @@ def test_contract(kind: str, sequences: int) -> None:
 def test_scripts(kind: str) -> None:
     """So do the tests of each script, and the outages."""
     binary = binary_of(kind)
-    print(suite_on(binary, TESTS / "scripts", TESTS / "test_outage.py"))
+    print(suite_on(binary, TESTS / "scripts", TESTS / "test_outage.py", examples=500))
 
 
 @pytest.mark.long

@@ -277,7 +277,7 @@ def test_a_healthy_breaker_sends_one_command_per_lease(
     before = server_watch.commands(client)
     fleet.start(jobs.load, 2, server.url, "quiet", 8, 0, {"lease": 0.1, **FIRM})
     assert [fleet.heard(index) for index in range(2)] == ["running"] * 2
-    time.sleep(2.0)
+    time.sleep(1.0)
     fleet.stop.set()
     results = fleet.results(2)
     sent = server_watch.commands(client)["evalsha"] - before["evalsha"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import Any
 
@@ -68,7 +69,11 @@ def written(values: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
 
 
 ANYTHING = written(VALUES) | written(KEYED) | st.binary(max_size=60)
-FUZZ = settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(
+    max_examples=int(os.environ.get("EXAMPLES", "150")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 def is_count(value: Any, most: int = 99999999999999) -> bool:
