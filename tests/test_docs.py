@@ -175,6 +175,13 @@ def cluster_port() -> Iterator[int]:
 
 
 @pytest.fixture
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slow machine is no outage: the pages' breakers wait longer than by default for a server that is there."""
+    for kind in (pybreaker_redis.CircuitBreaker, pybreaker_redis.AsyncCircuitBreaker):
+        monkeypatch.setitem(kind.__init__.__kwdefaults__, "redis_timeout", 10.0)
+
+
+@pytest.fixture
 def reader(tcp_server: EmbeddedServer, cluster_port: int, tmp_path: pathlib.Path) -> Iterator[Reader]:
     """A reader with an empty server, redis-cli, and what `make bundles` writes."""
     port = int(tcp_server.url.rpartition(":")[2])
@@ -196,6 +203,7 @@ def reader(tcp_server: EmbeddedServer, cluster_port: int, tmp_path: pathlib.Path
 
 
 @pytest.mark.timeout(40)
+@pytest.mark.usefixtures("_patience")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page(reader: Reader, tcp_server: EmbeddedServer, page: pathlib.Path) -> None:
     """Every block of the page runs, and console blocks print what the page says."""
