@@ -33,7 +33,7 @@ demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one 
 test: $(VENV)/dev.stamp ## run all tests but the long ones (four minutes); prints the coverage
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
-test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (ten minutes)
+test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
 	@$(BIN)/python -m pytest tests/faults tests/model tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
 
 test-pythons: ## run the tests on every Python found, with the oldest and the newest redis-py that is allowed
