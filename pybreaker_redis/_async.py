@@ -305,15 +305,19 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _refresh(self, wait: bool) -> None:
         """Single flight: one task asks, beside all calls; the callers wait for it, or go on."""
         loop = asyncio.get_running_loop()
-        task, ended = self._refreshing.get(loop, (None, None))
-        if task is None or ended is None or ended.is_set():
-            ended = asyncio.Event()
-            task = self._spawn(self._carry_out(self._renew(), tell=self._tell_beside))
-            task.add_done_callback(functools.partial(_set, ended))
-            self._refreshing[loop] = task, ended
+        running = self._refreshing.get(loop)
+        if running is None:
+            ended, task = asyncio.Event(), self._spawn(self._carry_out(self._renew(), tell=self._tell_beside))
+            running = self._refreshing[loop] = task, ended
+            task.add_done_callback(functools.partial(self._refreshed, ended, loop))
+        task, ended = running
         if wait:
             await ended.wait()
             await task  # raises what went wrong, instead of asking for ever
+
+    def _refreshed(self, ended: asyncio.Event, loop: asyncio.AbstractEventLoop, _: object) -> None:
+        ended.set()
+        self._refreshing.pop(loop, None)  # it would hold the loop
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -413,7 +417,3 @@ class AsyncCircuitBreaker(BreakerCore):
         await self.flush()
         if self._redis is not None:
             await self._redis.close()
-
-
-def _set(event: asyncio.Event, _: object) -> None:
-    event.set()

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.resources
 import itertools
+import os
 import pathlib
 import weakref
 from collections.abc import AsyncIterator
@@ -29,12 +30,16 @@ from ._protocol import Keys, Reply, Request
 
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 _TURNS = 32
-_MOST_CONNECTIONS = 128  # of one breaker on one event loop
+_MOST_CONNECTIONS = 128  # of one client on one event loop
 _MOST_REDIRECTIONS = 5
 REDIS_ERRORS = (redis.RedisError, OSError)
 _INTACT = (NoScriptError, AskError, MovedError)  # errors that leave a connection as good as it was
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 _Address: TypeAlias = tuple[str, int]
+# Connections by the client that was given and the deadline: a process needs as many as it has threads that ask at once,
+# however many breakers it has. Of a cluster by their node, on asyncio by the loop too.
+_shared: weakref.WeakKeyDictionary[Any, dict[float, Any]] = weakref.WeakKeyDictionary()
+_by_url: weakref.WeakValueDictionary[tuple[Any, str], Any] = weakref.WeakValueDictionary()
 
 
 def _folder() -> Any:
@@ -89,10 +94,12 @@ class RedisEngine:
     def __init__(self, client: Any, keys: Keys, timeout: float) -> None:
         client = self._client = _client(client, redis.Redis, redis.RedisCluster, "redis.Redis")
         self._words = _Words(keys)
+        links: dict[_Address | None, _Connections] = _shared.setdefault(client, {}).setdefault(timeout, {})
         if isinstance(client, redis.RedisCluster):
-            self._link: _Connections | _Cluster = _Cluster(client, timeout)
+            self._link: _Connections | _Cluster = _Cluster(client, timeout, links)
         else:
-            self._link = _Connections(_own_pool(client.connection_pool, timeout), timeout)
+            links.setdefault(None, _Connections(_own_pool(client.connection_pool, timeout), timeout))
+            self._link = links[None]
 
     def run(self, name: str, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -219,11 +226,10 @@ class _Cluster:
     report whose reply was lost, and waits for one dead node after the other.
     """
 
-    def __init__(self, client: redis.RedisCluster, timeout: float) -> None:
-        self._manager, self._timeout = client.nodes_manager, timeout
+    def __init__(self, client: redis.RedisCluster, timeout: float, links: dict[_Address | None, _Connections]) -> None:
+        self._manager, self._timeout, self._links = client.nodes_manager, timeout, links
         self._kwargs = _without("redis_connect_func", self._manager.connection_kwargs)  # it may ask for replicas
         self._nodes = _Nodes(client)
-        self._links: dict[_Address, _Connections] = {}
 
     def execute(self, *words: bytes) -> Any:
         address, asking = self._nodes.address(), False
@@ -267,15 +273,13 @@ class AsyncRedisEngine:
     def __init__(self, client: Any, keys: Keys, timeout: float) -> None:
         client = self._client = _client(client, redis.asyncio.Redis, redis.asyncio.RedisCluster, "redis.asyncio.Redis")
         self._words = _Words(keys)
-        if isinstance(client, redis.asyncio.RedisCluster):
-            self._make_link: Any = functools.partial(_AsyncCluster, client, timeout)
-        else:
-            self._make_link = functools.partial(_AsyncConnections, _own_pool(client.connection_pool, timeout), timeout)
+        self._timeout = timeout
         self.forget()
 
     def forget(self) -> None:
         """In a forked child: the parent's connections are not ours."""
-        self._links: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = weakref.WeakKeyDictionary()
+        self._links: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _AsyncConnections | _AsyncCluster]
+        self._links = weakref.WeakKeyDictionary()
 
     async def run(self, name: str, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -302,12 +306,24 @@ class AsyncRedisEngine:
         """Close this loop's connections; the next call opens others."""
         await self._link().close()
 
-    def _link(self) -> Any:
+    def _link(self) -> _AsyncConnections | _AsyncCluster:
         loop = asyncio.get_running_loop()
         link = self._links.get(loop)
         if link is None:
-            link = self._links[loop] = self._make_link()
+            link = self._links[loop] = self._make_link(loop)
         return link
+
+    def _make_link(self, loop: asyncio.AbstractEventLoop) -> _AsyncConnections | _AsyncCluster:
+        client, timeout = self._client, self._timeout
+        by_loop = _shared.setdefault(client, {}).setdefault(timeout, weakref.WeakKeyDictionary())
+        _forget_ended(self._links)
+        _forget_ended(by_loop)
+        links: dict[_Address | None, _AsyncConnections] = by_loop.setdefault(loop, {})
+        if isinstance(client, redis.asyncio.RedisCluster):
+            return _AsyncCluster(client, timeout, links)
+        if None not in links:
+            links[None] = _AsyncConnections(_own_pool(client.connection_pool, timeout), timeout)
+        return links[None]
 
 
 class _AsyncConnections:
@@ -370,11 +386,12 @@ class _AsyncConnections:
 class _AsyncCluster:
     """_Cluster for asyncio."""
 
-    def __init__(self, client: redis.asyncio.RedisCluster, timeout: float) -> None:
+    def __init__(
+        self, client: redis.asyncio.RedisCluster, timeout: float, links: dict[_Address | None, _AsyncConnections]
+    ) -> None:
         self._kwargs = _without("redis_connect_func", client.connection_kwargs)
-        self._timeout = timeout
+        self._timeout, self._links = timeout, links
         self._nodes = _Nodes(client)
-        self._links: dict[_Address, _AsyncConnections] = {}
 
     async def execute(self, *words: bytes) -> Any:
         address, asking = self._nodes.address(), False
@@ -412,6 +429,14 @@ class _AsyncCluster:
         return self._links[address]
 
 
+def _forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any]) -> None:
+    """What a loop that was closed leaves open holds the loop, and so would never go by itself."""
+    for reference in by_loop.keyrefs():
+        loop = reference()
+        if loop is not None and loop.is_closed():
+            by_loop.pop(loop, None)
+
+
 @contextlib.asynccontextmanager
 async def _deadline(seconds: float) -> AsyncIterator[None]:
     """redis.TimeoutError after seconds and _TURNS turns of the loop: a busy loop is not taken for a dead server."""
@@ -443,7 +468,10 @@ def _client(given: Any, kind: Any, cluster: Any, wanted: str) -> Any:
         return given
     if not isinstance(given, str):
         raise PolicyError(f"redis must be a {wanted} (or cluster) client, a URL or None, not {given!r}")
-    return (client_from_url if kind is redis.Redis else async_client_from_url)(given)
+    found = _by_url.get((kind, given))
+    if found is None:
+        found = _by_url[kind, given] = (client_from_url if kind is redis.Redis else async_client_from_url)(given)
+    return found
 
 
 def _own_pool(pool: Any, timeout: float) -> Any:
@@ -489,3 +517,7 @@ def _connection_kwargs(given: dict[str, Any], timeout: float | None) -> dict[str
     for key in ("socket_timeout", "socket_connect_timeout"):
         kwargs[key] = timeout and min(kwargs.get(key) or timeout, timeout)
     return kwargs
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_shared.clear)  # the parent's; each breaker sees to those that it holds

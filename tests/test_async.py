@@ -11,12 +11,15 @@ import os
 import signal
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import pytest
 import redis
 import redis.asyncio
+from conftest import wait_until
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, PermitError, Policy
 from pybreaker_redis import PolicyError as Refused
@@ -848,6 +851,47 @@ def test_client(server: EmbeddedServer, client: redis.Redis) -> None:
         await given.aclose()
 
     asyncio.run(main())
+
+
+def test_loops_that_ended_leave_nothing_behind(server: EmbeddedServer, client: redis.Redis) -> None:
+    """One breaker in many loops, one after the other and none of them closed: sockets and loops go with them."""
+    breaker = AsyncCircuitBreaker("loops", redis=server.url, policy=Policy(failure_threshold=10**6))
+    loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+
+    async def main() -> None:
+        loops.add(asyncio.get_running_loop())
+        await (await breaker.acquire()).failure()
+        breaker._view.drop()  # the next one refreshes the view, too
+        await (await breaker.acquire()).release()
+
+    before = len(client.client_list())
+    for _ in range(20):
+        asyncio.run(main())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
+    wait_until(lambda: len(client.client_list()) - before <= 2)
+    assert len(loops) <= 2
+
+
+def test_breakers_share_the_connections_of_a_client(server: EmbeddedServer, client: redis.Redis) -> None:
+    """Fifty breakers that were given the same client, or URL, and ask one after the other need one connection."""
+
+    async def main(target: Any) -> None:
+        breakers = [AsyncCircuitBreaker(f"shared-{number}", redis=target, lease=0) for number in range(50)]
+        before = len(client.client_list())
+        for breaker in breakers:
+            assert await breaker.call(asyncio.sleep, 0, result=5) == 5
+        assert len(client.client_list()) - before == 1
+        for breaker in breakers:
+            await breaker.close()
+
+    async def given() -> None:
+        async with redis.asyncio.Redis.from_url(server.url) as target:
+            await main(target)
+
+    asyncio.run(main(server.url))
+    asyncio.run(given())
 
 
 def test_a_crowd_shares_the_connections(server: EmbeddedServer, client: redis.Redis) -> None:

@@ -20,6 +20,7 @@ from conftest import wait_until
 
 from pybreaker_redis import CircuitBreaker, CircuitBreakerError, CircuitOpenError, Event, PermitError, Policy
 from pybreaker_redis import PolicyError as Refused
+from pybreaker_redis.embedded import EmbeddedServer
 
 Make = Callable[..., CircuitBreaker]
 PATIENT: dict[str, Any] = {"redis_timeout": 20.0}
@@ -911,3 +912,22 @@ def test_policy_errors_are_value_errors() -> None:
     """A refused option may be caught as ValueError."""
     with pytest.raises(ValueError, match="ttl"):
         Policy(ttl=0.5)
+
+
+@pytest.mark.parametrize("given", ["url", "client"])
+def test_breakers_share_the_connections_of_a_client(server: EmbeddedServer, client: redis.Redis, given: str) -> None:
+    """Fifty breakers that were given the same client, or URL, and ask one after the other need one connection."""
+    target = server.url if given == "url" else redis.Redis.from_url(server.url)
+    breakers = [CircuitBreaker(f"shared-{number}", redis=target, lease=0) for number in range(50)]
+    before = len(client.client_list())
+    for breaker in breakers:
+        assert breaker.call(int, "5") == 5
+    assert len(client.client_list()) - before == 1
+    breakers[0].close()  # the others open another
+    assert [breaker.call(int, "5") for breaker in breakers] == [5] * 50
+    for breaker in breakers:
+        breaker.close()
+    assert all(breaker.snapshot().source == "redis" for breaker in breakers)
+    del breaker, breakers, target
+    gc.collect()
+    wait_until(lambda: len(client.client_list()) == before)

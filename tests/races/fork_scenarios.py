@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import redis
 from race_workers import FIRM, PATIENCE, Boom, boom, fine, run_threads
 
 from pybreaker_redis import CircuitBreaker, Policy
@@ -62,6 +64,23 @@ def counts(url: str) -> object:
     children = [fork(lambda: run_threads(4, fail)) for _ in range(4)]
     run_threads(4, fail)
     return {"ends": [ended(child, PATIENCE) for child in children], "failures": 5 * 4 * 25}
+
+
+def kept(url: str) -> object:
+    """The same, each with a breaker made after the fork, of the client over which the parent has called before."""
+    client = redis.Redis.from_url(url)
+    CircuitBreaker("fork-kept", redis=client, policy=MANY, lease=0, **FIRM).call(fine)
+    gc.collect()
+
+    def fail(number: int = 0) -> None:
+        breaker = CircuitBreaker("fork-kept", redis=client, policy=MANY, lease=0, **FIRM)
+        for _ in range(100):
+            with contextlib.suppress(Boom):
+                breaker.call(boom)
+
+    children = [fork(fail) for _ in range(4)]
+    fail()
+    return {"ends": [ended(child, PATIENCE) for child in children], "failures": 500}
 
 
 def busy(url: str) -> object:

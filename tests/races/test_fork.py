@@ -26,11 +26,12 @@ def scenario(name: str, *args: object, measured: bool = True) -> dict[str, Any]:
     return {"stderr": done.stderr, **json.loads(done.stdout)}
 
 
-def test_parent_and_children_count_together(server: EmbeddedServer, client: redis.Redis) -> None:
-    """A breaker used before the fork counts right in the parent and in four children at the same time."""
-    report = scenario("counts", server.url)
+@pytest.mark.parametrize("name", ["counts", "kept"])
+def test_parent_and_children_count_together(server: EmbeddedServer, client: redis.Redis, name: str) -> None:
+    """A breaker, or only its client, used before the fork counts right in the parent and in four children at once."""
+    report = scenario(name, server.url)
     assert report["ends"] == ["ok"] * 4, report["stderr"]
-    assert server_watch.document(client, "fork-counts")["failure_count"] == report["failures"]
+    assert server_watch.document(client, f"fork-{name}")["failure_count"] == report["failures"]
 
 
 def test_forking_amid_calls_never_hangs_the_child(server: EmbeddedServer, client: redis.Redis) -> None:
