@@ -141,13 +141,14 @@ def check_outage(running: Loads, begin: Callable[[], Any], end: Callable[[], Any
     running.until(shared)
     running.say("phase")
     begin()
-    for books in running.until(alone):
+    for books in running.until(lambda books: alone(books) and "redis_error" in books["events"]):
         check_bounded(books, waits)
-        assert books["events"]["redis_error"] >= 1
     # the dependency dies as well: each process cuts it off by itself
     running.say("fail")
     for books in running.until(lambda books: books["rejected"] > 20):
-        assert books["ran_before_first_rejection"] <= THRESHOLD + LOADS - 1, books
+        # a thread may have taken along the successes of before, and be overtaken by the failures of the others: they
+        # end that row then, once
+        assert books["ran_before_first_rejection"] <= 2 * THRESHOLD - 1 + LOADS - 1, books
         check_bounded(books, 0 if waits <= 1 else waits)
     running.say("work")
     end()
