@@ -177,8 +177,8 @@ def test_expiry(client: redis.Redis, ttl_ms: int) -> None:
     check(machine.run("acquire", policy, generation=permit, successes=1))
     check(machine.run("record", policy, generation=permit, failures=1), 7_200_000)
     machine.advance(7_200_000)
-    permit = check(machine.run("acquire", policy), 29_999)["generation"]
-    check(machine.run("record", policy, generation=permit, probe=1), 29_999)
+    permit = check(machine.run("acquire", policy), 30_000)["generation"]
+    check(machine.run("record", policy, generation=permit, probe=1), 30_000)
     machine.run("acquire", policy)
     check(machine.run("record", policy, generation=permit, probe=2, successes=1), 7_200_000)  # the row of trips
     for action in ("force_open", "force_closed"):
