@@ -260,6 +260,17 @@ def test_a_window_begins_with_its_rule(machine: Machine) -> None:
     assert sums(machine, PLAIN) == (3, 1, 0)
 
 
+@pytest.mark.parametrize(("back", "kept"), [(1, 3), (900, 3), (901, 0), (5000, 0)])
+def test_a_clock_that_went_back(machine: Machine, back: int, kept: int) -> None:
+    """A clock that went back by less than ten buckets goes on in the newest of them; by more, nothing is left."""
+    begin(machine, RATE)
+    report(machine, RATE, successes=3)
+    machine.advance(-back)
+    assert sums(machine, RATE)[0] == kept
+    report(machine, RATE, successes=1)
+    assert sums(machine, RATE)[0] == kept + 1
+
+
 # Slow calls
 
 
@@ -427,6 +438,79 @@ def test_a_flapping_breaker_opens_longer(machine: Machine) -> None:
     assert times == [1000, 2000, 4000, 8000, 16_000]
 
 
+LONGER = {**BACKOFF, "reset_timeout_ms": 5000}  # by which a row goes on that by BACKOFF is over
+
+
+def outlive(machine: Machine) -> int:
+    """A trip, a recovery, and exactly as much health as ends the row of trips; the generation."""
+    open_ms(machine, BACKOFF)
+    recover(machine, BACKOFF)
+    machine.advance(2000)
+    assert machine.run("snapshot", BACKOFF)["trips"] == 0
+    assert machine.run("snapshot", LONGER)["trips"] == 1
+    return machine.run("snapshot", BACKOFF)["generation"]
+
+
+@pytest.mark.parametrize(
+    ("script", "counts"), [("record", {}), ("record", {"successes": 1}), ("acquire", {"successes": 1})]
+)
+def test_the_end_of_a_row_is_written(machine: Machine, script: str, counts: dict[str, int]) -> None:
+    """A report that counts, or one of nothing, ends the row for good: a longer policy does not bring it back."""
+    generation = outlive(machine)
+    machine.run(script, BACKOFF, generation=generation, **counts)
+    assert machine.run("snapshot", LONGER)["trips"] == 0
+    machine.run("control", LONGER, action="force_open")
+    assert machine.run("snapshot", LONGER)["trips"] == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "fields"),
+    [
+        ("acquire", {}),
+        ("record", {"successes": 1, "generation": 1}),
+        ("record", {"failures": 1, "generation": 1}),
+        ("record", {"slow": 1, "generation": 1}),
+        ("record", {"probe": 1, "generation": 1}),
+    ],
+)
+def test_the_end_of_a_row_is_not_written(machine: Machine, script: str, fields: dict[str, int]) -> None:
+    """What counts for nothing writes nothing, the end of a row neither."""
+    outlive(machine)
+    machine.run(script, BACKOFF, **fields)
+    assert machine.run("snapshot", LONGER)["trips"] == 1
+
+
+def test_the_end_of_a_row_waits_for_the_ramp(machine: Machine) -> None:
+    """It is over for good at the very end of the ramp, and not before."""
+    ramped = {**BACKOFF, "ramp_up_ms": 3000}
+    generation = outlive(machine)
+    machine.advance(999)
+    machine.run("record", ramped, generation=generation)
+    assert machine.run("snapshot", LONGER)["trips"] == 1
+    machine.advance(1)
+    machine.run("record", ramped, generation=generation)
+    assert machine.run("snapshot", LONGER)["trips"] == 0
+
+
+def test_a_recovery_without_a_trip(machine: Machine) -> None:
+    """A ramp after a forced open is over for good at its end, though there was no trip."""
+    ramped = {**BACKOFF, "ramp_up_ms": 3000}
+    machine.run("control", ramped, action="force_open", duration_ms=1)
+    generation = recover(machine, ramped)["generation"]
+    machine.advance(3000)
+    machine.run("record", ramped, generation=generation)
+    assert machine.run("snapshot", {**ramped, "ramp_up_ms": 9000}).get("ramp_left_ms") is None
+
+
+@pytest.mark.parametrize("action", ["reset", "force_closed"])
+def test_no_trips_after_an_operator(machine: Machine, action: str) -> None:
+    """Closed by hand and forced open, there is no row of trips."""
+    open_times(machine, BACKOFF, 3)
+    machine.run("control", BACKOFF, action=action)
+    machine.run("control", BACKOFF, action="force_open")
+    assert machine.run("snapshot", BACKOFF)["trips"] == 0
+
+
 @pytest.mark.parametrize("action", ["reset", "force_closed"])
 def test_an_operator_ends_the_row(machine: Machine, action: str) -> None:
     """Closed by hand, the next trip is the first."""
@@ -527,6 +611,35 @@ def test_bounded_reporters(machine: Machine) -> None:
     assert sorted(machine.run("snapshot", policy)["reporters"]) == ["host-97", "host-98", "host-99"]
 
 
+def test_the_newest_reporters_stay(machine: Machine) -> None:
+    """Whose last failure is the oldest goes first, whatever its name; of two at once, the first by name."""
+    policy = {**PLAIN, "quorum": 2, "failure_threshold": NEVER}
+    begin(machine, policy)
+    for instance in ("z", "y", "x"):
+        report(machine, policy, failures=1, successes=1, instance=instance)
+        machine.advance(1)
+    assert sorted(machine.run("snapshot", policy)["reporters"]) == ["x", "y"]
+    for instance in ("c", "b", "a"):
+        report(machine, policy, failures=1, successes=1, instance=instance)
+    assert sorted(machine.run("snapshot", policy)["reporters"]) == ["b", "c"]
+
+
+def test_a_reporter_without_a_name(machine: Machine) -> None:
+    """Those that do not say who they are count as one."""
+    begin(machine, QUORUM)
+    for _ in range(9):
+        assert report(machine, QUORUM, failures=1)["state"] == "closed"
+    assert list(machine.run("snapshot", QUORUM)["reporters"]) == [""]
+
+
+def test_a_row_of_four_billion(machine: Machine) -> None:
+    """The row of failures counts to 2^32 - 1, where the contract's integer ends."""
+    policy = {**QUORUM, "failure_threshold": NEVER}
+    begin(machine, policy)
+    counts = [report(machine, policy, failures=10**9, instance="a")["failure_count"] for _ in range(6)]
+    assert counts == [10**9, 2 * 10**9, 3 * 10**9, 4 * 10**9, 2**32 - 1, 2**32 - 1]
+
+
 def test_a_great_quorum(machine: Machine) -> None:
     """A quorum of a hundred is reached by the hundredth instance."""
     policy = {**PLAIN, "quorum": 100}
@@ -555,6 +668,28 @@ def test_a_quorum_that_is_set_in_a_run(machine: Machine) -> None:
     assert report(machine, PLAIN, failures=5, instance="a")["state"] == "closed"
     machine.advance(5)
     assert report(machine, PLAIN, failures=1, instance="b")["state"] == "open"
+
+
+def test_a_run_for_a_quorum_begins_under_it(machine: Machine) -> None:
+    """Who was slow before the first failure under a quorum is no part of the run, nor is the run's first failure."""
+    policy = {**PLAIN, "failure_threshold": 2}
+    begin(machine, policy)
+    report(machine, policy, failures=1, instance="a")
+    machine.run("control", policy, action="set_policy", override={"quorum": 2})
+    machine.advance(5)
+    assert report(machine, policy, slow=1, pending=1, instance="c")["state"] == "closed"
+    machine.advance(5)
+    assert report(machine, policy, failures=1, instance="b")["state"] == "closed"
+    assert report(machine, policy, failures=1, instance="a")["state"] == "open"
+
+
+def test_a_quorum_and_a_threshold_that_is_passed(machine: Machine) -> None:
+    """Where quorum and threshold are set to what the row has passed, a slow call is judged by the reporters of now."""
+    begin(machine, PLAIN)
+    report(machine, PLAIN, failures=2, instance="a")
+    machine.run("control", PLAIN, action="set_policy", override={"quorum": 2, "failure_threshold": 2})
+    assert report(machine, PLAIN, slow=1, pending=1, instance="a")["state"] == "closed"
+    assert report(machine, PLAIN, slow=1, pending=1, instance="b")["state"] == "open"
 
 
 # Recovery

@@ -149,6 +149,24 @@ def test_stragglers(machine: Machine, outcome: dict[str, int]) -> None:
     straggle()
 
 
+@pytest.mark.parametrize("state", ["closed", "open"])
+def test_a_probe_of_no_half_open(machine: Machine, state: str) -> None:
+    """A report for a slot counts in half open only, also under the generation of now."""
+    generation = (machine.run("acquire", POLICY) if state == "closed" else trip(machine))["generation"]
+    before = machine.run("snapshot", POLICY)
+    assert machine.run("record", POLICY, generation=generation, probe=1, failures=9)["applied"] is False
+    assert machine.run("snapshot", POLICY) == before
+
+
+def test_a_report_of_nothing_known(machine: Machine) -> None:
+    """A report where nothing is stored counts for nothing, but begins a generation, which stays."""
+    reply = machine.run("record", POLICY, generation=7, failures=9)
+    assert (reply["applied"], reply["state"], reply["failure_count"]) == (False, "closed", 0)
+    machine.advance(5)
+    assert machine.run("acquire", POLICY)["generation"] == reply["generation"] == START_MS
+    assert machine.run("snapshot", POLICY)["exists"] is True
+
+
 def test_generations_grow(machine: Machine) -> None:
     """Every transition has a generation greater than the one before, within one millisecond too."""
     seen = [machine.run("acquire", POLICY)["generation"]]
@@ -200,6 +218,17 @@ def test_reset(machine: Machine) -> None:
     reply = machine.run("control", action="reset")
     assert (reply["state"], reply["failure_count"]) == ("closed", 0)
     assert machine.run("record", POLICY, generation=old, failures=3)["applied"] is False
+
+
+@pytest.mark.parametrize("forced", ["force_open", "force_closed"])
+@pytest.mark.parametrize("action", ["reset", "clear_override"])
+def test_nothing_is_left_of_an_override(machine: Machine, forced: str, action: str) -> None:
+    """Reset or cleared, no end of an override is told."""
+    assert machine.run("control", action=forced, duration_ms=5000)["changed"] is True
+    assert machine.run("snapshot")["forced_until_ms"] == START_MS + 5000
+    assert machine.run("control", action=action)["changed"] is True
+    seen = machine.run("snapshot")
+    assert (seen.get("forced"), seen.get("forced_until_ms")) == (None, None)
 
 
 def test_snapshot_changes_nothing(machine: Machine) -> None:
