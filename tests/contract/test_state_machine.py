@@ -149,13 +149,26 @@ def test_stragglers(machine: Machine, outcome: dict[str, int]) -> None:
     straggle()
 
 
+@pytest.mark.parametrize("policy", [None, POLICY])
 @pytest.mark.parametrize("state", ["closed", "open"])
-def test_a_probe_of_no_half_open(machine: Machine, state: str) -> None:
+def test_a_probe_of_no_half_open(machine: Machine, state: str, policy: dict[str, int] | None) -> None:
     """A report for a slot counts in half open only, also under the generation of now."""
     generation = (machine.run("acquire", POLICY) if state == "closed" else trip(machine))["generation"]
     before = machine.run("snapshot", POLICY)
-    assert machine.run("record", POLICY, generation=generation, probe=1, failures=9)["applied"] is False
+    for outcome in ({"failures": 9}, {"successes": 1}, {"slow": 1}, {}):
+        assert machine.run("record", policy, generation=generation, probe=1, **outcome)["applied"] is False
     assert machine.run("snapshot", POLICY) == before
+
+
+@pytest.mark.parametrize("policy", [None, POLICY])
+@pytest.mark.parametrize(
+    ("counts", "applied"),
+    [({}, False), ({"successes": 0}, False), ({"successes": 1}, True), ({"slow": 1, "pending": 1}, True)],
+)
+def test_what_counts(machine: Machine, policy: dict[str, int] | None, counts: dict[str, int], applied: bool) -> None:
+    """A report of one outcome counts, one of nothing does not, whether or not the caller names a policy."""
+    generation = machine.run("acquire", policy)["generation"]
+    assert machine.run("record", policy, generation=generation, **counts)["applied"] is applied
 
 
 def test_a_report_of_nothing_known(machine: Machine) -> None:

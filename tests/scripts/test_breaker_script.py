@@ -154,6 +154,13 @@ def test_wrong_number_of_arguments(client: redis.Redis, script: str) -> None:
     must_refuse(client, script, body, body, names="ARGV")
 
 
+@pytest.mark.parametrize("field", ["generation", "successes", "slow", "pending", "instance", "encoding", "unknown"])
+def test_one_bad_field_is_enough(client: redis.Redis, field: str) -> None:
+    """A field that is wrong is refused whatever comes after it, a policy that is right for one."""
+    for body in bodies({"policy": {"quorum": 2}, field: 1.5}) + bodies({field: 1.5, "policy": {"quorum": 2}}):
+        must_refuse(client, "acquire", body, names=field)
+
+
 def test_null_means_left_out(client: redis.Redis) -> None:
     """A JSON null in a request is a field left out."""
     assert ask(client, "acquire", policy=None, instance=None, successes=None, generation=None)["admitted"] is True

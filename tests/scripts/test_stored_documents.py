@@ -242,6 +242,31 @@ def test_greatest_numbers(client: redis.Redis, own: dict[str, int]) -> None:
     assert ask(client, "record", policy=POLICY, **report, successes=1)["state"] == "closed"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "odd"),
+    [
+        ("failure_count", 90_000_000_000, None),
+        ("failure_count", 90_000_000_001, "corrupt_document"),
+        ("last_failure_time", 90_000_000_000, None),
+        ("last_failure_time", 90_000_000_001, "corrupt_document"),
+        ("generation", 90_000_000_000_000, None),
+        ("generation", 90_000_000_000_001, "another generation"),
+    ],
+)
+@pytest.mark.parametrize("brace", ["}", ' ,"x":1}'])
+def test_limits_of_a_healthy_document(client: redis.Redis, field: str, value: int, odd: str | None, brace: str) -> None:
+    """A closed document is checked in the form in which we write it as in any other, to the same limits."""
+    machine = lua_machine(client, "discovery")
+    own = {"version": 1, "generation": START_MS}
+    stored = json.dumps({**_contract("closed"), **own, field: value}, separators=(",", ":"))
+    client.set(KEYS.state, stored[:-1] + brace)
+    seen = machine.run("snapshot")
+    assert seen.get("warning") == (odd if odd == "corrupt_document" else None)
+    if odd != "corrupt_document":
+        taken = seen if field == "last_failure_time" else machine.run("acquire")
+        assert (taken[field] == value) is (odd is None)
+
+
 def test_forced_half_open(client: redis.Redis) -> None:
     """There is no such override as half_open."""
     until = {"forced": "half_open", "forced_until_ms": START_MS + 9000}
