@@ -31,7 +31,7 @@ from lupa.lua51 import LuaRuntime
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 REPORT = ROOT / "build" / "mutants" / "lua.json"
 FILES = ("breaker", "acquire", "record", "control", "snapshot")
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0")
+OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants")
 STAGES = [  # the second for those that survive the first
     ("tests/contract", "tests/scripts", "-k", "not memory and not fuzz", *OPTIONS),
     ("tests/scripts/test_breaker_fuzz.py", *OPTIONS),
@@ -167,6 +167,22 @@ def tested() -> str:
     return "survived"
 
 
+class Order:
+    """A plugin of pytest: what killed another mutant a moment ago comes first, for it may kill its neighbour."""
+
+    killers = pathlib.Path("killers.txt")
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        last = self.killers.read_text().splitlines() if self.killers.exists() else []
+        rank = {nodeid: place for place, nodeid in enumerate(last)}
+        items.sort(key=lambda item: -rank.get(item.nodeid, -1))
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            with self.killers.open("a") as file:
+                file.write(f"{report.nodeid}\n")
+
+
 def run_tests(stage: tuple[str, ...]) -> None:
     """Ends this process with the exit code of pytest."""
     code = 70
@@ -175,7 +191,7 @@ def run_tests(stage: tuple[str, ...]) -> None:
         null = os.open(os.devnull, os.O_RDWR)
         for stream in (0, 1, 2):
             os.dup2(null, stream)
-        code = int(pytest.main([*stage]))
+        code = int(pytest.main([*stage], plugins=[Order()]))
     os._exit(code)
 
 
