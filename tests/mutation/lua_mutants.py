@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import concurrent.futures
-import contextlib
 import functools
-import io
 import itertools
 import json
 import multiprocessing
@@ -23,20 +20,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from lupa.lua51 import LuaRuntime
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 REPORT = ROOT / "build" / "mutants" / "lua.json"
+COPIES = REPORT.parent / "copies"
 FILES = ("breaker", "acquire", "record", "control", "snapshot")
-OPTIONS = ("-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants")
-STAGES = [  # the second for those that survive the first
-    ("tests/contract", "tests/scripts", "-k", "not memory and not fuzz", *OPTIONS),
-    ("tests/scripts/test_breaker_fuzz.py", *OPTIONS),
-]
-SECONDS = 180  # for one stage of one mutant
+TESTS = ("tests/contract", "tests/scripts", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-k")
+SECONDS = 180  # for one mutant
 LONGEST = 6  # lines of a statement that is removed whole
 
 TOKEN = re.compile(
@@ -115,84 +109,89 @@ def mutants(file: str) -> list[Mutant]:
     return list(found.values())
 
 
-# In a worker process, which has imported pytest and the tests of its copy: each mutant is tried in a fork of it
+class Worker:
+    """A plugin of pytest that tries mutants in a copy of the tree, each in a fork of a process with all tests at hand.
 
+    The test that killed another mutant a moment ago comes first, for it may kill its neighbour.
+    """
 
-def prepare(stages: int) -> None:
-    """Makes a copy of the tree and imports its tests."""
-    del STAGES[stages:]
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="mutants-", dir=REPORT.parent / "copies"))
-    for name in ("pyproject.toml", "lua", "pybreaker_redis", "tests"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, folder / name)
-    os.chdir(folder)
-    os.environ["SEQUENCES"] = "40"  # of test_engines_agree
-    sys.path.insert(0, str(folder))
-    with contextlib.redirect_stdout(io.StringIO()) as told:
-        if pytest.main([*STAGES[0], "--collect-only"]):
-            raise RuntimeError(told.getvalue())
+    def __init__(self, mine: dict[int, Mutant | None], results: Any) -> None:
+        self._mine, self._results = mine, results
+        self._folder = pathlib.Path(tempfile.mkdtemp(dir=COPIES))
+        self._killers: list[str] = []
 
+    def run(self, keyword: str) -> None:
+        """Makes the copy, collects its tests and tries everything."""
+        for name in ("pyproject.toml", "lua", "pybreaker_redis", "tests"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, self._folder / name)
+        os.chdir(self._folder)
+        os.environ["SEQUENCES"] = "40"  # of test_engines_agree
+        sys.path.insert(0, str(self._folder))
+        output = os.open("pytest.log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if pytest.main([*TESTS, keyword], plugins=[self]):
+            self._results.put((None, pathlib.Path("pytest.log").read_text()))
 
-def verdict(mutant: Mutant | None) -> str:
-    """What the tests say of a mutant, or of the copy as it is: "killed", "survived" or "timeout"."""
-    if mutant is None:
-        return tested()
-    path = pathlib.Path("lua", f"{mutant.file}.lua")
-    whole = path.read_bytes()
-    path.write_text(mutant.source, encoding="utf-8")
-    try:
-        return tested()
-    finally:
-        path.write_bytes(whole)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        for number, mutant in self._mine.items():
+            path = self._folder / "lua" / f"{mutant.file if mutant else 'breaker'}.lua"
+            whole = path.read_text(encoding="utf-8")
+            path.write_text(mutant.source if mutant else whole, encoding="utf-8")
+            self._results.put((number, self._verdict(session)))
+            path.write_text(whole, encoding="utf-8")
+        return True
 
-
-def tested() -> str:
-    """The same of the copy as it stands."""
-    for stage in STAGES:
+    def _verdict(self, session: pytest.Session) -> str:
+        """What the tests say of the copy as it stands: "killed", "survived" or "timeout"."""
         child = os.fork()
         if child == 0:
-            run_tests(stage)
+            os.setpgid(0, 0)
+            self._test(session)
         deadline = time.monotonic() + SECONDS
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
             if time.monotonic() > deadline:
                 os.killpg(child, signal.SIGKILL)
                 os.waitpid(child, 0)
                 return "timeout"
-            time.sleep(0.02)
-        code = os.waitstatus_to_exitcode(ended[1])
-        if code not in (0, 1, 2, 3):  # 2 and 3: a module or a fixture did not get as far as a test
-            raise RuntimeError(f"pytest ended with {code}")
-        if code:
-            return "killed"
-    return "survived"
+            time.sleep(0.01)
+        if os.waitstatus_to_exitcode(ended[1]) == 0:
+            return "survived"
+        self._killers.append(pathlib.Path("killer.txt").read_text())
+        return "killed"
+
+    def _test(self, session: pytest.Session) -> None:
+        """Runs the tests up to the first that fails, and ends this process."""
+        rank = {nodeid: place for place, nodeid in enumerate(self._killers, 1)}
+        items = sorted(session.items, key=lambda item: ("fuzz" in item.nodeid, -rank.get(item.nodeid, 0)))
+        for item, following in itertools.pairwise([*items, None]):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.testsfailed:
+                pathlib.Path("killer.txt").write_text(item.nodeid)
+                os._exit(1)
+        os._exit(0)
 
 
-class Order:
-    """A plugin of pytest: what killed another mutant a moment ago comes first, for it may kill its neighbour."""
-
-    killers = pathlib.Path("killers.txt")
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        last = self.killers.read_text().splitlines() if self.killers.exists() else []
-        rank = {nodeid: place for place, nodeid in enumerate(last)}
-        items.sort(key=lambda item: -rank.get(item.nodeid, -1))
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            with self.killers.open("a") as file:
-                file.write(f"{report.nodeid}\n")
-
-
-def run_tests(stage: tuple[str, ...]) -> None:
-    """Ends this process with the exit code of pytest."""
-    code = 70
-    with contextlib.suppress(Exception):
-        os.setpgid(0, 0)
-        null = os.open(os.devnull, os.O_RDWR)
-        for stream in (0, 1, 2):
-            os.dup2(null, stream)
-        code = int(pytest.main([*stage], plugins=[Order()]))
-    os._exit(code)
+def try_all(tried: list[Mutant], workers: int, keyword: str) -> list[str]:
+    """The verdict on each."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    shutil.rmtree(COPIES, ignore_errors=True)
+    COPIES.mkdir(parents=True)
+    todo = dict(enumerate([None, *tried]))  # first the copy as it is
+    for first in range(workers):
+        mine = {number: mutant for number, mutant in todo.items() if number % workers == first}
+        context.Process(target=Worker(mine, results).run, args=(keyword,), daemon=True).start()
+    verdicts = [""] * len(todo)
+    for _ in todo:
+        number, result = results.get()
+        if number is None or (number == 0 and result != "survived"):
+            raise SystemExit(f"the tests do not pass without a mutant: {result}")
+        verdicts[number] = result
+        if number and result != "killed":
+            print(f"{result}: {described(tried[number - 1])}", flush=True)
+    return verdicts[1:]
 
 
 def main() -> int:
@@ -200,7 +199,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", action="store_true", help="only those that survived the last time")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="without the tests that take long")
+    parser.add_argument("--quick", action="store_true", help="without the fuzz tests")
     parser.add_argument("--list", action="store_true", help="show the mutants, and try none")
     options = parser.parse_args()
     tried = [mutant for file in FILES for mutant in mutants(file)]
@@ -210,18 +209,7 @@ def main() -> int:
     if options.list:
         print(*(described(mutant) for mutant in tried), f"{len(tried)} mutants", sep="\n")
         return 0
-    shutil.rmtree(REPORT.parent / "copies", ignore_errors=True)
-    (REPORT.parent / "copies").mkdir(parents=True)
-    context = multiprocessing.get_context("fork")
-    stages = 1 if options.quick else len(STAGES)
-    with concurrent.futures.ProcessPoolExecutor(options.workers, context, prepare, (stages,)) as pool:
-        if pool.submit(verdict, None).result() != "survived":
-            raise SystemExit("the tests fail without a mutant")
-        verdicts = []
-        for mutant, result in zip(tried, pool.map(verdict, tried), strict=True):
-            verdicts.append(result)
-            if result != "killed":
-                print(f"{result}: {described(mutant)}", flush=True)
+    verdicts = try_all(tried, options.workers, "not memory and not fuzz" if options.quick else "not memory")
     left = [mutant for mutant, result in zip(tried, verdicts, strict=True) if result == "survived"]
     REPORT.write_text(json.dumps([(mutant.file, mutant.before, mutant.after) for mutant in left], indent=1))
     REPORT.with_suffix(".txt").write_text("\n".join(map(described, left)) + "\n")

@@ -294,6 +294,18 @@ def test_server_clock(client: redis.Redis) -> None:
     assert before <= generation <= ask(client, "snapshot")["now_ms"] <= server_ms(client)
 
 
+def test_whole_milliseconds(client: redis.Redis) -> None:
+    """A time is the millisecond that the server's clock is in, neither the next one nor an earlier one."""
+    for _ in range(200):
+        with client.pipeline(transaction=True) as together:
+            together.time()
+            together.eval(compose("snapshot"), len(KEYS), *KEYS, "{}")
+            together.time()
+            (seconds, begun), reply, (later, ended) = together.execute()
+        now_ms = json.loads(reply)["now_ms"]
+        assert seconds * 1000 + begun // 1000 <= now_ms <= later * 1000 + ended // 1000
+
+
 def _force_open(machine: Machine) -> dict[str, Any]:
     return machine.run("control", action="force_open", duration_ms=1000)
 
