@@ -250,6 +250,24 @@ def test_a_shorter_window_drops_what_is_too_old(machine: Machine) -> None:
     assert sums(machine, policy)[0] == 8
 
 
+@pytest.mark.parametrize("recovered", [False, True])
+def test_an_empty_report_leaves_the_window(machine: Machine, recovered: bool) -> None:
+    """A report of nothing writes no window, not even one that another policy would have cut."""
+    policy = {**RATE, "window_ms": 10_000}
+    generation = begin(machine, policy)
+    if recovered:
+        machine.run("control", policy, action="force_open", duration_ms=1)
+        generation = recover(machine, policy)["generation"]
+        machine.run("record", policy, generation=generation)  # writes that the recovery is over
+        machine.advance(START_MS - machine.now_ms + 10_000)
+    for _ in range(2):
+        report(machine, policy, successes=1)
+        machine.advance(4_000)
+        machine.run("record", RATE, generation=generation)
+    assert sums(machine, RATE)[0] == 0
+    assert sums(machine, policy)[0] == 2
+
+
 def test_a_window_begins_with_its_rule(machine: Machine) -> None:
     """Without a rate no window is kept; a rate that is set live counts from then on."""
     generation = begin(machine, PLAIN)

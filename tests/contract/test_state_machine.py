@@ -104,6 +104,27 @@ def test_probe_success_closes(machine: Machine) -> None:
     assert reply["transition"]["reason"] == "probe_succeeded"
 
 
+def test_the_last_failure_is_a_failure(machine: Machine) -> None:
+    """The time of the last failure is that of a failure: no success, slow call or release, of a probe or not."""
+    policy = {**POLICY, "success_threshold": 9, "half_open_max_calls": 9}
+    generation = machine.run("acquire", policy)["generation"]
+    machine.run("record", policy, generation=generation, successes=1)
+    assert machine.run("snapshot", policy).get("last_failure_time") is None
+    machine.run("record", policy, generation=generation, failures=3)
+    machine.advance(2000)
+    generation = machine.run("acquire", policy)["generation"]
+    machine.run("record", policy, generation=generation, probe=1, successes=1)
+    machine.run("acquire", policy)
+    machine.run("record", policy, generation=generation, probe=2, slow=1, pending=1)
+    machine.run("record", policy, generation=generation, probe=2)
+    assert machine.run("snapshot", policy)["last_failure_time"] == START_MS // 1000
+    machine.run("acquire", policy)
+    machine.run("record", policy, generation=generation, probe=3, failures=1)
+    assert machine.run("snapshot", policy)["last_failure_time"] == START_MS // 1000 + 2
+    machine.run("control", policy, action="reset")
+    assert machine.run("snapshot", policy)["last_failure_time"] == START_MS // 1000 + 2
+
+
 def test_probe_failure_opens(machine: Machine) -> None:
     """The first probe failure opens it for another reset timeout."""
     first = probe(machine)
