@@ -147,6 +147,65 @@ def test_buckets_end_one_by_one(machine: Machine) -> None:
     assert seen == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
 
 
+def fill(machine: Machine, policy: dict[str, Any]) -> None:
+    """In each of ten buckets a success, a failure and a slow call, and one more success in each than in the last."""
+    for number in range(10):
+        report(machine, policy, successes=number + 1)
+        report(machine, policy, failures=1, slow=1)
+        machine.advance(100)
+
+
+def test_every_count_ends_with_its_bucket(machine: Machine) -> None:
+    """Calls, failures and slow calls of a bucket go together, also when others arrive meanwhile."""
+    policy = {**RATE, "minimum_calls": NEVER}
+    begin(machine, policy)
+    fill(machine, policy)
+    for number in range(1, 10):
+        assert sums(machine, policy) == (sum(range(number + 2, 12)), 10 - number, 10 - number)
+        machine.advance(100)
+    assert sums(machine, policy) == (0, 0, 0)
+
+
+def test_buckets_that_become_longer(machine: Machine) -> None:
+    """When the window grows, what two old buckets counted goes with the new one in which both of them began."""
+    policy, longer = ({**RATE, "minimum_calls": NEVER, "window_ms": length} for length in (1000, 2000))
+    begin(machine, policy)
+    fill(machine, policy)
+    machine.advance(-50)
+    assert sums(machine, longer) == (65, 10, 10)
+    report(machine, longer, successes=100)
+    machine.advance(1049)
+    assert sums(machine, longer) == (165, 10, 10)
+    for calls, others in ((160, 8), (151, 6), (138, 4), (121, 2), (0, 0)):
+        machine.advance(1)
+        assert sums(machine, longer) == (calls, others, others)
+        machine.advance(199)
+
+
+def test_a_window_outlasts_its_rule(machine: Machine) -> None:
+    """Under a policy without a rate a window that was begun goes on, in buckets of its own length."""
+    begin(machine, RATE)
+    report(machine, RATE, successes=3)
+    machine.advance(500)
+    report(machine, PLAIN, successes=1)
+    assert sums(machine, PLAIN)[0] == 4
+    machine.advance(500)
+    assert sums(machine, PLAIN)[0] == 1
+    machine.advance(500)
+    assert sums(machine, PLAIN)[0] == 0
+
+
+def test_a_window_that_is_no_multiple_of_ten(machine: Machine) -> None:
+    """A bucket is a whole tenth of the window, rounded down."""
+    policy = {**RATE, "window_ms": 1009}
+    begin(machine, policy)
+    report(machine, policy, successes=3)
+    machine.advance(999)
+    assert sums(machine, policy)[0] == 3
+    machine.advance(1)
+    assert sums(machine, policy)[0] == 0
+
+
 @FEW
 @given(st.lists(st.tuples(st.sampled_from([0, 1, 99, 100, 101, 350, 999, 1000, 1001, 5000]), st.integers(0, 3))))
 def test_window_is_the_last_ten_buckets(machine: Machine, steps: list[tuple[int, int]]) -> None:
@@ -329,6 +388,35 @@ def test_pending_counts_once(machine: Machine, outcome: str, wait: int) -> None:
     machine.advance(wait)
     report(machine, SLOW, **{outcome: 1}, counted=1)
     assert sums(machine, SLOW) == (1, int(outcome == "failures"), 1)
+
+
+def test_a_bucket_without_calls(machine: Machine) -> None:
+    """An end in a later bucket is no call of that bucket, before and after the first one has passed."""
+    policy = {**SLOW, "minimum_calls": NEVER}
+    begin(machine, policy)
+    report(machine, policy, slow=1, pending=1)
+    machine.advance(500)
+    report(machine, policy, failures=1, counted=1)
+    machine.advance(100)
+    report(machine, policy, failures=2, successes=3)
+    assert sums(machine, policy) == (6, 3, 1)
+    machine.advance(400)
+    assert sums(machine, policy) == (5, 3, 0)
+    machine.advance(500)
+    assert sums(machine, policy) == (5, 2, 0)
+    report(machine, policy, successes=1)
+    machine.advance(100)
+    assert sums(machine, policy) == (1, 0, 0)
+
+
+def test_nothing_is_left_of_what_has_passed(machine: Machine) -> None:
+    """Where all that is left is the end of a call that has passed, there are no calls."""
+    begin(machine, SLOW)
+    report(machine, SLOW, slow=1, pending=1)
+    machine.advance(500)
+    report(machine, SLOW, failures=1, counted=1)
+    machine.advance(500)
+    assert sums(machine, SLOW) == (0, 0, 0)
 
 
 def test_pending_that_ends_after_the_window(machine: Machine) -> None:
@@ -770,6 +858,15 @@ def test_ramp_left(machine: Machine) -> None:
         assert machine.run("snapshot", policy).get("ramp_left_ms") == left
         assert machine.run("acquire", policy).get("ramp_left_ms") == left
         assert report(machine, policy, successes=1).get("ramp_left_ms") == left
+
+
+def test_no_ramp_by_default(machine: Machine) -> None:
+    """Where no policy is named, a recovery admits every call at once."""
+    machine.run("control", action="force_open", duration_ms=1)
+    machine.advance(1)
+    first = machine.run("acquire")
+    reply = machine.run("record", generation=first["generation"], probe=first["probe"], successes=1)
+    assert (reply["state"], reply.get("ramp_left_ms")) == ("closed", None)
 
 
 @pytest.mark.parametrize("action", ["reset", "force_closed"])

@@ -342,6 +342,35 @@ def test_odd_window(client: redis.Redis, window: Any, later_ms: int) -> None:
     assert machine.run("record", RATES, generation=START_MS, failures=100)["transition"]["reason"] == "error_rate"
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        ({"past": ";" * 350}, True),
+        ({"past": ";" * 401}, False),
+        ({"calls": 0}, True),
+        ({"bucket_ms": 31_536_000_000}, True),
+        ({"bucket_ms": 31_536_000_001}, False),
+        ({"calls": 90_000_000_000_000}, True),
+        ({"calls": 90_000_000_000_001}, False),
+        ({"failures": 90_000_000_000_001}, False),
+        ({"slow": 90_000_000_000_001}, False),
+        ({"newest": 90_000_000_000_001}, False),
+    ],
+    ids=lambda changed: str(changed)[:30],
+)
+def test_limits_of_a_stored_window(client: redis.Redis, dense: bool, changed: dict[str, Any], kept: bool) -> None:
+    """Within its limits a stored window is taken as it is, beyond them not at all, in whatever form it is stored."""
+    machine = lua_machine(client, "discovery")
+    window = {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, **changed}
+    window["newest"] = changed.get("newest", START_MS // window["bucket_ms"])
+    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "window": window}
+    client.set(KEYS.state, json.dumps(stored, separators=(",", ":") if dense else None))
+    machine.run("record", generation=START_MS, failures=1)
+    stored = document(client).get("window", {"failures": None})
+    assert (stored["failures"] == window["failures"] + 1) is kept
+
+
 @pytest.mark.parametrize("slot", ["7", "x\n\u00e9"])
 def test_probe_slots_of_any_name(client: redis.Redis, slot: str) -> None:
     """A slot that another program named holds until its deadline."""
