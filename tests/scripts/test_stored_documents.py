@@ -121,6 +121,42 @@ def test_gateway_half_open(client: redis.Redis) -> None:
     assert machine.run("record", policy, generation=reply["generation"], probe=1, successes=1)["state"] == "closed"
 
 
+@EVERY_STATE
+def test_counts_that_are_left_out(client: redis.Redis, state: str) -> None:
+    """Counts that are not stored are zero."""
+    put(client, state=state)
+    seen = lua_machine(client, "discovery").run("snapshot")
+    assert (seen["state"], seen["failure_count"], seen["success_count"]) == (state, 0, 0)
+
+
+def test_the_least_generation(client: redis.Redis) -> None:
+    """A stored generation goes on from 1 upwards; less is none."""
+    for generation, taken in ((1, 1), (0, START_MS), (-1, START_MS)):
+        put(client, **_contract("closed"), version=1, generation=generation)
+        assert lua_machine(client, "discovery").run("acquire")["generation"] == taken
+
+
+@pytest.mark.parametrize(
+    ("own", "wait"),
+    [
+        ({"open_until_ms": START_MS + 300, "open_ms": 400}, None),
+        ({"open_until_ms": START_MS + 300}, 29_000),
+        ({"open_ms": 400}, 29_000),
+        ({"open_until_ms": 0, "open_ms": 0}, 0),
+        ({"open_until_ms": START_MS + 300, "open_ms": 400, "generation": None}, 29_000),
+        ({"open_ms": 400, "generation": None}, 29_000),
+        ({"opened_at": None}, 29_500),
+    ],
+    ids=str,
+)
+def test_an_open_document_with_half_a_deadline(client: redis.Redis, own: dict[str, Any], wait: int | None) -> None:
+    """A deadline needs its own length and a generation; else the time since opened_at counts, in whole seconds."""
+    machine = lua_machine(client, "discovery")
+    put(client, **{**_contract("open", failures=5, opened=START_MS // 1000 - 1), "generation": 7, **own})
+    machine.advance(0 if wait != 29_500 else 500)
+    assert machine.run("snapshot")["retry_after_ms"] == (300 if wait is None else wait)
+
+
 @pytest.mark.parametrize("encoding", ["json", "msgpack"])
 def test_unknown_fields(client: redis.Redis, encoding: str) -> None:
     """Fields that we do not know are no reason to doubt a document."""
@@ -152,6 +188,14 @@ def _goes_on(client: redis.Redis, warning: str | None) -> None:
     reply = ask(client, "record", policy=POLICY, generation=reply["generation"], failures=2)
     assert (reply["applied"], reply["failure_count"], reply.get("warning")) == (True, 2, None)
     assert ask(client, "record", policy=POLICY, generation=reply["generation"], failures=1)["state"] == "open"
+
+
+@pytest.mark.parametrize("value", CORRUPT, ids=lambda value: repr(value[:50]))
+def test_corrupt_exists(client: redis.Redis, value: bytes) -> None:
+    """A key that holds no document is there all the same."""
+    client.set(KEYS.state, value)
+    seen = ask(client, "snapshot")
+    assert (seen["exists"], seen["warning"]) == (True, "corrupt_document")
 
 
 @pytest.mark.parametrize("value", CORRUPT, ids=lambda value: repr(value[:50]))
