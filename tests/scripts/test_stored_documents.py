@@ -331,6 +331,30 @@ def test_odd_probes(client: redis.Redis, probes: Any) -> None:
     assert machine.run("record", POLICY, generation=START_MS, probe=slot, successes=1)["state"] == "closed"
 
 
+def test_probes_without_their_length(client: redis.Redis) -> None:
+    """Without the longest time that a slot was given, no deadline is believed, not even the next millisecond."""
+    put(client, **_contract("half_open"), version=1, generation=START_MS, probes={"1": START_MS + 1})
+    assert lua_machine(client, "discovery").run("acquire", POLICY)["admitted"] is True
+
+
+@pytest.mark.parametrize("trips", [1, 2])
+def test_trips_without_a_recovery(client: redis.Redis, trips: int) -> None:
+    """A closed document that does not say when it closed has no row of trips, whatever comes next."""
+    put(client, **_contract("closed"), version=1, generation=START_MS, trips=trips)
+    machine = lua_machine(client, "discovery")
+    machine.run("control", POLICY, action="force_open")
+    assert machine.run("snapshot", POLICY)["trips"] == 0
+
+
+def test_open_since_this_very_second(client: redis.Redis) -> None:
+    """Opened now is not opened in the future: a refusal writes no deadline."""
+    put(client, **_contract("open", failures=5, opened=START_MS // 1000))
+    machine = lua_machine(client, "discovery")
+    before = picture(client)
+    assert machine.run("acquire")["retry_after_ms"] == 30_000
+    assert picture(client) == before
+
+
 RATES = {"failure_threshold": 10**9, "error_rate_threshold": 0.5, "minimum_calls": 10, "window_ms": 10_000}
 NEWEST = START_MS // 1000
 COUNTS = {"calls": 20, "failures": 2, "slow": 1, "past": "13,1,1; 7,1,0 6,0,1" + 7 * " 0,0,0"}
