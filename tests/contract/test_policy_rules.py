@@ -512,6 +512,7 @@ def open_times(machine: Machine, policy: dict[str, Any], count: int) -> list[int
         ({"max_reset_timeout_ms": 5000}, [1000, 2000, 4000, 5000, 5000]),
         ({"max_reset_timeout_ms": 1000}, [1000, 1000, 1000]),
         ({"max_reset_timeout_ms": 400}, [1000, 1000, 1000]),
+        ({"max_reset_timeout_ms": 1}, [1000, 1000, 1000]),
         ({"backoff_multiplier": 1, "max_reset_timeout_ms": 5000}, [1000, 1000, 1000]),
         ({"backoff_multiplier": 1.5}, [1000, 1500, 2250, 3375, 5062]),
         ({"backoff_multiplier": 1000, "reset_timeout_ms": 10**6}, [10**6, 10**9, 365 * 86_400_000]),

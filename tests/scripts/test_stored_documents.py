@@ -13,6 +13,7 @@ from conftest import START_MS, lua_machine
 from script_calls import (
     CONTRACT,
     CORRUPT,
+    DAY_MS,
     KEYS,
     NEEDED,
     POLICY,
@@ -344,6 +345,39 @@ def test_trips_without_a_recovery(client: redis.Redis, trips: int) -> None:
     machine = lua_machine(client, "discovery")
     machine.run("control", POLICY, action="force_open")
     assert machine.run("snapshot", POLICY)["trips"] == 0
+
+
+def test_a_thousand_trips(client: redis.Redis) -> None:
+    """Trips in a row count to a thousand, also those that are stored."""
+    machine = lua_machine(client, "discovery")
+    for stored, counted in ((998, 999), (999, 1000), (1000, 1000), (1001, 1000)):
+        put(client, **_contract("half_open"), version=1, generation=START_MS, trips=stored)
+        assert machine.run("snapshot")["trips"] == min(stored, 1000)
+        slot = machine.run("acquire", POLICY)["probe"]
+        machine.run("record", POLICY, generation=START_MS, probe=slot, failures=1)
+        assert machine.run("snapshot")["trips"] == counted
+
+
+@pytest.mark.parametrize("state", ["open", "closed"])
+def test_the_longest_override(client: redis.Redis, state: str) -> None:
+    """An override that ends in more than thirty days, or has ended, is none."""
+    machine = lua_machine(client, "discovery")
+    for ends, forced in ((0, None), (1, state), (30 * DAY_MS, state), (30 * DAY_MS + 1, None)):
+        own = {"version": 1, "generation": START_MS, "forced": state, "forced_until_ms": START_MS + ends}
+        put(client, **_contract(state, opened=START_MS // 1000), **own)
+        assert machine.run("snapshot").get("forced") == forced
+
+
+@pytest.mark.parametrize("reporters", [{"a": "soon"}, {1: START_MS}, {"a": START_MS + 1}, {"a": -1}, [START_MS], "a"])
+def test_odd_reporters(client: redis.Redis, reporters: Any) -> None:
+    """Reporters that make no sense count for no quorum, and do not hold up those that do."""
+    machine = lua_machine(client, "discovery")
+    policy = {**POLICY, "quorum": 2, "failure_threshold": 1}
+    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "reporters": reporters}
+    client.set(KEYS.state, msgpack.packb(stored))
+    assert machine.run("record", policy, generation=START_MS, failures=1, instance="b")["state"] == "closed"
+    assert machine.run("snapshot", policy)["reporters"] == {"b": START_MS}
+    assert machine.run("record", policy, generation=START_MS, failures=1, instance="c")["state"] == "open"
 
 
 def test_open_since_this_very_second(client: redis.Redis) -> None:
