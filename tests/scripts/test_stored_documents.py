@@ -484,6 +484,29 @@ def test_probe_slots_of_any_name(client: redis.Redis, slot: str) -> None:
     assert machine.run("acquire", POLICY)["probe"] == 8
 
 
+@EVERY_STATE
+def test_either_encoding_stores_the_same(client: redis.Redis, state: str) -> None:
+    """The same fields with the same values are stored in msgpack as in JSON, and nothing beside them."""
+    stored = {}
+    for encoding, load in (("json", json.loads), ("msgpack", msgpack.unpackb)):
+        client.flushall()
+        machine = lua_machine(client, "discovery")
+        policy = {**POLICY, "quorum": 2, "error_rate_threshold": 0.9}
+        for instance in ("a", "b"):
+            generation = machine.run("acquire", policy, encoding=encoding)["generation"]
+            counts = {"failures": 1, "slow": 1} if state == "closed" else {"failures": 3}
+            machine.run("record", policy, generation=generation, instance=instance, encoding=encoding, **counts)
+        if state == "half_open":
+            machine.advance(1000)
+            machine.run("acquire", policy, encoding=encoding)
+        text = client.get(KEYS.state)
+        assert (text[:1] == b"{") is (encoding == "json")
+        stored[encoding] = load(text)
+        machine.run("snapshot", policy)
+    assert stored["json"]["state"] == state
+    assert {k: v for k, v in stored["json"].items() if v is not None} == stored["msgpack"]
+
+
 def test_stored_encoding_decides_nothing(client: redis.Redis) -> None:
     """Stored as JSON, as msgpack, or in turn, a document leads to the same replies to either encoding."""
     told = story(lua_machine(client, "plain"))
