@@ -432,15 +432,8 @@ class BreakerCore:
                 self._listener_failed(instrument)
 
     def _successes(self) -> int:
-        """Those reported and those gathered; what a transition left behind, or a report takes just now, is in neither.
-
-        One caller at a time.
-        """
-        reported, view = self._reported, self._view
-        with view._lock:
-            counter = view.seen.counter
-            counter._looks += 1
-            return reported + counter.tick() - counter._looks - counter._taken
+        """Those reported and those gathered; not what a transition left behind, or what a report takes just now."""
+        return self._reported + self._view.gathered()
 
     def _own_snapshot(self) -> Snapshot | None:
         """By the engine of this process, where that decides; None where Redis does."""

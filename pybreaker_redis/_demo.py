@@ -49,7 +49,7 @@ GUARDS = {"none": "no breaker", "private": "a private breaker per process", "sha
 DEATH = (("healthy", 0.5), ("dead", 3.0), ("repaired", 1.0))
 WHOLE = (("healthy", 1.0), ("failing", 1.5), ("dead", 3.0), ("repaired", 1.5))
 SCRIPTS = {"none": DEATH, "private": DEATH, "shared": WHOLE}
-PAUSE, TICK, PATIENCE = 0.02, 0.1, 15.0
+PAUSE, TICK, PATIENCE, GRACE = 0.02, 0.1, 15.0, 1.0
 RESET_TIMEOUT = 0.5
 FAILS_EVERY = 4  # while failing: this one of each worker's calls
 REJECTING_WITHIN, ANSWERING_WITHIN = 1.0, 1.5
@@ -264,7 +264,11 @@ class Crew:
         return self
 
     def __exit__(self, *_: object) -> None:
+        for pipe in (self._service, *self._pipes):
+            pipe.close()  # at which each of them ends by itself
+        deadline = monotonic() + GRACE
         for process in self._processes:
+            process.join(max(deadline - monotonic(), 0.0))
             process.kill()
         for process in self._processes:
             process.join()

@@ -27,7 +27,8 @@ class CircuitOpenError(CircuitBreakerError):
     """The call was rejected; the protected function did not run.
 
     Attributes: name; state ("open", "half_open", or "closed" where a ramp holds the call back); retry_after,
-    seconds until a call may be admitted.
+    seconds until a call may be admitted: while open until the next probe, in half_open until the nearest probe's
+    slot is free again at the latest, thus up to probe_timeout.
     """
 
     def __init__(self, name: str, state: str, retry_after: float) -> None:

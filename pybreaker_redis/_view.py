@@ -82,11 +82,15 @@ class Counter:
         self._looks = 0
         self._taken = 0
 
-    def take(self) -> int:
+    def look(self) -> int:
         """The successes since the last take; one caller at a time. Looking ticks too, and is subtracted."""
         self._looks += 1
-        total = self.tick() - self._looks
-        new, self._taken = total - self._taken, total
+        return self.tick() - self._looks - self._taken
+
+    def take(self) -> int:
+        """The same, and they are taken."""
+        new = self.look()
+        self._taken += new
         return new
 
 
@@ -235,6 +239,11 @@ class View:
         if generation == seen.generation:
             seen.counter.tick()
         return True
+
+    def gathered(self) -> int:
+        """The successes that wait to be taken."""
+        with self._lock:
+            return self.seen.counter.look()
 
     def take(self, generation: int | None = None) -> Request:
         """What was gathered, as a request; it is out of the view from here on.

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from redis.exceptions import ConnectionError
+from redis.exceptions import ConnectionError, ResponseError
 
 if TYPE_CHECKING:
     from ._core import BreakerCore
@@ -131,7 +131,7 @@ class Subscription:
             pinged = False
             while self.audience:
                 if connection.can_read(PING_EVERY):
-                    for breaker, message in self.audience.heard(connection.read_response()):
+                    for breaker, message in self.audience.heard(_reply(connection.read_response)):
                         breaker._drive(breaker._heard(message))  # type: ignore[attr-defined]
                     pinged = False
                 elif pinged:
@@ -184,7 +184,7 @@ class AsyncSubscription:
                 reader = reader or asyncio.ensure_future(connection.read_response())
                 await asyncio.wait({reader}, timeout=PING_EVERY)
                 if reader.done():
-                    reply, reader, pinged = reader.result(), None, False
+                    reply, reader, pinged = _reply(reader.result), None, False
                     for breaker, message in self.audience.heard(reply):
                         await breaker._drive(breaker._heard(message))  # type: ignore[attr-defined]
                 elif pinged:
@@ -243,6 +243,14 @@ class BaseWatch:
         if self._audience is not None:
             self._audience = None
             self._breaker._rejoin = self
+
+
+def _reply(read: Callable[[], Any]) -> Any:
+    """What was read. A server that refuses our PING lives: so it does when it cannot save, or the user may not."""
+    try:
+        return read()
+    except ResponseError as refused:
+        return ["refused", refused]
 
 
 def _pauses() -> Iterator[float]:

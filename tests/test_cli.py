@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import wait_until
+from fault_proxy import proxy_to
 
 from pybreaker_redis import CircuitBreaker, Policy
 from pybreaker_redis._clients import client_from_url
@@ -33,6 +34,7 @@ from pybreaker_redis.embedded import EmbeddedServer
 pytest.importorskip("typer", reason="needs the extra cli")
 pytest.importorskip("rich", reason="needs the extra cli")
 from pybreaker_redis.__main__ import main
+from pybreaker_redis.cli import _doctor
 from pybreaker_redis.cli._doctor import acl_rule
 from pybreaker_redis.cli._fleet import CHUNK, SCAN_COUNT, Fleet
 
@@ -601,7 +603,7 @@ def test_doctor_of_a_replica(run: Callable[..., Done], server: EmbeddedServer) -
         with EmbeddedServer(args=["--replicaof", "127.0.0.1", number]) as replica:
             found = findings(run("doctor", "--json", "--redis", replica.url))
     assert found["role"]["status"] == "wrong"
-    assert found["rights"]["status"] == "wrong"
+    assert (found["rights"]["status"], found["rights"]["mend"]) == ("wrong", "see the other findings")
 
 
 def test_doctor_of_a_node_of_a_cluster(run: Callable[..., Done], cluster_url: str) -> None:
@@ -635,6 +637,102 @@ def test_doctor_of_missing_rights(missing: str, told: str, run: Callable[..., Do
             ["policy", "get", "d"],
         ):
             assert run(*command, "--redis", url).code in (0, 1), command
+
+
+def test_doctor_without_a_right_to_look(run: Callable[..., Done]) -> None:
+    """What a user may not look at is a warning with what to do, breakers work all the same, and the exit code is 0."""
+    with EmbeddedServer(port=0) as server, redis.Redis.from_url(server.url) as admin:
+        rule = acl_rule(Fleet(admin, "circuit_breaker", lambda name: ONE, print)).split()
+        for command in ("-info", "-scan"):
+            admin.execute_command("ACL", "SETUSER", "me", "reset", "on", ">secret", *rule, command)
+            done = run("doctor", "--json", "--redis", server.url.replace("://", "://me:secret@"))
+            refused = [one for one in done.json if one["status"] == "warning"]
+            assert {one["check"] for one in refused} >= ({"version", "role"} if command == "-info" else {"ttls"})
+            assert all("cannot be looked at" in one["told"] and "INFO" in one["mend"] for one in refused)
+            assert findings(done)["rights"]["status"] == "ok"
+            assert done.code == 0
+
+
+def test_doctor_of_a_user_that_may_not_ask_who_it_is(run: Callable[..., Done]) -> None:
+    """Nor may everybody call ACL WHOAMI: then the line to paste says USER."""
+    with EmbeddedServer(port=0) as server, redis.Redis.from_url(server.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "me", "on", ">secret", "~*", "&*", "+@all", "-acl", "-publish")
+        found = findings(run("doctor", "--json", "--redis", server.url.replace("://", "://me:secret@")))
+        assert found["rights"]["mend"].startswith("ACL SETUSER USER ~circuit_breaker:*")
+
+
+def test_doctor_of_a_full_server(run: Callable[..., Done]) -> None:
+    """Memory, connections and scripts that are nearly at their limit are warnings, and what would mend them does."""
+    with EmbeddedServer(args=["--maxclients", "10", "--appendonly", "yes"]) as server, contextlib.ExitStack() as stack:
+        client = stack.enter_context(redis.Redis.from_url(server.url))
+        for number in range(1001):
+            client.script_load(f"return {number}")
+        client.config_set("maxmemory", int(client.info("memory")["used_memory"] * 1.05))
+        others = [stack.enter_context(redis.Redis.from_url(server.url)) for _ in range(7)]
+        assert all(other.ping() for other in others)
+        found = findings(run("doctor", "--json", "--redis", server.url))
+        for check, told in (("eviction", "nearly full"), ("connections", "nearly full"), ("script cache", "anew")):
+            assert (found[check]["status"], told in found[check]["told"]) == ("warning", True), found
+        assert found["persistence"]["told"].startswith("append-only file")
+        for other in others:
+            other.close()
+        client.config_set("maxmemory", 0)
+        client.script_flush()
+        wait_until(lambda: client.info("clients")["connected_clients"] == 1)
+        found = findings(run("doctor", "--json", "--redis", server.url))
+        assert {found[check]["status"] for check in ("eviction", "connections", "script cache")} == {"ok"}
+
+
+def test_doctor_of_a_server_that_cannot_save(run: Callable[..., Done], tmp_path: pathlib.Path) -> None:
+    """A background save that failed is wrong, since it may stop every write."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    with (
+        EmbeddedServer(args=["--dir", str(folder), "--save", "3600 1000000"]) as server,
+        redis.Redis.from_url(server.url) as client,
+    ):
+        fail(client, "discovery")
+        folder.rmdir()
+        client.bgsave()
+        wait_until(lambda: client.info("persistence")["rdb_last_bgsave_status"] == "err")
+        assert run("list", "--redis", server.url).out.splitlines()[1].startswith("discovery ")
+        found = findings(run("doctor", "--json", "--redis", server.url))
+        assert (found["persistence"]["status"], found["rights"]["status"]) == ("wrong", "wrong")
+        assert found["rights"]["told"].startswith("MISCONF")
+        assert found["rights"]["mend"] == "see the other findings"
+        client.config_set("save", "")  # one of the two that it says
+        assert findings(run("doctor", "--json", "--redis", server.url))["rights"]["status"] == "ok"
+
+
+def test_doctor_over_a_slow_link(run: Callable[..., Done]) -> None:
+    """A round trip of more than 10 ms is a warning."""
+    with EmbeddedServer(port=0) as server, proxy_to(int(server.url.rpartition(":")[2])) as proxy:
+        proxy.delay(0.011)
+        done = run("doctor", "--json", "--redis", proxy.url)
+        assert (findings(done)["latency"]["status"], done.code) == ("warning", 0)
+
+
+def test_doctor_of_other_clocks_and_versions(run: Callable[..., Done], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that is off is a warning; a server that is older than what is supported is wrong."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() - 3600)
+    monkeypatch.setattr(_doctor, "OLDEST", {"redis": (99, 0), "valkey": (99, 0)})
+    found = findings(run("doctor", "--json"))
+    assert found["clock"]["status"] == "warning"
+    assert re.match(r"\+3[56]\d\d\.", found["clock"]["told"])
+    assert (found["version"]["status"], "99.0 is the oldest" in found["version"]["mend"]) == ("wrong", True)
+
+
+def test_doctor_of_foreign_keys(run: Callable[..., Done], client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values of other types under names of breakers are told when they never end; of very many keys some are read."""
+    client.rpush("circuit_breaker:foreign:state", "list")
+    found = findings(run("doctor", "--json"))
+    assert (found["ttl"]["status"], "1 of 1 states" in found["ttl"]["told"]) == ("wrong", True)
+    client.expire("circuit_breaker:foreign:state", 60)
+    fill(client, 2 * SCAN_COUNT)
+    monkeypatch.setattr(_doctor, "_MOST_KEYS", 10)
+    told = findings(run("doctor", "--json"))["ttl"]["told"]
+    assert 10 <= int(re.findall(r"each of (\d+) states", told)[0]) < 2 * SCAN_COUNT
 
 
 def test_the_acl_line_names_every_command_of_the_scripts(client: redis.Redis) -> None:

@@ -18,22 +18,23 @@ import pytest
 import redis
 from conftest import wait_until
 
-from pybreaker_redis import Event, HistoryEntry, _demo
-from pybreaker_redis.__main__ import main
-from pybreaker_redis._demo import Live, Moment, Run, Tally, promises
+from pybreaker_redis import Event, HistoryEntry, Policy, _demo
+from pybreaker_redis.__main__ import _demo_alone, main
+from pybreaker_redis._demo import Crew, Live, Moment, Run, Tally, promises
 from pybreaker_redis.embedded import EmbeddedServer
 
 MARK = "PYBREAKER_REDIS_TEST_DEMO"
+TO_THE_THIRD_RUN = "from pybreaker_redis._demo import SCRIPTS; SCRIPTS['none'] = SCRIPTS['private'] = (('dead', 0.1),);"
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
 
 class Demo:
     """A demo in a session of its own, as a shell starts it; it and all its children carry a mark."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(self, *arguments: str, before: str = "", **environment: str) -> None:
         self.mark = f"{MARK}={secrets.token_hex(8)}"
         # a test run in the background may ignore SIGINT, which children inherit
-        program = "import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        program = f"{before}import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler);"
         program += "runpy.run_module('pybreaker_redis', run_name='__main__', alter_sys=True)"
         kept = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
         self.process = subprocess.Popen(
@@ -78,8 +79,8 @@ def start() -> Iterator[Callable[..., Demo]]:
     """Starts demos, and ends those that a failed test left running."""
     started: list[Demo] = []
 
-    def start(*arguments: str, **environment: str) -> Demo:
-        started.append(Demo(*arguments, **environment))
+    def start(*arguments: str, **options: str) -> Demo:
+        started.append(Demo(*arguments, **options))
         return started[-1]
 
     yield start
@@ -122,7 +123,7 @@ def test_the_whole_demo_in_a_pipe(start: Callable[..., Demo]) -> None:
 def test_ctrl_c_ends_everything(start: Callable[..., Demo], client: redis.Redis, server: EmbeddedServer) -> None:
     """Ctrl-C while the shared breaker is open: code 130, no traceback, no process, no key of its own."""
     client.set("somebody", "else's")
-    demo = start("--plain", "--workers", "5", REDIS_URL=server.url)
+    demo = start("--plain", "--workers", "5", before=TO_THE_THIRD_RUN, REDIS_URL=server.url)
     demo.read_until("run 3 of 3")
     demo.read_until("closed -> open")
     assert len(client.keys("circuit_breaker:demo-*")) == 1
@@ -177,17 +178,45 @@ def test_a_closed_pipe(start: Callable[..., Demo]) -> None:
     assert demo.process.wait(30) == 141
 
 
-def test_no_command_prints_help(capsys: pytest.CaptureFixture[str]) -> None:
+def exit_code(program: Callable[[list[str]], int], *arguments: str) -> int:
+    """What the program returns, or exits with."""
+    try:
+        return program([*arguments])
+    except SystemExit as left:
+        return int(left.code or 0)
+
+
+PROGRAMS = pytest.mark.parametrize("program", [main, _demo_alone], ids=["with the extra", "without"])
+
+
+@PROGRAMS
+def test_no_command_prints_help(program: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
     """`python -m pybreaker_redis` alone shows what there is, and is an error."""
-    assert main([]) == 2
+    assert exit_code(program) == 2
     assert "demo" in capsys.readouterr().err
 
 
+@PROGRAMS
 @pytest.mark.parametrize("workers", ["1", "33", "x"])
-def test_worker_count_out_of_range(workers: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_worker_count_out_of_range(
+    program: Callable[[list[str]], int], workers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A number of workers that proves nothing, or that this machine would not carry, is refused."""
-    assert main(["demo", "--workers", workers]) == 2
+    assert exit_code(program, "demo", "--workers", workers) == 2
     assert "--workers" in capsys.readouterr().err
+
+
+def test_a_process_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, server: EmbeddedServer) -> None:
+    """A process of the demo that hangs ends it with an error, and every process is gone, also the one that hangs."""
+    monkeypatch.setattr(_demo, "PATIENCE", 0.3)
+    with Crew(2, server.url, "demo-hangs", Policy()) as crew:
+        pids = [process.pid for process in crew._processes]
+        os.kill(pids[0], signal.SIGSTOP)
+        with pytest.raises(RuntimeError, match=r"has not answered for 0\.3 s"):
+            crew.ready()
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 # Promises: made-up results in which all hold, and then one that does not at a time

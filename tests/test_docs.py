@@ -225,3 +225,47 @@ def test_few_blocks_are_not_run() -> None:
     assert len(marked) <= MOST_NOT_RUN, marked
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
     assert len(marked) == len(NOT_RUN.findall(text))
+
+
+def table_of_faults() -> list[list[str]]:
+    """The cells of each row of README's table of faults."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, table = text.partition("[start:faults] -->\n")
+    table, _, _ = table.partition("<!-- --8<-- [end:faults]")
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+
+
+def named_tests(text: str, default: str = "") -> list[tuple[str, str]]:
+    """(file, function) of each test that a text names, like `test_file: test_function`."""
+    return [(file or default, test) for file, test in re.findall(r"`(?:[\w/]*?(\w+): )?(test_\w+)(?:\[.+?\])?`", text)]
+
+
+def functions_of(file: str) -> set[str]:
+    """The test functions that pytest collects from the one file of that name."""
+    [path] = (ROOT / "tests").rglob(f"{file}.py")
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {one.name for one in tree.body if isinstance(one, ast.FunctionDef)}
+
+
+def test_every_fault_names_its_tests() -> None:
+    """Each row of README's table of faults names the tests that show it, and there are such tests."""
+    rows = table_of_faults()
+    assert len(rows) > 20
+    for row in rows:
+        fault, seen, guaranteed, tests = row
+        assert fault, row
+        assert seen, row
+        assert guaranteed, row
+        named = named_tests(tests, "test_outages")
+        assert named, row
+        assert len(named) == tests.count("`") // 2, row
+        for file, test in named:
+            assert test in functions_of(file), row
+
+
+def test_named_tests_exist() -> None:
+    """So does every other test that the page on faults names."""
+    named = named_tests((ROOT / "docs" / "faults.md").read_text(encoding="utf-8"), "test_outages")
+    assert named
+    for file, test in named:
+        assert test in functions_of(file), (file, test)

@@ -18,8 +18,10 @@ from redis import Redis
 from pybreaker_redis import CircuitBreakerError
 from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, find_binary, serve
 
+# a test run in the background may ignore SIGINT, which children inherit
 PARENT = """
-import os, sys, time
+import os, signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pybreaker_redis.embedded import EmbeddedServer
 server = EmbeddedServer(port={port}).start()
 print(server.pid, server.directory, flush=True)

@@ -16,7 +16,7 @@ import redis
 import redis.asyncio
 from conftest import stopped, wait_until
 
-from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy, PolicyError
+from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy, PolicyError, _watch
 from pybreaker_redis.embedded import EmbeddedServer
 
 POLICY = Policy(failure_threshold=2, reset_timeout=60)
@@ -247,21 +247,23 @@ def test_fork(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> No
         trip(CircuitBreaker("discovery", redis=client, policy=POLICY))
         assert os.read(read, 1) == b"o"
         wait_until(lambda: breaker.state == "open")
-    finally:
+        assert os.waitpid(child, 0) == (child, 0)
+    except BaseException:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        raise
 
 
 # asyncio ----------------------------------------------------------------------------------------
 
 
-async def until(condition: Callable[[], Awaitable[Any] | Any]) -> None:
-    """Waits for the condition, for 20 seconds at most."""
+async def until(condition: Callable[[], Awaitable[Any] | Any]) -> Any:
+    """What the condition gives as soon as it is true; waits for 20 seconds at most."""
     async with asyncio.timeout(20):
         while True:
             value = condition()
-            if await value if asyncio.iscoroutine(value) else value:
-                return
+            if value := await value if asyncio.iscoroutine(value) else value:
+                return value
             await asyncio.sleep(0.005)
 
 
@@ -321,6 +323,73 @@ def test_async_subscription_comes_back(own_server: EmbeddedServer) -> None:
         client.close()
 
     asyncio.run(main())
+
+
+def test_async_hanging_server_is_noticed(own_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On asyncio too a silent connection is asked whether it lives, and is lost when it does not answer."""
+    monkeypatch.setattr(_watch, "PING_EVERY", 0.2)
+
+    async def main() -> None:
+        client = redis.Redis.from_url(own_server.url)
+        async with async_watched(client) as breaker:
+            watch: Any = breaker._watch
+            pings = await until(lambda: client.info("commandstats").get("cmdstat_ping", {}).get("calls"))
+            await until(lambda: client.info("commandstats")["cmdstat_ping"]["calls"] > pings)
+            assert watch.active
+            with stopped(own_server):
+                await until(lambda: not watch.active)
+                assert breaker._view.lease == 0.1
+            await until(lambda: watch.active)
+        client.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("shell", ["sync", "async"])
+def test_a_refused_ping_is_an_answer(
+    shell: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server that refuses PING, as one does that cannot save, lives: the subscription stands, nothing is logged."""
+    monkeypatch.setattr(_watch, "PING_EVERY", 0.05)
+
+    def refused(admin: redis.Redis, times: int) -> bool:
+        return admin.info("commandstats").get("cmdstat_ping", {}).get("rejected_calls", 0) >= times
+
+    async def use(url: str, admin: redis.Redis) -> None:
+        breaker = AsyncCircuitBreaker("discovery", redis=url, policy=POLICY, redis_timeout=20)
+        async with await breaker.watch(30) as watch:
+            await until(lambda: watch.active)
+            await until(lambda: refused(admin, 3))
+            assert watch.active
+        await breaker.close()
+
+    with EmbeddedServer(port=0) as server, redis.Redis.from_url(server.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "me", "on", ">secret", "~*", "&*", "+@all", "-ping")
+        url = server.url.replace("://", "://me:secret@")
+        if shell == "async":
+            asyncio.run(use(url, admin))
+        else:
+            breaker = CircuitBreaker("discovery", redis=url, policy=POLICY, redis_timeout=20)
+            with breaker.watch(30) as watch:
+                wait_until(lambda: watch.active)
+                wait_until(lambda: refused(admin, 3))
+                assert watch.active
+                trip(CircuitBreaker("discovery", redis=url, policy=POLICY, redis_timeout=20))
+                wait_until(lambda: breaker.state == "open")
+    assert not caplog.records
+
+
+def test_a_subscription_that_nobody_needs_ends(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """The last that leaves ends it; who joins at the next moment gets another one, and whoever left may leave again."""
+    breaker = watched()
+    before = subscriptions(client)
+    breaker._watch.close()  # type: ignore[union-attr]
+    assert breaker._view.lease == 0.1
+    other = watched("search")
+    breaker._watch.close()  # type: ignore[union-attr]
+    wait_until(lambda: subscriptions(client) == before)
+    trip(CircuitBreaker("search", redis=client, policy=POLICY))
+    wait_until(lambda: other.state == "open")
 
 
 def test_async_watch_ends_with_its_loop(client: redis.Redis) -> None:

@@ -11,7 +11,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from redis.exceptions import NoPermissionError, NoScriptError, ResponseError
+from redis.exceptions import (
+    ClusterError,
+    ConnectionError,
+    MovedError,
+    NoPermissionError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ResponseError,
+    TimeoutError,
+)
 
 from .._protocol import Keys, keys_of
 from .._scripts import REDIS_ERRORS, SCRIPTS, compose, sha1
@@ -23,6 +33,7 @@ _MOST_KEYS = 10_000  # whose TTL is looked at
 _MOST_SCRIPTS = 1000
 _MOST_TOLD = 5
 _NOTICE = 1.0  # seconds that a notification may take
+_NO_RIGHT_MENDS = (ReadOnlyError, OutOfMemoryError, MovedError, ClusterError, ConnectionError, TimeoutError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +108,7 @@ def _latency(fleet: Fleet, node: Any) -> Iterator[Finding]:
     times = []
     for _ in range(20):
         began = time.perf_counter()
-        node.ping()
+        node.time()
         times.append(time.perf_counter() - began)
     median = statistics.median(times)
     told = f"{1000 * median:.2f} ms for a round trip (median of {len(times)}), {1000 * max(times):.2f} ms at most"
@@ -237,16 +248,18 @@ def _state_keys(fleet: Fleet, node: Any) -> Iterator[list[bytes]]:
 
 
 def _trial(fleet: Fleet, node: Any) -> Iterator[Finding]:
-    keys = keys_of(f"doctor-{secrets.token_hex(6)}", fleet.prefix)
+    keys, refused = keys_of(f"doctor-{secrets.token_hex(6)}", fleet.prefix), True
     try:
         problem = _use(fleet, keys)
     except REDIS_ERRORS as error:
         problem = str(error)
+        refused = not (isinstance(error, _NO_RIGHT_MENDS) or problem.startswith("MISCONF"))
     with contextlib.suppress(*REDIS_ERRORS):  # else they end by themselves
         for key in keys:
             fleet.client.delete(key)
     if problem:
-        yield Finding("rights", "wrong", problem, f"ACL SETUSER {_user(node)} {acl_rule(fleet)}")
+        mend = f"ACL SETUSER {_user(node)} {acl_rule(fleet)}" if refused else "see the other findings"
+        yield Finding("rights", "wrong", problem, mend)
     else:
         yield ok("rights", "scripts, history and notifications work for this user")
 

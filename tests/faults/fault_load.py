@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import json
 import select
 import subprocess
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import redis
 from conftest import wait_until
 
 PROGRAM = Path(__file__).parent / "fault_worker.py"
@@ -170,14 +168,3 @@ def check_shared_again(running: Loads) -> None:
     running[0].say("work")
     running.say("phase")
     running.until(lambda books: books["source"] == "redis" and books["ran"] > 20)
-
-
-def check_history(client: redis.Redis) -> None:
-    """The transitions that Redis remembers form a legal path with growing generations, each told once."""
-    entries = [fields for _, fields in client.xrange("{circuit_breaker:loaded:state}:history")]
-    path = [(one[b"from"], one[b"to"]) for one in entries]
-    legal = {(b"closed", b"open"), (b"open", b"half_open"), (b"half_open", b"open"), (b"half_open", b"closed")}
-    assert set(path) <= legal, path
-    assert all(before[1] == after[0] for before, after in itertools.pairwise(path)), path
-    generations = [int(one[b"generation"]) for one in entries]
-    assert generations == sorted(set(generations))

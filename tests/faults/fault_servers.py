@@ -19,6 +19,8 @@ import pytest
 import redis
 import redis.sentinel
 from conftest import wait_until
+from invariants import JOURNAL, journal_in
+from redis.cluster import ClusterNode
 from redis.crc import key_slot
 
 from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, find_binary
@@ -87,7 +89,7 @@ class Restartable:
         self._binary, self._args = binary, [*args]
         self._folder = tempfile.TemporaryDirectory(prefix="pbr-") if keeps else None
         if self._folder is not None:
-            self._args += ["--dir", self._folder.name, "--appendonly", "yes", "--appendfsync", "always"]
+            self._args += [*JOURNAL, "--dir", self._folder.name, "--appendfsync", "always"]
         self._server = EmbeddedServer(binary, port=0, args=self._args).start()
         self.url = self._server.url
         self.port = int(self.url.rpartition(":")[2])
@@ -95,6 +97,12 @@ class Restartable:
     @property
     def pid(self) -> int:
         return self._server.pid
+
+    @property
+    def journal(self) -> pathlib.Path:
+        """All that was ever stored in one that keeps its data, see tests/invariants.py."""
+        assert self._folder is not None
+        return journal_in(self._folder.name)
 
     def client(self, **options: Any) -> redis.Redis:
         """A plain client for the test itself."""
@@ -155,6 +163,10 @@ class Cluster:
     def client(self, **options: Any) -> redis.RedisCluster:
         """A cluster client as a user would make it."""
         return redis.RedisCluster("127.0.0.1", self.port(0), **options)
+
+    def client_of_any(self) -> redis.RedisCluster:
+        """A client that needs no certain node to be alive."""
+        return redis.RedisCluster(startup_nodes=[ClusterNode("127.0.0.1", self.port(index)) for index in range(6)])
 
     def is_whole(self, *, but: Sequence[int] = ()) -> bool:
         """Whether every node but those knows all slots served, and its own role settled."""

@@ -3,7 +3,8 @@
     python tests/faults/soak.py [SECONDS] [--seed N]
 
 Fails when anything but CircuitOpenError reaches a caller, when a process does not find back to Redis, when calls wait
-too long, when the memory of a process or of the server grows, or when the history tells of an illegal transition.
+too long, when the memory of a process or of the server grows, or when anything that the server stored, at any time of
+the run, breaks a rule of tests/invariants.py: an illegal transition, a generation that does not grow, a probe too many.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent.parent)]
 
-from fault_load import LOADS, TIMEOUT, Loads, check_history, loads  # noqa: E402
+from fault_load import LOADS, TIMEOUT, Loads, loads  # noqa: E402
 from fault_proxy import FaultProxy, proxy_to  # noqa: E402
 from fault_servers import Restartable, restartable  # noqa: E402
+from invariants import check_histories, check_journal  # noqa: E402
 
 SHELLS = ("sync", "async", "sync", "async")
 MEGABYTE = 1 << 20
@@ -40,6 +42,7 @@ class Soak:
         self.done: Counter[str] = Counter()
         self.totals: Counter[str] = Counter()
         self.longest = 0.0
+        self.documents = 0
         self.faults: dict[str, Fault] = {
             "killed": self.killed,
             "hung": self.hung,
@@ -141,7 +144,8 @@ class Soak:
         assert self.longest < TIMEOUT * 16, self.longest
         assert self.totals["rejected"] > 0 or not self.done["dependency dead"], self.totals
         with self.target.client() as client:
-            check_history(client)
+            check_histories(client)
+        self.documents = check_journal(self.target.journal.read_bytes())
 
 
 def soak(seconds: float, seed: int) -> None:
@@ -167,7 +171,8 @@ def soak(seconds: float, seed: int) -> None:
                 print(f"{now - began:5.0f} s  {sum(run.done.values())} faults, {dict(run.totals)}", flush=True)
         run.find_back()
         run.check(before or run.memory(), run.memory())
-    print(f"passed: {dict(run.done)}, {dict(run.totals)}, longest wait {run.longest:.2f} s", flush=True)
+    waited, checked = f"longest wait {run.longest:.2f} s", f"{run.documents} stored documents checked"
+    print(f"passed: {dict(run.done)}, {dict(run.totals)}, {waited}, {checked}", flush=True)
 
 
 if __name__ == "__main__":

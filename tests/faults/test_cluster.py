@@ -15,6 +15,7 @@ import redis.asyncio
 from conftest import wait_until
 from fault_load import TIMEOUT, Loads, check_bounded, check_shared_again, loads, shared
 from fault_servers import Cluster, Sentinels, cluster, sentinels
+from invariants import check_histories
 from redis.crc import key_slot
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy
@@ -29,6 +30,7 @@ def healthy() -> Iterator[Cluster]:
     """A cluster for the tests that leave its nodes alive."""
     with cluster() as formed:
         yield formed
+        assert check_histories(formed.client()) > 0
 
 
 def check_failover(running: Loads, lose_it: Any) -> None:
@@ -202,6 +204,7 @@ def test_cluster_master_lost(how: str) -> None:
         lost = formed.nodes[formed.owner(STATE)].pid
         check_failover(running, lambda: lose(lost, how))
         check_old_master_is_back(running, lost, how)
+        assert check_histories(formed.client_of_any()) > 0
 
 
 # Sentinel ---------------------------------------------------------------------------------------
@@ -215,6 +218,7 @@ def test_sentinel_master_lost(how: str) -> None:
         check_failover(running, lambda: lose(lost, how))
         assert formed.master() != 0
         check_old_master_is_back(running, lost, how)
+        assert check_histories(formed.client()) > 0
 
 
 def test_watch_behind_sentinel() -> None:

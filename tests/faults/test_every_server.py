@@ -18,25 +18,28 @@ TESTS = Path(__file__).parent.parent
 EVERY = pytest.mark.parametrize("kind", BINARIES)
 
 
-def suite_on(binary: str, *arguments: str | Path) -> str:
+def suite_on(binary: str, *arguments: str | Path, sequences: int = 300) -> str:
     """What pytest says of these tests with this server."""
-    environment = {**os.environ, "PYBREAKER_REDIS_SERVER": binary}
+    environment = {**os.environ, "PYBREAKER_REDIS_SERVER": binary, "SEQUENCES": str(sequences)}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-cov", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=TESTS.parent, timeout=600)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     return done.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.timeout(600)
 @EVERY
-def test_contract(kind: str) -> None:
-    """Both engines agree, and every rule holds, on this server."""
+@pytest.mark.parametrize("sequences", [30, pytest.param(300, marks=pytest.mark.long)])
+def test_contract(kind: str, sequences: int) -> None:
+    """Both engines agree over so many random sequences, and every rule holds, on this server."""
     binary = binary_of(kind)
     if os.path.realpath(binary) == os.path.realpath(find_binary()):
         pytest.skip("the server of all other tests, which run this suite anyway")
     with EmbeddedServer(binary) as server, redis.Redis.from_url(server.url) as client:
         version = version_of(client)
     story = TESTS / "scripts" / "test_breaker_script.py"
-    told = suite_on(binary, TESTS / "contract", f"{story}::test_same_decisions", f"{story}::test_reply_encoding")
+    stories = f"{story}::test_same_decisions", f"{story}::test_reply_encoding"
+    told = suite_on(binary, TESTS / "contract", *stories, sequences=sequences)
     print(f"{kind}: {version}: {told}")
 
 

@@ -25,7 +25,6 @@ from fault_load import (
     TIMEOUT,
     alone,
     check_bounded,
-    check_history,
     check_outage,
     check_shared_again,
     loads,
@@ -33,6 +32,7 @@ from fault_load import (
 )
 from fault_proxy import FaultProxy, proxy_to
 from fault_servers import Restartable, restartable
+from invariants import check_histories, check_journal
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy
 
@@ -41,9 +41,11 @@ STATE = "circuit_breaker:loaded:state"
 
 @pytest.fixture
 def target() -> Iterator[Restartable]:
-    """A server of the test's own, without persistence."""
+    """A server of the test's own, without persistence; what it holds at the end has a legal history."""
     with restartable() as started:
         yield started
+        with started.client() as client:
+            check_histories(client)
 
 
 @pytest.fixture
@@ -62,7 +64,9 @@ def test_killed_and_restarted(keeps: bool) -> None:
     with restartable(keeps=keeps) as target, loads("sync", "async", url=target.url) as running:
         check_outage(running, target.kill, target.start)
         with target.client() as client:
-            check_history(client)
+            assert check_histories(client) > 0
+        if keeps:
+            assert check_journal(target.journal.read_bytes()) > 0
 
 
 def test_an_open_circuit_survives_a_restart_with_data() -> None:
@@ -121,7 +125,7 @@ def test_link(proxy: FaultProxy, target: Restartable, way: str) -> None:
     with loads(url=proxy.url) as running:
         check_outage(running, lambda: WAYS[way](proxy), proxy.fine)
         with target.client() as client:
-            check_history(client)
+            assert check_histories(client) > 0
 
 
 @pytest.mark.parametrize("way", ["cut", "half_open"])
@@ -340,6 +344,8 @@ def test_replica_promoted() -> None:
         after = CircuitBreaker("moved", redis=replica.url, redis_timeout=20)
         assert (after.snapshot().state, after.snapshot().source) == ("open", "redis")
         assert after.snapshot().generation > old.generation
+        with replica.client() as client:
+            assert check_histories(client) == 1
 
 
 def test_connection_limit(target: Restartable) -> None:
@@ -403,7 +409,8 @@ def test_wrong_password_from_the_beginning(target: Restartable) -> None:
     """So is a wrong password."""
     with target.client() as client:
         client.config_set("requirepass", "right")
-    check_never_in(url=f"redis://:wrong@127.0.0.1:{target.port}")
+        check_never_in(url=f"redis://:wrong@127.0.0.1:{target.port}")
+        client.config_set("requirepass", "")
 
 
 @pytest.mark.long

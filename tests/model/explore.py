@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import copy
 import dataclasses
 import sys
 import time
@@ -196,7 +195,7 @@ class Search:
     def execute(self, world: World, script: str, request: dict[str, Any], cause: str) -> tuple[World, dict[str, Any]]:
         """The world after a script has run, and its reply; checks what must hold of every run."""
         engine = self.engine
-        engine._document = copy.deepcopy(world.engine.document) if world.engine else None
+        engine._document = copy_of(world.engine.document) if world.engine else None
         self.clock = world.now_ms
         reply = engine.run(script, {**request, "policy": self.policy})
         after = dataclasses.replace(world, engine=Frozen(engine._document))
@@ -272,6 +271,13 @@ class Frozen:
 
     def __repr__(self) -> str:
         return f"{self.document}"
+
+
+def copy_of(document: Any) -> Any:
+    """A document that shares nothing with the other one; deepcopy would take a third of the search."""
+    window = document.window and dataclasses.replace(document.window)
+    own = {"window": window, "probes": {**document.probes}, "reporters": {**document.reporters}}
+    return dataclasses.replace(document, **own, change=document.change and {**document.change})
 
 
 def _hashable(value: Any) -> Any:

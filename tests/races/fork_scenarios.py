@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import os
 import signal
@@ -34,13 +35,15 @@ def fork(work: Callable[[], object]) -> int:
 
 
 def ended(child: int, patience: float = CHILD_PATIENCE) -> str:
-    """How a child ended: "ok", "failed", or "hung" (it is killed then)."""
+    """How a child ended: "ok", "failed", or "hung" (then it says where on stderr, and is killed)."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:
             return "failed" if status else "ok"
         time.sleep(0.001)
+    os.kill(child, signal.SIGUSR1)
+    time.sleep(0.5)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return "hung"
@@ -172,4 +175,5 @@ def outage(url: str, server_pid: str) -> object:
 
 
 if __name__ == "__main__":
+    faulthandler.register(signal.SIGUSR1)
     print(json.dumps(globals()[sys.argv[1]](*sys.argv[2:])), flush=True)

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import random
 import threading
 import time
 import traceback
@@ -244,6 +245,30 @@ def hold_call(station: Station, url: str, name: str, options: dict[str, Any], po
         getattr(permit, outcome)()
     breaker.flush()
     return breaker.state
+
+
+def probe_again_and_again(station: Station, url: str, name: str, policy: dict[str, Any], probes: int) -> list[Any]:
+    """So many probes of any length and outcome, and a trip wherever it is closed; (generation, begin, end) of each.
+
+    Begin and end lie within the time for which the slot is held, on a clock that all processes of a machine share.
+    """
+    breaker = CircuitBreaker(name, redis=url, policy=Policy(**policy), lease=0, **FIRM)
+    chance, ran = random.Random(station.index), []
+    deadline = time.monotonic() + PATIENCE
+    station.meet()
+    while len(ran) < probes:
+        assert time.monotonic() < deadline, f"only {len(ran)} probes were admitted"
+        permit = permit_or_none(breaker)
+        if permit is None:
+            continue
+        if permit.probe is None:
+            permit.failure()
+            continue
+        began = time.monotonic()
+        time.sleep(chance.uniform(0, 0.004))
+        ran.append((permit.generation, began, time.monotonic()))
+        getattr(permit, chance.choice(["success", "success", "failure", "release", "release"]))()
+    return ran
 
 
 def poll_until_admitted(station: Station, url: str, name: str, policy: dict[str, Any]) -> tuple[int, Any, list[float]]:

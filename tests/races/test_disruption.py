@@ -263,12 +263,12 @@ def test_successes_of_an_outage_are_reported(own_server: EmbeddedServer) -> None
 
 def test_a_hung_retry_is_the_only_one(own_server: EmbeddedServer) -> None:
     """While a retry waits for a hung server, however long redis_timeout lets it, no second one is started."""
-    breaker = CircuitBreaker("hung", redis=own_server.url, policy=MANY, lease=0, redis_timeout=3.5)
+    breaker = CircuitBreaker("hung", redis=own_server.url, policy=MANY, lease=0, redis_timeout=2.0)
     breaker.call(fine)
     most = 0
     with stopped(own_server):
         breaker.call(fine)  # this one waits
-        end = time.monotonic() + 3.0
+        end = time.monotonic() + 1.7  # longer than any pause between two retries
         while time.monotonic() < end:
             breaker.call(fine)
             retries = [thread for thread in threading.enumerate() if thread.name.startswith("pybreaker_redis-retry")]

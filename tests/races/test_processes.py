@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import subprocess
@@ -64,7 +65,7 @@ def test_trips_at_exactly_the_fifth_failure(fleet: Fleet, server: EmbeddedServer
         assert server_watch.document(client, name)["failure_count"] == 5
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots", [1, pytest.param(3, marks=pytest.mark.slots(3))])
 def test_hands_out_exactly_the_slots(fleet: Fleet, server: EmbeddedServer, client: redis.Redis, slots: int) -> None:
     """Of 16 processes asking together after the open time exactly half_open_max_calls get a slot of their own."""
     names = [f"ask-{slots}-{number}" for number in range(8)]
@@ -79,6 +80,22 @@ def test_hands_out_exactly_the_slots(fleet: Fleet, server: EmbeddedServer, clien
         assert len(refused) == ALL - slots
         assert all(kind == "half_open" and 0 < value <= 60 for kind, value in refused)
         assert [entry.new for entry in strict(client, name).history()] == ["half_open", "open"]
+
+
+@pytest.mark.parametrize("slots", [1, pytest.param(3, marks=pytest.mark.slots(3))])
+def test_no_more_probes_run_than_slots(fleet: Fleet, server: EmbeddedServer, client: redis.Redis, slots: int) -> None:
+    """Of 8 processes that trip, probe and recover all the time, never more probe at once than there are slots."""
+    policy = {"failure_threshold": 1, "reset_timeout": 0.002, "success_threshold": 3, "half_open_max_calls": slots}
+    ran = itertools.chain(*fleet.run(jobs.probe_again_and_again, 8, server.url, "at-once", policy, 25))
+    begins_and_ends: dict[int, list[tuple[float, int]]] = {}
+    for generation, begin, end in ran:  # a probe that outlives its generation holds no slot of the next one
+        begins_and_ends.setdefault(generation, []).extend([(begin, 1), (end, -1)])
+    most = {
+        generation: max(itertools.accumulate(step for _, step in sorted(times)))
+        for generation, times in begins_and_ends.items()
+    }
+    assert slots // 2 < max(most.values()) <= slots, most
+    assert len(most) > 5
 
 
 def test_a_dead_probe_frees_its_slot(fleet: Fleet, server: EmbeddedServer, client: redis.Redis) -> None:
@@ -221,6 +238,7 @@ def test_forced_open_stops_every_process(fleet: Fleet, server: EmbeddedServer, c
     assert [entry.reason for entry in operator.history()] == ["forced"]
 
 
+@pytest.mark.slots(3)
 def test_reset_while_probes_run(fleet: Fleet, server: EmbeddedServer, client: redis.Redis) -> None:
     """Probes of three processes that end after an operator's reset count nothing."""
     policy = {"failure_threshold": 1, "reset_timeout": 0.02, "half_open_max_calls": 3}

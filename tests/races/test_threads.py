@@ -265,6 +265,7 @@ def test_a_permit_is_settled_once(client: redis.Redis) -> None:
         assert breaker.snapshot().failure_count == count
 
 
+@pytest.mark.slots(2)
 def test_one_probe_among_threads(client: redis.Redis) -> None:
     """Of 32 threads of one breaker object exactly half_open_max_calls run after the open time, per round."""
     policy = Policy(failure_threshold=1, reset_timeout=0.02, half_open_max_calls=2, success_threshold=2)
@@ -307,6 +308,7 @@ def test_a_probe_past_its_deadline_counts_nothing(client: redis.Redis, outcome: 
     assert second.state == "closed"
 
 
+@pytest.mark.slots(3)
 @pytest.mark.parametrize("outcomes", ["sss", "ssf", "fff", "sfs"])
 def test_probes_that_end_together_make_one_transition(client: redis.Redis, outcomes: str) -> None:
     """Of probes that end at the same moment one makes the transition and is told; what comes after it is ignored."""

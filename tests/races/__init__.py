@@ -1,0 +1,1 @@
+"""Races: a package, so that its conftest.py stands beside that of all tests."""
