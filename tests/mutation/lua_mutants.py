@@ -158,7 +158,8 @@ class Worker:
             time.sleep(0.01)
         if os.waitstatus_to_exitcode(ended[1]) == 0:
             return "survived"
-        self._killers.append(pathlib.Path("killer.txt").read_text())
+        if pathlib.Path("killer.txt").exists():
+            self._killers.append(pathlib.Path("killer.txt").read_text())
         return "killed"
 
     def _test(self, session: pytest.Session) -> None:

@@ -473,6 +473,19 @@ def test_limits_of_a_stored_window(client: redis.Redis, dense: bool, changed: di
     assert (stored["failures"] == window["failures"] + 1) is kept
 
 
+@pytest.mark.parametrize("past", [" 50,50,50" * 9, " 20,2,1" * 9, 9 * " 0,0,0" + " 5,1,1", 9 * " 0,0,0" + " 5,1,1" * 9])
+def test_odd_window_of_another_length(client: redis.Redis, past: str) -> None:
+    """Where the window's length is another, no past bucket has more than there is in all, and none is too old."""
+    machine = lua_machine(client, "discovery")
+    longer = {**RATES, "minimum_calls": 10**9, "window_ms": 20_000}
+    window = {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, "past": f"9,9,9;{past}"}
+    put(client, **_contract("closed"), version=1, generation=START_MS, window=window)
+    machine.run("record", longer, generation=START_MS, successes=1)
+    machine.advance(10_000)
+    seen = machine.run("snapshot", longer)
+    assert (seen["calls"], seen["failures"], seen["slow"]) == (21, 2, 1)
+
+
 @pytest.mark.parametrize("slot", ["7", "x\n\u00e9"])
 def test_probe_slots_of_any_name(client: redis.Redis, slot: str) -> None:
     """A slot that another program named holds until its deadline."""
