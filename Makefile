@@ -21,7 +21,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-pythons soak lint docs bundles bench clean
+.PHONY: help demo test test-faults test-pythons soak mutants lint docs bundles bench clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -41,6 +41,10 @@ test-pythons: ## run the tests on every Python found, with the oldest and the ne
 
 soak: $(VENV)/dev.stamp ## random faults for ten minutes; another time: make soak SECONDS=3600
 	@$(BIN)/python tests/faults/soak.py $(SECONDS) $(ARGS)
+
+mutants: $(VENV)/mutation.stamp ## change the state machine in thousands of places, and see the tests fail (an hour)
+	@$(BIN)/python tests/mutation/python_mutants.py
+	@$(BIN)/python tests/mutation/lua_mutants.py $(ARGS)
 
 lint: $(VENV)/dev.stamp bundles ## check style, types and the Lua
 	$(BIN)/ruff check .

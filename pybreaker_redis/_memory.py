@@ -19,6 +19,7 @@ from ._protocol import LONGEST_OVERRIDE, Reply, Request, State
 LONGEST_MS = 365 * 86400 * 1000
 LONGEST_OVERRIDE_MS = int(LONGEST_OVERRIDE * 1000)
 HISTORY_ENTRIES = 1000
+_FORCED: dict[str, Literal["open", "closed"]] = {"force_open": "open", "force_closed": "closed"}
 _DEFAULTS = {request_field(f.name): request_value(f.name, f.default) for f in dataclasses.fields(Policy)}
 _WALL_OFFSET_NS = time.time_ns() - time.monotonic_ns()
 
@@ -138,9 +139,8 @@ class MemoryEngine:
         document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
             document.window = self.window_at(document.window, self.bucket_ms(policy), now)
-        recovered = document.trips > 0 or document.closed_at_ms is not None
-        ramped_up = now >= (document.closed_at_ms or 0) + policy["ramp_up_ms"]
-        if recovered and self.recent_trips(document, policy) == 0 and ramped_up:
+        ramp_until_ms = None if document.closed_at_ms is None else document.closed_at_ms + policy["ramp_up_ms"]
+        if ramp_until_ms is not None and now >= ramp_until_ms and self.recent_trips(document, policy) == 0:
             document.trips, document.closed_at_ms, document.outlived = 0, None, True
         if document.forced_until_ms is not None and document.forced_until_ms <= now:
             document.forced, document.forced_until_ms = None, None
@@ -212,8 +212,8 @@ class MemoryEngine:
             if age < 10:
                 buckets[age] = [there + more for there, more in zip(buckets[age], counts, strict=True)]
 
-        for number, counts in zip(range(window.newest - 1, -1, -1), window.past, strict=False):
-            put(number, counts)
+        for age, counts in enumerate(window.past, 1):
+            put(window.newest - age, counts)
             left = [total - count for total, count in zip(left, counts, strict=True)]
         put(window.newest, left)
 
@@ -254,7 +254,7 @@ class MemoryEngine:
     def recent_trips(self, document: Document, policy: dict[str, Any]) -> int:
         if document.state != "closed":
             return document.trips
-        if document.trips == 0 or document.closed_at_ms is None:
+        if document.closed_at_ms is None:
             return 0
         healthy = document.now - document.closed_at_ms >= self.open_time_ms(policy, document.trips + 1)
         return 0 if healthy else document.trips
@@ -332,7 +332,7 @@ class MemoryEngine:
             return False
         failures = request.get("failures", 0)
         slow = request.get("slow", 0) if policy["slow_call_rate_threshold"] > 0 else 0
-        if request.get("pending", 0) == 0 or slow > 0:
+        if request.get("pending", 0) == 0:  # a transition clears it in any case
             del document.probes[slot]
         if failures > 0:
             self.count_failures(document, failures)
@@ -400,7 +400,7 @@ class MemoryEngine:
     def retry_after_ms(self, document: Document, policy: dict[str, Any]) -> int | None:
         if document.state == "open":
             return max(document.open_until_ms - document.now, 0)
-        if document.state == "closed" or self.free_slot(document, policy):
+        if self.free_slot(document, policy):
             return None
         return min(document.probes.values()) - document.now
 
@@ -415,9 +415,8 @@ class MemoryEngine:
             return False
         elif document.forced == "open":
             document.open_until_ms = document.now
-        forces = action in ("force_open", "force_closed")
-        document.forced = document.state if forces and document.state != "half_open" else None
-        document.forced_until_ms = document.now + duration_ms if forces else None
+        document.forced = _FORCED.get(action)
+        document.forced_until_ms = document.now + duration_ms if document.forced else None
         return True
 
     def health(self, document: Document, policy: dict[str, Any], sums: Sums) -> int:
@@ -435,7 +434,6 @@ class MemoryEngine:
             instance = request.get("instance", "")
             self._history.append({**document.change, "time_ms": document.now, "instance": instance})
         generation = 0 if "exists" in reply and document.fresh else document.generation
-        document.fresh = False
         ramp_left_ms = 0
         if document.closed_at_ms is not None:
             ramp_left_ms = document.closed_at_ms + policy["ramp_up_ms"] - document.now

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import redis
+from hypothesis import Phase, settings
 from redis.exceptions import NoScriptError
 
 from pybreaker_redis import CircuitBreaker
@@ -26,6 +27,9 @@ from pybreaker_redis.embedded import EmbeddedServer
 
 START_MS = 1_700_000_000_000
 FROZEN_CLOCK = (pathlib.Path(__file__).parent / "lua" / "frozen_clock.lua").read_text()
+
+# a mutant is killed by any failure: no smallest one is looked for, and every run tries the same examples
+settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], derandomize=True, database=None)
 
 
 @pytest.fixture(scope="session")

@@ -147,6 +147,65 @@ def test_buckets_end_one_by_one(machine: Machine) -> None:
     assert seen == [9, 8, 7, 6, 5, 4, 3, 2, 1, 0]
 
 
+def fill(machine: Machine, policy: dict[str, Any]) -> None:
+    """In each of ten buckets a success, a failure and a slow call, and one more success in each than in the last."""
+    for number in range(10):
+        report(machine, policy, successes=number + 1)
+        report(machine, policy, failures=1, slow=1)
+        machine.advance(100)
+
+
+def test_every_count_ends_with_its_bucket(machine: Machine) -> None:
+    """Calls, failures and slow calls of a bucket go together, also when others arrive meanwhile."""
+    policy = {**RATE, "minimum_calls": NEVER}
+    begin(machine, policy)
+    fill(machine, policy)
+    for number in range(1, 10):
+        assert sums(machine, policy) == (sum(range(number + 2, 12)), 10 - number, 10 - number)
+        machine.advance(100)
+    assert sums(machine, policy) == (0, 0, 0)
+
+
+def test_buckets_that_become_longer(machine: Machine) -> None:
+    """When the window grows, what two old buckets counted goes with the new one in which both of them began."""
+    policy, longer = ({**RATE, "minimum_calls": NEVER, "window_ms": length} for length in (1000, 2000))
+    begin(machine, policy)
+    fill(machine, policy)
+    machine.advance(-50)
+    assert sums(machine, longer) == (65, 10, 10)
+    report(machine, longer, successes=100)
+    machine.advance(1049)
+    assert sums(machine, longer) == (165, 10, 10)
+    for calls, others in ((160, 8), (151, 6), (138, 4), (121, 2), (0, 0)):
+        machine.advance(1)
+        assert sums(machine, longer) == (calls, others, others)
+        machine.advance(199)
+
+
+def test_a_window_outlasts_its_rule(machine: Machine) -> None:
+    """Under a policy without a rate a window that was begun goes on, in buckets of its own length."""
+    begin(machine, RATE)
+    report(machine, RATE, successes=3)
+    machine.advance(500)
+    report(machine, PLAIN, successes=1)
+    assert sums(machine, PLAIN)[0] == 4
+    machine.advance(500)
+    assert sums(machine, PLAIN)[0] == 1
+    machine.advance(500)
+    assert sums(machine, PLAIN)[0] == 0
+
+
+def test_a_window_that_is_no_multiple_of_ten(machine: Machine) -> None:
+    """A bucket is a whole tenth of the window, rounded down."""
+    policy = {**RATE, "window_ms": 1009}
+    begin(machine, policy)
+    report(machine, policy, successes=3)
+    machine.advance(999)
+    assert sums(machine, policy)[0] == 3
+    machine.advance(1)
+    assert sums(machine, policy)[0] == 0
+
+
 @FEW
 @given(st.lists(st.tuples(st.sampled_from([0, 1, 99, 100, 101, 350, 999, 1000, 1001, 5000]), st.integers(0, 3))))
 def test_window_is_the_last_ten_buckets(machine: Machine, steps: list[tuple[int, int]]) -> None:
@@ -250,6 +309,24 @@ def test_a_shorter_window_drops_what_is_too_old(machine: Machine) -> None:
     assert sums(machine, policy)[0] == 8
 
 
+@pytest.mark.parametrize("recovered", [False, True])
+def test_an_empty_report_leaves_the_window(machine: Machine, recovered: bool) -> None:
+    """A report of nothing writes no window, not even one that another policy would have cut."""
+    policy = {**RATE, "window_ms": 10_000}
+    generation = begin(machine, policy)
+    if recovered:
+        machine.run("control", policy, action="force_open", duration_ms=1)
+        generation = recover(machine, policy)["generation"]
+        machine.run("record", policy, generation=generation)  # writes that the recovery is over
+        machine.advance(START_MS - machine.now_ms + 10_000)
+    for _ in range(2):
+        report(machine, policy, successes=1)
+        machine.advance(4_000)
+        machine.run("record", RATE, generation=generation)
+    assert sums(machine, RATE)[0] == 0
+    assert sums(machine, policy)[0] == 2
+
+
 def test_a_window_begins_with_its_rule(machine: Machine) -> None:
     """Without a rate no window is kept; a rate that is set live counts from then on."""
     generation = begin(machine, PLAIN)
@@ -258,6 +335,17 @@ def test_a_window_begins_with_its_rule(machine: Machine) -> None:
     machine.run("control", PLAIN, action="set_policy", override={"error_rate_threshold": 0.5})
     machine.run("record", PLAIN, generation=generation, successes=2, failures=1)
     assert sums(machine, PLAIN) == (3, 1, 0)
+
+
+@pytest.mark.parametrize(("back", "kept"), [(1, 3), (900, 3), (901, 0), (5000, 0)])
+def test_a_clock_that_went_back(machine: Machine, back: int, kept: int) -> None:
+    """A clock that went back by less than ten buckets goes on in the newest of them; by more, nothing is left."""
+    begin(machine, RATE)
+    report(machine, RATE, successes=3)
+    machine.advance(-back)
+    assert sums(machine, RATE)[0] == kept
+    report(machine, RATE, successes=1)
+    assert sums(machine, RATE)[0] == kept + 1
 
 
 # Slow calls
@@ -300,6 +388,35 @@ def test_pending_counts_once(machine: Machine, outcome: str, wait: int) -> None:
     machine.advance(wait)
     report(machine, SLOW, **{outcome: 1}, counted=1)
     assert sums(machine, SLOW) == (1, int(outcome == "failures"), 1)
+
+
+def test_a_bucket_without_calls(machine: Machine) -> None:
+    """An end in a later bucket is no call of that bucket, before and after the first one has passed."""
+    policy = {**SLOW, "minimum_calls": NEVER}
+    begin(machine, policy)
+    report(machine, policy, slow=1, pending=1)
+    machine.advance(500)
+    report(machine, policy, failures=1, counted=1)
+    machine.advance(100)
+    report(machine, policy, failures=2, successes=3)
+    assert sums(machine, policy) == (6, 3, 1)
+    machine.advance(400)
+    assert sums(machine, policy) == (5, 3, 0)
+    machine.advance(500)
+    assert sums(machine, policy) == (5, 2, 0)
+    report(machine, policy, successes=1)
+    machine.advance(100)
+    assert sums(machine, policy) == (1, 0, 0)
+
+
+def test_nothing_is_left_of_what_has_passed(machine: Machine) -> None:
+    """Where all that is left is the end of a call that has passed, there are no calls."""
+    begin(machine, SLOW)
+    report(machine, SLOW, slow=1, pending=1)
+    machine.advance(500)
+    report(machine, SLOW, failures=1, counted=1)
+    machine.advance(500)
+    assert sums(machine, SLOW) == (0, 0, 0)
 
 
 def test_pending_that_ends_after_the_window(machine: Machine) -> None:
@@ -395,6 +512,7 @@ def open_times(machine: Machine, policy: dict[str, Any], count: int) -> list[int
         ({"max_reset_timeout_ms": 5000}, [1000, 2000, 4000, 5000, 5000]),
         ({"max_reset_timeout_ms": 1000}, [1000, 1000, 1000]),
         ({"max_reset_timeout_ms": 400}, [1000, 1000, 1000]),
+        ({"max_reset_timeout_ms": 1}, [1000, 1000, 1000]),
         ({"backoff_multiplier": 1, "max_reset_timeout_ms": 5000}, [1000, 1000, 1000]),
         ({"backoff_multiplier": 1.5}, [1000, 1500, 2250, 3375, 5062]),
         ({"backoff_multiplier": 1000, "reset_timeout_ms": 10**6}, [10**6, 10**9, 365 * 86_400_000]),
@@ -425,6 +543,79 @@ def test_a_flapping_breaker_opens_longer(machine: Machine) -> None:
         recover(machine, BACKOFF)
         machine.advance(1500)
     assert times == [1000, 2000, 4000, 8000, 16_000]
+
+
+LONGER = {**BACKOFF, "reset_timeout_ms": 5000}  # by which a row goes on that by BACKOFF is over
+
+
+def outlive(machine: Machine) -> int:
+    """A trip, a recovery, and exactly as much health as ends the row of trips; the generation."""
+    open_ms(machine, BACKOFF)
+    recover(machine, BACKOFF)
+    machine.advance(2000)
+    assert machine.run("snapshot", BACKOFF)["trips"] == 0
+    assert machine.run("snapshot", LONGER)["trips"] == 1
+    return machine.run("snapshot", BACKOFF)["generation"]
+
+
+@pytest.mark.parametrize(
+    ("script", "counts"), [("record", {}), ("record", {"successes": 1}), ("acquire", {"successes": 1})]
+)
+def test_the_end_of_a_row_is_written(machine: Machine, script: str, counts: dict[str, int]) -> None:
+    """A report that counts, or one of nothing, ends the row for good: a longer policy does not bring it back."""
+    generation = outlive(machine)
+    machine.run(script, BACKOFF, generation=generation, **counts)
+    assert machine.run("snapshot", LONGER)["trips"] == 0
+    machine.run("control", LONGER, action="force_open")
+    assert machine.run("snapshot", LONGER)["trips"] == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "fields"),
+    [
+        ("acquire", {}),
+        ("record", {"successes": 1, "generation": 1}),
+        ("record", {"failures": 1, "generation": 1}),
+        ("record", {"slow": 1, "generation": 1}),
+        ("record", {"probe": 1, "generation": 1}),
+    ],
+)
+def test_the_end_of_a_row_is_not_written(machine: Machine, script: str, fields: dict[str, int]) -> None:
+    """What counts for nothing writes nothing, the end of a row neither."""
+    outlive(machine)
+    machine.run(script, BACKOFF, **fields)
+    assert machine.run("snapshot", LONGER)["trips"] == 1
+
+
+def test_the_end_of_a_row_waits_for_the_ramp(machine: Machine) -> None:
+    """It is over for good at the very end of the ramp, and not before."""
+    ramped = {**BACKOFF, "ramp_up_ms": 3000}
+    generation = outlive(machine)
+    machine.advance(999)
+    machine.run("record", ramped, generation=generation)
+    assert machine.run("snapshot", LONGER)["trips"] == 1
+    machine.advance(1)
+    machine.run("record", ramped, generation=generation)
+    assert machine.run("snapshot", LONGER)["trips"] == 0
+
+
+def test_a_recovery_without_a_trip(machine: Machine) -> None:
+    """A ramp after a forced open is over for good at its end, though there was no trip."""
+    ramped = {**BACKOFF, "ramp_up_ms": 3000}
+    machine.run("control", ramped, action="force_open", duration_ms=1)
+    generation = recover(machine, ramped)["generation"]
+    machine.advance(3000)
+    machine.run("record", ramped, generation=generation)
+    assert machine.run("snapshot", {**ramped, "ramp_up_ms": 9000}).get("ramp_left_ms") is None
+
+
+@pytest.mark.parametrize("action", ["reset", "force_closed"])
+def test_no_trips_after_an_operator(machine: Machine, action: str) -> None:
+    """Closed by hand and forced open, there is no row of trips."""
+    open_times(machine, BACKOFF, 3)
+    machine.run("control", BACKOFF, action=action)
+    machine.run("control", BACKOFF, action="force_open")
+    assert machine.run("snapshot", BACKOFF)["trips"] == 0
 
 
 @pytest.mark.parametrize("action", ["reset", "force_closed"])
@@ -527,6 +718,35 @@ def test_bounded_reporters(machine: Machine) -> None:
     assert sorted(machine.run("snapshot", policy)["reporters"]) == ["host-97", "host-98", "host-99"]
 
 
+def test_the_newest_reporters_stay(machine: Machine) -> None:
+    """Whose last failure is the oldest goes first, whatever its name; of two at once, the first by name."""
+    policy = {**PLAIN, "quorum": 2, "failure_threshold": NEVER}
+    begin(machine, policy)
+    for instance in ("z", "y", "x"):
+        report(machine, policy, failures=1, successes=1, instance=instance)
+        machine.advance(1)
+    assert sorted(machine.run("snapshot", policy)["reporters"]) == ["x", "y"]
+    for instance in ("c", "b", "a"):
+        report(machine, policy, failures=1, successes=1, instance=instance)
+    assert sorted(machine.run("snapshot", policy)["reporters"]) == ["b", "c"]
+
+
+def test_a_reporter_without_a_name(machine: Machine) -> None:
+    """Those that do not say who they are count as one."""
+    begin(machine, QUORUM)
+    for _ in range(9):
+        assert report(machine, QUORUM, failures=1)["state"] == "closed"
+    assert list(machine.run("snapshot", QUORUM)["reporters"]) == [""]
+
+
+def test_a_row_of_four_billion(machine: Machine) -> None:
+    """The row of failures counts to 2^32 - 1, where the contract's integer ends."""
+    policy = {**QUORUM, "failure_threshold": NEVER}
+    begin(machine, policy)
+    counts = [report(machine, policy, failures=10**9, instance="a")["failure_count"] for _ in range(6)]
+    assert counts == [10**9, 2 * 10**9, 3 * 10**9, 4 * 10**9, 2**32 - 1, 2**32 - 1]
+
+
 def test_a_great_quorum(machine: Machine) -> None:
     """A quorum of a hundred is reached by the hundredth instance."""
     policy = {**PLAIN, "quorum": 100}
@@ -555,6 +775,28 @@ def test_a_quorum_that_is_set_in_a_run(machine: Machine) -> None:
     assert report(machine, PLAIN, failures=5, instance="a")["state"] == "closed"
     machine.advance(5)
     assert report(machine, PLAIN, failures=1, instance="b")["state"] == "open"
+
+
+def test_a_run_for_a_quorum_begins_under_it(machine: Machine) -> None:
+    """Who was slow before the first failure under a quorum is no part of the run, nor is the run's first failure."""
+    policy = {**PLAIN, "failure_threshold": 2}
+    begin(machine, policy)
+    report(machine, policy, failures=1, instance="a")
+    machine.run("control", policy, action="set_policy", override={"quorum": 2})
+    machine.advance(5)
+    assert report(machine, policy, slow=1, pending=1, instance="c")["state"] == "closed"
+    machine.advance(5)
+    assert report(machine, policy, failures=1, instance="b")["state"] == "closed"
+    assert report(machine, policy, failures=1, instance="a")["state"] == "open"
+
+
+def test_a_quorum_and_a_threshold_that_is_passed(machine: Machine) -> None:
+    """Where quorum and threshold are set to what the row has passed, a slow call is judged by the reporters of now."""
+    begin(machine, PLAIN)
+    report(machine, PLAIN, failures=2, instance="a")
+    machine.run("control", PLAIN, action="set_policy", override={"quorum": 2, "failure_threshold": 2})
+    assert report(machine, PLAIN, slow=1, pending=1, instance="a")["state"] == "closed"
+    assert report(machine, PLAIN, slow=1, pending=1, instance="b")["state"] == "open"
 
 
 # Recovery
@@ -617,6 +859,15 @@ def test_ramp_left(machine: Machine) -> None:
         assert machine.run("snapshot", policy).get("ramp_left_ms") == left
         assert machine.run("acquire", policy).get("ramp_left_ms") == left
         assert report(machine, policy, successes=1).get("ramp_left_ms") == left
+
+
+def test_no_ramp_by_default(machine: Machine) -> None:
+    """Where no policy is named, a recovery admits every call at once."""
+    machine.run("control", action="force_open", duration_ms=1)
+    machine.advance(1)
+    first = machine.run("acquire")
+    reply = machine.run("record", generation=first["generation"], probe=first["probe"], successes=1)
+    assert (reply["state"], reply.get("ramp_left_ms")) == ("closed", None)
 
 
 @pytest.mark.parametrize("action", ["reset", "force_closed"])

@@ -104,6 +104,27 @@ def test_probe_success_closes(machine: Machine) -> None:
     assert reply["transition"]["reason"] == "probe_succeeded"
 
 
+def test_the_last_failure_is_a_failure(machine: Machine) -> None:
+    """The time of the last failure is that of a failure: no success, slow call or release, of a probe or not."""
+    policy = {**POLICY, "success_threshold": 9, "half_open_max_calls": 9}
+    generation = machine.run("acquire", policy)["generation"]
+    machine.run("record", policy, generation=generation, successes=1)
+    assert machine.run("snapshot", policy).get("last_failure_time") is None
+    machine.run("record", policy, generation=generation, failures=3)
+    machine.advance(2000)
+    generation = machine.run("acquire", policy)["generation"]
+    machine.run("record", policy, generation=generation, probe=1, successes=1)
+    machine.run("acquire", policy)
+    machine.run("record", policy, generation=generation, probe=2, slow=1, pending=1)
+    machine.run("record", policy, generation=generation, probe=2)
+    assert machine.run("snapshot", policy)["last_failure_time"] == START_MS // 1000
+    machine.run("acquire", policy)
+    machine.run("record", policy, generation=generation, probe=3, failures=1)
+    assert machine.run("snapshot", policy)["last_failure_time"] == START_MS // 1000 + 2
+    machine.run("control", policy, action="reset")
+    assert machine.run("snapshot", policy)["last_failure_time"] == START_MS // 1000 + 2
+
+
 def test_probe_failure_opens(machine: Machine) -> None:
     """The first probe failure opens it for another reset timeout."""
     first = probe(machine)
@@ -147,6 +168,37 @@ def test_stragglers(machine: Machine, outcome: dict[str, int]) -> None:
     straggle()
     machine.run("record", POLICY, generation=first["generation"], probe=1, successes=1)
     straggle()
+
+
+@pytest.mark.parametrize("policy", [None, POLICY])
+@pytest.mark.parametrize("state", ["closed", "open"])
+def test_a_probe_of_no_half_open(machine: Machine, state: str, policy: dict[str, int] | None) -> None:
+    """A report for a slot counts in half open only, also under the generation of now."""
+    generation = (machine.run("acquire", POLICY) if state == "closed" else trip(machine))["generation"]
+    before = machine.run("snapshot", POLICY)
+    for outcome in ({"failures": 9}, {"successes": 1}, {"slow": 1}, {}):
+        assert machine.run("record", policy, generation=generation, probe=1, **outcome)["applied"] is False
+    assert machine.run("snapshot", POLICY) == before
+
+
+@pytest.mark.parametrize("policy", [None, POLICY])
+@pytest.mark.parametrize(
+    ("counts", "applied"),
+    [({}, False), ({"successes": 0}, False), ({"successes": 1}, True), ({"slow": 1, "pending": 1}, True)],
+)
+def test_what_counts(machine: Machine, policy: dict[str, int] | None, counts: dict[str, int], applied: bool) -> None:
+    """A report of one outcome counts, one of nothing does not, whether or not the caller names a policy."""
+    generation = machine.run("acquire", policy)["generation"]
+    assert machine.run("record", policy, generation=generation, **counts)["applied"] is applied
+
+
+def test_a_report_of_nothing_known(machine: Machine) -> None:
+    """A report where nothing is stored counts for nothing, but begins a generation, which stays."""
+    reply = machine.run("record", POLICY, generation=7, failures=9)
+    assert (reply["applied"], reply["state"], reply["failure_count"]) == (False, "closed", 0)
+    machine.advance(5)
+    assert machine.run("acquire", POLICY)["generation"] == reply["generation"] == START_MS
+    assert machine.run("snapshot", POLICY)["exists"] is True
 
 
 def test_generations_grow(machine: Machine) -> None:
@@ -200,6 +252,17 @@ def test_reset(machine: Machine) -> None:
     reply = machine.run("control", action="reset")
     assert (reply["state"], reply["failure_count"]) == ("closed", 0)
     assert machine.run("record", POLICY, generation=old, failures=3)["applied"] is False
+
+
+@pytest.mark.parametrize("forced", ["force_open", "force_closed"])
+@pytest.mark.parametrize("action", ["reset", "clear_override"])
+def test_nothing_is_left_of_an_override(machine: Machine, forced: str, action: str) -> None:
+    """Reset or cleared, no end of an override is told."""
+    assert machine.run("control", action=forced, duration_ms=5000)["changed"] is True
+    assert machine.run("snapshot")["forced_until_ms"] == START_MS + 5000
+    assert machine.run("control", action=action)["changed"] is True
+    seen = machine.run("snapshot")
+    assert (seen.get("forced"), seen.get("forced_until_ms")) == (None, None)
 
 
 def test_snapshot_changes_nothing(machine: Machine) -> None:

@@ -154,6 +154,23 @@ def test_wrong_number_of_arguments(client: redis.Redis, script: str) -> None:
     must_refuse(client, script, body, body, names="ARGV")
 
 
+@pytest.mark.parametrize("field", ["generation", "successes", "slow", "pending", "instance", "encoding", "unknown"])
+def test_one_bad_field_is_enough(client: redis.Redis, field: str) -> None:
+    """A field that is wrong is refused whatever comes after it, a policy that is right for one."""
+    for body in bodies({"policy": {"quorum": 2}, field: 1.5}) + bodies({field: 1.5, "policy": {"quorum": 2}}):
+        must_refuse(client, "acquire", body, names=field)
+
+
+@pytest.mark.parametrize(
+    "request_", [{"successes": "V"}, {"policy": {"quorum": "V"}}, {"policy": {"enforce": "V"}}], ids=str
+)
+def test_what_an_error_quotes(client: redis.Redis, request_: dict[str, Any]) -> None:
+    """An error ends with the value that is wrong, cut after a hundred characters."""
+    for value, quoted in (("a" * 99 + "bc", "a" * 99 + "b"), ("x", "x")):
+        with pytest.raises(redis.ResponseError, match=f", not {quoted}$"):
+            call(client, "acquire", json.dumps(request_).replace("V", value))
+
+
 def test_null_means_left_out(client: redis.Redis) -> None:
     """A JSON null in a request is a field left out."""
     assert ask(client, "acquire", policy=None, instance=None, successes=None, generation=None)["admitted"] is True
@@ -185,6 +202,35 @@ def test_expiry(client: redis.Redis, ttl_ms: int) -> None:
         check(machine.run("control", policy, action=action, duration_ms=86_400_000), 86_400_000)
     check(machine.run("control", policy, action="clear_override"))
     check(machine.run("control", policy, action="reset"))
+
+
+def test_the_shortest_expiry(client: redis.Redis) -> None:
+    """No document lives longer than the default of an hour, nor one of a recovery without a trip than the margin."""
+    machine = lua_machine(client, "discovery")
+    for _ in range(20):
+        machine.run("control", action="reset")
+        assert client.pttl(KEYS.state) <= 3_600_000
+    policy = {"reset_timeout_ms": 7_200_000, "ttl_ms": 1000}
+    for _ in range(20):
+        machine.run("control", policy, action="force_open", duration_ms=1)
+        machine.advance(1)
+        first = machine.run("acquire", policy)
+        machine.run("record", policy, generation=first["generation"], probe=first["probe"], successes=1)
+        assert client.pttl(KEYS.state) <= MARGIN_MS
+
+
+def test_counts_in_the_history(client: redis.Redis) -> None:
+    """An entry of a breaker with a window has its counts, by name."""
+    machine = lua_machine(client, "discovery")
+    policy = {"error_rate_threshold": 0.5, "minimum_calls": 4}
+    generation = machine.run("acquire", policy)["generation"]
+    machine.run("record", policy, generation=generation, successes=1, failures=3, slow=2, instance="a")
+    ((_, entry),) = client.xrange(KEYS.history)
+    assert {name.decode(): value.decode() for name, value in entry.items()} == {
+        **{"from": "closed", "to": "open", "reason": "error_rate", "failure_count": "3", "success_count": "0"},
+        **{"calls": "4", "failures": "3", "slow": "2", "instance": "a"},
+        **{"time_ms": str(START_MS), "generation": str(START_MS + 1)},
+    }
 
 
 def test_every_key_expires(client: redis.Redis) -> None:
@@ -285,6 +331,18 @@ def test_server_clock(client: redis.Redis) -> None:
     reply = ask(client, "record", generation=generation, failures=5)
     assert 29_000 < ask(client, "acquire")["retry_after_ms"] <= reply["retry_after_ms"] == 30_000
     assert before <= generation <= ask(client, "snapshot")["now_ms"] <= server_ms(client)
+
+
+def test_whole_milliseconds(client: redis.Redis) -> None:
+    """A time is the millisecond that the server's clock is in, neither the next one nor an earlier one."""
+    for _ in range(200):
+        with client.pipeline(transaction=True) as together:
+            together.time()
+            together.eval(compose("snapshot"), len(KEYS), *KEYS, "{}")
+            together.time()
+            (seconds, begun), reply, (later, ended) = together.execute()
+        now_ms = json.loads(reply)["now_ms"]
+        assert seconds * 1000 + begun // 1000 <= now_ms <= later * 1000 + ended // 1000
 
 
 def _force_open(machine: Machine) -> dict[str, Any]:

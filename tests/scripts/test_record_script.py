@@ -14,6 +14,7 @@ from script_calls import (
     ask,
     bodies,
     bring_to,
+    commands,
     document,
     must_refuse,
     picture,
@@ -161,3 +162,31 @@ def test_an_empty_report_renews_the_ttl(client: redis.Redis, state: str) -> None
     assert machine.run("record", POLICY, generation=generation - 1)["applied"] is False
     assert picture(client) == before
     assert client.pttl(KEYS.state) > 3_000_000
+
+
+@pytest.mark.parametrize("policy", [None, POLICY])
+@pytest.mark.parametrize("script", ["acquire", "record"])
+def test_a_healthy_report_writes_no_document(client: redis.Redis, script: str, policy: dict[str, int] | None) -> None:
+    """Successes of a breaker that has nothing to forget cost one read and one new expiry."""
+    machine = lua_machine(client, "discovery")
+    generation = machine.run("acquire", policy)["generation"]
+    client.pexpire(KEYS.state, 50_000)
+    with commands(client) as seen:
+        machine.run(script, policy, generation=generation, successes=3)
+    assert [words[0] for words in seen if words[0] != "GET"] == ["MGET", "PEXPIRE"]  # the clock of the tests is a key
+    assert client.pttl(KEYS.state) > 3_000_000
+
+
+@pytest.mark.parametrize("state", ["closed", "open", "half_open"])
+def test_what_an_empty_report_writes(client: redis.Redis, state: str) -> None:
+    """A report of nothing renews the TTL; under generation 0 it also asks for room, and writes nothing there."""
+    machine = lua_machine(client, "discovery")
+    generation = bring_to(machine, state)["generation"]
+    before = picture(client)
+    for asked, expected in ((generation, ["PEXPIRE"]), (generation - 1, ["PEXPIRE"]), (0, ["SETRANGE", "PEXPIRE"])):
+        with commands(client) as seen:
+            machine.run("record", POLICY, generation=asked)
+        writes = [words for words in seen if words[0] not in ("GET", "MGET")]
+        assert [words[0] for words in writes] == expected
+        assert {words[1] for words in writes} == {KEYS.state}
+    assert picture(client) == before

@@ -13,6 +13,7 @@ from conftest import START_MS, lua_machine
 from script_calls import (
     CONTRACT,
     CORRUPT,
+    DAY_MS,
     KEYS,
     NEEDED,
     POLICY,
@@ -121,6 +122,42 @@ def test_gateway_half_open(client: redis.Redis) -> None:
     assert machine.run("record", policy, generation=reply["generation"], probe=1, successes=1)["state"] == "closed"
 
 
+@EVERY_STATE
+def test_counts_that_are_left_out(client: redis.Redis, state: str) -> None:
+    """Counts that are not stored are zero."""
+    put(client, state=state)
+    seen = lua_machine(client, "discovery").run("snapshot")
+    assert (seen["state"], seen["failure_count"], seen["success_count"]) == (state, 0, 0)
+
+
+def test_the_least_generation(client: redis.Redis) -> None:
+    """A stored generation goes on from 1 upwards; less is none."""
+    for generation, taken in ((1, 1), (0, START_MS), (-1, START_MS)):
+        put(client, **_contract("closed"), version=1, generation=generation)
+        assert lua_machine(client, "discovery").run("acquire")["generation"] == taken
+
+
+@pytest.mark.parametrize(
+    ("own", "wait"),
+    [
+        ({"open_until_ms": START_MS + 300, "open_ms": 400}, None),
+        ({"open_until_ms": START_MS + 300}, 29_000),
+        ({"open_ms": 400}, 29_000),
+        ({"open_until_ms": 0, "open_ms": 0}, 0),
+        ({"open_until_ms": START_MS + 300, "open_ms": 400, "generation": None}, 29_000),
+        ({"open_ms": 400, "generation": None}, 29_000),
+        ({"opened_at": None}, 29_500),
+    ],
+    ids=str,
+)
+def test_an_open_document_with_half_a_deadline(client: redis.Redis, own: dict[str, Any], wait: int | None) -> None:
+    """A deadline needs its own length and a generation; else the time since opened_at counts, in whole seconds."""
+    machine = lua_machine(client, "discovery")
+    put(client, **{**_contract("open", failures=5, opened=START_MS // 1000 - 1), "generation": 7, **own})
+    machine.advance(0 if wait != 29_500 else 500)
+    assert machine.run("snapshot")["retry_after_ms"] == (300 if wait is None else wait)
+
+
 @pytest.mark.parametrize("encoding", ["json", "msgpack"])
 def test_unknown_fields(client: redis.Redis, encoding: str) -> None:
     """Fields that we do not know are no reason to doubt a document."""
@@ -152,6 +189,14 @@ def _goes_on(client: redis.Redis, warning: str | None) -> None:
     reply = ask(client, "record", policy=POLICY, generation=reply["generation"], failures=2)
     assert (reply["applied"], reply["failure_count"], reply.get("warning")) == (True, 2, None)
     assert ask(client, "record", policy=POLICY, generation=reply["generation"], failures=1)["state"] == "open"
+
+
+@pytest.mark.parametrize("value", CORRUPT, ids=lambda value: repr(value[:50]))
+def test_corrupt_exists(client: redis.Redis, value: bytes) -> None:
+    """A key that holds no document is there all the same."""
+    client.set(KEYS.state, value)
+    seen = ask(client, "snapshot")
+    assert (seen["exists"], seen["warning"]) == (True, "corrupt_document")
 
 
 @pytest.mark.parametrize("value", CORRUPT, ids=lambda value: repr(value[:50]))
@@ -242,6 +287,31 @@ def test_greatest_numbers(client: redis.Redis, own: dict[str, int]) -> None:
     assert ask(client, "record", policy=POLICY, **report, successes=1)["state"] == "closed"
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "odd"),
+    [
+        ("failure_count", 90_000_000_000, None),
+        ("failure_count", 90_000_000_001, "corrupt_document"),
+        ("last_failure_time", 90_000_000_000, None),
+        ("last_failure_time", 90_000_000_001, "corrupt_document"),
+        ("generation", 90_000_000_000_000, None),
+        ("generation", 90_000_000_000_001, "another generation"),
+    ],
+)
+@pytest.mark.parametrize("brace", ["}", ' ,"x":1}'])
+def test_limits_of_a_healthy_document(client: redis.Redis, field: str, value: int, odd: str | None, brace: str) -> None:
+    """A closed document is checked in the form in which we write it as in any other, to the same limits."""
+    machine = lua_machine(client, "discovery")
+    own = {"version": 1, "generation": START_MS}
+    stored = json.dumps({**_contract("closed"), **own, field: value}, separators=(",", ":"))
+    client.set(KEYS.state, stored[:-1] + brace)
+    seen = machine.run("snapshot")
+    assert seen.get("warning") == (odd if odd == "corrupt_document" else None)
+    if odd != "corrupt_document":
+        taken = seen if field == "last_failure_time" else machine.run("acquire")
+        assert (taken[field] == value) is (odd is None)
+
+
 def test_forced_half_open(client: redis.Redis) -> None:
     """There is no such override as half_open."""
     until = {"forced": "half_open", "forced_until_ms": START_MS + 9000}
@@ -260,6 +330,63 @@ def test_odd_probes(client: redis.Redis, probes: Any) -> None:
     put(client, **_contract("half_open"), version=1, generation=START_MS, probe_seq=7, probe_ms=400, probes=probes)
     slot = machine.run("acquire", POLICY)["probe"]
     assert machine.run("record", POLICY, generation=START_MS, probe=slot, successes=1)["state"] == "closed"
+
+
+def test_probes_without_their_length(client: redis.Redis) -> None:
+    """Without the longest time that a slot was given, no deadline is believed, not even the next millisecond."""
+    put(client, **_contract("half_open"), version=1, generation=START_MS, probes={"1": START_MS + 1})
+    assert lua_machine(client, "discovery").run("acquire", POLICY)["admitted"] is True
+
+
+@pytest.mark.parametrize("trips", [1, 2])
+def test_trips_without_a_recovery(client: redis.Redis, trips: int) -> None:
+    """A closed document that does not say when it closed has no row of trips, whatever comes next."""
+    put(client, **_contract("closed"), version=1, generation=START_MS, trips=trips)
+    machine = lua_machine(client, "discovery")
+    machine.run("control", POLICY, action="force_open")
+    assert machine.run("snapshot", POLICY)["trips"] == 0
+
+
+def test_a_thousand_trips(client: redis.Redis) -> None:
+    """Trips in a row count to a thousand, also those that are stored."""
+    machine = lua_machine(client, "discovery")
+    for stored, counted in ((998, 999), (999, 1000), (1000, 1000), (1001, 1000)):
+        put(client, **_contract("half_open"), version=1, generation=START_MS, trips=stored)
+        assert machine.run("snapshot")["trips"] == min(stored, 1000)
+        slot = machine.run("acquire", POLICY)["probe"]
+        machine.run("record", POLICY, generation=START_MS, probe=slot, failures=1)
+        assert machine.run("snapshot")["trips"] == counted
+
+
+@pytest.mark.parametrize("state", ["open", "closed"])
+def test_the_longest_override(client: redis.Redis, state: str) -> None:
+    """An override that ends in more than thirty days, or has ended, is none."""
+    machine = lua_machine(client, "discovery")
+    for ends, forced in ((0, None), (1, state), (30 * DAY_MS, state), (30 * DAY_MS + 1, None)):
+        own = {"version": 1, "generation": START_MS, "forced": state, "forced_until_ms": START_MS + ends}
+        put(client, **_contract(state, opened=START_MS // 1000), **own)
+        assert machine.run("snapshot").get("forced") == forced
+
+
+@pytest.mark.parametrize("reporters", [{"a": "soon"}, {1: START_MS}, {"a": START_MS + 1}, {"a": -1}, [START_MS], "a"])
+def test_odd_reporters(client: redis.Redis, reporters: Any) -> None:
+    """Reporters that make no sense count for no quorum, and do not hold up those that do."""
+    machine = lua_machine(client, "discovery")
+    policy = {**POLICY, "quorum": 2, "failure_threshold": 1}
+    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "reporters": reporters}
+    client.set(KEYS.state, msgpack.packb(stored))
+    assert machine.run("record", policy, generation=START_MS, failures=1, instance="b")["state"] == "closed"
+    assert machine.run("snapshot", policy)["reporters"] == {"b": START_MS}
+    assert machine.run("record", policy, generation=START_MS, failures=1, instance="c")["state"] == "open"
+
+
+def test_open_since_this_very_second(client: redis.Redis) -> None:
+    """Opened now is not opened in the future: a refusal writes no deadline."""
+    put(client, **_contract("open", failures=5, opened=START_MS // 1000))
+    machine = lua_machine(client, "discovery")
+    before = picture(client)
+    assert machine.run("acquire")["retry_after_ms"] == 30_000
+    assert picture(client) == before
 
 
 RATES = {"failure_threshold": 10**9, "error_rate_threshold": 0.5, "minimum_calls": 10, "window_ms": 10_000}
@@ -317,6 +444,48 @@ def test_odd_window(client: redis.Redis, window: Any, later_ms: int) -> None:
     assert machine.run("record", RATES, generation=START_MS, failures=100)["transition"]["reason"] == "error_rate"
 
 
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("changed", "kept"),
+    [
+        ({"past": ";" * 350}, True),
+        ({"past": ";" * 401}, False),
+        ({"calls": 0}, True),
+        ({"bucket_ms": 31_536_000_000}, True),
+        ({"bucket_ms": 31_536_000_001}, False),
+        ({"calls": 90_000_000_000_000}, True),
+        ({"calls": 90_000_000_000_001}, False),
+        ({"failures": 90_000_000_000_001}, False),
+        ({"slow": 90_000_000_000_001}, False),
+        ({"newest": 90_000_000_000_001}, False),
+    ],
+    ids=lambda changed: str(changed)[:30],
+)
+def test_limits_of_a_stored_window(client: redis.Redis, dense: bool, changed: dict[str, Any], kept: bool) -> None:
+    """Within its limits a stored window is taken as it is, beyond them not at all, in whatever form it is stored."""
+    machine = lua_machine(client, "discovery")
+    window = {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, **changed}
+    window["newest"] = changed.get("newest", START_MS // window["bucket_ms"])
+    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "window": window}
+    client.set(KEYS.state, json.dumps(stored, separators=(",", ":") if dense else None))
+    machine.run("record", generation=START_MS, failures=1)
+    stored = document(client).get("window", {"failures": None})
+    assert (stored["failures"] == window["failures"] + 1) is kept
+
+
+@pytest.mark.parametrize("past", [" 50,50,50" * 9, " 20,2,1" * 9, 9 * " 0,0,0" + " 5,1,1", 9 * " 0,0,0" + " 5,1,1" * 9])
+def test_odd_window_of_another_length(client: redis.Redis, past: str) -> None:
+    """Where the window's length is another, no past bucket has more than there is in all, and none is too old."""
+    machine = lua_machine(client, "discovery")
+    longer = {**RATES, "minimum_calls": 10**9, "window_ms": 20_000}
+    window = {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, "past": f"9,9,9;{past}"}
+    put(client, **_contract("closed"), version=1, generation=START_MS, window=window)
+    machine.run("record", longer, generation=START_MS, successes=1)
+    machine.advance(10_000)
+    seen = machine.run("snapshot", longer)
+    assert (seen["calls"], seen["failures"], seen["slow"]) == (21, 2, 1)
+
+
 @pytest.mark.parametrize("slot", ["7", "x\n\u00e9"])
 def test_probe_slots_of_any_name(client: redis.Redis, slot: str) -> None:
     """A slot that another program named holds until its deadline."""
@@ -326,6 +495,30 @@ def test_probe_slots_of_any_name(client: redis.Redis, slot: str) -> None:
     assert machine.run("acquire", POLICY)["retry_after_ms"] == 399
     machine.advance(399)
     assert machine.run("acquire", POLICY)["probe"] == 8
+
+
+@EVERY_STATE
+def test_either_encoding_stores_the_same(client: redis.Redis, state: str) -> None:
+    """The same fields with the same values are stored in msgpack as in JSON, and nothing beside them."""
+    stored = {}
+    for encoding, load in (("json", json.loads), ("msgpack", msgpack.unpackb)):
+        client.flushall()
+        machine = lua_machine(client, "discovery")
+        policy = {**POLICY, "quorum": 2, "error_rate_threshold": 0.9}
+        for instance in ("a", "b"):
+            generation = machine.run("acquire", policy, encoding=encoding)["generation"]
+            counts = {"failures": 1, "slow": 1} if state == "closed" else {"failures": 3}
+            machine.run("record", policy, generation=generation, instance=instance, encoding=encoding, **counts)
+        if state == "half_open":
+            machine.advance(1000)
+            machine.run("acquire", policy, encoding=encoding)
+        text = client.get(KEYS.state)
+        assert (text[:1] == b"{") is (encoding == "json")
+        stored[encoding] = load(text)
+        machine.run("snapshot", policy)
+    assert stored["json"]["state"] == state
+    packed = {"trips": 0, **stored["msgpack"]}
+    assert {"trips": 0, **{name: value for name, value in stored["json"].items() if value is not None}} == packed
 
 
 def test_stored_encoding_decides_nothing(client: redis.Redis) -> None:

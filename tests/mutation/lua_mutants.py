@@ -1,0 +1,228 @@
+"""Mutation testing of the Lua: changes one thing at a time in a copy of this tree, and runs the tests against it.
+
+`make mutants`, or alone `python tests/mutation/lua_mutants.py`; --again tries only those that survived the last time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+from lupa.lua51 import LuaRuntime
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+REPORT = ROOT / "build" / "mutants" / "lua.json"
+COPIES = REPORT.parent / "copies"
+FILES = ("breaker", "acquire", "record", "control", "snapshot")
+TESTS = ("tests/contract", "tests/scripts", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-k")
+SECONDS = 180  # for one mutant
+LONGEST = 6  # lines of a statement that is removed whole
+
+TOKEN = re.compile(
+    r"(?P<skip>--\[\[[\s\S]*?\]\]|--[^\n]*|\s+)|(?P<text>'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\")"
+    r"|(?P<number>\d+(?:\.\d+)?(?:e\d+)?)|(?P<name>[A-Za-z_]\w*)|(?P<sign>\.\.\.|\.\.|[<>=~]=|.)"
+)
+SWAPS = {
+    "<": ("<=", ">="), "<=": ("<", ">"), ">": (">=", "<="), ">=": (">", "<"), "==": ("~=",), "~=": ("==",),
+    "+": ("-",), "-": ("+",), "*": ("/",), "/": ("*",), "%": ("*",),
+    "and": ("or",), "or": ("and",), "not": ("",), "true": ("false",), "false": ("true",), "break": ("",),
+    "min": ("max",), "max": ("min",), "floor": ("ceil",), "huge": ("pi",),
+}  # fmt: skip
+UNARY_AFTER = {"(", ",", "=", "{", "return", "and", "or", "==", "<", ">"}
+
+
+class Mutant(NamedTuple):
+    """A changed source: file, first changed line, that line and what it became, and the whole text."""
+
+    file: str
+    line: int
+    before: str
+    after: str
+    source: str
+
+
+def changes(source: str) -> Iterator[tuple[int, int, str]]:
+    """(begin, end, what stands there instead) of every change that one token or condition allows."""
+    tokens = [match for match in TOKEN.finditer(source) if match.lastgroup != "skip"]
+    for before, token in itertools.pairwise([None, *tokens]):
+        text, begin, end = token[0], token.start(), token.end()
+        if token.lastgroup == "number":
+            value = float(text) if "." in text or "e" in text else int(text)
+            yield begin, end, repr(value + 1)
+        elif text == "-" and before is not None and before[0] in UNARY_AFTER:
+            yield begin, end, ""
+        elif token.lastgroup in ("name", "sign"):
+            for other in SWAPS.get(text, ()):
+                yield begin, end, other
+    for match in re.finditer(r"\b(?:if|elseif) ([\w.:\[\]]+(?:\([^()]*\))?) then\b", source):
+        yield match.start(1), match.end(1), f"not {match[1]}"
+
+
+def removals(source: str, compiles: functools.partial[bool]) -> Iterator[tuple[int, int, str]]:
+    """The same of every statement, as the shortest run of whole lines from its first one that can go."""
+    code = source.index("]]") + 2
+    starts = [match.start() for match in re.finditer(r"^(?=[^\n]*\S)", source, re.MULTILINE)]
+    starts = [start for start in starts if start > code and not source[start:].lstrip().startswith("--")]
+    for number, start in enumerate(starts):
+        for following in starts[number + 1 : number + 1 + LONGEST]:
+            if compiles(source[:start] + source[following:]):
+                yield start, following, ""
+                break
+
+
+LOADS = LuaRuntime().eval("function(text) return loadstring(text) ~= nil end")
+SOURCES = {name: (ROOT / "lua" / f"{name}.lua").read_text(encoding="utf-8") for name in FILES}
+
+
+def compiles_as(file: str, source: str) -> bool:
+    """Whether it is Lua, as Redis would run it."""
+    return bool(LOADS(source + SOURCES["record"] if file == "breaker" else SOURCES["breaker"] + source))
+
+
+def mutants(file: str) -> list[Mutant]:
+    """Every mutant of one file that compiles."""
+    source = SOURCES[file]
+    compiles = functools.partial(compiles_as, file)
+    found: dict[str, Mutant] = {}
+    for begin, end, instead in itertools.chain(changes(source), removals(source, compiles)):
+        text = source[:begin] + instead + source[end:]
+        if text not in found and compiles(text):
+            first, last = source.rfind("\n", 0, begin) + 1, source.find("\n", end - 1)
+            before, after = source[first:last], text[first : last + len(text) - len(source)]
+            line = source.count("\n", 0, begin) + 1
+            found[text] = Mutant(file, line, " ".join(before.split()), " ".join(after.split()), text)
+    return list(found.values())
+
+
+class Worker:
+    """A plugin of pytest that tries mutants in a copy of the tree, each in a fork of a process with all tests at hand.
+
+    The test that killed another mutant a moment ago comes first, for it may kill its neighbour.
+    """
+
+    def __init__(self, mine: dict[int, Mutant | None], results: Any) -> None:
+        self._mine, self._results = mine, results
+        self._folder = pathlib.Path(tempfile.mkdtemp(dir=COPIES))
+        self._killers: list[str] = []
+
+    def run(self, keyword: str) -> None:
+        """Makes the copy, collects its tests and tries everything."""
+        for name in ("pyproject.toml", "lua", "pybreaker_redis", "tests"):
+            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copy(ROOT / name, self._folder / name)
+        os.chdir(self._folder)
+        os.environ["SEQUENCES"] = "40"  # of test_engines_agree
+        sys.path.insert(0, str(self._folder))
+        output = os.open("pytest.log", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        if pytest.main([*TESTS, keyword], plugins=[self]):
+            self._results.put((None, pathlib.Path("pytest.log").read_text()))
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        for number, mutant in self._mine.items():
+            path = self._folder / "lua" / f"{mutant.file if mutant else 'breaker'}.lua"
+            whole = path.read_text(encoding="utf-8")
+            path.write_text(mutant.source if mutant else whole, encoding="utf-8")
+            self._results.put((number, self._verdict(session)))
+            path.write_text(whole, encoding="utf-8")
+        return True
+
+    def _verdict(self, session: pytest.Session) -> str:
+        """What the tests say of the copy as it stands: "killed", "survived" or "timeout"."""
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            self._test(session)
+        deadline = time.monotonic() + SECONDS
+        while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+            if time.monotonic() > deadline:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+                return "timeout"
+            time.sleep(0.01)
+        if os.waitstatus_to_exitcode(ended[1]) == 0:
+            return "survived"
+        if pathlib.Path("killer.txt").exists():
+            self._killers.append(pathlib.Path("killer.txt").read_text())
+        return "killed"
+
+    def _test(self, session: pytest.Session) -> None:
+        """Runs the tests up to the first that fails, and ends this process."""
+        rank = {nodeid: place for place, nodeid in enumerate(self._killers, 1)}
+        items = sorted(session.items, key=lambda item: ("fuzz" in item.nodeid, -rank.get(item.nodeid, 0)))
+        for item, following in itertools.pairwise([*items, None]):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.testsfailed:
+                pathlib.Path("killer.txt").write_text(item.nodeid)
+                os._exit(1)
+        os._exit(0)
+
+
+def try_all(tried: list[Mutant], workers: int, keyword: str) -> list[str]:
+    """The verdict on each."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    shutil.rmtree(COPIES, ignore_errors=True)
+    COPIES.mkdir(parents=True)
+    todo = dict(enumerate([None, *tried]))  # first the copy as it is
+    for first in range(workers):
+        mine = {number: mutant for number, mutant in todo.items() if number % workers == first}
+        context.Process(target=Worker(mine, results).run, args=(keyword,), daemon=True).start()
+    verdicts = [""] * len(todo)
+    for _ in todo:
+        number, result = results.get()
+        if number is None or (number == 0 and result != "survived"):
+            raise SystemExit(f"the tests do not pass without a mutant: {result}")
+        verdicts[number] = result
+        if number and result != "killed":
+            print(f"{result}: {described(tried[number - 1])}", flush=True)
+    return verdicts[1:]
+
+
+def main() -> int:
+    """0 when every mutant has been tried, whatever became of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--again", action="store_true", help="only those that survived the last time")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--quick", action="store_true", help="without the fuzz tests")
+    parser.add_argument("--list", action="store_true", help="show the mutants, and try none")
+    options = parser.parse_args()
+    tried = [mutant for file in FILES for mutant in mutants(file)]
+    if options.again:
+        last = {tuple(row) for row in json.loads(REPORT.read_text())}
+        tried = [mutant for mutant in tried if (mutant.file, mutant.before, mutant.after) in last]
+    if options.list:
+        print(*(described(mutant) for mutant in tried), f"{len(tried)} mutants", sep="\n")
+        return 0
+    verdicts = try_all(tried, options.workers, "not memory and not fuzz" if options.quick else "not memory")
+    left = [mutant for mutant, result in zip(tried, verdicts, strict=True) if result == "survived"]
+    REPORT.write_text(json.dumps([(mutant.file, mutant.before, mutant.after) for mutant in left], indent=1))
+    REPORT.with_suffix(".txt").write_text("\n".join(map(described, left)) + "\n")
+    counts = collections.Counter(verdicts)
+    print(f"Lua: {len(tried)} mutants,", ", ".join(f"{counts[one]} {one}" for one in ("killed", "survived", "timeout")))
+    return 0
+
+
+def described(mutant: Mutant) -> str:
+    """For a reader."""
+    return f"{mutant.file}.lua:{mutant.line}\n    - {mutant.before}\n    + {mutant.after}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
