@@ -174,9 +174,11 @@ def test_buckets_that_become_longer(machine: Machine) -> None:
     machine.advance(-50)
     assert sums(machine, longer) == (65, 10, 10)
     report(machine, longer, successes=100)
-    machine.advance(1049)
-    assert sums(machine, longer) == (165, 10, 10)
-    for calls, others in ((160, 8), (151, 6), (138, 4), (121, 2), (0, 0)):
+    machine.advance(100)
+    report(machine, longer, successes=1000)
+    machine.advance(949)
+    assert sums(machine, longer) == (1165, 10, 10)
+    for calls, others in ((1160, 8), (1151, 6), (1138, 4), (1121, 2), (1000, 0), (0, 0)):
         machine.advance(1)
         assert sums(machine, longer) == (calls, others, others)
         machine.advance(199)
@@ -310,9 +312,11 @@ def test_a_shorter_window_drops_what_is_too_old(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("recovered", [False, True])
-def test_an_empty_report_leaves_the_window(machine: Machine, recovered: bool) -> None:
+@pytest.mark.parametrize("quorum", [1, 2])
+def test_an_empty_report_leaves_the_window(machine: Machine, recovered: bool, quorum: int) -> None:
     """A report of nothing writes no window, not even one that another policy would have cut."""
-    policy = {**RATE, "window_ms": 10_000}
+    shorter = {**RATE, "quorum": quorum}
+    policy = {**shorter, "window_ms": 10_000}
     generation = begin(machine, policy)
     if recovered:
         machine.run("control", policy, action="force_open", duration_ms=1)
@@ -320,10 +324,10 @@ def test_an_empty_report_leaves_the_window(machine: Machine, recovered: bool) ->
         machine.run("record", policy, generation=generation)  # writes that the recovery is over
         machine.advance(START_MS - machine.now_ms + 10_000)
     for _ in range(2):
-        report(machine, policy, successes=1)
+        report(machine, policy, failures=1, instance="a")
         machine.advance(4_000)
-        machine.run("record", RATE, generation=generation)
-    assert sums(machine, RATE)[0] == 0
+        machine.run("record", shorter, generation=generation)
+    assert sums(machine, shorter)[0] == 0
     assert sums(machine, policy)[0] == 2
 
 

@@ -7,7 +7,19 @@ import json
 import pytest
 import redis
 from conftest import lua_machine
-from script_calls import DAY_MS, KEYS, NO_INTEGERS, POLICY, ask, bodies, bring_to, document, must_refuse, picture
+from script_calls import (
+    CONTRACT,
+    DAY_MS,
+    KEYS,
+    NO_INTEGERS,
+    POLICY,
+    ask,
+    bodies,
+    bring_to,
+    document,
+    must_refuse,
+    picture,
+)
 
 ACTIONS = ["force_open", "force_closed", "clear_override", "reset"]
 
@@ -79,3 +91,12 @@ def test_without_a_document(client: redis.Redis, action: str) -> None:
     reply = ask(client, "control", action=action)
     assert reply["state"] == ("open" if action == "force_open" else "closed")
     assert bool(client.exists(KEYS.state)) is reply["changed"] is (action != "clear_override")
+
+
+@pytest.mark.parametrize("state", ["closed", "open", "half_open"])
+def test_a_reset_leaves_the_contract_fields(client: redis.Redis, state: str) -> None:
+    """After a reset nothing of what was before is stored, but when the last call failed."""
+    machine = lua_machine(client, "discovery")
+    bring_to(machine, state)
+    assert machine.run("control", action="reset")["changed"] is True
+    assert document(client).keys() == {*CONTRACT, "version", "generation"}

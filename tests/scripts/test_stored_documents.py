@@ -355,7 +355,7 @@ def test_a_thousand_trips(client: redis.Redis) -> None:
         assert machine.run("snapshot")["trips"] == min(stored, 1000)
         slot = machine.run("acquire", POLICY)["probe"]
         machine.run("record", POLICY, generation=START_MS, probe=slot, failures=1)
-        assert machine.run("snapshot")["trips"] == counted
+        assert machine.run("snapshot")["trips"] == document(client)["trips"] == counted
 
 
 @pytest.mark.parametrize("state", ["open", "closed"])
@@ -448,7 +448,7 @@ def test_odd_window(client: redis.Redis, window: Any, later_ms: int) -> None:
 @pytest.mark.parametrize(
     ("changed", "kept"),
     [
-        ({"past": ";" * 350}, True),
+        ({"past": ";" * 400}, True),
         ({"past": ";" * 401}, False),
         ({"calls": 0}, True),
         ({"bucket_ms": 31_536_000_000}, True),
