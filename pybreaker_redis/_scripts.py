@@ -335,7 +335,7 @@ class _AsyncConnections:
     def __init__(self, pool: Any, timeout: float) -> None:
         self._pool, self._timeout = pool, timeout
         self._idle: collections.deque[Any] = collections.deque()
-        self._slots = asyncio.Semaphore(_MOST_CONNECTIONS)
+        self._loop, self._slots = asyncio.get_running_loop(), asyncio.Semaphore(_MOST_CONNECTIONS)
         self._failures = 0
 
     async def execute(self, *words: bytes, asking: bool = False) -> Any:
@@ -345,8 +345,9 @@ class _AsyncConnections:
                 if failures != self._failures:  # or a crowd would wait for a dead server in turns
                     raise redis.ConnectionError("another call lost the server while this one waited for a connection")
                 return await self._exchange(words, asking, sent)
-        except asyncio.CancelledError as error:
-            if sent.is_set():
+        except BaseException as error:
+            ended = isinstance(error, (asyncio.CancelledError, GeneratorExit)) or self._loop.is_closed()
+            if sent.is_set() or not ended:
                 raise
             raise NotSent from error
 
