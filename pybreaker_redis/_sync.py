@@ -80,7 +80,7 @@ class CircuitBreaker(BreakerCore):
     Redis is good without asking again; 0 asks before and reports after every call. failures: exception
     types that count as failures. ignore: those that count as nothing. is_failure: a predicate on results.
     listeners: callables that take one Event. on_redis_failure: "local" protects this process by the same
-    rules, "open" rejects, "closed" admits. redis_timeout: seconds that a call waits for Redis at the most.
+    rules, "open" rejects, "closed" admits. redis_timeout: seconds for connecting to Redis, and for each reply.
     encoding: of the stored document, "json" or "msgpack".
 
     Constructing one needs no server and writes nothing. Raises PolicyError for an option that makes no sense.
