@@ -200,7 +200,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", action="store_true", help="only those that survived the last time")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="without the fuzz tests")
+    parser.add_argument("--fuzz", action="store_true", help="with the fuzz tests, which take long")
     parser.add_argument("--list", action="store_true", help="show the mutants, and try none")
     options = parser.parse_args()
     tried = [mutant for file in FILES for mutant in mutants(file)]
@@ -210,7 +210,7 @@ def main() -> int:
     if options.list:
         print(*(described(mutant) for mutant in tried), f"{len(tried)} mutants", sep="\n")
         return 0
-    verdicts = try_all(tried, options.workers, "not memory and not fuzz" if options.quick else "not memory")
+    verdicts = try_all(tried, options.workers, "not memory" if options.fuzz else "not memory and not fuzz")
     left = [mutant for mutant, result in zip(tried, verdicts, strict=True) if result == "survived"]
     REPORT.write_text(json.dumps([(mutant.file, mutant.before, mutant.after) for mutant in left], indent=1))
     REPORT.with_suffix(".txt").write_text("\n".join(map(described, left)) + "\n")
