@@ -36,7 +36,7 @@ Nothing here is global; every function that a script calls hangs on the one loca
 clock of their own between this file and the script.
 ]]
 local EXACT = 90000000000000 -- cjson writes 14 digits without loss; here is room for what is added
-local LONGEST_MS = 365 * 86400 * 1000
+local LONGEST_MS, SLACK_MS = 365 * 86400 * 1000, 60000
 
 local breaker = {now_ms = false, request = false, load = false, record = false, reply = false}
 
@@ -182,7 +182,7 @@ local function make(_, name)
         if quorum > 1 then document.run_since_ms = document.run_since_ms or now end
         breaker.count_failures(document, failures)
       end
-      if failures + slow > 0 and quorum > 1 then
+      if quorum > 1 and (failures > 0 or slow > 0 and policy.slow_call_rate_threshold > 0) then
         breaker.note_reporter(document, policy, request.instance or '')
       end
       if document.window or bucket_ms then
@@ -236,7 +236,8 @@ local function make(_, name)
       local deadline = document.open_until_ms or document.forced_until_ms
         or document.probe_ms and document.now + document.probe_ms
         or document.closed_at_ms and breaker.recovered_at_ms(document, breaker.policy_of(request))
-      if deadline then ttl = math.max(ttl, deadline - document.now + 60000) end -- outlived by a minute
+      -- outlived by a window, so that a probe decides then, and not that the key is gone
+      if deadline then ttl = math.max(ttl, deadline - document.now + breaker.policy_of(request).window_ms) end
       if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl) end
       local encode = request.encoding == 'msgpack' and breaker.encode_msgpack or encode_json
       redis.call('SET', KEYS[1], encode(document), 'PX', ttl)
@@ -273,7 +274,8 @@ local function make(_, name)
         end
       end
       local added = redis.pcall(unpack(entry))
-      if type(added) == 'table' and added.err then -- a foreign value under our key must not undo the state
+      local wrong = type(added) == 'table' and added.err or ''
+      if string.find(wrong, 'WRONGTYPE', 1, true) or string.find(wrong, 'exhausted', 1, true) then -- not our stream
         redis.pcall('DEL', KEYS[2])
         redis.pcall(unpack(entry))
       end
@@ -552,8 +554,8 @@ local function make(_, name)
       local function open()
         if not foreign and integer(stored.open_until_ms, 0, EXACT) and integer(stored.open_ms, 0, LONGEST_MS) then
           document.open_ms = stored.open_ms
-          -- a deadline further off than its own length means that the clock went back: it is due
-          document.open_until_ms = stored.open_until_ms - now > stored.open_ms and now or stored.open_until_ms
+          -- a deadline further off than twice its own length means that the clock went back far: it is due
+          document.open_until_ms = stored.open_until_ms - now > 2 * stored.open_ms and now or stored.open_until_ms
         else
           local opened_at = document.opened_at or document.last_failure_time or math.floor(now / 1000)
           document.open_ms = breaker.policy_of(request).reset_timeout_ms
@@ -567,7 +569,7 @@ local function make(_, name)
         document.probe_seq = not foreign and integer(stored.probe_seq, 0, EXACT) and stored.probe_seq or 0
         document.probe_ms = not foreign and integer(stored.probe_ms, 0, EXACT) and stored.probe_ms or 0
         for slot, deadline in pairs(type(stored.probes) == 'table' and stored.probes or {}) do
-          if integer(deadline, now + 1, now + document.probe_ms) then
+          if integer(deadline, now + 1, now + 2 * document.probe_ms) then
             document.probes = document.probes or {}
             document.probes[tostring(slot)] = deadline
           end
@@ -575,7 +577,10 @@ local function make(_, name)
       end
 
       local function closed()
-        if integer(stored.closed_at_ms, 0, now) then document.closed_at_ms = stored.closed_at_ms end
+        -- times of what has happened may lie a little ahead, too: that of a clock that went back
+        if integer(stored.closed_at_ms, 0, now + SLACK_MS) then
+          document.closed_at_ms = math.min(stored.closed_at_ms, now)
+        end
         local policy = breaker.policy_of(request)
         if (document.trips > 0 or document.closed_at_ms) and breaker.recent_trips(document, policy) == 0
             and now >= (document.closed_at_ms or 0) + policy.ramp_up_ms then
@@ -583,11 +588,13 @@ local function make(_, name)
         end
         local window = stored.window and breaker.sound_window(stored.window)
         if window then document.window = breaker.window_at(window, breaker.bucket_ms(request), now) end
-        if integer(stored.run_since_ms, 0, now) then document.run_since_ms = stored.run_since_ms end
+        if integer(stored.run_since_ms, 0, now + SLACK_MS) then
+          document.run_since_ms = math.min(stored.run_since_ms, now)
+        end
         for instance, at in pairs(type(stored.reporters) == 'table' and stored.reporters or {}) do
-          if type(instance) == 'string' and integer(at, 0, now) then
+          if type(instance) == 'string' and integer(at, 0, now + SLACK_MS) then
             document.reporters = document.reporters or {}
-            document.reporters[instance] = at
+            document.reporters[instance] = math.min(at, now)
           end
         end
       end
@@ -601,7 +608,7 @@ local function make(_, name)
         closed()
       end
       if stored.forced == state and state ~= 'half_open' and not foreign
-          and integer(stored.forced_until_ms, now + 1, now + 30 * 86400 * 1000) then
+          and integer(stored.forced_until_ms, now + 1, now + 31 * 86400 * 1000) then
         document.forced, document.forced_until_ms = stored.forced, stored.forced_until_ms
       end
       return document

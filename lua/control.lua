@@ -78,13 +78,13 @@ end
 local changed
 if policies[action] then
   changed = (action == 'set_policy' and set_policy or clear_policy)()
-  if changed then
-    redis.pcall('PUBLISH', KEYS[1],
-      cjson.encode({policy = action, instance = request.instance, time_ms = document.now}))
-  end
 else
   changed = control()
   if changed then breaker.save(document, request) end
+end
+if changed and not document.change then -- what is no transition is told here, so that whoever watches asks
+  redis.pcall('PUBLISH', KEYS[1],
+    cjson.encode({policy = action, instance = request.instance, time_ms = document.now}))
 end
 local reply = breaker.reply(document, request)
 reply.changed = changed

@@ -157,8 +157,7 @@ class BreakerCore:
         # what a report of nothing but successes needs: to a healthy breaker most of it would only be work
         self._brief: Request = {} if self._encoding == "json" else {"encoding": self._encoding}
         self._common: Request = {**self._brief, "instance": self.instance, **({"policy": given} if given else {})}
-        patient = self.policy.reset_timeout > Policy().reset_timeout  # a row of trips lasts longer than by default
-        if given.keys() - _FOR_OTHERS - (set() if patient else {"reset_timeout_ms"}):
+        if given.keys() - _FOR_OTHERS:
             self._brief = self._common
 
     def _after_fork(self) -> None:
@@ -547,7 +546,7 @@ class BreakerCore:
         try:
             change = {**message, "generation": int(message["generation"])} if "policy" not in message else None
             reply = _protocol.reply_from_message(change, self._view.policy) if change else None
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             self._view.drop()  # it may mean something to a later version: better ask
             return
         isolated = self._isolation is not None and self._isolation.state != "closed"
@@ -596,7 +595,7 @@ class BreakerCore:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise PolicyError(f"count must be an integer of at least 1, not {count!r}")
         entries = yield from self._engine.history(count)
-        return [_protocol.history_entry(fields) for fields in entries]
+        return [entry for fields in entries if (entry := _protocol.sound_history_entry(fields))]
 
     def _flush(self) -> Steps[None]:
         gathered = self._view.take()

@@ -375,7 +375,7 @@ class MemoryEngine:
             if document.run_since_ms is None and policy["quorum"] > 1:
                 document.run_since_ms = document.now
             self.count_failures(document, failures)
-        if failures + slow > 0 and policy["quorum"] > 1:
+        if policy["quorum"] > 1 and (failures > 0 or (slow > 0 and policy["slow_call_rate_threshold"] > 0)):
             self.note_reporter(document, policy, request.get("instance", ""))
         if document.window is None and bucket_ms is not None:
             document.window = Window(bucket_ms, document.now // bucket_ms)

@@ -193,6 +193,14 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
     )
 
 
+def sound_history_entry(fields: dict[str, Any]) -> HistoryEntry | None:
+    """The same, or None for what another program wrote."""
+    try:
+        return history_entry(fields)
+    except (KeyError, ValueError):
+        return None
+
+
 def reply_from_message(message: dict[str, Any], policy: Policy) -> Reply:
     """A published transition as the reply of which it is a part. Raises KeyError, TypeError or ValueError."""
     state = message["to"]

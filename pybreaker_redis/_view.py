@@ -101,7 +101,7 @@ class Counter:
 class Flight:
     """One admitted call: the generation and probe slot it runs under, and when it began.
 
-    generation: 0 counts for nothing. pending: it was reported as slow while it ran. over: it has ended.
+    generation: 0 counts for nothing. pending: when it was reported as slow while it ran. over: it has ended.
     """
 
     __slots__ = ("generation", "over", "pending", "probe", "started")
@@ -110,7 +110,7 @@ class Flight:
         self.generation = generation
         self.probe = probe
         self.started = started
-        self.pending = False
+        self.pending: float | None = None
         self.over = False
 
 
@@ -304,9 +304,10 @@ class View:
         """A call ended: whether it was slow (None: not measured), and whether that was reported while it ran."""
         flight.over = True
         registered = self._flights.pop(flight, flight) is None  # else overdue() has it
-        pending = flight.pending and not registered
-        limit = self.policy.slow_call_duration
-        return None if limit is None else pending or monotonic() - flight.started >= limit, pending
+        now, limit = monotonic(), self.policy.slow_call_duration
+        # what was reported longer ago has left the window: it is a call of now again
+        pending = flight.pending is not None and not registered and now - flight.pending < 0.9 * self.policy.window
+        return None if limit is None else pending or now - flight.started >= limit, pending
 
     def lands_well(self, flight: Flight) -> bool:
         """A quick success is counted and done with; False, and nothing done, for any other."""
@@ -326,7 +327,7 @@ class View:
                 continue
             if flight.started > monotonic() - limit:
                 break
-            flight.pending = True
+            flight.pending = monotonic()
             if self._flights.pop(flight, flight) is None:
                 found.append(flight)
         return found

@@ -98,7 +98,7 @@ class Audience:
         if reply[0] not in (b"pmessage", "pmessage"):
             return
         channel, data = (part.decode(errors="replace") if isinstance(part, bytes) else part for part in reply[2:])
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             message = json.loads(data)
             if isinstance(message, dict):
                 with self._lock:

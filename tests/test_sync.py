@@ -989,3 +989,61 @@ def test_a_reply_from_before_the_view_was_dropped(server: EmbeddedServer) -> Non
         breaker.call(int)
     with pytest.raises(CircuitOpenError):
         breaker.call(int)
+
+
+def test_a_circuit_that_another_program_opened(client: redis.Redis, server: EmbeddedServer) -> None:
+    """The five contract fields alone: it stays open for the policy's reset_timeout, whatever asks first."""
+    breaker = CircuitBreaker("gateway", redis=server.url, policy=Policy(reset_timeout=3600.0 / 7), **PATIENT)
+    now = client.time()[0]
+    opened = {"state": "open", "failure_count": 9, "success_count": 0, "last_failure_time": now, "opened_at": now}
+    client.set(breaker.keys.state, json.dumps(opened))
+    with pytest.raises(CircuitOpenError) as rejection:
+        breaker.call(int)
+    assert 100 < rejection.value.retry_after <= 515
+    short = CircuitBreaker("gateway-2", redis=server.url, policy=Policy(reset_timeout=2.0), **PATIENT)
+    client.set(short.keys.state, json.dumps(opened))
+    with contextlib.suppress(CircuitOpenError):
+        short.call(int)
+    assert short.snapshot().retry_after is not None
+    assert json.loads(client.get(short.keys.state)).get("open_ms", 2000) == 2000
+
+
+def test_history_that_others_wrote(client: redis.Redis, server: EmbeddedServer) -> None:
+    """Entries that make no sense are passed over."""
+    breaker = CircuitBreaker("scribbled", redis=server.url, **PATIENT)
+    breaker.force_open()
+    client.xadd(breaker.keys.history, {"a": "b"})
+    client.xadd(breaker.keys.history, {"time_ms": "soon"})
+    assert [entry.new for entry in breaker.history()] == ["open"]
+
+
+def test_a_user_without_xadd_leaves_the_history(client: redis.Redis, server: EmbeddedServer) -> None:
+    """Only what is no stream is deleted from the history's key."""
+    CircuitBreaker("no-xadd", redis=server.url, **PATIENT).force_open()
+    client.acl_setuser("scribe", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all", "-xadd"])
+    path = server.url.removeprefix("unix://")
+    breaker = CircuitBreaker(
+        "no-xadd", redis=redis.Redis(unix_socket_path=path, username="scribe", password="x"), **PATIENT
+    )
+    breaker.reset()
+    assert (breaker.snapshot().state, len(breaker.history())) == ("closed", 1)
+    client.acl_deluser("scribe")
+
+
+def test_the_end_of_an_override_reaches_whoever_watches(server: EmbeddedServer) -> None:
+    """clear_override() is no transition, and yet a watched view does not outlast it."""
+    breaker = CircuitBreaker("cleared", redis=server.url, policy=Policy(reset_timeout=0.01), **PATIENT)
+    operator = CircuitBreaker("cleared", redis=server.url, policy=Policy(reset_timeout=0.01), **PATIENT)
+    with breaker.watch(3600) as watch:
+        wait_until(lambda: watch.active)
+        operator.force_open()
+        wait_until(lambda: breaker.state == "open")
+        operator.clear_override()
+
+        def admitted() -> bool:
+            with contextlib.suppress(CircuitOpenError):
+                return bool(breaker.call(int, "5"))
+            return False
+
+        wait_until(admitted)
+        assert watch.active

@@ -158,7 +158,7 @@ def _subscription(board: Board) -> Iterator[Any]:
 
 def _content(board: Board, message: dict[str, Any]) -> dict[str, Any] | None:
     """A message that makes sense; anybody may publish anything."""
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
         content = {"instance": "", **json.loads(message["data"]), "breaker": board.fleet.name_of(message["channel"])}
         news(content)
         return content

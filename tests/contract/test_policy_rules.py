@@ -796,11 +796,23 @@ def test_a_run_for_a_quorum_begins_under_it(machine: Machine) -> None:
 
 def test_a_quorum_and_a_threshold_that_is_passed(machine: Machine) -> None:
     """Where quorum and threshold are set to what the row has passed, a slow call is judged by the reporters of now."""
-    begin(machine, PLAIN)
-    report(machine, PLAIN, failures=2, instance="a")
-    machine.run("control", PLAIN, action="set_policy", override={"quorum": 2, "failure_threshold": 2})
-    assert report(machine, PLAIN, slow=1, pending=1, instance="a")["state"] == "closed"
-    assert report(machine, PLAIN, slow=1, pending=1, instance="b")["state"] == "open"
+    policy = {**PLAIN, "slow_call_rate_threshold": 1.0, "minimum_calls": 10**6}
+    begin(machine, policy)
+    report(machine, policy, failures=2, instance="a")
+    machine.run("control", policy, action="set_policy", override={"quorum": 2, "failure_threshold": 2})
+    assert report(machine, policy, slow=1, pending=1, instance="a")["state"] == "closed"
+    assert report(machine, policy, slow=1, pending=1, instance="b")["state"] == "open"
+
+
+@pytest.mark.parametrize("rule", [{"failure_threshold": 5}, {"failure_threshold": 10**6, "error_rate_threshold": 0.5}])
+def test_a_slow_call_is_no_vote_for_a_failure(machine: Machine, rule: dict[str, Any]) -> None:
+    """Without a rule for slow calls, who had one has not failed, and does not make up the quorum of those who have."""
+    policy = {**PLAIN, "quorum": 2, "minimum_calls": 5, "slow_call_duration_ms": 1000, **rule}
+    generation = begin(machine, policy)
+    machine.run("record", policy, generation=generation, slow=1, pending=1, instance="b")
+    reply = machine.run("record", policy, generation=generation, failures=9, instance="a")
+    assert reply["state"] == "closed"
+    assert machine.run("record", policy, generation=generation, failures=1, instance="b")["state"] == "open"
 
 
 # Recovery

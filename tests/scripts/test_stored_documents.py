@@ -360,15 +360,17 @@ def test_a_thousand_trips(client: redis.Redis) -> None:
 
 @pytest.mark.parametrize("state", ["open", "closed"])
 def test_the_longest_override(client: redis.Redis, state: str) -> None:
-    """An override that ends in more than thirty days, or has ended, is none."""
+    """An override that ends in more than thirty days and one for a clock that went back, or has ended, is none."""
     machine = lua_machine(client, "discovery")
-    for ends, forced in ((0, None), (1, state), (30 * DAY_MS, state), (30 * DAY_MS + 1, None)):
+    for ends, forced in ((0, None), (1, state), (31 * DAY_MS, state), (31 * DAY_MS + 1, None)):
         own = {"version": 1, "generation": START_MS, "forced": state, "forced_until_ms": START_MS + ends}
         put(client, **_contract(state, opened=START_MS // 1000), **own)
         assert machine.run("snapshot").get("forced") == forced
 
 
-@pytest.mark.parametrize("reporters", [{"a": "soon"}, {1: START_MS}, {"a": START_MS + 1}, {"a": -1}, [START_MS], "a"])
+@pytest.mark.parametrize(
+    "reporters", [{"a": "soon"}, {1: START_MS}, {"a": START_MS + 60_001}, {"a": -1}, [START_MS], "a"]
+)
 def test_odd_reporters(client: redis.Redis, reporters: Any) -> None:
     """Reporters that make no sense count for no quorum, and do not hold up those that do."""
     machine = lua_machine(client, "discovery")
@@ -540,3 +542,32 @@ def test_stored_encoding(client: redis.Redis, encoding: str | None, brace: bool)
         assert ask(client, "control", action="force_closed", encoding=encoding)["generation"] > 1
         assert client.get(KEYS.state).startswith(b"{") is brace
         assert ask(client, "snapshot")["forced"] == "closed"
+
+
+# A clock that goes back a little ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("back_ms", [1, 400])
+def test_a_clock_that_goes_back_a_little(client: redis.Redis, back_ms: int) -> None:
+    """A step of the server's clock ends no open time, no override, no row of trips and no ramp."""
+    policy = {**POLICY, "failure_threshold": 1, "backoff_multiplier": 2, "ramp_up_ms": 60_000, "reset_timeout_ms": 1000}
+    machine = lua_machine(client, "discovery")
+    generation = machine.run("acquire", policy)["generation"]
+    machine.run("record", policy, generation=generation, failures=1)
+    machine.advance(-back_ms)
+    refused = machine.run("acquire", policy)
+    assert (refused["admitted"], refused["retry_after_ms"]) == (False, 1000 + back_ms)
+    machine.advance(1000 + back_ms)
+    probe = machine.run("acquire", policy)
+    machine.advance(-back_ms)
+    assert machine.run("snapshot", policy)["probes_in_flight"] == 1
+    machine.run("record", policy, generation=probe["generation"], probe=probe["probe"], successes=1)
+    machine.advance(-back_ms)
+    machine.run("record", policy, generation=machine.run("snapshot", policy)["generation"], successes=1)
+    seen = machine.run("snapshot", policy)
+    assert (seen["trips"], seen["ramp_left_ms"]) == (1, 60_000)
+    for action, state in (("force_open", "open"), ("force_closed", "closed")):
+        machine.run("control", policy, action=action)
+        machine.advance(-back_ms)
+        seen = machine.run("snapshot", policy)
+        assert (seen["state"], seen["forced"]) == (state, state)
