@@ -254,7 +254,7 @@ def test_history_is_bounded(client: redis.Redis) -> None:
 
 
 def test_one_message_and_one_entry(client: redis.Redis) -> None:
-    """A transition makes one message and one history entry, of the same content; else only an override's end is told."""
+    """A transition makes one message and one history entry, of one content; else only an override's end is told."""
     machine = lua_machine(client, "discovery")
     with messages(client) as everything:
         replies = story(machine)
