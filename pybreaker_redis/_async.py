@@ -18,7 +18,7 @@ from ._errors import CircuitOpenError
 from ._fallback import OnRedisFailure
 from ._policy import Policy
 from ._protocol import HistoryEntry, Snapshot, State
-from ._scripts import AsyncRedisEngine
+from ._scripts import AsyncRedisEngine, forget_ended
 from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
 from ._view import Event, Flight, Outcome
 from ._watch import AsyncSubscription, BaseWatch
@@ -124,7 +124,8 @@ class AsyncCircuitBreaker(BreakerCore):
 
     def _start_process(self) -> None:
         super()._start_process()
-        self._beside: set[asyncio.Task[Any]] = set()
+        self._beside: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]
+        self._beside = weakref.WeakKeyDictionary()
         self._refreshing: weakref.WeakKeyDictionary[
             asyncio.AbstractEventLoop, tuple[asyncio.Task[None], asyncio.Event]
         ] = weakref.WeakKeyDictionary()
@@ -149,10 +150,10 @@ class AsyncCircuitBreaker(BreakerCore):
         Raises TypeError for another function.
         """
         guarded: Any
-        if inspect.isasyncgenfunction(func):
+        if inspect.isasyncgenfunction(inspect.unwrap(func)):
 
             def guarded(*args: P.args, **kwargs: P.kwargs) -> Any:
-                return self._iterate(func(*args, **kwargs))
+                return self._iterate(cast("AsyncGenerator[Any, Any]", func(*args, **kwargs)))
 
         elif inspect.iscoroutinefunction(func):
             guarded = self._guard(func)
@@ -190,6 +191,7 @@ class AsyncCircuitBreaker(BreakerCore):
             flight = self._view.take_off(seen.generation, None, now)
         else:
             flight = await self._drive(self._admit(), self._give_back)
+            self._begin(flight)
         try:
             result = await func(*args, **kwargs)
         except BaseException as exception:
@@ -214,7 +216,7 @@ class AsyncCircuitBreaker(BreakerCore):
                     else:
                         item = await generator.asend(sent)
         except StopAsyncIteration:
-            await self._drive(self._report_result(None, flight))
+            await self._drive(self._report(Outcome.SUCCESS, flight))
         except BaseException as exception:
             await self._drive(self._report_exception(exception, flight))
             raise
@@ -237,7 +239,8 @@ class AsyncCircuitBreaker(BreakerCore):
         return self._drive(self._leave_block(sys._getframe(1), exception))
 
     def _running(self) -> object:
-        return asyncio.current_task()
+        task = asyncio.current_task()
+        return task and weakref.ref(task)  # a task would keep its loop alive
 
     # The shell
 
@@ -320,9 +323,15 @@ class AsyncCircuitBreaker(BreakerCore):
         self._refreshing.pop(loop, None)  # it would hold the loop
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(coroutine)
-        self._beside.add(task)  # the loop itself keeps a weak reference only
-        task.add_done_callback(self._beside.discard)
+        loop = asyncio.get_running_loop()
+        beside = self._beside.get(loop)
+        if beside is None:
+            forget_ended(self._beside)
+            forget_ended(self._refreshing)
+            beside = self._beside[loop] = set()
+        task = loop.create_task(coroutine)
+        beside.add(task)  # the loop itself keeps a weak reference only
+        task.add_done_callback(beside.discard)
         return task
 
     def _give_back(self, flight: Flight) -> Steps[None]:
@@ -339,6 +348,11 @@ class AsyncCircuitBreaker(BreakerCore):
                 told = listener(event)
                 if inspect.isawaitable(told):
                     await told
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                self._listener_failed(listener)  # something of its own was cancelled
             except Exception:
                 self._listener_failed(listener)
 

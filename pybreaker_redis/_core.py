@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextvars
+import inspect
 import logging
 import os
 import secrets
@@ -17,13 +19,16 @@ from ._errors import CircuitOpenError, PermitError, PolicyError
 from ._fallback import AloneEngine, FallbackEngine, LocalEngine, OnRedisFailure, document_for
 from ._policy import Policy, override_request
 from ._protocol import COUNTS, HistoryEntry, Reply, Request, Snapshot, State, seconds
+from ._scripts import NotSent
 from ._steps import Refresh, Steps, Tell
-from ._view import Classifier, Event, EventKind, Flight, Outcome, Verdict, View
+from ._view import FOREVER, Classifier, Event, EventKind, Flight, Outcome, Verdict, View
 from ._watch import BaseWatch
 
 W = TypeVar("W", bound=BaseWatch)
 Exceptions: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
+_Probing: TypeAlias = "tuple[BreakerCore, Flight, _Probing | None]"
 logger = logging.getLogger("pybreaker_redis")
+_probing: contextvars.ContextVar[_Probing | None] = contextvars.ContextVar("pybreaker_redis_probing", default=None)
 _breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
 # what a report of nothing but successes never asks for, whatever state it finds
 _FOR_OTHERS = {
@@ -109,12 +114,12 @@ class BreakerCore:
         encoding: Literal["json", "msgpack"],
         redis_timeout: float,
     ) -> None:
-        _check_options(lease, on_redis_failure, encoding, redis_timeout)
+        _check_options(lease, on_redis_failure, encoding, redis_timeout, is_failure)
         self.name = name
         self.policy = policy or Policy()
         self.keys = _protocol.keys_of(name, prefix)
         self.corrupt_documents = 0
-        self._classifier = Classifier(failures, ignore if isinstance(ignore, tuple) else (ignore,), is_failure)
+        self._classifier = Classifier(_types("failures", failures), _types("ignore", ignore), is_failure)
         self._listeners = tuple(listeners)
         self._encoding = encoding
         self._warned: str | None = None
@@ -134,7 +139,6 @@ class BreakerCore:
         # a success that nobody wants to hear of or to judge is only counted: the fast path
         self._quiet = len(self._instruments) == len(self._listeners) and is_failure is None
         self._silent = self._quiet and not any(one.rejections for one in self._instruments)  # the same for rejections
-        self._blocks: dict[types.FrameType, list[tuple[object, BasePermit]]] = {}  # innermost last
         self._start_process()
         self._watch: BaseWatch | None = None
         self._watch_lease: float | None = None  # while a subscription keeps the view fresh
@@ -146,7 +150,9 @@ class BreakerCore:
 
     def _start_process(self) -> None:
         self.instance = f"{os.getpid()}-{secrets.token_hex(4)}"
-        self._reported, self._counting = 0, threading.Lock()  # successes, for instruments
+        self._reported, self._counting = 0, threading.RLock()  # successes, for instruments
+        self._blocks: dict[tuple[int, types.CodeType], list[tuple[object, BasePermit]]] = {}  # innermost last
+        self._blocks_lock = threading.RLock()
         given = self.policy.to_request()
         # what a report of nothing but successes needs: to a healthy breaker most of it would only be work
         self._brief: Request = {} if self._encoding == "json" else {"encoding": self._encoding}
@@ -178,7 +184,7 @@ class BreakerCore:
                 yield Refresh(wait=verdict is Verdict.WAIT)
                 seen, began, now = view.seen, now, monotonic()
                 # measured from when this call began: with a lease shorter than a round trip it would never end
-                if began - seen.sent >= 2 * view.lease:
+                if began - seen.sent >= 2 * view.lease_at(now):
                     continue
                 verdict = seen.verdict(now)
             if verdict is Verdict.ADMIT:
@@ -190,6 +196,8 @@ class BreakerCore:
             return (yield from self._ask())
 
     def _ask(self) -> Steps[Flight]:
+        if self._in_probe():
+            return Flight(0, None, monotonic())  # the probe's own outcome decides
         reply = yield from self._run("acquire", (yield from self._gathered()), self._common)
         if not reply["admitted"] or reply.get("shadow"):
             return (yield from self._reject(reply["state"], seconds(reply.get("retry_after_ms")) or 0.0))
@@ -270,7 +278,28 @@ class BreakerCore:
         yield from self._report(outcome, flight)
 
     def _report_exception(self, exception: BaseException, flight: Flight) -> Steps[None]:
-        return self._report(self._classifier.of_exception(exception), flight, exception)
+        return self._report(self._outcome_of(exception), flight, exception)
+
+    def _outcome_of(self, exception: BaseException) -> Outcome:
+        """That this breaker rejected a call made inside of this one says nothing of the service."""
+        if isinstance(exception, CircuitOpenError) and exception.name == self.name:
+            return Outcome.IGNORED
+        return self._classifier.of_exception(exception)
+
+    # Probes that call the breaker again
+
+    def _begin(self, flight: Flight) -> None:
+        """To be called where the guarded code runs: its own calls of this breaker are part of a probe."""
+        if flight.probe is not None:
+            _probing.set((self, flight, _probing.get()))
+
+    def _in_probe(self) -> bool:
+        probing = _probing.get()
+        while probing is not None:
+            breaker, flight, probing = probing
+            if breaker is self and not flight.over:
+                return True
+        return False
 
     # Blocks
 
@@ -279,27 +308,35 @@ class BreakerCore:
         raise NotImplementedError
 
     def _enter_block(self, frame: types.FrameType, permit: BasePermit) -> None:
-        self._blocks.setdefault(frame, []).append((self._running(), permit))
+        self._begin(permit._flight)
+        with self._blocks_lock:
+            self._blocks.setdefault(_place(frame), []).append((self._running(), permit))
 
     def _leave_block(self, frame: types.FrameType, exception: BaseException | None) -> Steps[None]:
-        permit = self._permit_of(frame)
+        with self._blocks_lock:
+            permit = self._permit_of(_place(frame))
+        return self._settle_block(permit, exception)
+
+    def _settle_block(self, permit: BasePermit, exception: BaseException | None) -> Steps[None]:
         if not permit.settled:
-            outcome = Outcome.SUCCESS if exception is None else self._classifier.of_exception(exception)
+            outcome = Outcome.SUCCESS if exception is None else self._outcome_of(exception)
             yield from permit._settle(outcome, exception)
 
-    def _permit_of(self, frame: types.FrameType) -> BasePermit:
+    def _permit_of(self, place: tuple[int, types.CodeType]) -> BasePermit:
         """A block is known by its frame, since a generator may change threads and others run in between.
 
         An ExitStack, or another object that enters and leaves for its user, does so from frames of its own: then
-        it is the block that this thread or task entered last.
+        it is the block that this thread or task entered last, else the last one of all.
         """
-        if frame not in self._blocks:
-            running = self._running()
-            frame = next(key for key in reversed(self._blocks) if self._blocks[key][-1][0] == running)
-        entered = self._blocks[frame]
+        if place not in self._blocks:
+            running, places = self._running(), list(reversed(self._blocks))
+            if not places:
+                raise PermitError(f"a block of breaker {self.name!r} is left that was not entered")
+            place = next((one for one in places if self._blocks[one][-1][0] == running), places[0])
+        entered = self._blocks[place]
         _, permit = entered.pop()
         if not entered:
-            del self._blocks[frame]
+            del self._blocks[place]
         return permit
 
     # Requests and what becomes of their replies
@@ -318,12 +355,23 @@ class BreakerCore:
             watch._join()
         if self._override:
             common = self._common  # it may have any rule
-        if self._view.policy.quorum > 1:
-            reply = yield from self._run_below_quorum(name, request, common)
-        else:
-            self._isolation = None
-            reply = yield from self._engine.run(name, {**common, **request})
+        try:
+            if self._view.policy.quorum > 1:
+                reply = yield from self._run_below_quorum(name, request, common)
+            else:
+                self._isolation = None
+                reply = yield from self._engine.run(name, {**common, **request})
+        except NotSent:
+            self._unsent(request)
+            raise
         return (yield from self._heed(reply, sent))
+
+    def _unsent(self, request: Request) -> None:
+        """The request was given up before it was sent: its successes are gathered still."""
+        if self._instruments:
+            with self._counting:
+                self._reported -= request.get("successes", 0)
+        self._view.give_back(request)
 
     def _obey(self, reply: Reply) -> None:
         """The policy in force is the one that the operator set last."""
@@ -472,9 +520,13 @@ class BreakerCore:
         watch = self._watch = kind(self, float(lease))
         return watch
 
-    def _watched(self, lease: float | None) -> None:
-        """The subscription stands (lease: as long as it lasts) or is lost (None). Either way the next call asks."""
+    def _watched(self, lease: float | None, until: float = FOREVER) -> None:
+        """The subscription stands (lease: while it does, as far as is known until then) or is lost (None).
+
+        Either way the next call asks.
+        """
         self._watch_lease = lease
+        self._view.trusted_until = FOREVER if lease is None else until
         self._set_lease()
         self._view.drop()
 
@@ -557,7 +609,25 @@ def _decides(fleet: Reply) -> bool:
     return fleet["state"] != "closed" or fleet.get("forced") is not None
 
 
-def _check_options(lease: object, on_redis_failure: object, encoding: object, redis_timeout: object) -> None:
+def _place(frame: types.FrameType) -> tuple[int, types.CodeType]:
+    """Which frame it is among those that live; the frame itself would keep what it belongs to alive."""
+    return id(frame), frame.f_code
+
+
+def _types(what: str, given: Any) -> tuple[type[BaseException], ...]:
+    """The exception types of an option: one, or any iterable of them."""
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, type) else (given,)
+    for one in found:
+        if not (isinstance(one, type) and issubclass(one, BaseException)):
+            raise PolicyError(f"{what} must be exception types, not {one!r}")
+    return found
+
+
+def _check_options(
+    lease: object, on_redis_failure: object, encoding: object, redis_timeout: object, is_failure: object = None
+) -> None:
+    if is_failure is not None and (not callable(is_failure) or inspect.iscoroutinefunction(is_failure)):
+        raise PolicyError(f"is_failure must be a plain function of the result, or None, not {is_failure!r}")
     for what, value, least in (("lease", lease, 0.0), ("redis_timeout", redis_timeout, 0.001)):
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= 3600:
             raise PolicyError(f"{what} must be from {least:g} to 3600 seconds, not {value!r}")

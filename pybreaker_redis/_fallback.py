@@ -20,6 +20,11 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
 _local_generations = itertools.count(2)  # FixedEngine has -1
 
 
+def patience(redis_timeout: float) -> float:
+    """Seconds; longer than any one exchange with Redis, its connecting included."""
+    return LONGEST_PAUSE + 10 * redis_timeout
+
+
 class LocalEngine(MemoryEngine):
     """Protects one process while Redis is down; its own generations are below zero, so Redis never takes them."""
 
@@ -107,17 +112,17 @@ class FallbackEngine:
         on_script: Callable[[str, float, BaseException | None], None],
     ) -> None:
         self._mode = mode
-        self._patience = LONGEST_PAUSE + 10 * redis_timeout  # longer than any one try
+        self._patience = patience(redis_timeout)
         self._last_known = last_known
         self._on_down, self._on_up, self._on_script = on_down, on_up, on_script
         self._local: LocalEngine | FixedEngine | None = None
         self._retry_at = 0.0
         self._pause = FIRST_PAUSE
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def after_fork(self) -> None:
         """Locks of the parent may be held by a thread that does not exist here, nor does one that tries again."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._retry_at = 0.0
         if self._local is not None:
             self._local.after_fork()

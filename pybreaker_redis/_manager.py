@@ -143,6 +143,7 @@ class ManagerCore(Generic[B]):
         for breaker in breakers:
             if breaker._watch is not None:
                 breaker._watch._leave()
+                breaker._watch = None
         return breakers
 
 

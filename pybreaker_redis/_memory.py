@@ -96,12 +96,12 @@ class MemoryEngine:
         self._document = document
         self._override = override
         self._override_until_ms: int | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY_ENTRIES)
 
     def after_fork(self) -> None:
         """Forget a lock that another thread of the parent may have held."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def run(self, name: str, request: Request) -> Reply:
         """The reply of the script called name."""

@@ -13,7 +13,7 @@ import itertools
 import os
 import pathlib
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, TypeAlias
 
 import redis
@@ -165,7 +165,8 @@ class _Connections:
                         return connection
                 connection.disconnect()
         connection = self._connection()
-        connection.connect()  # sending alone would not ask a Sentinel for the master
+        with _connecting():
+            connection.connect()  # sending alone would not ask a Sentinel for the master
         return connection
 
     def subscriber(self) -> Any:
@@ -316,8 +317,8 @@ class AsyncRedisEngine:
     def _make_link(self, loop: asyncio.AbstractEventLoop) -> _AsyncConnections | _AsyncCluster:
         client, timeout = self._client, self._timeout
         by_loop = _shared.setdefault(client, {}).setdefault(timeout, weakref.WeakKeyDictionary())
-        _forget_ended(self._links)
-        _forget_ended(by_loop)
+        forget_ended(self._links)
+        forget_ended(by_loop)
         links: dict[_Address | None, _AsyncConnections] = by_loop.setdefault(loop, {})
         if isinstance(client, redis.asyncio.RedisCluster):
             return _AsyncCluster(client, timeout, links)
@@ -326,26 +327,38 @@ class AsyncRedisEngine:
         return links[None]
 
 
+class NotSent(asyncio.CancelledError):
+    """A call was cancelled before its command went out, so that nobody has executed it."""
+
+
 class _AsyncConnections:
     def __init__(self, pool: Any, timeout: float) -> None:
         self._pool, self._timeout = pool, timeout
         self._idle: collections.deque[Any] = collections.deque()
-        self._slots = asyncio.Semaphore(_MOST_CONNECTIONS)
+        self._loop, self._slots = asyncio.get_running_loop(), asyncio.Semaphore(_MOST_CONNECTIONS)
         self._failures = 0
 
     async def execute(self, *words: bytes, asking: bool = False) -> Any:
-        failures = self._failures
-        async with self._slots:
-            if failures != self._failures:  # or a crowd would wait for a dead server in turns
-                raise redis.ConnectionError("another call lost the server while this one waited for a connection")
-            return await self._exchange(words, asking)
+        failures, sent = self._failures, asyncio.Event()
+        try:
+            async with self._slots:
+                if failures != self._failures:  # or a crowd would wait for a dead server in turns
+                    raise redis.ConnectionError("another call lost the server while this one waited for a connection")
+                return await self._exchange(words, asking, sent)
+        except BaseException as error:
+            ended = isinstance(error, (asyncio.CancelledError, GeneratorExit)) or self._loop.is_closed()
+            if sent.is_set() or not ended:
+                raise
+            raise NotSent from error
 
-    async def _exchange(self, words: tuple[bytes, ...], asking: bool) -> Any:
+    async def _exchange(self, words: tuple[bytes, ...], asking: bool, sent: asyncio.Event) -> Any:
         async with _deadline(self._timeout):
             connection = await self._take()
             try:
                 if not connection.is_connected:
-                    await connection.connect()  # sending alone would not ask a Sentinel for the master
+                    with _connecting():
+                        await connection.connect()  # sending alone would not ask a Sentinel for the master
+                sent.set()
                 await connection.send_packed_command(_packed(words, asking), check_health=False)
                 if asking:
                     await connection.read_response()
@@ -429,7 +442,18 @@ class _AsyncCluster:
         return self._links[address]
 
 
-def _forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any]) -> None:
+@contextlib.contextmanager
+def _connecting() -> Iterator[None]:
+    """Whatever keeps us from connecting is an outage: a credential provider, or a name that is none, raises its own."""
+    try:
+        yield
+    except REDIS_ERRORS:
+        raise
+    except Exception as error:
+        raise redis.ConnectionError(f"connecting failed: {error!r}") from error
+
+
+def forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any]) -> None:
     """What a loop that was closed leaves open holds the loop, and so would never go by itself."""
     for reference in by_loop.keyrefs():
         loop = reference()

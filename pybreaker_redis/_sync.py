@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -13,7 +14,7 @@ from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
 
 from ._core import BasePermit, BreakerCore, Exceptions
 from ._errors import CircuitOpenError, PolicyError
-from ._fallback import OnRedisFailure
+from ._fallback import OnRedisFailure, patience
 from ._policy import Policy
 from ._protocol import HistoryEntry, Snapshot, State
 from ._scripts import RedisEngine
@@ -79,7 +80,7 @@ class CircuitBreaker(BreakerCore):
     Redis is good without asking again; 0 asks before and reports after every call. failures: exception
     types that count as failures. ignore: those that count as nothing. is_failure: a predicate on results.
     listeners: callables that take one Event. on_redis_failure: "local" protects this process by the same
-    rules, "open" rejects, "closed" admits. redis_timeout: seconds that a call waits for Redis at the most.
+    rules, "open" rejects, "closed" admits. redis_timeout: seconds for connecting to Redis, and for each reply.
     encoding: of the stored document, "json" or "msgpack".
 
     Constructing one needs no server and writes nothing. Raises PolicyError for an option that makes no sense.
@@ -119,10 +120,11 @@ class CircuitBreaker(BreakerCore):
             if inspect.iscoroutinefunction(listener):
                 raise PolicyError(f"listener {listener!r} {_USE_ASYNC}")
         self._redis = None if redis is None else RedisEngine(redis, self.keys, redis_timeout)
+        self._patience = patience(redis_timeout)
 
     def _start_process(self) -> None:
         super()._start_process()
-        self._refreshing = threading.Lock()
+        self._refreshing = threading.RLock()
 
     def _after_fork(self) -> None:
         super()._after_fork()
@@ -142,6 +144,8 @@ class CircuitBreaker(BreakerCore):
         """Decorate func. Raises TypeError for a coroutine function."""
         if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
             raise TypeError(f"{func!r} {_USE_ASYNC}")
+        if not callable(func):  # as a classmethod is that is decorated before it is bound
+            raise TypeError(f"{func!r} cannot be called")
         if inspect.isgeneratorfunction(func):
 
             def guarded(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -180,6 +184,7 @@ class CircuitBreaker(BreakerCore):
             flight = self._view.take_off(seen.generation, None, now)
         else:
             flight = self._drive(self._admit())
+            self._begin(flight)
         try:
             result = func(*args, **kwargs)
         except BaseException as exception:
@@ -254,15 +259,20 @@ class CircuitBreaker(BreakerCore):
             return tell(step.event)
         if isinstance(step, ReadHistory):
             return self._redis.history(step.entries)
-        return threading.Thread(
-            target=self._drive, args=(step.steps,), name="pybreaker_redis-retry", daemon=True
-        ).start()
+        with contextlib.suppress(RuntimeError):  # no thread can start: at the interpreter's end, or at a limit
+            threading.Thread(target=self._drive, args=(step.steps,), name="pybreaker_redis-retry", daemon=True).start()
+        return None
 
     def _refresh(self, wait: bool) -> None:
         """Single flight: one thread asks; the others wait for it, or go on."""
         lock, began, later = self._refreshing, monotonic(), list[Event]()
-        if not lock.acquire(blocking=wait):
-            return
+        if not lock.acquire(timeout=self._patience if wait else 0):
+            if not wait:
+                return
+            # longer than any refresh: an exception of a signal handler can hit its thread before it comes to `try`
+            if self._refreshing is lock:
+                self._refreshing = threading.RLock()
+            return self._refresh(wait)
         try:
             # from when this thread came: a reply that is older than the lease was still worth the wait
             if self._view.decide(self._view.seen, began) in (Verdict.REFRESH, Verdict.WAIT):

@@ -23,7 +23,7 @@ EventKind: TypeAlias = Literal[
     "state_change", "success", "failure", "ignored", "rejected", "redis_error", "redis_restored"
 ]
 CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError, KeyboardInterrupt, GeneratorExit)
-NEVER = float("-inf")
+NEVER, FOREVER = float("-inf"), float("inf")
 FIRST_SHARE = 0.1  # of the calls, right after a recovery with a ramp
 
 
@@ -93,25 +93,30 @@ class Counter:
         self._taken += new
         return new
 
+    def give_back(self, successes: int) -> None:
+        """They were taken, but not reported; one caller at a time."""
+        self._taken -= successes
+
 
 class Flight:
     """One admitted call: the generation and probe slot it runs under, and when it began.
 
-    generation: 0 counts for nothing. pending: it was reported as slow while it ran.
+    generation: 0 counts for nothing. pending: it was reported as slow while it ran. over: it has ended.
     """
 
-    __slots__ = ("generation", "pending", "probe", "started")
+    __slots__ = ("generation", "over", "pending", "probe", "started")
 
     def __init__(self, generation: int, probe: int | None, started: float) -> None:
         self.generation = generation
         self.probe = probe
         self.started = started
         self.pending = False
+        self.over = False
 
 
 @dataclasses.dataclass(slots=True)
 class Seen:
-    """One reply, never changed but swapped whole. Times are seconds of the monotonic clock.
+    """One reply, swapped whole; only the ends of its trust move. Times are seconds of the monotonic clock.
 
     closed_until, open_until: how long it admits or rejects without asking, which is all of the fast path;
     timed_until: the same as closed_until where slow calls are measured. ramp_until: when a recovery is complete.
@@ -162,15 +167,18 @@ class View:
     """
 
     def __init__(self, lease: float, policy: Policy | None = None) -> None:
-        self.lease = lease
+        self.lease = self.short_lease = lease
+        self.trusted_until = FOREVER  # until when a lease may be long; a subscription moves it on while it stands
         self.policy = policy or Policy()
         self.seen = unseen()
         self._flights: dict[Flight, None] = {}  # those that may still become slow, oldest first
-        self._lock = threading.Lock()
+        # every lock is re-entrant: a signal handler or a finalizer may call the breaker amid the work of its own thread
+        self._lock = threading.RLock()
+        self._not_before = NEVER  # a reply to a request that was sent earlier is trusted no longer
 
     def after_fork(self) -> None:
         """In a child: what was gathered and what flies is the parent's to report, and its lock may be held."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._flights = {}
         self.seen.counter.take()
 
@@ -178,10 +186,28 @@ class View:
         """What to do with a call that arrives now."""
         if self.lease <= 0:
             return Verdict.ASK
-        verdict, age = seen.verdict(now), now - seen.sent
-        if verdict is Verdict.ASK or age < self.lease:
+        verdict, age, lease = seen.verdict(now), now - seen.sent, self.lease_at(now)
+        if verdict is Verdict.ASK or age < lease:
             return verdict
-        return Verdict.REFRESH if age < 2 * self.lease else Verdict.WAIT
+        return Verdict.REFRESH if age < 2 * lease else Verdict.WAIT
+
+    def lease_at(self, now: float) -> float:
+        """The lease that holds now."""
+        return self.lease if now < self.trusted_until else self.short_lease
+
+    def trust(self, until: float) -> None:
+        """A subscription stands: a long lease holds until then. One that has died in any way says so no more."""
+        self.trusted_until, seen = until, self.seen
+        fresh_until = self._fresh_until(seen.sent)
+        if seen.closed_until > NEVER:
+            seen.closed_until = fresh_until
+        if seen.timed_until > NEVER:
+            seen.timed_until = fresh_until
+        if seen.open_until > NEVER:
+            seen.open_until = min(fresh_until, seen.retry_at)
+
+    def _fresh_until(self, sent: float) -> float:
+        return max(min(sent + self.lease, self.trusted_until), sent + self.short_lease)
 
     def held_back(self, ramp_left: float) -> bool:
         """Whether the ramp after a recovery rejects this call; ramp_left: seconds to its end."""
@@ -201,13 +227,15 @@ class View:
             since = seen.arrived if generation < seen.generation else seen.sent
             if sent < since and generation <= seen.generation and not reply.get("isolated"):
                 return
+            if sent < self._not_before:
+                return
             self.seen = self._seen_from(reply, sent, now)
 
     def _seen_from(self, reply: Reply, sent: float, now: float) -> Seen:
         state, generation = reply["state"], reply["generation"]
         retry_at = now + (reply.get("retry_after_ms") or 0) / 1000
         ramp_until = now + (reply.get("ramp_left_ms") or 0) / 1000
-        fresh_until = sent + self.lease if self.lease > 0 else NEVER
+        fresh_until = self._fresh_until(sent) if self.lease > 0 else NEVER
         closed_until = fresh_until if state == "closed" and ramp_until <= now else NEVER
         timed = self.policy.slow_call_duration is not None
         return Seen(
@@ -228,7 +256,7 @@ class View:
     def drop(self) -> None:
         """Trust the view no longer: the next call asks. What was gathered stays, its generation may live on."""
         with self._lock:
-            seen = self.seen
+            seen, self._not_before = self.seen, monotonic()
             self.seen = unseen(seen.state, seen.generation, seen.failure_count, seen.counter)
 
     def gather(self, generation: int) -> bool:
@@ -257,6 +285,12 @@ class View:
             gathered = seen.counter.take()
         return {"generation": seen.generation, "successes": gathered} if gathered else {"generation": seen.generation}
 
+    def give_back(self, request: Request) -> None:
+        """This request was never sent: what was taken for it is still to be reported, if its generation lives."""
+        with self._lock:
+            if request.get("generation") == self.seen.generation:
+                self.seen.counter.give_back(request.get("successes", 0))
+
     # Flights, where slow calls are measured
 
     def take_off(self, generation: int, probe: int | None, now: float) -> Flight:
@@ -268,6 +302,7 @@ class View:
 
     def land(self, flight: Flight) -> tuple[bool | None, bool]:
         """A call ended: whether it was slow (None: not measured), and whether that was reported while it ran."""
+        flight.over = True
         registered = self._flights.pop(flight, flight) is None  # else overdue() has it
         pending = flight.pending and not registered
         limit = self.policy.slow_call_duration
@@ -301,7 +336,7 @@ class View:
 class Classifier:
     """Which outcomes count, and as what."""
 
-    failures: type[BaseException] | tuple[type[BaseException], ...]
+    failures: tuple[type[BaseException], ...]
     ignore: tuple[type[BaseException], ...]
     is_failure: Callable[[Any], bool] | None
 
@@ -311,6 +346,9 @@ class Classifier:
             return Outcome.IGNORED
         if isinstance(exception, self.failures):
             return Outcome.FAILURE
+        if isinstance(exception, BaseExceptionGroup):  # of a TaskGroup: the worst of what it holds
+            found = {self.of_exception(one) for one in exception.exceptions}
+            return next(one for one in (Outcome.FAILURE, Outcome.SUCCESS, Outcome.IGNORED) if one in found)
         return Outcome.SUCCESS if isinstance(exception, Exception) else Outcome.IGNORED
 
     def of_result(self, result: Any) -> Outcome:

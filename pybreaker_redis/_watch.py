@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from ._core import BreakerCore
 
 PING_EVERY = 1.0  # seconds; a connection that is silent for twice that is lost
+TRUSTED_FOR = 3 * PING_EVERY  # after the last sign of life, also of the thread or task that listens
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 logger = logging.getLogger("pybreaker_redis")
-_lock = threading.Lock()
+_lock = threading.RLock()
 _subscriptions: dict[tuple[object, ...], Subscription | AsyncSubscription] = {}
 _tasks: set[asyncio.Task[None]] = set()
 
@@ -36,7 +37,7 @@ class Audience:
         self._connected = False
         self._ended = False
         self._leases: weakref.WeakKeyDictionary[BreakerCore, float] = weakref.WeakKeyDictionary()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __bool__(self) -> bool:
         return bool(self._leases)
@@ -47,7 +48,7 @@ class Audience:
             if not self._ended:
                 self._leases[breaker] = lease
                 if self._connected:
-                    breaker._watched(lease)
+                    breaker._watched(lease, time.monotonic() + TRUSTED_FOR)
             return not self._ended
 
     def leave(self, breaker: BreakerCore) -> None:
@@ -78,11 +79,19 @@ class Audience:
             logger.warning("circuit breakers %r: the subscription is lost, leases are short: %r", self.pattern, error)
         self._switch(False)
 
+    def stands(self) -> None:
+        """It was heard of, or has asked: for some pings' time leases may be long. To be called with every ping."""
+        until = time.monotonic() + TRUSTED_FOR
+        with self._lock:
+            for breaker in list(self._leases):
+                breaker._view.trust(until)
+
     def _switch(self, connected: bool) -> None:
         with self._lock:
             self._connected = connected
+            until = time.monotonic() + TRUSTED_FOR
             for breaker, lease in list(self._leases.items()):
-                breaker._watched(lease if connected else None)
+                breaker._watched(lease if connected else None, until)
 
     def heard(self, reply: list[Any]) -> Iterator[tuple[BreakerCore, dict[str, Any]]]:
         """Whom a message concerns; anybody may publish anything, so that what makes no sense is passed over."""
@@ -115,7 +124,7 @@ class Subscription:
             try:
                 for _ in self._listen():
                     pauses = _pauses()
-            except Exception as error:  # whatever it is: leases must not stay long
+            except BaseException as error:  # whatever it is, SystemExit of a listener too: leases must not stay long
                 self.audience.down(error)
                 time.sleep(next(pauses))
 
@@ -130,6 +139,7 @@ class Subscription:
             yield
             pinged = False
             while self.audience:
+                self.audience.stands()
                 if connection.can_read(PING_EVERY):
                     for breaker, message in self.audience.heard(_reply(connection.read_response)):
                         breaker._drive(breaker._heard(message))  # type: ignore[attr-defined]
@@ -181,6 +191,7 @@ class AsyncSubscription:
             yield
             pinged = False
             while self.audience:
+                self.audience.stands()
                 reader = reader or asyncio.ensure_future(connection.read_response())
                 await asyncio.wait({reader}, timeout=PING_EVERY)
                 if reader.done():
@@ -211,7 +222,9 @@ class BaseWatch:
     @property
     def active(self) -> bool:
         """Whether the subscription stands just now, so that the long lease holds."""
-        return self._audience is not None and self._breaker._watch_lease is not None
+        breaker = self._breaker
+        stands = breaker._watch_lease is not None and time.monotonic() < breaker._view.trusted_until
+        return self._audience is not None and stands
 
     def _key(self) -> tuple[object, ...]:
         breaker: Any = self._breaker
@@ -262,7 +275,7 @@ def _pauses() -> Iterator[float]:
 
 def _after_fork_in_child() -> None:
     global _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _subscriptions.clear()
 
 

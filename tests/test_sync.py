@@ -917,12 +917,16 @@ def test_policy_errors_are_value_errors() -> None:
 @pytest.mark.parametrize("given", ["url", "client"])
 def test_breakers_share_the_connections_of_a_client(server: EmbeddedServer, client: redis.Redis, given: str) -> None:
     """Fifty breakers that were given the same client, or URL, and ask one after the other need one connection."""
-    target = server.url if given == "url" else redis.Redis.from_url(server.url)
+    url = f"{server.url}?client_name=sharing-{given}"
+    target = url if given == "url" else redis.Redis.from_url(url)
     breakers = [CircuitBreaker(f"shared-{number}", redis=target, lease=0) for number in range(50)]
-    before = len(client.client_list())
+
+    def connections() -> int:
+        return sum(one["name"] == f"sharing-{given}" for one in client.client_list())
+
     for breaker in breakers:
         assert breaker.call(int, "5") == 5
-    assert len(client.client_list()) - before == 1
+    assert connections() == 1
     breakers[0].close()  # the others open another
     assert [breaker.call(int, "5") for breaker in breakers] == [5] * 50
     for breaker in breakers:
@@ -930,4 +934,58 @@ def test_breakers_share_the_connections_of_a_client(server: EmbeddedServer, clie
     assert all(breaker.snapshot().source == "redis" for breaker in breakers)
     del breaker, breakers, target
     gc.collect()
-    wait_until(lambda: len(client.client_list()) == before)
+    wait_until(lambda: connections() == 0)
+
+
+def test_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At a limit of threads, or at the interpreter's end, an outage goes on locally, and the call is as it was."""
+    breaker = CircuitBreaker("threads", redis="redis://127.0.0.1:1")
+    assert breaker.call(int, "5") == 5
+
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", start)
+    breaker._engine._retry_at = 0.0  # type: ignore[union-attr]
+    assert breaker.call(int, "5") == 5
+    with pytest.raises(Boom):
+        breaker.call(boom)
+
+
+def test_groups_of_exceptions() -> None:
+    """A group counts as the worst of what it holds: a failure, else an answer, else nothing."""
+    breaker = CircuitBreaker(
+        "groups", failures=[ConnectionError], ignore=[KeyError], policy=Policy(failure_threshold=9)
+    )
+
+    def fail(*errors: Exception) -> int:
+        with pytest.raises(ExceptionGroup):
+            breaker.call(_raise, ExceptionGroup("of a TaskGroup", errors))
+        breaker.flush()
+        return breaker.snapshot().failure_count
+
+    def _raise(error: Exception) -> None:
+        raise error
+
+    assert fail(ValueError(), ExceptionGroup("inner", [KeyError(), ConnectionError()])) == 1
+    assert fail(KeyError()) == 1
+    assert fail(KeyError(), ValueError()) == 0
+
+
+def test_a_reply_from_before_the_view_was_dropped(server: EmbeddedServer) -> None:
+    """What was asked before a subscription stood may have missed a trip: it does not become the view."""
+    breaker = CircuitBreaker("overtaken", redis=server.url, **PATIENT)
+    run, other = breaker._redis.run, CircuitBreaker("overtaken", redis=server.url, **PATIENT)
+
+    def late(name: str, request: Any) -> Any:
+        reply = run(name, request)
+        breaker._redis.run = run
+        other.force_open(3000)
+        breaker._watched(3600)  # as the subscription's thread does when it stands
+        return reply
+
+    breaker._redis.run = late
+    with contextlib.suppress(CircuitOpenError):
+        breaker.call(int)
+    with pytest.raises(CircuitOpenError):
+        breaker.call(int)
