@@ -583,7 +583,7 @@ def test_a_hanging_thread_is_seen(make_breaker: Callable[..., CircuitBreaker]) -
 
 def test_a_hanging_task_is_seen(server: EmbeddedServer, client: redis.Redis) -> None:
     """A call that hangs in a task trips the others before it returns; cancelled after that, it changes nothing."""
-    policy = Policy(slow_call_duration=QUICK, slow_call_rate_threshold=0.01, minimum_calls=1, reset_timeout=LONG)
+    policy = Policy(slow_call_duration=QUICK, slow_call_rate_threshold=0.001, minimum_calls=1, reset_timeout=LONG)
 
     async def fine() -> None:
         """A call that succeeds."""
