@@ -18,7 +18,7 @@ from ._errors import CircuitOpenError
 from ._fallback import OnRedisFailure
 from ._policy import Policy
 from ._protocol import HistoryEntry, Snapshot, State
-from ._scripts import AsyncRedisEngine, forget_ended
+from ._scripts import AsyncRedisEngine, forget_ended, leave_to_parent
 from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
 from ._view import Event, Flight, Outcome
 from ._watch import AsyncSubscription, BaseWatch
@@ -131,6 +131,7 @@ class AsyncCircuitBreaker(BreakerCore):
         ] = weakref.WeakKeyDictionary()
 
     def _after_fork(self) -> None:
+        leave_to_parent(self._beside)
         super()._after_fork()
         if self._redis is not None:
             self._redis.forget()

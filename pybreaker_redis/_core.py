@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import inspect
 import logging
@@ -319,19 +320,24 @@ class BreakerCore:
     def _settle_block(self, permit: BasePermit, exception: BaseException | None) -> Steps[None]:
         if not permit.settled:
             outcome = Outcome.SUCCESS if exception is None else self._outcome_of(exception)
-            yield from permit._settle(outcome, exception)
+            try:
+                report = permit._settle(outcome, exception)
+            except PermitError:  # another thread settled it just now
+                return
+            yield from report
 
     def _permit_of(self, place: tuple[int, types.CodeType]) -> BasePermit:
         """A block is known by its frame, since a generator may change threads and others run in between.
 
         An ExitStack, or another object that enters and leaves for its user, does so from frames of its own: then
-        it is the block that this thread or task entered last, else the last one of all.
+        it is the block that this thread or task entered last, else the last one of all, of a stack if there is one.
         """
         if place not in self._blocks:
             running, places = self._running(), list(reversed(self._blocks))
             if not places:
                 raise PermitError(f"a block of breaker {self.name!r} is left that was not entered")
-            place = next((one for one in places if self._blocks[one][-1][0] == running), places[0])
+            places = [one for one in places if self._blocks[one][-1][0] == running] or places
+            place = next((one for one in places if one[1].co_filename == contextlib.__file__), places[0])
         entered = self._blocks[place]
         _, permit = entered.pop()
         if not entered:
@@ -491,7 +497,7 @@ class BreakerCore:
 
     def _last_known(self) -> LocalEngine:
         seen = self._view.seen
-        open_for = seen.retry_at - monotonic() if seen.state == "open" else 0.0
+        open_for = max(seen.retry_at - monotonic(), 0.0) if seen.state == "open" else 0.0
         return self._local_engine(seen.state, seen.failure_count, open_for, seen.generation)
 
     def _local_engine(self, state: State, failure_count: int, open_for: float, generation: int = 0) -> LocalEngine:

@@ -117,13 +117,14 @@ class FallbackEngine:
         self._on_down, self._on_up, self._on_script = on_down, on_up, on_script
         self._local: LocalEngine | FixedEngine | None = None
         self._retry_at = 0.0
+        self._trying = False  # or the last try was given up
         self._pause = FIRST_PAUSE
         self._lock = threading.RLock()
 
     def after_fork(self) -> None:
         """Locks of the parent may be held by a thread that does not exist here, nor does one that tries again."""
         self._lock = threading.RLock()
-        self._retry_at = 0.0
+        self._retry_at, self._trying = 0.0, False
         if self._local is not None:
             self._local.after_fork()
 
@@ -144,7 +145,13 @@ class FallbackEngine:
                 reply["source"] = "redis"
                 return reply
         elif self._claim_retry():
-            yield Beside(self._try_again(request))  # no call waits for a server that is known to be down
+            given_up, self._trying = self._trying, True
+            if not given_up:
+                yield Beside(self._try_again(request))  # no call waits for a server that is known to be down
+            else:  # but loops may always end before a try beside their calls does
+                yield from self._try_again(request)
+                if self._local is None:
+                    return (yield from self.run(name, request))
         return local.run(name, request)
 
     def own(self, name: str, request: Request) -> Reply | None:
@@ -215,9 +222,12 @@ class FallbackEngine:
         try:
             yield from self._ask("record", {**common, "generation": 0})
         except REDIS_ERRORS:
-            self._retry_at = monotonic() + self._next_pause()
+            self._trying, self._retry_at = False, monotonic() + self._next_pause()
+        except BaseException:
+            self._retry_at = 0.0  # it was cancelled
+            raise
         else:
-            self._local = None
+            self._trying, self._local = False, None
             yield from self._on_up()
 
 

@@ -13,7 +13,7 @@ import itertools
 import os
 import pathlib
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, MutableMapping
 from typing import Any, TypeAlias
 
 import redis
@@ -39,6 +39,8 @@ _Address: TypeAlias = tuple[str, int]
 # Connections by the client that was given and the deadline: a process needs as many as it has threads that ask at once,
 # however many breakers it has. Of a cluster by their node, on asyncio by the loop too.
 _shared: weakref.WeakKeyDictionary[Any, dict[float, Any]] = weakref.WeakKeyDictionary()
+# In a forked child: what is freed closes its transport, and takes it out of the epoll that the parent's loop shares.
+_parents: list[Any] = []
 _by_url: weakref.WeakValueDictionary[tuple[Any, str], Any] = weakref.WeakValueDictionary()
 
 
@@ -275,11 +277,12 @@ class AsyncRedisEngine:
         client = self._client = _client(client, redis.asyncio.Redis, redis.asyncio.RedisCluster, "redis.asyncio.Redis")
         self._words = _Words(keys)
         self._timeout = timeout
-        self.forget()
+        self._links: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _AsyncConnections | _AsyncCluster]
+        self._links = weakref.WeakKeyDictionary()
 
     def forget(self) -> None:
         """In a forked child: the parent's connections are not ours."""
-        self._links: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _AsyncConnections | _AsyncCluster]
+        leave_to_parent(self._links)
         self._links = weakref.WeakKeyDictionary()
 
     async def run(self, name: str, request: Request) -> Reply:
@@ -543,5 +546,17 @@ def _connection_kwargs(given: dict[str, Any], timeout: float | None) -> dict[str
     return kwargs
 
 
+def leave_to_parent(held: MutableMapping[Any, Any]) -> None:
+    """In a forked child: nothing of this is used, or freed."""
+    _parents.append(list(held.items()))
+
+
+def _after_fork_in_child() -> None:
+    for by_timeout in list(_shared.values()):
+        for links in by_timeout.values():
+            leave_to_parent(links)
+    _shared.clear()  # a breaker for threads sees to the connections that it holds
+
+
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_shared.clear)  # the parent's; each breaker sees to those that it holds
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -142,7 +142,11 @@ class Seen:
 
 
 def unseen(
-    state: State = "closed", generation: int = 0, failure_count: int = 0, counter: Counter | None = None
+    state: State = "closed",
+    generation: int = 0,
+    failure_count: int = 0,
+    counter: Counter | None = None,
+    retry_at: float = NEVER,
 ) -> Seen:
     """Too old for anything: before the first reply, or one that is trusted no longer."""
     return Seen(
@@ -151,7 +155,7 @@ def unseen(
         failure_count,
         sent=NEVER,
         arrived=NEVER,
-        retry_at=NEVER,
+        retry_at=retry_at,
         ramp_until=NEVER,
         closed_until=NEVER,
         timed_until=NEVER,
@@ -257,7 +261,7 @@ class View:
         """Trust the view no longer: the next call asks. What was gathered stays, its generation may live on."""
         with self._lock:
             seen, self._not_before = self.seen, monotonic()
-            self.seen = unseen(seen.state, seen.generation, seen.failure_count, seen.counter)
+            self.seen = unseen(seen.state, seen.generation, seen.failure_count, seen.counter, seen.retry_at)
 
     def gather(self, generation: int) -> bool:
         """Count one success locally; False where it has to be reported at once."""

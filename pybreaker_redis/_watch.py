@@ -247,6 +247,8 @@ class BaseWatch:
         self._audience = shared.audience
 
     def _leave(self) -> None:
+        if self._breaker._rejoin is self:
+            self._breaker._rejoin = None
         audience, self._audience = self._audience, None
         if audience is not None:
             audience.leave(self._breaker)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import random
+import os
 import signal
 import sys
 import threading
@@ -151,30 +151,6 @@ def test_a_refresh_that_died_with_its_lock_holds_up_nobody_for_ever(server: Embe
     for thread in threads:
         thread.join(60)
     assert results == [5] * 8
-
-
-def test_time_limits_anywhere_leave_a_working_breaker() -> None:
-    """Exceptions of a signal handler, at 500 random moments: the next call goes on."""
-
-    class TimeLimit(Exception):
-        pass
-
-    def alarm(*_: object) -> None:
-        raise TimeLimit
-
-    breaker = CircuitBreaker("limits", lease=1e-6)  # every call refreshes
-    breaker._patience = 0.2
-    before = signal.signal(signal.SIGALRM, alarm)
-    try:
-        for _ in range(500):
-            with contextlib.suppress(TimeLimit):
-                signal.setitimer(signal.ITIMER_REAL, random.uniform(5e-5, 4e-4))
-                while True:
-                    breaker.call(int)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
-    assert breaker.call(int, "5") == 5
 
 
 # Blocks that others enter and leave ------------------------------------------------------------
@@ -336,3 +312,84 @@ def test_a_watch_of_a_loop_that_is_gone_leaves_no_long_lease(server: EmbeddedSer
         return await breaker.state
 
     wait_until(lambda: asyncio.run(state()) == "open")
+
+
+# A view that is trusted no longer, when Redis goes ----------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["watched", "dropped"])
+def test_an_open_circuit_whose_view_was_dropped_stays_open_without_redis(own_server: EmbeddedServer, way: str) -> None:
+    """The subscription is lost with its server, or an operator did something: the open time is still known."""
+    breaker = CircuitBreaker("dropped", redis=own_server.url, policy=Policy(failure_threshold=1, reset_timeout=3000))
+    with pytest.raises(OSError):
+        breaker.call(boom)
+    breaker._watched(3600 if way == "watched" else None)
+    os.kill(own_server.pid, signal.SIGSTOP)
+    try:
+        for _ in range(3):
+            with pytest.raises(CircuitOpenError) as rejection:
+                breaker.call(int)
+            assert 2000 < rejection.value.retry_after <= 3000
+        assert breaker.snapshot().source == "local"
+    finally:
+        os.kill(own_server.pid, signal.SIGCONT)
+
+
+def test_loops_for_one_call_each_find_back(own_server: EmbeddedServer) -> None:
+    """A retry beside the call is cancelled with each loop: then a call waits for one, and the outage ends."""
+    breaker = AsyncCircuitBreaker("short", redis=own_server.url, policy=Policy(failure_threshold=1, reset_timeout=3000))
+
+    async def one() -> str:
+        with contextlib.suppress(OSError, CircuitOpenError):
+            await breaker.call(fail)
+        return "local" if breaker._engine.alone else "redis"
+
+    async def fail() -> None:
+        raise OSError
+
+    os.kill(own_server.pid, signal.SIGSTOP)
+    try:
+        assert asyncio.run(one()) == "local"
+    finally:
+        os.kill(own_server.pid, signal.SIGCONT)
+    wait_until(lambda: asyncio.run(one()) == "redis", 60)
+
+
+def test_a_fork_from_a_loop_is_no_outage(server: EmbeddedServer) -> None:
+    """A child that ends at once does not take the connections out of the parent's loop."""
+    events: list[str] = []
+
+    async def main() -> None:
+        breaker = AsyncCircuitBreaker(
+            "forking", redis=server.url, lease=0, listeners=[lambda event: events.append(event.kind)], redis_timeout=5.0
+        )
+        for _ in range(3):
+            await breaker.call(asyncio.sleep, 0)
+            child = os.fork()
+            if child == 0:
+                gc.collect()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+        await breaker.call(asyncio.sleep, 0)
+        await breaker.close()
+
+    asyncio.run(main())
+    assert events == ["success"] * 4
+
+
+def test_a_stack_beside_a_suspended_block() -> None:
+    """An ExitStack that ends while a generator's block is suspended in the same thread settles its own permit."""
+    breaker = CircuitBreaker("stacked", policy=Policy(failure_threshold=9))
+    stack = contextlib.ExitStack()
+    straggler = stack.enter_context(breaker)
+
+    def block() -> Iterator[Any]:
+        with breaker as permit:
+            yield permit
+
+    suspended = block()
+    permit = next(suspended)
+    stack.close()
+    assert (straggler.settled, permit.settled) == (True, False)
+    suspended.close()
+    assert permit.settled
