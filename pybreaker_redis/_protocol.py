@@ -201,17 +201,22 @@ def sound_history_entry(fields: dict[str, Any]) -> HistoryEntry | None:
         return None
 
 
+LAST_GENERATION, LONGEST_WAIT_MS = 90_000_000_000_000, 365 * 86_400_000  # as in breaker.lua
+
+
 def reply_from_message(message: dict[str, Any], policy: Policy) -> Reply:
-    """A published transition as the reply of which it is a part. Raises KeyError, TypeError or ValueError."""
-    state = message["to"]
-    if state not in get_args(State):
-        raise ValueError(f"no state: {state!r}")
+    """A published transition as a reply. Raises KeyError, TypeError, ValueError or OverflowError."""
+    state, generation, wait_ms = message["to"], int(message["generation"]), float(message.get("retry_after_ms", 0))
+    if not {state, message["from"]} <= {*get_args(State)} or not isinstance(message["reason"], str):
+        raise ValueError(f"no transition: {message!r}")
+    if not (0 < generation <= LAST_GENERATION and 0 <= wait_ms <= LONGEST_WAIT_MS):
+        raise ValueError(f"out of range: {message!r}")
     recovered = state == "closed" and message["reason"] == "probe_succeeded"
     return {
         "state": state,
-        "generation": int(message["generation"]),
+        "generation": generation,
         "failure_count": 0 if state == "closed" else int(message["failure_count"]),
-        "retry_after_ms": float(message.get("retry_after_ms", 0)),
+        "retry_after_ms": wait_ms,
         "ramp_left_ms": policy.ramp_up * 1000 if recovered else 0,
     }
 

@@ -204,12 +204,21 @@ def test_messages_of_any_content(client: redis.Redis, watched: Callable[..., Cir
         b"\xff\xfe",
         '{"policy":1}',
         "1" * 10_000,
+        "[" * 100_000,
+        '{"from":"closed","to":"open","reason":"x","generation":1e30,"failure_count":0}',
+        '{"from":"closed","to":"open","reason":"x","generation":1e999,"failure_count":0}',
+        '{"from":"closed","to":"open","reason":"x","generation":9e13,"failure_count":0,"retry_after_ms":1e300}',
+        '{"to":"open","reason":"x","generation":9e13,"failure_count":0}',
+        '{"from":"closed","to":"open","reason":5,"generation":9e13,"failure_count":0}',
+        '{"from":"closed","to":["open"],"reason":"x","generation":9e13,"failure_count":0}',
     ):
         client.publish(breaker.keys.state, data)
     late = {"from": "closed", "to": "open", "reason": "failure_threshold", "generation": generation - 1}
     client.publish(breaker.keys.state, json.dumps({**late, "failure_count": 5, "success_count": 0}))
     trip(CircuitBreaker("other", redis=client, policy=POLICY))
     assert breaker.call(int) == 0
+    assert breaker._watch is not None
+    assert breaker._watch.active
     trip(CircuitBreaker("discovery", redis=client, policy=POLICY))
     wait_until(lambda: breaker.state == "open")
 
