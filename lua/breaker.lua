@@ -117,8 +117,10 @@ end
 -- Counts outcomes of calls that were admitted under request.generation; tells whether they counted.
 function breaker.record(document, request)
   if document.fresh or request.generation ~= document.generation then return false end
-  if document.now or request.policy or request.failures or request.slow or request.probe then
-    return breaker.count(document, request)
+  if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
+  if document.state ~= 'closed' or request.probe then return false end
+  if document.now or request.policy or request.failures or request.slow then
+    return breaker.record_closed(document, request)
   end
   document.unchanged = true -- most reports: successes of a breaker that has nothing to forget
   return (request.successes or 0) > 0
@@ -139,7 +141,7 @@ end
 local function make(_, name)
   -- Counting -----------------------------------------------------------------------------------------
 
-  if name == 'count' or name == 'count_failures' then
+  if name == 'record_closed' or name == 'count_failures' then
     function breaker.count_failures(document, failures)
       document.failure_count = math.min(document.failure_count + failures, 4294967295) -- the contract's u32
       document.last_failure_time = math.floor(document.now / 1000)
@@ -162,13 +164,10 @@ local function make(_, name)
       if slow_rate > 0 and window.slow / window.calls >= slow_rate then return 'slow_rate' end
     end
 
-    -- What record does where a breaker has something to count or to forget.
-    function breaker.count(document, request)
-      local now = document.now or breaker.now_ms()
+    -- What record does where a closed breaker has something to count or to forget.
+    function breaker.record_closed(document, request)
+      local now, policy = document.now or breaker.now_ms(), breaker.policy_of(request)
       document.now = now
-      if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
-      if document.state ~= 'closed' or request.probe then return false end
-      local policy = breaker.policy_of(request)
       local successes, failures, slow = request.successes or 0, request.failures or 0, request.slow or 0
       local bucket_ms, quorum = breaker.bucket_ms(request), policy.quorum
       document.unchanged = failures + slow + document.failure_count == 0

@@ -22,7 +22,7 @@ from ._policy import Policy, override_request
 from ._protocol import COUNTS, HistoryEntry, Reply, Request, Snapshot, State, seconds
 from ._scripts import NotSent
 from ._steps import Refresh, Steps, Tell
-from ._view import FOREVER, Classifier, Event, EventKind, Flight, Outcome, Verdict, View
+from ._view import Classifier, Event, EventKind, Flight, Outcome, Verdict, View
 from ._watch import BaseWatch
 
 W = TypeVar("W", bound=BaseWatch)
@@ -318,13 +318,12 @@ class BreakerCore:
         return self._settle_block(permit, exception)
 
     def _settle_block(self, permit: BasePermit, exception: BaseException | None) -> Steps[None]:
-        if not permit.settled:
-            outcome = Outcome.SUCCESS if exception is None else self._outcome_of(exception)
-            try:
-                report = permit._settle(outcome, exception)
-            except PermitError:  # another thread settled it just now
-                return
-            yield from report
+        outcome = Outcome.SUCCESS if exception is None else self._outcome_of(exception)
+        try:
+            report = permit._settle(outcome, exception)
+        except PermitError:  # it was settled inside, or by another thread just now
+            return
+        yield from report
 
     def _permit_of(self, place: tuple[int, types.CodeType]) -> BasePermit:
         """A block is known by its frame, since a generator may change threads and others run in between.
@@ -525,13 +524,9 @@ class BreakerCore:
         watch = self._watch = kind(self, float(lease))
         return watch
 
-    def _watched(self, lease: float | None, until: float = FOREVER) -> None:
-        """The subscription stands (lease: while it does, as far as is known until then) or is lost (None).
-
-        Either way the next call asks.
-        """
+    def _watched(self, lease: float | None) -> None:
+        """The subscription stands (lease: while it does) or is lost (None). Either way the next call asks."""
         self._watch_lease = lease
-        self._view.trusted_until = FOREVER if lease is None else until
         self._set_lease()
         self._view.drop()
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, Literal, ParamSpec, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, Self, TypeAlias, TypeVar
 
 from ._async import AsyncCircuitBreaker, AsyncWatch
 from ._clients import async_client_from_url, client_from_url
@@ -93,6 +93,16 @@ class ManagerCore(Generic[B]):
         self._owns_client = False
         self._breakers: dict[str, B] = {}
 
+    @classmethod
+    def with_redis(cls, config: Source | None = None, *, redis: Any = None, **hooks: Any) -> Self:
+        """A manager whose breakers are shared through Redis: at config's URL, or by a client that is given.
+
+        redis: a redis-py client; for the asyncio manager a redis.asyncio one. Raises ConfigError; PolicyError.
+        """
+        manager = cls(config, **hooks)
+        manager._share(redis)
+        return manager
+
     def _share(self, client: Any) -> None:
         self._owns_client = client is None
         url, options = self.config.redis_url, self.config.redis_options
@@ -161,16 +171,6 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     _breaker_type = CircuitBreaker
     _client_from_url = staticmethod(client_from_url)
 
-    @classmethod
-    def with_redis(cls, config: Source | None = None, *, redis: Any = None, **hooks: Any) -> CircuitBreakerManager:
-        """A manager whose breakers are shared through Redis: at config's URL, or by a redis-py client that is given.
-
-        Raises ConfigError; PolicyError.
-        """
-        manager = cls(config, **hooks)
-        manager._share(redis)
-        return manager
-
     def call(self, service: str, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """func(*args, **kwargs), guarded by the breaker of the service.
 
@@ -219,16 +219,6 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
 
     _breaker_type = AsyncCircuitBreaker
     _client_from_url = staticmethod(async_client_from_url)
-
-    @classmethod
-    def with_redis(cls, config: Source | None = None, *, redis: Any = None, **hooks: Any) -> AsyncCircuitBreakerManager:
-        """A manager whose breakers are shared through Redis: at config's URL, or by a redis.asyncio client.
-
-        Raises ConfigError; PolicyError.
-        """
-        manager = cls(config, **hooks)
-        manager._share(redis)
-        return manager
 
     async def call(self, service: str, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """await func(*args, **kwargs), guarded by the breaker of the service.

@@ -14,9 +14,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 from ._policy import Policy, request_field, request_value
-from ._protocol import LONGEST_OVERRIDE, Reply, Request, State
+from ._protocol import LONGEST_MS, LONGEST_OVERRIDE, Reply, Request, State
 
-LONGEST_MS = 365 * 86400 * 1000
 LONGEST_OVERRIDE_MS = int(LONGEST_OVERRIDE * 1000)
 HISTORY_ENTRIES = 1000
 _FORCED: dict[str, Literal["open", "closed"]] = {"force_open": "open", "force_closed": "closed"}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ._errors import PolicyError
 
-_LONGEST = 365 * 86400.0
+LONGEST = 365 * 86400.0
 
 
 class _Field(NamedTuple):
@@ -22,21 +22,21 @@ class _Field(NamedTuple):
 
 _FIELDS: dict[str, _Field] = {
     "failure_threshold": _Field("count", 1, 10**9),
-    "reset_timeout": _Field("seconds", 0.001, _LONGEST),
+    "reset_timeout": _Field("seconds", 0.001, LONGEST),
     "success_threshold": _Field("count", 1, 10**9),
     "half_open_max_calls": _Field("count", 1, 1000),
-    "probe_timeout": _Field("seconds", 0.001, _LONGEST),
+    "probe_timeout": _Field("seconds", 0.001, LONGEST),
     "error_rate_threshold": _Field("number", 1e-9, 1, optional=True),
     "minimum_calls": _Field("count", 1, 10**9),
-    "window": _Field("seconds", 0.01, _LONGEST),
-    "slow_call_duration": _Field("seconds", 0.001, _LONGEST, optional=True),
+    "window": _Field("seconds", 0.01, LONGEST),
+    "slow_call_duration": _Field("seconds", 0.001, LONGEST, optional=True),
     "slow_call_rate_threshold": _Field("number", 1e-9, 1, optional=True),
     "backoff_multiplier": _Field("number", 1, 1000),
-    "max_reset_timeout": _Field("seconds", 0.001, _LONGEST, optional=True),
+    "max_reset_timeout": _Field("seconds", 0.001, LONGEST, optional=True),
     "jitter": _Field("number", 0, 1),
     "quorum": _Field("count", 1, 100),
-    "ttl": _Field("seconds", 1, _LONGEST),
-    "ramp_up": _Field("seconds", 0, _LONGEST),
+    "ttl": _Field("seconds", 1, LONGEST),
+    "ramp_up": _Field("seconds", 0, LONGEST),
     "enforce": _Field("flag", 0, 1),
 }
 _KINDS = {"count": "an integer", "seconds": "a number of seconds", "number": "a number", "flag": "true or false"}

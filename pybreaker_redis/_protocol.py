@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 import msgpack
 
 from ._errors import PolicyError
-from ._policy import Policy, request_field
+from ._policy import LONGEST, Policy, request_field
 
 State: TypeAlias = Literal["closed", "open", "half_open"]
 Request: TypeAlias = dict[str, Any]
@@ -17,6 +17,7 @@ Reply: TypeAlias = dict[str, Any]
 COUNTS = ("failure_count", "success_count", "calls", "failures", "slow")
 LONGEST_NAME = 512
 LONGEST_OVERRIDE = 30 * 86400.0
+LONGEST_MS, EXACT = round(LONGEST * 1000), 90_000_000_000_000  # the limits of breaker.lua, by its names
 
 
 class Keys(NamedTuple):
@@ -201,15 +202,12 @@ def sound_history_entry(fields: dict[str, Any]) -> HistoryEntry | None:
         return None
 
 
-LAST_GENERATION, LONGEST_WAIT_MS = 90_000_000_000_000, 365 * 86_400_000  # as in breaker.lua
-
-
 def reply_from_message(message: dict[str, Any], policy: Policy) -> Reply:
     """A published transition as a reply. Raises KeyError, TypeError, ValueError or OverflowError."""
     state, generation, wait_ms = message["to"], int(message["generation"]), float(message.get("retry_after_ms", 0))
     if not {state, message["from"]} <= {*get_args(State)} or not isinstance(message["reason"], str):
         raise ValueError(f"no transition: {message!r}")
-    if not (0 < generation <= LAST_GENERATION and 0 <= wait_ms <= LONGEST_WAIT_MS):
+    if not (0 < generation <= EXACT and 0 <= wait_ms <= LONGEST_MS):
         raise ValueError(f"out of range: {message!r}")
     recovered = state == "closed" and message["reason"] == "probe_succeeded"
     return {

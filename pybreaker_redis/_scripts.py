@@ -100,7 +100,8 @@ class RedisEngine:
         if isinstance(client, redis.RedisCluster):
             self._link: _Connections | _Cluster = _Cluster(client, timeout, links)
         else:
-            links.setdefault(None, _Connections(_own_pool(client.connection_pool, timeout), timeout))
+            if None not in links:
+                links.setdefault(None, _Connections(_own_pool(client.connection_pool, timeout), timeout))
             self._link = links[None]
 
     def run(self, name: str, request: Request) -> Reply:

@@ -48,7 +48,8 @@ class Audience:
             if not self._ended:
                 self._leases[breaker] = lease
                 if self._connected:
-                    breaker._watched(lease, time.monotonic() + TRUSTED_FOR)
+                    breaker._watched(lease)
+                    breaker._view.trust(time.monotonic() + TRUSTED_FOR)
             return not self._ended
 
     def leave(self, breaker: BreakerCore) -> None:
@@ -89,9 +90,8 @@ class Audience:
     def _switch(self, connected: bool) -> None:
         with self._lock:
             self._connected = connected
-            until = time.monotonic() + TRUSTED_FOR
             for breaker, lease in list(self._leases.items()):
-                breaker._watched(lease if connected else None, until)
+                breaker._watched(lease if connected else None)
 
     def heard(self, reply: list[Any]) -> Iterator[tuple[BreakerCore, dict[str, Any]]]:
         """Whom a message concerns; anybody may publish anything, so that what makes no sense is passed over."""

@@ -212,7 +212,8 @@ def test_list_on_a_cluster(run: Callable[..., Done], cluster_url: str) -> None:
     names = {one["name"] for one in run("list", "--json", "--redis", cluster_url).json}
     assert names == {f"service-{number}" for number in range(300)}
     assert run("show", "service-7", "--redis", cluster_url).code == 0
-    assert len(run("doctor", "--redis", cluster_url).out.splitlines()) == 3 * 9 + 1
+    found = [line for line in run("doctor", "--redis", cluster_url).out.splitlines() if not line.startswith(" ")]
+    assert len(found) == 3 * 9 + 1  # a slow machine gets a hint with its latency, too
     client.close()
 
 

@@ -194,7 +194,7 @@ def _connections(fleet: Fleet, node: Any) -> Iterator[Finding]:
             "connections",
             "warning",
             f"{told}: nearly full, then new processes are refused and go on locally",
-            "raise maxclients; each breaker of each process keeps one connection or more",
+            "raise maxclients; each process keeps as many connections as it has threads that ask at once",
         )
     else:
         yield ok("connections", told)
