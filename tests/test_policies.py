@@ -24,6 +24,7 @@ from pybreaker_redis import (
     PolicyError,
     RedisUnavailableError,
 )
+from pybreaker_redis._view import View
 from pybreaker_redis.embedded import EmbeddedServer
 
 Make = Callable[..., Any]
@@ -603,6 +604,16 @@ def test_a_hanging_task_is_seen(server: EmbeddedServer, client: redis.Redis) -> 
         await breaker.close()
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(("window", "pending"), [(3600.0, True), (0.02, False)])
+def test_a_call_that_hung_for_a_window_counts_anew(window: float, pending: bool) -> None:
+    """What was reported as pending has left the window by then: its end is a slow call of now, not the end of one."""
+    view = View(0.1, Policy(slow_call_duration=0.001, slow_call_rate_threshold=1.0, window=window))
+    flight = view.take_off(1, None, time.monotonic() - 1)
+    assert view.overdue() == [flight]
+    time.sleep(0.02)
+    assert view.land(flight) == (True, pending)
 
 
 # Ramp
