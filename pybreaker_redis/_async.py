@@ -6,29 +6,28 @@ import asyncio
 import contextlib
 import functools
 import inspect
-import sys
-import types
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from time import monotonic
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, Protocol, Self, TypeVar, cast
 
-from ._core import BasePermit, BreakerCore, Exceptions
-from ._errors import CircuitOpenError
-from ._fallback import OnRedisFailure
-from ._policy import Policy
-from ._protocol import HistoryEntry, Snapshot, State
-from ._scripts import AsyncRedisEngine, forget_ended, leave_to_parent
-from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
-from ._view import Event, Flight, Outcome
-from ._watch import AsyncSubscription, BaseWatch
+from ._classify import Outcome
+from ._core import BreakerCore
+from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
+from ._events import Event
+from ._fallback import InMemory
+from ._permit import BasePermit
+from ._protocol import Ask, HistoryEntry, Snapshot, Steps, check_history_count, history_entries
+from ._view import Verdict
+from .wire.aio import AsyncServer, forget_ended, leave_to_parent
+from .wire.options import REDIS_ERRORS
+from .wire.subscription import AsyncSubscription, BaseWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T")
-_Teller = Callable[[Event], Awaitable[None]]
-_USE_SYNC = "is no coroutine function: the asyncio breaker awaits what it guards, use CircuitBreaker"
+_USE_SYNC = "is not a coroutine function: the asyncio breaker awaits what it guards, use CircuitBreaker"
 
 
 class AsyncGuarded(Protocol[P, R_co]):
@@ -40,40 +39,75 @@ class AsyncGuarded(Protocol[P, R_co]):
 
 
 class AsyncPermit(BasePermit):
-    """The right to one call, to be settled once: await success(), failure(exc) or release()."""
+    """The right to one call, and the `async with` block of that call. See Permit; the methods are awaited."""
 
     __slots__ = ()
 
     async def success(self) -> None:
-        """The call succeeded. Raises PermitError when the permit was settled before."""
+        """The call succeeded. Raises PermitError if the permit is settled."""
         await self._breaker._drive(self._settle(Outcome.SUCCESS, None))
 
-    async def failure(self, exception: BaseException | None = None) -> None:
-        """The call failed. Raises PermitError when the permit was settled before."""
-        await self._breaker._drive(self._settle(Outcome.FAILURE, exception))
+    async def failure(self, error: BaseException | None = None) -> None:
+        """The call failed. Raises PermitError if the permit is settled."""
+        await self._breaker._drive(self._settle(Outcome.FAILURE, error))
 
     async def release(self) -> None:
-        """The call counts as nothing; a probe's slot is given back. Raises PermitError like the others."""
+        """The call counts as nothing; a probe gives its slot back. Raises PermitError if the permit is settled."""
         await self._breaker._drive(self._settle(Outcome.IGNORED, None))
 
-    ignore = release
+    async def __aenter__(self) -> Self:
+        if self.settled:
+            raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
+        self.begin()
+        return self
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        self.end()
+        if not self.settled and (error is not None or not self._breaker._finish_quietly(self)):
+            await self._breaker._drive(self._breaker._leave_block(self, error))
+
+
+class Acquiring:
+    """What acquire() returns: await it for the permit, or use it as an `async with` block."""
+
+    __slots__ = ("_breaker", "_permit")
+
+    def __init__(self, breaker: AsyncCircuitBreaker) -> None:
+        self._breaker = breaker
+
+    def __await__(self) -> Generator[Any, Any, AsyncPermit]:
+        return self._breaker._acquire().__await__()
+
+    async def __aenter__(self) -> AsyncPermit:
+        self._permit = await self._breaker._acquire()
+        return await self._permit.__aenter__()
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        await self._permit.__aexit__(kind, error, traceback)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise PermitError(
+            f"acquire() of circuit breaker {self._breaker.name!r} was not awaited:"
+            " `permit = await breaker.acquire()`, or `async with breaker.acquire() as permit:`"
+        )
 
 
 class AsyncWatch(BaseWatch):
-    """A breaker's share in a subscription, in the loop that made it."""
+    """A breaker's share in a subscription, in the loop that made it; also an `async with` block."""
 
     def _key(self) -> tuple[object, ...]:
         return *super()._key(), asyncio.get_running_loop()
 
     def _open(self) -> AsyncSubscription:
-        breaker: Any = self._breaker
-        return AsyncSubscription(breaker._redis.subscriber, breaker._prefix)
+        return AsyncSubscription(*self._subscription())
 
     async def close(self) -> None:
         """Leave the subscription; the breaker's own lease holds again."""
         self._leave()
 
-    async def __aenter__(self) -> AsyncWatch:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -81,69 +115,49 @@ class AsyncWatch(BaseWatch):
 
 
 class AsyncCircuitBreaker(BreakerCore):
-    """CircuitBreaker for asyncio: the same arguments and methods, awaitable, and the same shared state.
+    """CircuitBreaker for asyncio: the same arguments, with a redis.asyncio client; the same methods, to be awaited.
 
-    redis: a redis.asyncio client (Redis, RedisCluster, Sentinel master), a URL, or None for this process alone.
-    listeners: callables that take one Event; what they return is awaited where it can be.
-
-    It may be made outside of a running loop and be used in several, one after the other or at once.
-    Cancellation of a call is neither success nor failure, and gives a probe's slot back.
+    Listeners may be coroutine functions. It may be made outside of a running loop, and be used in several, one after
+    the other or at once. A cancelled call is neither success nor failure, and a probe's slot is given back.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        redis: Any = None,
-        policy: Policy | None = None,
-        lease: float = 0.1,
-        failures: Exceptions = Exception,
-        ignore: Exceptions = (),
-        is_failure: Callable[[Any], bool] | None = None,
-        listeners: Iterable[Callable[[Event], object]] = (),
-        on_redis_failure: OnRedisFailure = "local",
-        prefix: str = "circuit_breaker",
-        encoding: Literal["json", "msgpack"] = "json",
-        redis_timeout: float = 0.25,
-    ) -> None:
-        super().__init__(
-            name,
-            redis=redis,
-            policy=policy,
-            lease=lease,
-            failures=failures,
-            ignore=ignore,
-            is_failure=is_failure,
-            listeners=listeners,
-            on_redis_failure=on_redis_failure,
-            prefix=prefix,
-            encoding=encoding,
-            redis_timeout=redis_timeout,
-        )
-        self._redis = None if redis is None else AsyncRedisEngine(redis, self.keys, redis_timeout)
+    _permit = AsyncPermit
+
+    def _server(self, redis: Any, timeout: float) -> AsyncServer | None:
+        return None if redis is None else AsyncServer(redis, timeout)
 
     def _start_process(self) -> None:
         super()._start_process()
-        self._beside: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]
-        self._beside = weakref.WeakKeyDictionary()
+        self._tasks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]
+        self._tasks = weakref.WeakKeyDictionary()
         self._refreshing: weakref.WeakKeyDictionary[
             asyncio.AbstractEventLoop, tuple[asyncio.Task[None], asyncio.Event]
         ] = weakref.WeakKeyDictionary()
 
     def _after_fork(self) -> None:
-        leave_to_parent(self._beside)
+        leave_to_parent(self._tasks)
         super()._after_fork()
-        if self._redis is not None:
-            self._redis.forget()
 
     # Calls
 
     async def call(self, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """await func(*args, **kwargs), guarded. Raises CircuitOpenError when rejected, else what func raises.
 
-        TypeError when func gives nothing to await.
+        TypeError when func returns nothing to await.
         """
-        return await self._guard(func)(*args, **kwargs)
+        seen, now = self._view.seen, monotonic()
+        if now >= seen.closed_until:
+            return await self._slow_call(func, args, kwargs, now)
+        try:
+            result = await func(*args, **kwargs)
+        except BaseException as error:
+            await self._drive(self._report_exception(AsyncPermit(self, seen.generation, None, now), error))
+            raise
+        if self._quiet:
+            seen.counter.tick()
+        else:
+            await self._drive(self._report_result(AsyncPermit(self, seen.generation, None, now), result))
+        return result
 
     def __call__(self, func: Callable[P, R]) -> AsyncGuarded[P, R]:
         """Decorate a coroutine function, or an async generator function, which is guarded over its whole iteration.
@@ -165,6 +179,7 @@ class AsyncCircuitBreaker(BreakerCore):
         return cast("AsyncGuarded[P, R]", guarded)
 
     def _guard(self, func: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+        """call() for one function, without the attribute look-ups that it needs."""
         view, quiet = self._view, self._quiet
 
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -173,37 +188,38 @@ class AsyncCircuitBreaker(BreakerCore):
                 return await self._slow_call(func, args, kwargs, now)
             try:
                 result = await func(*args, **kwargs)
-            except BaseException as exception:
-                await self._drive(self._report_exception(exception, Flight(seen.generation, None, now)))
+            except BaseException as error:
+                await self._drive(self._report_exception(AsyncPermit(self, seen.generation, None, now), error))
                 raise
             if quiet:
                 seen.counter.tick()
             else:
-                await self._drive(self._report_result(result, Flight(seen.generation, None, now)))
+                await self._drive(self._report_result(AsyncPermit(self, seen.generation, None, now), result))
             return result
 
         return guarded
 
     async def _slow_call(self, func: Callable[..., Awaitable[R]], args: Any, kwargs: Any, now: float) -> R:
+        """A call that the view does not simply admit, or whose duration is measured."""
         seen = self._view.seen
-        if self._silent and now < seen.open_until:
+        if now < seen.open_until and not self._on_call:
+            self._counted["rejected"].tick()
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        if now < seen.timed_until:
-            flight = self._view.take_off(seen.generation, None, now)
-        else:
-            flight = await self._drive(self._admit(), self._give_back)
-            self._begin(flight)
+        permit = self._admitted(seen.generation) if now < seen.timed_until else await self._admit(now)
+        permit.begin()
         try:
             result = await func(*args, **kwargs)
-        except BaseException as exception:
-            await self._drive(self._report_exception(exception, flight))
+        except BaseException as error:
+            await self._drive(self._report_exception(permit, error))
             raise
-        if not (self._quiet and self._view.lands_well(flight)):
-            await self._drive(self._report_result(result, flight))
+        finally:
+            permit.end()
+        if not (self._quiet and self._finish_quietly(permit)):
+            await self._drive(self._report_result(permit, result))
         return result
 
     async def _iterate(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
-        flight = await self._drive(self._admit(), self._give_back)
+        permit = await self._admit(monotonic())
         try:
             async with contextlib.aclosing(generator):
                 item = await anext(generator)
@@ -212,66 +228,71 @@ class AsyncCircuitBreaker(BreakerCore):
                         sent = yield item
                     except GeneratorExit:
                         raise
-                    except BaseException as exception:
-                        item = await generator.athrow(exception)
+                    except BaseException as error:
+                        item = await generator.athrow(error)
                     else:
                         item = await generator.asend(sent)
         except StopAsyncIteration:
-            await self._drive(self._report(Outcome.SUCCESS, flight))
-        except BaseException as exception:
-            await self._drive(self._report_exception(exception, flight))
+            await self._drive(self._report(permit, Outcome.SUCCESS))
+        except BaseException as error:
+            await self._drive(self._report_exception(permit, error))
             raise
 
-    async def acquire(self) -> AsyncPermit:
-        """A permit for one call, to be settled once. Raises CircuitOpenError when rejected."""
-        return AsyncPermit(self, await self._drive(self._admit(), self._give_back))
+    def acquire(self) -> Acquiring:
+        """A permit for one call, when awaited; also the `async with` block of that call.
 
-    def __aenter__(self) -> Coroutine[Any, Any, AsyncPermit]:
-        return self._enter(sys._getframe(1))
+        Awaiting raises CircuitOpenError when the call is rejected.
+        """
+        return Acquiring(self)
 
-    async def _enter(self, frame: types.FrameType) -> AsyncPermit:
-        permit = await self.acquire()
-        self._enter_block(frame, permit)
-        return permit
-
-    def __aexit__(
-        self, kind: type[BaseException] | None, exception: BaseException | None, traceback: types.TracebackType | None
-    ) -> Coroutine[Any, Any, None]:
-        return self._drive(self._leave_block(sys._getframe(1), exception))
-
-    def _running(self) -> object:
-        task = asyncio.current_task()
-        return task and weakref.ref(task)  # a task would keep its loop alive
+    async def _acquire(self) -> AsyncPermit:
+        seen, now = self._view.seen, monotonic()
+        if now < seen.closed_until:
+            return AsyncPermit(self, seen.generation, None, now)
+        return cast(AsyncPermit, await self._admit(now))
 
     # The shell
 
-    async def _drive(self, steps: Steps[T], if_lost: Callable[[T], Steps[None]] | None = None) -> T:
-        """Carry out what the decision code asks for, and give what it returns.
+    async def _admit(self, began: float) -> BasePermit:
+        try:
+            answer = self._consult(began)
+            while not isinstance(answer, BasePermit):
+                if answer is Verdict.ASK:
+                    return await self._drive(self._ask(), self._give_back)
+                await self._refresh(wait=answer is Verdict.WAIT)
+                answer = self._consult(began, refreshed=True)
+            return answer
+        finally:
+            await self._deliver()
 
-        What talks to Redis goes on to its end beside a caller that is cancelled meanwhile, then if_lost(result) too.
+    async def _drive(self, steps: Steps[T], if_lost: Callable[[T], Steps[None]] | None = None) -> T:
+        """Carry out what the decision code asks for, deliver its events, and give what it returns.
+
+        An exchange with Redis goes on to its end even if the caller is cancelled, followed by if_lost(result).
         """
         try:
-            step = next(steps)
-            while isinstance(step, Refresh):
-                await self._refresh(step.wait)
-                step = steps.send(None)
+            ask = next(steps)
         except StopIteration as end:
+            await self._deliver()
             return cast(T, end.value)
+        except BaseException:
+            await self._deliver()
+            raise
         waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._spawn(self._finish(steps, step, waiter, if_lost))
+        self._spawn(self._finish(steps, ask, waiter, if_lost))
         try:
             return await waiter
         except asyncio.CancelledError:
             # the cancellation may also come between the result and our waking up
             if if_lost is not None and not waiter.cancelled() and waiter.exception() is None:
-                self._spawn(self._carry_out(if_lost(waiter.result())))
+                self._spawn(self._run_to_end(if_lost(waiter.result())))
             raise
 
     async def _finish(
-        self, steps: Steps[T], step: Step, waiter: asyncio.Future[T], if_lost: Callable[[T], Steps[None]] | None
+        self, steps: Steps[T], ask: Ask, waiter: asyncio.Future[T], if_lost: Callable[[T], Steps[None]] | None
     ) -> None:
         try:
-            result = await self._carry_out(steps, step)
+            result = await self._run_to_end(steps, ask)
         except BaseException as error:
             if not waiter.done():
                 waiter.set_exception(error)
@@ -279,39 +300,42 @@ class AsyncCircuitBreaker(BreakerCore):
         if not waiter.done():
             waiter.set_result(result)
         elif if_lost is not None:
-            await self._carry_out(if_lost(result))
+            await self._run_to_end(if_lost(result))
 
-    async def _carry_out(self, steps: Steps[T], step: Step | None = None, tell: _Teller | None = None) -> T:
-        tell = tell or self._tell
+    async def _run_to_end(self, steps: Steps[T], ask: Ask | None = None) -> T:
+        """Carry out the steps, and deliver their events."""
+        events: list[Event] = []
         try:
-            step = step or next(steps)
+            return await self._carry_out(steps, ask, events)
+        finally:
+            await self._deliver(events)
+
+    async def _carry_out(self, steps: Steps[T], ask: Ask | None, events: list[Event]) -> T:
+        """The events of these steps, and of no other task, are added to `events`."""
+        try:
+            ask = ask or next(steps)
             while True:
+                events += self._outbox.take()
                 try:
-                    result = await self._perform(step, tell)
+                    reply = await self._redis.run(ask.name, self.keys, ask.request)
                 except BaseException as error:
-                    step = steps.throw(error)
+                    ask = steps.throw(error)
                 else:
-                    step = steps.send(result)
+                    ask = steps.send(reply)
         except StopIteration as end:
             return cast(T, end.value)
+        finally:
+            events += self._outbox.take()
 
-    async def _perform(self, step: Step, tell: _Teller) -> Any:
-        if isinstance(step, Ask):
-            return await self._redis.run(step.name, step.request)
-        if isinstance(step, Refresh):
-            return await self._refresh(step.wait)
-        if isinstance(step, Tell):
-            return await tell(step.event)
-        if isinstance(step, ReadHistory):
-            return await self._redis.history(step.entries)
-        return self._spawn(self._carry_out(step.steps))
+    def _in_background(self, steps: Steps[None]) -> None:
+        self._spawn(self._run_to_end(steps))
 
     async def _refresh(self, wait: bool) -> None:
-        """Single flight: one task asks, beside all calls; the callers wait for it, or go on."""
+        """Renew the view, by one task at a time. wait: return only when it was renewed, by whichever task."""
         loop = asyncio.get_running_loop()
         running = self._refreshing.get(loop)
         if running is None:
-            ended, task = asyncio.Event(), self._spawn(self._carry_out(self._renew(), tell=self._tell_beside))
+            ended, task = asyncio.Event(), self._spawn(self._renew_view())
             running = self._refreshing[loop] = task, ended
             task.add_done_callback(functools.partial(self._refreshed, ended, loop))
         task, ended = running
@@ -319,116 +343,100 @@ class AsyncCircuitBreaker(BreakerCore):
             await ended.wait()
             await task  # raises what went wrong, instead of asking for ever
 
+    async def _renew_view(self) -> None:
+        events: list[Event] = []
+        try:
+            await self._carry_out(self._renew(), None, events)
+        finally:
+            if events:  # callers wait for this task, and must not wait for a listener
+                self._spawn(self._deliver(events))
+
     def _refreshed(self, ended: asyncio.Event, loop: asyncio.AbstractEventLoop, _: object) -> None:
         ended.set()
-        self._refreshing.pop(loop, None)  # it would hold the loop
+        self._refreshing.pop(loop, None)  # it would keep the loop alive
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         loop = asyncio.get_running_loop()
-        beside = self._beside.get(loop)
-        if beside is None:
-            forget_ended(self._beside)
+        tasks = self._tasks.get(loop)
+        if tasks is None:
+            forget_ended(self._tasks)
             forget_ended(self._refreshing)
-            beside = self._beside[loop] = set()
+            tasks = self._tasks[loop] = set()
         task = loop.create_task(coroutine)
-        beside.add(task)  # the loop itself keeps a weak reference only
-        task.add_done_callback(beside.discard)
+        tasks.add(task)  # the loop itself keeps a weak reference only
+        task.add_done_callback(tasks.discard)
         return task
 
-    def _give_back(self, flight: Flight) -> Steps[None]:
+    def _give_back(self, permit: BasePermit) -> Steps[None]:
         """The caller was cancelled while it asked: the slot that it may have got is not used."""
-        return self._report(Outcome.IGNORED, flight)
+        return self._report(permit, Outcome.IGNORED)
 
-    async def _tell_beside(self, event: Event) -> None:
-        """Nobody who waits for a refresh waits for a listener, which may call this breaker itself."""
-        self._spawn(self._tell(event))
-
-    async def _tell(self, event: Event) -> None:
-        for listener in self._listeners:
-            try:
-                told = listener(event)
-                if inspect.isawaitable(told):
-                    await told
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                self._listener_failed(listener)  # something of its own was cancelled
-            except Exception:
-                self._listener_failed(listener)
+    async def _deliver(self, events: list[Event] | None = None) -> None:
+        """Hand the events to the listeners, one after the other."""
+        for event in self._outbox.take() if events is None else events:
+            for listener in self._receivers(event):
+                try:
+                    result = listener(event)
+                    if inspect.isawaitable(result):
+                        await result
+                except asyncio.CancelledError:
+                    task = asyncio.current_task()
+                    if task is None or task.cancelling():
+                        raise
+                    self._listener_failed(listener)  # the listener's own work was cancelled
+                except Exception:
+                    self._listener_failed(listener)
 
     # Looking and steering
 
-    @property
-    def state(self) -> Coroutine[Any, Any, State]:
-        """The state: from the view while it is fresh, else from Redis."""
-        return self._drive(self._state())
-
     async def snapshot(self) -> Snapshot:
-        """Everything that Redis knows of this breaker now; of the local engine while Redis is down."""
+        """Everything that Redis knows about this breaker now; while Redis is down, what the local engine knows."""
         return await self._drive(self._snapshot())
 
     async def force_open(self, duration: float | None = None) -> None:
-        """Reject every call of the fleet for duration seconds (default and most: 30 days), then probe.
-
-        Raises RedisUnavailableError; PolicyError for a duration out of range.
-        """
+        """See CircuitBreaker.force_open."""
         await self._drive(self._command("force_open", duration))
 
     async def force_closed(self, duration: float | None = None) -> None:
-        """Admit every call of the fleet and count nothing for duration seconds (default and most: 30 days).
-
-        Raises RedisUnavailableError; PolicyError for a duration out of range.
-        """
+        """See CircuitBreaker.force_closed."""
         await self._drive(self._command("force_closed", duration))
 
-    async def clear_override(self) -> None:
-        """End a forced state: forced open goes on with a probe, forced closed as closed.
-
-        Raises RedisUnavailableError.
-        """
-        await self._drive(self._command("clear_override"))
+    async def clear_forced(self) -> None:
+        """See CircuitBreaker.clear_forced."""
+        await self._drive(self._command("clear_forced"))
 
     async def reset(self) -> None:
-        """Close, with all counts and overrides gone; outcomes of calls that run now will not count.
-
-        Raises RedisUnavailableError.
-        """
+        """See CircuitBreaker.reset."""
         await self._drive(self._command("reset"))
 
     async def watch(self, lease: float = 30.0) -> AsyncWatch:
-        """Subscribe to what other instances do, so that the view may be `lease` seconds old and still be right.
-
-        Every breaker of this loop that watches the same server shares one subscription, held by one task. While it
-        stands, a trip is in the view as soon as it is published, listeners are told of every transition (source
-        "watch"), and commands are sent once per lease (per tenth of the window where a rate can trip). When it is
-        lost the breaker's own short lease holds, at once, until it stands again. To be ended by close(), or by an
-        async with block. Raises PolicyError for a breaker without Redis, or a lease out of range.
-        """
+        """See CircuitBreaker.watch. All breakers of this loop share the subscription, held by one task."""
         return self._watch_with(AsyncWatch, lease)
 
     async def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
-        """Overrule fields of the policy (see Policy) for the whole fleet, on top of those set before.
-
-        Every instance obeys from its next script call on. duration: seconds after which all of them end; None: they
-        hold until clear_policy(). Raises PolicyError; RedisUnavailableError.
-        """
+        """See CircuitBreaker.set_policy."""
         await self._drive(self._command("set_policy", duration, fields))
 
     async def clear_policy(self) -> None:
-        """End what set_policy() set: every instance goes by its own policy again. Raises RedisUnavailableError."""
+        """See CircuitBreaker.clear_policy."""
         await self._drive(self._command("clear_policy"))
 
     async def history(self, count: int = 100) -> list[HistoryEntry]:
         """The last transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
-        return await self._drive(self._history(count))
+        check_history_count(count)
+        if isinstance(self._engine, InMemory):
+            return history_entries(self._engine.history(count))
+        try:
+            return history_entries(await self._redis.history(self.keys, count))
+        except REDIS_ERRORS as error:
+            raise RedisUnavailableError(f"the history could not be read: {error}") from error
 
     async def flush(self) -> None:
-        """Report the successes gathered so far now."""
+        """Report the gathered successes now."""
         await self._drive(self._flush())
 
     async def close(self) -> None:
-        """Flush, and close this loop's connections; a later call opens new ones."""
+        """Report the gathered successes, and close this loop's connections; a later call opens new ones."""
         await self.flush()
         if self._redis is not None:
             await self._redis.close()

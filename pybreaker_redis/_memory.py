@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
-from ._policy import Policy, request_field, request_value
+from ._policy import default_request
 from ._protocol import LONGEST_MS, LONGEST_OVERRIDE, Reply, Request, State
 
 LONGEST_OVERRIDE_MS = int(LONGEST_OVERRIDE * 1000)
 HISTORY_ENTRIES = 1000
 _FORCED: dict[str, Literal["open", "closed"]] = {"force_open": "open", "force_closed": "closed"}
-_DEFAULTS = {request_field(f.name): request_value(f.name, f.default) for f in dataclasses.fields(Policy)}
+_DEFAULTS = default_request()
 _WALL_OFFSET_NS = time.time_ns() - time.monotonic_ns()
 
 
@@ -449,3 +450,40 @@ class MemoryEngine:
             "transition": document.change,
             "source": self.source,
         }
+
+
+_local_generations = itertools.count(2)  # FixedEngine has -1
+
+
+class LocalEngine(MemoryEngine):
+    """Protects one process while Redis is down; its own generations are below zero, so Redis never takes them."""
+
+    source = "local"
+    fleet_generation = 0  # beside which it is kept, where an instance fails alone
+
+    @property
+    def state(self) -> State:
+        """As of the last request."""
+        return self._document.state if self._document else "closed"
+
+    @property
+    def generation(self) -> int:
+        """As of the last request."""
+        return self._document.generation if self._document else 0
+
+    def next_generation(self, document: Document) -> int:
+        return -next(_local_generations)
+
+
+def document_for(state: State, generation: int, failure_count: int, open_for: float) -> Document:
+    """A local engine's start from a view; open_for: seconds that the circuit stays open."""
+    now = clock_ms()
+    return Document(
+        # the slots of a local half_open are none of Redis'
+        generation=generation if state == "closed" and generation else -next(_local_generations),
+        state=state,
+        failure_count=failure_count,
+        opened_at=None if state == "closed" else now // 1000,
+        open_until_ms=now + max(round(open_for * 1000), 0),
+        fresh=False,
+    )

@@ -1,18 +1,37 @@
-"""Keys and requests out, replies in: pure functions between the client and the scripts."""
+"""Keys and requests out, replies in: what passes between the client and the scripts. No I/O."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Generator, Iterable
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import msgpack
 
 from ._errors import PolicyError
 from ._policy import LONGEST, Policy, request_field
 
+T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
 Request: TypeAlias = dict[str, Any]
 Reply: TypeAlias = dict[str, Any]
+
+
+class Ask(NamedTuple):
+    """What the decision code yields: run a script on Redis. It is sent the Reply, or thrown the error."""
+
+    name: str
+    request: Request
+
+
+Steps: TypeAlias = Generator[Ask, Any, T]
+
+
+class NotSent(asyncio.CancelledError):
+    """A call was cancelled before its command was sent, so no server has executed it."""
+
 
 COUNTS = ("failure_count", "success_count", "calls", "failures", "slow")
 LONGEST_NAME = 512
@@ -194,12 +213,19 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
     )
 
 
-def sound_history_entry(fields: dict[str, Any]) -> HistoryEntry | None:
-    """The same, or None for what another program wrote."""
-    try:
-        return history_entry(fields)
-    except (KeyError, ValueError):
-        return None
+def history_entries(found: Iterable[dict[str, Any]]) -> list[HistoryEntry]:
+    """The transitions among the entries of a stream; what another program wrote there is skipped."""
+    entries = []
+    for fields in found:
+        with contextlib.suppress(KeyError, ValueError):
+            entries.append(history_entry(fields))
+    return entries
+
+
+def check_history_count(count: object) -> None:
+    """Raises PolicyError unless so many entries can be read."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise PolicyError(f"count must be an integer of at least 1, not {count!r}")
 
 
 def reply_from_message(message: dict[str, Any], policy: Policy) -> Reply:

@@ -5,22 +5,22 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 import threading
 import types
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from time import monotonic
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast
 
-from ._core import BasePermit, BreakerCore, Exceptions
-from ._errors import CircuitOpenError, PolicyError
-from ._fallback import OnRedisFailure, patience
-from ._policy import Policy
-from ._protocol import HistoryEntry, Snapshot, State
-from ._scripts import RedisEngine
-from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
-from ._view import Event, Flight, Outcome, Verdict
-from ._watch import BaseWatch
+from ._classify import Outcome
+from ._core import BreakerCore
+from ._errors import CircuitOpenError, PermitError, PolicyError, RedisUnavailableError
+from ._fallback import InMemory, patience
+from ._permit import BasePermit
+from ._protocol import HistoryEntry, Snapshot, Steps, check_history_count, history_entries
+from ._view import Verdict
+from .wire.options import REDIS_ERRORS
+from .wire.subscription import BaseWatch, Subscription
+from .wire.sync import Server
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,33 +39,52 @@ class Guarded(Protocol[P, R_co]):
 
 
 class Permit(BasePermit):
-    """The right to one call, to be settled once: success(), failure(exc) or release()."""
+    """The right to one call, and the `with` block of that call.
+
+    with breaker.acquire() as permit: counts the end of the block: an exception by the breaker's classification, else a
+    success. permit.failure(error) or permit.release() inside overrule that. In two steps, for callbacks: call
+    success(), failure(error) or release() once; a second one raises PermitError.
+    """
 
     __slots__ = ()
 
     def success(self) -> None:
-        """The call succeeded. Raises PermitError when the permit was settled before."""
+        """The call succeeded. Raises PermitError if the permit is settled."""
         self._breaker._drive(self._settle(Outcome.SUCCESS, None))
 
-    def failure(self, exception: BaseException | None = None) -> None:
-        """The call failed. Raises PermitError when the permit was settled before."""
-        self._breaker._drive(self._settle(Outcome.FAILURE, exception))
+    def failure(self, error: BaseException | None = None) -> None:
+        """The call failed. Raises PermitError if the permit is settled."""
+        self._breaker._drive(self._settle(Outcome.FAILURE, error))
 
     def release(self) -> None:
-        """The call counts as nothing; a probe's slot is given back. Raises PermitError like the others."""
+        """The call counts as nothing; a probe gives its slot back. Raises PermitError if the permit is settled."""
         self._breaker._drive(self._settle(Outcome.IGNORED, None))
 
-    ignore = release
+    def __enter__(self) -> Self:
+        if self.settled:
+            raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
+        if self.probe is not None:
+            self.begin()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self._mark is not None:
+            self.end()
+        if not self.settled and (error is not None or not self._breaker._finish_quietly(self)):
+            self._breaker._drive(self._breaker._leave_block(self, error))
 
 
 class Watch(BaseWatch):
-    """A breaker's share in a subscription."""
+    """A breaker's share in a subscription; also a `with` block."""
+
+    def _open(self) -> Subscription:
+        return Subscription(*self._subscription())
 
     def close(self) -> None:
         """Leave the subscription; the breaker's own lease holds again."""
         self._leave()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,63 +92,35 @@ class Watch(BaseWatch):
 
 
 class CircuitBreaker(BreakerCore):
-    """One circuit breaker, shared through Redis by every process that uses the same name.
+    """A circuit breaker, shared through Redis by every process that uses the same name.
 
-    name: of the guarded service. redis: a redis-py client (Redis, RedisCluster, Sentinel master), a URL, or
-    None for this process alone. policy: when it trips and recovers. lease: seconds for which a reply of
-    Redis is good without asking again; 0 asks before and reports after every call. failures: exception
-    types that count as failures. ignore: those that count as nothing. is_failure: a predicate on results.
-    listeners: callables that take one Event. on_redis_failure: "local" protects this process by the same
-    rules, "open" rejects, "closed" admits. redis_timeout: seconds for connecting to Redis, and for each reply.
-    encoding: of the stored document, "json" or "msgpack".
+    name: of the guarded service.
+    redis: a redis-py client (Redis, RedisCluster, Sentinel master), a URL, or None for this process only.
+    policy: when the breaker trips and how it recovers.
+    lease: seconds for which a reply of Redis is used without asking again; 0 asks before and reports after every call.
+    failures: exception types that count as failures. Any other exception counts as success: the service did answer.
+    ignore: exception types that count as nothing.
+    is_failure: a predicate on results; a true one counts as failure.
+    listeners: callables that receive an Event for each transition and each outage of Redis.
+    on_call: callables that receive an Event for every call: success, failure, ignored or rejected.
+    on_redis_failure: without Redis, "local" protects this process by the same rules, "open" rejects, "closed" admits.
+    prefix: of the keys in Redis.
+    redis_timeout: seconds to connect to Redis, and for each reply.
 
     Constructing one needs no server and writes nothing. Raises PolicyError for an option that makes no sense.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        redis: Any = None,
-        policy: Policy | None = None,
-        lease: float = 0.1,
-        failures: Exceptions = Exception,
-        ignore: Exceptions = (),
-        is_failure: Callable[[Any], bool] | None = None,
-        listeners: Iterable[Callable[[Event], object]] = (),
-        on_redis_failure: OnRedisFailure = "local",
-        prefix: str = "circuit_breaker",
-        encoding: Literal["json", "msgpack"] = "json",
-        redis_timeout: float = 0.25,
-    ) -> None:
-        super().__init__(
-            name,
-            redis=redis,
-            policy=policy,
-            lease=lease,
-            failures=failures,
-            ignore=ignore,
-            is_failure=is_failure,
-            listeners=listeners,
-            on_redis_failure=on_redis_failure,
-            prefix=prefix,
-            encoding=encoding,
-            redis_timeout=redis_timeout,
-        )
-        for listener in self._listeners:
+    _permit = Permit
+
+    def _server(self, redis: Any, timeout: float) -> Server | None:
+        for listener in (*self._listeners, *self._on_call):
             if inspect.iscoroutinefunction(listener):
                 raise PolicyError(f"listener {listener!r} {_USE_ASYNC}")
-        self._redis = None if redis is None else RedisEngine(redis, self.keys, redis_timeout)
-        self._patience = patience(redis_timeout)
+        return None if redis is None else Server(redis, timeout)
 
     def _start_process(self) -> None:
         super()._start_process()
         self._refreshing = threading.RLock()
-
-    def _after_fork(self) -> None:
-        super()._after_fork()
-        if self._redis is not None:
-            self._redis.close()
 
     # Calls
 
@@ -138,13 +129,24 @@ class CircuitBreaker(BreakerCore):
 
         A generator that func returns is guarded over its whole iteration; a coroutine is a TypeError.
         """
-        return self._guard(func)(*args, **kwargs)
+        seen, now = self._view.seen, monotonic()
+        if now >= seen.closed_until:
+            return self._slow_call(func, args, kwargs, now)
+        try:
+            result = func(*args, **kwargs)
+        except BaseException as error:
+            self._drive(self._report_exception(Permit(self, seen.generation, None, now), error))
+            raise
+        if self._quiet and type(result) not in _SUSPENDED:
+            seen.counter.tick()
+            return result
+        return self._settle_result(func, result, Permit(self, seen.generation, None, now))
 
     def __call__(self, func: Callable[P, R]) -> Guarded[P, R]:
         """Decorate func. Raises TypeError for a coroutine function."""
         if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
             raise TypeError(f"{func!r} {_USE_ASYNC}")
-        if not callable(func):  # as a classmethod is that is decorated before it is bound
+        if not callable(func):  # a classmethod, for example, is not until it is bound
             raise TypeError(f"{func!r} cannot be called")
         if inspect.isgeneratorfunction(func):
 
@@ -158,6 +160,7 @@ class CircuitBreaker(BreakerCore):
         return cast("Guarded[P, R]", guarded)
 
     def _guard(self, func: Callable[P, R]) -> Callable[P, R]:
+        """call() for one function, without the attribute look-ups that it needs."""
         view, quiet = self._view, self._quiet
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -166,40 +169,41 @@ class CircuitBreaker(BreakerCore):
                 return self._slow_call(func, args, kwargs, now)
             try:
                 result = func(*args, **kwargs)
-            except BaseException as exception:
-                self._drive(self._report_exception(exception, Flight(seen.generation, None, now)))
+            except BaseException as error:
+                self._drive(self._report_exception(Permit(self, seen.generation, None, now), error))
                 raise
             if quiet and type(result) not in _SUSPENDED:
                 seen.counter.tick()
                 return result
-            return self._settle_result(func, result, Flight(seen.generation, None, now))
+            return self._settle_result(func, result, Permit(self, seen.generation, None, now))
 
         return guarded
 
     def _slow_call(self, func: Callable[..., R], args: Any, kwargs: Any, now: float) -> R:
+        """A call that the view does not simply admit, or whose duration is measured."""
         seen = self._view.seen
-        if self._silent and now < seen.open_until:
+        if now < seen.open_until and not self._on_call:
+            self._counted["rejected"].tick()
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        if now < seen.timed_until:
-            flight = self._view.take_off(seen.generation, None, now)
-        else:
-            flight = self._drive(self._admit())
-            self._begin(flight)
+        permit = self._admitted(seen.generation) if now < seen.timed_until else self._admit(now)
+        permit.begin()
         try:
             result = func(*args, **kwargs)
-        except BaseException as exception:
-            self._drive(self._report_exception(exception, flight))
+        except BaseException as error:
+            self._drive(self._report_exception(permit, error))
             raise
-        if self._quiet and type(result) not in _SUSPENDED and self._view.lands_well(flight):
+        finally:
+            permit.end()
+        if self._quiet and type(result) not in _SUSPENDED and self._finish_quietly(permit):
             return result
-        return self._settle_result(func, result, flight)
+        return self._settle_result(func, result, permit)
 
-    def _settle_result(self, func: Any, result: R, flight: Flight) -> R:
+    def _settle_result(self, func: Any, result: R, permit: BasePermit) -> R:
         if type(result) not in _SUSPENDED:
-            self._drive(self._report_result(result, flight))
+            self._drive(self._report_result(permit, result))
             return result
         # nothing has run yet: a generator asks for its own permit when it starts
-        self._drive(self._report(Outcome.IGNORED, flight))
+        self._drive(self._report(permit, Outcome.IGNORED))
         if isinstance(result, types.GeneratorType):
             return cast(R, self._iterate(result))
         if isinstance(result, types.CoroutineType):
@@ -207,160 +211,158 @@ class CircuitBreaker(BreakerCore):
         raise TypeError(f"{func!r} {_USE_ASYNC}")
 
     def _iterate(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        flight = self._drive(self._admit())
+        permit = self._admit(monotonic())
         try:
             result = yield from generator
-        except BaseException as exception:
-            self._drive(self._report_exception(exception, flight))
+        except BaseException as error:
+            self._drive(self._report_exception(permit, error))
             raise
-        self._drive(self._report_result(result, flight))
+        self._drive(self._report_result(permit, result))
         return result
 
     def acquire(self) -> Permit:
-        """A permit for one call, to be settled once. Raises CircuitOpenError when rejected."""
-        return Permit(self, self._drive(self._admit()))
-
-    def __enter__(self) -> Permit:
-        permit = self.acquire()
-        self._enter_block(sys._getframe(1), permit)
-        return permit
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exception: BaseException | None, traceback: types.TracebackType | None
-    ) -> None:
-        self._drive(self._leave_block(sys._getframe(1), exception))
-
-    def _running(self) -> int:
-        return threading.get_ident()
+        """A permit for one call, which is also its `with` block. Raises CircuitOpenError when rejected."""
+        seen, now = self._view.seen, monotonic()
+        if now < seen.closed_until:
+            return Permit(self, seen.generation, None, now)
+        return cast(Permit, self._admit(now))
 
     # The shell
 
-    def _drive(self, steps: Steps[T], tell: Callable[[Event], None] | None = None) -> T:
-        """Carry out what the decision code asks for, and give what it returns. tell: instead of the listeners."""
-        tell = tell or self._tell
+    def _admit(self, began: float) -> BasePermit:
         try:
-            step = next(steps)
+            answer = self._consult(began)
+            while not isinstance(answer, BasePermit):
+                if answer is Verdict.ASK:
+                    return self._drive(self._ask())
+                self._refresh(wait=answer is Verdict.WAIT)
+                answer = self._consult(began, refreshed=True)
+            return answer
+        finally:
+            self._deliver()
+
+    def _drive(self, steps: Steps[T]) -> T:
+        """Carry out what the decision code asks for, deliver its events, and give what it returns."""
+        try:
+            return self._carry_out(steps)
+        finally:
+            self._deliver()
+
+    def _carry_out(self, steps: Steps[T]) -> T:
+        try:
+            ask = next(steps)
             while True:
                 try:
-                    result = self._perform(step, tell)
+                    reply = self._redis.run(ask.name, self.keys, ask.request)
                 except BaseException as error:
-                    step = steps.throw(error)
+                    ask = steps.throw(error)
                 else:
-                    step = steps.send(result)
+                    ask = steps.send(reply)
         except StopIteration as end:
             return cast(T, end.value)
 
-    def _perform(self, step: Step, tell: Callable[[Event], None]) -> Any:
-        if isinstance(step, Ask):
-            return self._redis.run(step.name, step.request)
-        if isinstance(step, Refresh):
-            return self._refresh(step.wait)
-        if isinstance(step, Tell):
-            return tell(step.event)
-        if isinstance(step, ReadHistory):
-            return self._redis.history(step.entries)
+    def _in_background(self, steps: Steps[None]) -> None:
         with contextlib.suppress(RuntimeError):  # no thread can start: at the interpreter's end, or at a limit
-            threading.Thread(target=self._drive, args=(step.steps,), name="pybreaker_redis-retry", daemon=True).start()
-        return None
+            threading.Thread(target=self._drive, args=(steps,), name="pybreaker_redis-retry", daemon=True).start()
 
     def _refresh(self, wait: bool) -> None:
-        """Single flight: one thread asks; the others wait for it, or go on."""
-        lock, began, later = self._refreshing, monotonic(), list[Event]()
-        if not lock.acquire(timeout=self._patience if wait else 0):
+        """Renew the view, one thread at a time. wait: return only when it was renewed, by whichever thread."""
+        lock, began = self._refreshing, monotonic()
+        if not lock.acquire(timeout=patience(self._redis_timeout) if wait else 0):
             if not wait:
                 return
-            # longer than any refresh: an exception of a signal handler can hit its thread before it comes to `try`
+            # longer than any refresh: a signal handler's exception can hit its thread between the lock and `try`
             if self._refreshing is lock:
                 self._refreshing = threading.RLock()
             return self._refresh(wait)
         try:
-            # from when this thread came: a reply that is older than the lease was still worth the wait
+            # as of this thread's arrival: a reply that has outlived its lease by now was still worth the wait
             if self._view.decide(self._view.seen, began) in (Verdict.REFRESH, Verdict.WAIT):
-                self._drive(self._renew(), later.append)
+                self._carry_out(self._renew())
         finally:
-            lock.release()
-        for event in later:  # nobody waits for a listener, which may call this breaker itself
-            self._tell(event)
+            lock.release()  # before the events are delivered: a listener may be slow, or call this breaker
 
-    def _tell(self, event: Event) -> None:
-        for listener in self._listeners:
-            try:
-                listener(event)
-            except Exception:
-                self._listener_failed(listener)
+    def _deliver(self) -> None:
+        for event in self._outbox.take():
+            for listener in self._receivers(event):
+                try:
+                    listener(event)
+                except Exception:
+                    self._listener_failed(listener)
 
     # Looking and steering
 
-    @property
-    def state(self) -> State:
-        """The state: from the view while it is fresh, else from Redis."""
-        return self._drive(self._state())
-
     def snapshot(self) -> Snapshot:
-        """Everything that Redis knows of this breaker now; of the local engine while Redis is down."""
+        """Everything that Redis knows about this breaker now; while Redis is down, what the local engine knows."""
         return self._drive(self._snapshot())
 
     def force_open(self, duration: float | None = None) -> None:
-        """Reject every call of the fleet for duration seconds (default and most: 30 days), then probe.
+        """Reject every call of the fleet for so many seconds (default and most: 30 days), then probe.
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
         self._drive(self._command("force_open", duration))
 
     def force_closed(self, duration: float | None = None) -> None:
-        """Admit every call of the fleet and count nothing for duration seconds (default and most: 30 days).
+        """Admit every call of the fleet, and count nothing, for so many seconds (default and most: 30 days).
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
         self._drive(self._command("force_closed", duration))
 
-    def clear_override(self) -> None:
-        """End a forced state: forced open goes on with a probe, forced closed as closed.
+    def clear_forced(self) -> None:
+        """End a forced state: a circuit forced open probes next, one forced closed stays closed.
 
         Raises RedisUnavailableError.
         """
-        self._drive(self._command("clear_override"))
+        self._drive(self._command("clear_forced"))
 
     def reset(self) -> None:
-        """Close, with all counts and overrides gone; outcomes of calls that run now will not count.
+        """Close the circuit, and drop all counts and forced states. Calls that run now will not count.
 
         Raises RedisUnavailableError.
         """
         self._drive(self._command("reset"))
 
     def watch(self, lease: float = 30.0) -> Watch:
-        """Subscribe to what other instances do, so that the view may be `lease` seconds old and still be right.
+        """Subscribe to the transitions of other instances, so that the view may be `lease` seconds old.
 
-        Every breaker of this process that watches the same server shares one subscription, held by one thread. While
-        it stands, a trip is in the view as soon as it is published, listeners are told of every transition (source
-        "watch"), and commands are sent once per lease (per tenth of the window where a rate can trip). When it is
-        lost the breaker's own short lease holds, at once, until it stands again. To be ended by close(), or by a
-        with block. Raises PolicyError for a breaker without Redis, or a lease out of range.
+        All breakers of this process that watch the same server share one subscription, held by one thread. While it
+        stands, a trip is in the view as soon as it is published, listeners receive every transition (source "watch"),
+        and a healthy breaker sends one command per lease (per tenth of the window where a rate can trip). When it is
+        lost, the breaker's own short lease holds until it stands again. End it with close(), or use it as a `with`
+        block. Raises PolicyError for a breaker without Redis, or a lease out of range.
         """
         return self._watch_with(Watch, lease)
 
     def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
-        """Overrule fields of the policy (see Policy) for the whole fleet, on top of those set before.
+        """Set a policy override for the whole fleet: fields of Policy, on top of those set before.
 
-        Every instance obeys from its next script call on. duration: seconds after which all of them end; None: they
-        hold until clear_policy(). Raises PolicyError; RedisUnavailableError.
+        Every instance obeys from its next script call on. duration: seconds after which the whole override ends;
+        None: it holds until clear_policy(). Raises PolicyError; RedisUnavailableError.
         """
         self._drive(self._command("set_policy", duration, fields))
 
     def clear_policy(self) -> None:
-        """End what set_policy() set: every instance goes by its own policy again. Raises RedisUnavailableError."""
+        """End the policy override: every instance follows its own policy again. Raises RedisUnavailableError."""
         self._drive(self._command("clear_policy"))
 
     def history(self, count: int = 100) -> list[HistoryEntry]:
         """The last transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
-        return self._drive(self._history(count))
+        check_history_count(count)
+        if isinstance(self._engine, InMemory):
+            return history_entries(self._engine.history(count))
+        try:
+            return history_entries(self._redis.history(self.keys, count))
+        except REDIS_ERRORS as error:
+            raise RedisUnavailableError(f"the history could not be read: {error}") from error
 
     def flush(self) -> None:
-        """Report the successes gathered so far now."""
+        """Report the gathered successes now."""
         self._drive(self._flush())
 
     def close(self) -> None:
-        """Flush, and close the connections; a later call opens new ones."""
+        """Report the gathered successes, and close the connections; a later call opens new ones."""
         self.flush()
         if self._redis is not None:
             self._redis.close()

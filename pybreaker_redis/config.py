@@ -34,15 +34,14 @@ except ModuleNotFoundError as error:
         name=error.name,
     ) from error
 
-from ._clients import parse
+from ._config import DEFAULT_POLICY, Config
 from ._errors import ConfigError, PolicyError
-from ._manager import DEFAULT_POLICY, Config
-from ._policy import Policy, override_request
+from ._policy import RULES, Policy, override_request
+from .wire.url import parse
 
 ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
 _ALIASES = {"timeout_seconds": "reset_timeout"}
-_POLICY_FIELDS = [field.name for field in dataclasses.fields(Policy)]
-_BREAKER_OPTIONS = ("watch", "lease", "on_redis_failure", "redis_timeout", "prefix", "encoding")
+_BREAKER_OPTIONS = ("watch", "lease", "on_redis_failure", "redis_timeout", "prefix")
 
 
 def _policy_fields(given: Any) -> dict[str, Any]:
@@ -58,8 +57,8 @@ def _policy_fields(given: Any) -> dict[str, Any]:
 def _policy_problems(given: Mapping[str, Any]) -> Iterator[Any]:
     for name, value in given.items():
         try:
-            if name not in (*_POLICY_FIELDS, *_ALIASES):
-                raise PolicyError(_unknown(name, (*_POLICY_FIELDS, *_ALIASES)))
+            if name not in (*RULES, *_ALIASES):
+                raise PolicyError(_unknown(name, (*RULES, *_ALIASES)))
             if name in _ALIASES and _ALIASES[name] in given:
                 raise PolicyError(f"is another name of {_ALIASES[name]}, which is given too")
             override_request({_ALIASES.get(name, name): value})
@@ -83,7 +82,6 @@ class _CircuitBreaker(_Section):
     on_redis_failure: Literal["local", "open", "closed"] = "local"
     redis_timeout: float = 0.25
     prefix: str = "circuit_breaker"
-    encoding: Literal["json", "msgpack"] = "json"
 
 
 def _url(value: str) -> str:

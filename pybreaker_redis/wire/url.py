@@ -19,7 +19,7 @@ from redis.connection import parse_url
 from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
-from ._errors import PolicyError
+from .._errors import PolicyError
 
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 _DEFAULT_PORTS = {"sentinel": 26379, "cluster": 6379}

@@ -1,0 +1,58 @@
+"""Which outcomes count, and as what."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+from ._errors import PolicyError
+
+Exceptions: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
+CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError, KeyboardInterrupt, GeneratorExit)
+
+
+class Outcome(enum.Enum):
+    """How a call ended, as far as the breaker is concerned."""
+
+    SUCCESS = "success"
+    FAILURE = "failure"
+    IGNORED = "ignored"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Classifier:
+    """Turns exceptions and results into outcomes."""
+
+    failures: tuple[type[BaseException], ...]
+    ignore: tuple[type[BaseException], ...]
+    is_failure: Callable[[Any], bool] | None
+
+    def of_exception(self, exception: BaseException) -> Outcome:
+        """Cancelled and ignored calls count as nothing. An exception outside `failures` counts as success."""
+        if isinstance(exception, (*CANCELLED, *self.ignore)):
+            return Outcome.IGNORED
+        if isinstance(exception, self.failures):
+            return Outcome.FAILURE
+        if isinstance(exception, BaseExceptionGroup):  # from a TaskGroup: the worst of its exceptions
+            found = {self.of_exception(one) for one in exception.exceptions}
+            return next(one for one in (Outcome.FAILURE, Outcome.SUCCESS, Outcome.IGNORED) if one in found)
+        return Outcome.SUCCESS if isinstance(exception, Exception) else Outcome.IGNORED
+
+    def of_result(self, result: Any) -> Outcome:
+        """Success, unless the predicate says otherwise. Raises what the predicate raises."""
+        if self.is_failure is not None and self.is_failure(result):
+            return Outcome.FAILURE
+        return Outcome.SUCCESS
+
+
+def exception_types(option: str, given: Any) -> tuple[type[BaseException], ...]:
+    """The exception types of an option: one, or any iterable of them. Raises PolicyError for anything else."""
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, type) else (given,)
+    for one in found:
+        if not (isinstance(one, type) and issubclass(one, BaseException)):
+            raise PolicyError(f"{option} must be exception types, not {one!r}")
+    return found
