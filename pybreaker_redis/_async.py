@@ -63,7 +63,10 @@ class AsyncPermit(BasePermit):
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         self.end()
-        if not self.settled and (error is not None or not self._breaker._finish_quietly(self)):
+        if self.settled:
+            return
+        self.settled = True  # before anything else: another thread may settle it now
+        if error is not None or not self._breaker._finish_quietly(self):
             await self._breaker._drive(self._breaker._leave_block(self, error))
 
 

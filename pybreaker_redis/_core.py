@@ -243,8 +243,10 @@ class BreakerCore:
             return False
         if permit.generation != self._view.seen.generation or not self._slow_calls.ended_quickly(permit):
             return False
-        permit.settled = self._view.gather(permit.generation)
-        return permit.settled
+        if not self._view.gather(permit.generation):
+            return False
+        permit.settled = True
+        return True
 
     def _report(self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None) -> Steps[None]:
         """Count an outcome: locally where the view allows it, else by a script."""
@@ -290,9 +292,7 @@ class BreakerCore:
         return self._report(permit, self._classifier.of_exception(error), error)
 
     def _leave_block(self, permit: BasePermit, error: BaseException | None) -> Steps[None]:
-        """The end of a permit's block, unless it was settled inside."""
-        if permit.settled:
-            return
+        """The end of a permit's block, which nobody settled inside."""
         if error is None:
             yield from self._report(permit, Outcome.SUCCESS)
         else:

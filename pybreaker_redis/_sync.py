@@ -70,7 +70,10 @@ class Permit(BasePermit):
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._mark is not None:
             self.end()
-        if not self.settled and (error is not None or not self._breaker._finish_quietly(self)):
+        if self.settled:
+            return
+        self.settled = True  # before anything else: another thread may settle it now
+        if error is not None or not self._breaker._finish_quietly(self):
             self._breaker._drive(self._breaker._leave_block(self, error))
 
 
