@@ -102,7 +102,7 @@ def test_slot_moves(healthy: Cluster) -> None:
     with loads(cluster=("127.0.0.1", healthy.port(0)), name=NAME) as running:
         running.until(shared)
         CircuitBreaker(NAME, redis=healthy.client(), redis_timeout=10).force_closed(60)  # makes a history key as well
-        CircuitBreaker(NAME, redis=healthy.client(), redis_timeout=10).clear_override()
+        CircuitBreaker(NAME, redis=healthy.client(), redis_timeout=10).clear_forced()
         running.say("phase")
         for number in range(2):
             place = (source + number) % 3, (source + number + 1) % 3
@@ -114,7 +114,7 @@ def test_slot_moves(healthy: Cluster) -> None:
 
 
 def test_state_goes_along_with_its_slot(healthy: Cluster) -> None:
-    """Open before its slot moves is open after it. While its keys are torn apart (TRYAGAIN) the process is alone."""
+    """Open before its slot moves is open after it. While its keys are torn apart (TRYAGAIN) the process is local."""
     breaker = CircuitBreaker(
         NAME, redis=healthy.client(), policy=Policy(failure_threshold=1, reset_timeout=3600), redis_timeout=10, lease=0
     )
