@@ -26,8 +26,8 @@ from conftest import wait_until
 from test_instrumentation import cluster_of_one
 
 import pybreaker_redis
-from pybreaker_redis._scripts import SCRIPTS, compose
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.scripts import SCRIPTS, compose
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

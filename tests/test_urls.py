@@ -15,8 +15,8 @@ import redis.asyncio
 from conftest import wait_until
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy, PolicyError
-from pybreaker_redis._clients import async_client_from_url, client_from_url, parse, without_password
 from pybreaker_redis.embedded import EmbeddedServer, find_binary
+from pybreaker_redis.wire.url import async_client_from_url, client_from_url, parse, without_password
 
 NAME = "discovery"
 
