@@ -28,7 +28,7 @@ help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one shared breaker
-	@$(BIN)/python -m pybreaker_redis demo $(ARGS)
+	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
 test: $(VENV)/dev.stamp ## run all tests but the long ones (four minutes); prints the coverage
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
