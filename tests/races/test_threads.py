@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import itertools
+import pathlib
 import sys
 import threading
 import time
+import types
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,6 +21,7 @@ import server_watch
 from conftest import stopped, wait_until
 from race_workers import FIRM, PATIENCE, Boom, boom, fine, run_threads
 
+import pybreaker_redis
 from pybreaker_redis import (
     AsyncCircuitBreaker,
     CircuitBreaker,
@@ -30,6 +35,7 @@ from pybreaker_redis._view import Verdict, View
 from pybreaker_redis.embedded import EmbeddedServer
 
 MANY = Policy(failure_threshold=1_000_000_000)
+PACKAGE = pathlib.Path(pybreaker_redis.__file__).parent
 
 
 def reply(state: str, generation: int, retry_after_ms: int | None = None) -> dict[str, Any]:
@@ -455,15 +461,34 @@ def test_events_of_a_refresh_are_delivered_outside_of_its_lock(client: redis.Red
 # Blocks ----------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def hasty_threads() -> Iterator[None]:
-    """Threads take turns as often as the interpreter lets them."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
+def interrupted_at(line: int, work: Callable[[], object], other: Callable[[], object]) -> bool:
+    """work(), with other() in a second thread before so many lines of this package; False where work() has fewer."""
+    lines = itertools.count()
+    others: list[threading.Thread] = []
+
+    def trace(frame: types.FrameType, event: str, _: object) -> Any:
+        if PACKAGE not in pathlib.Path(frame.f_code.co_filename).parents:
+            return None
+        if event == "line" and next(lines) == line:
+            others.append(threading.Thread(target=other))
+            others[0].start()
+            others[0].join(0.05)  # not longer: it may need a lock that is held here
+        return trace
+
+    def traced() -> None:
+        sys.settrace(trace)
+        try:
+            work()
+        finally:
+            sys.settrace(None)
+
+    thread = threading.Thread(target=traced)
+    thread.start()
+    thread.join(PATIENCE)
+    for one in others:
+        one.join(PATIENCE)
+        assert not one.is_alive()
+    return bool(others)
 
 
 def test_blocks_of_two_generators_in_one_thread(client: redis.Redis) -> None:
@@ -486,36 +511,34 @@ def test_blocks_of_two_generators_in_one_thread(client: redis.Redis) -> None:
 
 
 @pytest.mark.parametrize("lease", [0, 60.0])
-def test_a_permit_settled_by_two_threads_while_its_block_ends(lease: float) -> None:
-    """Two threads settle a permit while a third one leaves its block: it counts once, by one of them."""
-    rounds = 1500
+@pytest.mark.parametrize("ends", ["block", "success"])
+def test_a_permit_settled_by_two_threads_while_its_block_ends(lease: float, ends: str) -> None:
+    """Two threads settle a permit at whichever line of its end in a third one: it counts once, by one of them."""
     breaker = CircuitBreaker("ending", policy=MANY, lease=lease)
+    breaker.call(fine)
     refused: list[int] = []
-    permits: list[Permit] = []
-    done = [0, 0]
 
-    def work(number: int) -> None:
-        for turn in range(rounds):
-            if number == 2:
-                with breaker.acquire() as permit:
-                    permits.append(permit)
-                while min(done) <= turn:
-                    pass
-                continue
-            while len(permits) <= turn:  # no lock wakes the three as close to one another
-                pass
-            try:
-                permits[turn].failure()
-            except PermitError:
-                refused.append(turn)
-            done[number] += 1
+    def try_to(settle: Callable[[], object]) -> None:
+        try:
+            settle()
+        except PermitError:
+            refused.append(1)
 
-    with hasty_threads():
-        run_threads(3, work)
-    assert all(permit.settled for permit in permits)
-    counts = breaker.counts
-    assert counts.successes + counts.failures == rounds
-    assert counts.failures + len(refused) == 2 * rounds
+    for rounds in itertools.count(1):
+        permit = breaker.acquire().__enter__()
+        end: Callable[[], object] = functools.partial(permit.__exit__, None, None, None)
+        if ends == "success":
+            end = functools.partial(try_to, permit.success)
+        settle = functools.partial(run_threads, 2, lambda _, permit=permit: try_to(permit.failure))
+        reached = interrupted_at(rounds - 1, end, settle)
+        assert permit.settled
+        counts = breaker.counts
+        assert counts.successes + counts.failures == 1 + rounds, f"line {rounds}"
+        if not reached:
+            break
+    assert rounds > 2
+    attempts = 2 * (rounds - 1) if ends == "block" else 3 * (rounds - 1) + 1
+    assert len(refused) == attempts - (counts.failures if ends == "block" else rounds)
 
 
 def test_two_loops_in_two_threads_share_one_asyncio_breaker(server: EmbeddedServer, client: redis.Redis) -> None:
