@@ -63,7 +63,7 @@ class Routes:
 
     def lost(self, address: Address) -> None:
         """The node does not answer, or refuses: another one may know who serves its slots."""
-        self._serving = {slot: node for slot, node in self._serving.items() if node != address}
+        self._serving = {slot: node for slot, node in list(self._serving.items()) if node != address}
         self._ranges = [one for one in self._ranges if one[2] != address]
 
     def learn(self, asked: Address, slots: Any) -> None:
