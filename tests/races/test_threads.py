@@ -33,6 +33,9 @@ from pybreaker_redis import (
 )
 from pybreaker_redis._view import Verdict, View
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.commands import Command
+from pybreaker_redis.wire.route import Routes
+from pybreaker_redis.wire.url import client_from_url
 
 MANY = Policy(failure_threshold=1_000_000_000)
 PACKAGE = pathlib.Path(pybreaker_redis.__file__).parent
@@ -475,16 +478,14 @@ def interrupted_at(line: int, work: Callable[[], object], other: Callable[[], ob
             others[0].join(0.05)  # not longer: it may need a lock that is held here
         return trace
 
-    def traced() -> None:
+    def traced(_: int) -> None:
         sys.settrace(trace)
         try:
             work()
         finally:
             sys.settrace(None)
 
-    thread = threading.Thread(target=traced)
-    thread.start()
-    thread.join(PATIENCE)
+    run_threads(1, traced)
     for one in others:
         one.join(PATIENCE)
         assert not one.is_alive()
@@ -539,6 +540,27 @@ def test_a_permit_settled_by_two_threads_while_its_block_ends(lease: float, ends
     assert rounds > 2
     attempts = 2 * (rounds - 1) if ends == "block" else 3 * (rounds - 1) + 1
     assert len(refused) == attempts - (counts.failures if ends == "block" else rounds)
+
+
+def test_a_node_is_lost_while_others_turn_out_to_serve() -> None:
+    """One thread loses a cluster's node while another one finds who serves a slot: no error."""
+    routes = Routes(client_from_url("redis+cluster://127.0.0.1:1"))
+
+    def send(key: str, reply: Any) -> None:
+        """One command that a node answers, or is lost with; nobody lists the slots."""
+        trip = routes.trip([Command(key.encode(), ())])
+        with contextlib.suppress(StopIteration):
+            next(trip)
+            trip.send([reply])
+            trip.throw(redis.ConnectionError())
+
+    for rounds in itertools.count():
+        for number in range(5):
+            send(f"known-{number}", b"reply")
+        lose = functools.partial(send, "lost", redis.ConnectionError())
+        if not interrupted_at(rounds, lose, functools.partial(send, f"new-{rounds}", b"reply")):
+            break
+    assert rounds > 5
 
 
 def test_two_loops_in_two_threads_share_one_asyncio_breaker(server: EmbeddedServer, client: redis.Redis) -> None:
