@@ -9,18 +9,18 @@ import inspect
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from time import monotonic
-from typing import Any, NoReturn, ParamSpec, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeVar, cast
 
 from ._classify import Outcome
 from ._core import BreakerCore
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event
 from ._fallback import InMemory
-from ._permit import BasePermit
+from ._permit import ENTERED, SETTLED, BasePermit
 from ._protocol import Ask, HistoryEntry, Snapshot, Steps, check_history_count, history_entries
 from ._view import Verdict
-from .wire.aio import AsyncServer, forget_ended, leave_to_parent
-from .wire.options import REDIS_ERRORS
+from .wire.aio import async_server_of, forget_ended, leave_to_parent
+from .wire.options import ASYNCIO, REDIS_ERRORS
 from .wire.subscription import AsyncSubscription, BaseWatch
 
 P = ParamSpec("P")
@@ -56,45 +56,50 @@ class AsyncPermit(BasePermit):
         await self._breaker._drive(self._settle(Outcome.IGNORED, None))
 
     async def __aenter__(self) -> Self:
-        if self.settled:
-            raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
-        self.begin()
+        self._enter()
         return self
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self.end()
-        if self.settled:
+        stage, self._stage = self._stage, SETTLED  # before anything else: another thread may settle it now
+        if error is None and stage == ENTERED and self._tick is not None:
+            self._tick()
             return
-        self.settled = True  # before anything else: another thread may settle it now
-        if error is not None or not self._breaker._finish_quietly(self):
+        self.end()
+        if stage == ENTERED:
             await self._breaker._drive(self._breaker._leave_block(self, error))
 
 
 class Acquiring:
     """What acquire() returns: await it for the permit, or use it as an `async with` block."""
 
-    __slots__ = ("_breaker", "_permit")
+    __slots__ = ("_breaker", "_permit", "_used")
 
     def __init__(self, breaker: AsyncCircuitBreaker) -> None:
         self._breaker = breaker
+        self._used = False
 
     def __await__(self) -> Generator[Any, Any, AsyncPermit]:
+        if self._used:  # tasks that shared it would end each other's calls
+            raise PermitError(f"acquire() of circuit breaker {self._breaker.name!r} is for one call: call it again")
+        self._used = True
         return self._breaker._acquire().__await__()
 
     async def __aenter__(self) -> AsyncPermit:
-        self._permit = await self._breaker._acquire()
+        self._permit = await self
         return await self._permit.__aenter__()
 
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         await self._permit.__aexit__(kind, error, traceback)
 
-    def __getattr__(self, name: str) -> NoReturn:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise PermitError(
-            f"acquire() of circuit breaker {self._breaker.name!r} was not awaited:"
-            " `permit = await breaker.acquire()`, or `async with breaker.acquire() as permit:`"
-        )
+    if not TYPE_CHECKING:  # a type checker knows that a missing await is an error
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            raise PermitError(
+                f"acquire() of circuit breaker {self._breaker.name!r} was not awaited:"
+                " `permit = await breaker.acquire()`, or `async with breaker.acquire() as permit:`"
+            )
 
 
 class AsyncWatch(BaseWatch):
@@ -124,10 +129,7 @@ class AsyncCircuitBreaker(BreakerCore):
     the other or at once. A cancelled call is neither success nor failure, and a probe's slot is given back.
     """
 
-    _permit = AsyncPermit
-
-    def _server(self, redis: Any, timeout: float) -> AsyncServer | None:
-        return None if redis is None else AsyncServer(redis, timeout)
+    _permit, _kind, _server_of = AsyncPermit, ASYNCIO, staticmethod(async_server_of)
 
     def _start_process(self) -> None:
         super()._start_process()
@@ -154,12 +156,14 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             result = await func(*args, **kwargs)
         except BaseException as error:
-            await self._drive(self._report_exception(AsyncPermit(self, seen.generation, None, now), error))
+            await self._drive(self._report_exception(AsyncPermit(self, seen.generation, now), error))
             raise
-        if self._quiet:
+        if self._plain:
             seen.counter.tick()
+            if self._on_call:
+                await self._deliver([self._success(seen.generation)])
         else:
-            await self._drive(self._report_result(AsyncPermit(self, seen.generation, None, now), result))
+            await self._drive(self._report_result(AsyncPermit(self, seen.generation, now), result))
         return result
 
     def __call__(self, func: Callable[P, R]) -> AsyncGuarded[P, R]:
@@ -183,7 +187,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
     def _guard(self, func: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         """call() for one function, without the attribute look-ups that it needs."""
-        view, quiet = self._view, self._quiet
+        view, plain, on_call = self._view, self._plain, self._on_call
 
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
@@ -192,12 +196,14 @@ class AsyncCircuitBreaker(BreakerCore):
             try:
                 result = await func(*args, **kwargs)
             except BaseException as error:
-                await self._drive(self._report_exception(AsyncPermit(self, seen.generation, None, now), error))
+                await self._drive(self._report_exception(AsyncPermit(self, seen.generation, now), error))
                 raise
-            if quiet:
+            if plain:
                 seen.counter.tick()
+                if on_call:
+                    await self._deliver([self._success(seen.generation)])
             else:
-                await self._drive(self._report_result(AsyncPermit(self, seen.generation, None, now), result))
+                await self._drive(self._report_result(AsyncPermit(self, seen.generation, now), result))
             return result
 
         return guarded
@@ -217,7 +223,9 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         finally:
             permit.end()
-        if not (self._quiet and self._finish_quietly(permit)):
+        if self._plain and self._finish(permit):
+            await self._deliver()
+        else:
             await self._drive(self._report_result(permit, result))
         return result
 
@@ -251,7 +259,7 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _acquire(self) -> AsyncPermit:
         seen, now = self._view.seen, monotonic()
         if now < seen.closed_until:
-            return AsyncPermit(self, seen.generation, None, now)
+            return AsyncPermit(self, seen.generation, now, None, None if self._on_call else seen.counter.tick)
         return cast(AsyncPermit, await self._admit(now))
 
     # The shell
@@ -264,9 +272,10 @@ class AsyncCircuitBreaker(BreakerCore):
                     return await self._drive(self._ask(), self._give_back)
                 await self._refresh(wait=answer is Verdict.WAIT)
                 answer = self._consult(began, refreshed=True)
-            return answer
-        finally:
+        except BaseException:
             await self._deliver()
+            raise
+        return await self._deliver_then(answer, self._give_back)
 
     async def _drive(self, steps: Steps[T], if_lost: Callable[[T], Steps[None]] | None = None) -> T:
         """Carry out what the decision code asks for, deliver its events, and give what it returns.
@@ -276,13 +285,12 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             ask = next(steps)
         except StopIteration as end:
-            await self._deliver()
-            return cast(T, end.value)
+            return await self._deliver_then(cast(T, end.value), if_lost)
         except BaseException:
             await self._deliver()
             raise
         waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._spawn(self._finish(steps, ask, waiter, if_lost))
+        self._spawn(self._see_through(steps, ask, waiter, if_lost))
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -291,7 +299,17 @@ class AsyncCircuitBreaker(BreakerCore):
                 self._spawn(self._run_to_end(if_lost(waiter.result())))
             raise
 
-    async def _finish(
+    async def _deliver_then(self, result: T, if_lost: Callable[[T], Steps[None]] | None) -> T:
+        """The result, once the events are delivered. A caller that is cancelled over that never gets it."""
+        try:
+            await self._deliver()
+        except BaseException:
+            if if_lost is not None:
+                self._spawn(self._run_to_end(if_lost(result)))
+            raise
+        return result
+
+    async def _see_through(
         self, steps: Steps[T], ask: Ask, waiter: asyncio.Future[T], if_lost: Callable[[T], Steps[None]] | None
     ) -> None:
         try:

@@ -25,6 +25,7 @@ from ._policy import Policy, override_request
 from ._protocol import COUNTS, NotSent, Reply, Request, Snapshot, State, Steps, seconds
 from ._slow import SlowCalls
 from ._view import Counter, Verdict, View
+from .wire.options import BLOCKING, Kind, client_of
 from .wire.subscription import BaseWatch
 
 W = TypeVar("W", bound=BaseWatch)
@@ -64,7 +65,10 @@ class Outbox(threading.local):
 class BreakerCore:
     """Options, view and decisions of one breaker; the shells add the I/O. See CircuitBreaker for the arguments."""
 
+    # the shell's own
     _permit: type[BasePermit]
+    _kind: Kind
+    _server_of: Callable[[Any, float], Any]
 
     def __init__(
         self,
@@ -94,9 +98,13 @@ class BreakerCore:
             exception_types("failures", failures), exception_types("ignore", ignore), is_failure
         )
         self._listeners, self._on_call = tuple(listeners), tuple(on_call)
+        for listener in (*self._listeners, *self._on_call):
+            if self._kind is BLOCKING and inspect.iscoroutinefunction(listener):
+                raise PolicyError(f"listener {listener!r} is a coroutine function: use AsyncCircuitBreaker")
         self._instruments = tuple(one for one in self._listeners if isinstance(one, Instrument))
-        self._quiet = not self._on_call and is_failure is None  # a success only has to be counted: the fast path
-        self._redis = self._server(redis, redis_timeout)
+        self._plain = is_failure is None  # a result is a success: the fast path
+        self._client = None if redis is None else client_of(redis, self._kind)
+        self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
         self._redis_timeout = redis_timeout
         self._engine: InMemory | Fallback = (
             InMemory() if redis is None else Fallback(self, on_redis_failure, redis_timeout)
@@ -114,10 +122,6 @@ class BreakerCore:
         _breakers.add(self)
         for instrument in self._instruments:
             instrument.attach(self)
-
-    def _server(self, redis: Any, timeout: float) -> Any:
-        """The shell's way to Redis. Raises PolicyError for an option that does not suit the shell."""
-        raise NotImplementedError
 
     def _in_background(self, steps: Steps[None]) -> None:
         """Run these steps without making any call wait."""
@@ -179,7 +183,7 @@ class BreakerCore:
         if verdict is Verdict.REJECT:
             return self._reject("open", max(seen.retry_at - now, 0.0))
         if verdict is Verdict.ASK and in_probe(self):
-            return self._permit(self, None, None, now)  # the probe's own outcome decides
+            return self._permit(self, None, now)  # the probe's own outcome decides
         return verdict
 
     def _ask(self) -> Steps[BasePermit]:
@@ -193,7 +197,7 @@ class BreakerCore:
         return self._admitted(reply["generation"], reply.get("probe"))
 
     def _admitted(self, generation: int, probe: int | None = None) -> BasePermit:
-        permit = self._permit(self, generation, probe, monotonic())
+        permit = self._permit(self, generation, monotonic(), probe)
         self._slow_calls.began(permit)
         return permit
 
@@ -205,7 +209,7 @@ class BreakerCore:
             self._emit("rejected", retry_after=retry_after, enforced=enforced)
         if enforced:
             raise CircuitOpenError(self.name, state, retry_after)
-        return self._permit(self, None, None, monotonic())
+        return self._permit(self, None, monotonic())
 
     # Reports
 
@@ -237,20 +241,25 @@ class BreakerCore:
         if "successes" in gathered:
             yield from self._run("record", gathered, self._brief)
 
-    def _finish_quietly(self, permit: BasePermit) -> bool:
-        """A quick success that nobody observes is only counted. False, and nothing done, for any other outcome."""
-        if permit.probe is not None or self._on_call or permit.generation is None:
+    def _finish(self, permit: BasePermit) -> bool:
+        """Count a quick success without a script. False, and nothing done, where that is not possible."""
+        generation = permit.generation
+        if permit.probe is not None or generation is None or generation != self._view.seen.generation:
             return False
-        if permit.generation != self._view.seen.generation or not self._slow_calls.ended_quickly(permit):
+        if not self._slow_calls.ended_quickly(permit) or not self._view.gather(generation):
             return False
-        if not self._view.gather(permit.generation):
-            return False
-        permit.settled = True
+        permit.settle()
+        if self._on_call:
+            self._outbox.put(self._success(generation))
         return True
+
+    def _success(self, generation: int) -> Event:
+        slow = None if self._view.policy.slow_call_duration is None else False
+        return Event("success", self.name, self.instance, generation=generation, slow=slow)
 
     def _report(self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None) -> Steps[None]:
         """Count an outcome: locally where the view allows it, else by a script."""
-        permit.settled = True
+        permit.settle()
         slow, pending = self._slow_calls.ended(permit)
         generation, probe = permit.generation, permit.probe
         if self._on_call:

@@ -16,7 +16,7 @@ class ConfigError(CircuitBreakerError, ValueError):
 
 
 class PermitError(CircuitBreakerError, RuntimeError):
-    """A permit was settled a second time."""
+    """A permit was settled or entered a second time, or acquire() of an asyncio breaker was not awaited."""
 
 
 class RedisUnavailableError(CircuitBreakerError):

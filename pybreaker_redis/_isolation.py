@@ -50,7 +50,9 @@ class Isolation:
     def decides_over(self, fleet: Reply) -> bool:
         """The same for a snapshot of the fleet."""
         own = self._own
-        return self.is_open() and own is not None and own.fleet_generation >= fleet["generation"] and not _decides(fleet)
+        return (
+            self.is_open() and own is not None and own.fleet_generation >= fleet["generation"] and not _decides(fleet)
+        )
 
     def run(self, name: str, request: Request, common: Request, full: Request) -> Steps[Reply]:
         """The reply to a script call, by the fleet's state and this instance's own.

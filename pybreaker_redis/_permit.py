@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from ._classify import Outcome
@@ -16,31 +17,47 @@ _probes: contextvars.ContextVar[tuple[weakref.ref[BasePermit], ...]] = contextva
 )
 
 
+ADMITTED, ENTERED, SETTLED = 0, 1, 2
+
+
 class BasePermit:
     """The right to one call. Settle it once, by an outcome or by leaving its block.
 
     generation: under which the call was admitted; None where its outcome counts for nothing (in shadow mode, or as
     part of a probe). probe: the slot of a probe, else None. started: seconds of the monotonic clock.
-    settled: whether the call has ended.
+    pending_since: when the call was reported as slow while it ran, else None.
+    tick: counts a success that needs nothing else: the view simply admitted the call, and nothing observes it.
     """
 
-    __slots__ = ("__weakref__", "_breaker", "_mark", "generation", "pending_since", "probe", "settled", "started")
+    __slots__ = ("__weakref__", "_breaker", "_stage", "_tick", "generation", "pending_since", "probe", "started")
 
-    def __init__(self, breaker: Any, generation: int | None, probe: int | None, started: float) -> None:
+    def __init__(
+        self,
+        breaker: Any,
+        generation: int | None,
+        started: float,
+        probe: int | None = None,
+        tick: Callable[[], int] | None = None,
+    ) -> None:
         self._breaker = breaker
+        self._stage = ADMITTED
+        self._tick = tick
         self.generation = generation
-        self.probe = probe
         self.started = started
-        self.settled = False
+        self.probe = probe
         self.pending_since: float | None = None
-        self._mark: contextvars.Token[Any] | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the call has ended."""
+        return self._stage == SETTLED
 
     def __repr__(self) -> str:
         state = "settled" if self.settled else "running"
         return f"<{type(self).__name__} of {self._breaker.name!r}, {state}>"
 
     def __del__(self) -> None:
-        if not self.settled:
+        if self._stage != SETTLED:
             warnings.warn(
                 f"a permit of circuit breaker {self._breaker.name!r} was lost: end its call with success(), failure()"
                 " or release(), or use it as a `with` block",
@@ -49,23 +66,33 @@ class BasePermit:
                 source=self,
             )
 
+    def _enter(self) -> None:
+        if self._stage != ADMITTED:
+            reason = "already settled" if self.settled else "already entered"
+            raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was {reason}")
+        self._stage = ENTERED
+        self.begin()
+
     def begin(self) -> None:
         """The guarded code runs in this context: its calls of the same breaker are part of the probe."""
         if self.probe is not None:
             running = [one for one in _probes.get() if (permit := one()) is not None and not permit.settled]
-            self._mark = _probes.set((*running, weakref.ref(self)))
+            _probes.set((*running, weakref.ref(self)))
 
     def end(self) -> None:
         """The guarded code has ended."""
-        if self._mark is not None:
+        if self.probe is not None:
             # no reset(): blocks in generators end in any order, and in other contexts, whose marks in_probe() ignores
             _probes.set(tuple(one for one in _probes.get() if one() is not self))
-            self._mark = None
+
+    def settle(self) -> None:
+        """The outcome is known."""
+        self._stage = SETTLED
 
     def _settle(self, outcome: Outcome, error: BaseException | None) -> Steps[None]:
-        if self.settled:
+        stage, self._stage = self._stage, SETTLED  # before anything else: another thread may settle it now
+        if stage == SETTLED:
             raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
-        self.settled = True
         report: Steps[None] = self._breaker._report(self, outcome, error)
         return report
 

@@ -82,9 +82,7 @@ class Policy:
     Raises PolicyError for a value out of range or of the wrong type.
     """
 
-    failure_threshold: int = _count(
-        5, 1, 10**9, "Failures in a row, in the whole fleet, that trip a closed breaker."
-    )
+    failure_threshold: int = _count(5, 1, 10**9, "Failures in a row, in the whole fleet, that trip a closed breaker.")
     reset_timeout: float = _seconds(30.0, 0.001, "How long the circuit stays open before a probe may run.")
     success_threshold: int = _count(1, 1, 10**9, "Successful probes that close the circuit.")
     half_open_max_calls: int = _count(1, 1, 1000, "Probes in flight at a time, in the whole fleet.")

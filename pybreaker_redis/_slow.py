@@ -3,16 +3,9 @@
 from __future__ import annotations
 
 from time import monotonic
-from typing import Protocol
 
+from ._permit import BasePermit
 from ._view import View
-
-
-class Call(Protocol):
-    """What is needed of a permit. pending_since: when the call was reported as slow while it ran."""
-
-    started: float
-    pending_since: float | None
 
 
 class SlowCalls:
@@ -20,45 +13,45 @@ class SlowCalls:
 
     def __init__(self, view: View) -> None:
         self._view = view
-        self._running: dict[Call, None] = {}
+        self._running: dict[BasePermit, None] = {}
 
     def after_fork(self) -> None:
         """In a child: the parent's calls are the parent's to report."""
         self._running = {}
 
-    def began(self, call: Call) -> None:
-        """A call begins."""
+    def began(self, permit: BasePermit) -> None:
+        """The call of this permit begins."""
         if self._view.policy.slow_call_duration is not None:
-            self._running[call] = None
+            self._running[permit] = None
 
-    def ended(self, call: Call) -> tuple[bool | None, bool]:
+    def ended(self, permit: BasePermit) -> tuple[bool | None, bool]:
         """Whether the call was slow (None: not measured), and whether that was reported while it ran."""
-        waiting = self._running.pop(call, call) is None  # else overdue() has it
+        waiting = self._running.pop(permit, permit) is None  # else overdue() has it
         now, limit = monotonic(), self._view.policy.slow_call_duration
         # a call that was reported longer ago has left the window, and counts as a new one
-        recent = call.pending_since is not None and now - call.pending_since < 0.9 * self._view.policy.window
+        recent = permit.pending_since is not None and now - permit.pending_since < 0.9 * self._view.policy.window
         pending = recent and not waiting
-        return None if limit is None else pending or now - call.started >= limit, pending
+        return None if limit is None else pending or now - permit.started >= limit, pending
 
-    def ended_quickly(self, call: Call) -> bool:
+    def ended_quickly(self, permit: BasePermit) -> bool:
         """Whether the call was not slow; False leaves it to ended()."""
         limit = self._view.policy.slow_call_duration
         if limit is None:
             return True
-        return monotonic() - call.started < limit and self._running.pop(call, call) is None
+        return monotonic() - permit.started < limit and self._running.pop(permit, permit) is None
 
-    def overdue(self) -> list[Call]:
+    def overdue(self) -> list[BasePermit]:
         """The running calls that became slow since the last look; each is given to one caller, once."""
-        found: list[Call] = []
+        found: list[BasePermit] = []
         limit = self._view.policy.slow_call_duration
         while limit is not None and self._running:
             try:
-                call = next(iter(self._running))
+                permit = next(iter(self._running))
             except (StopIteration, RuntimeError):  # another thread removed one just now
                 continue
-            if call.started > monotonic() - limit:
+            if permit.started > monotonic() - limit:
                 break
-            call.pending_since = monotonic()
-            if self._running.pop(call, call) is None:
-                found.append(call)
+            permit.pending_since = monotonic()
+            if self._running.pop(permit, permit) is None:
+                found.append(permit)
         return found

@@ -13,14 +13,15 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast
 
 from ._classify import Outcome
 from ._core import BreakerCore
-from ._errors import CircuitOpenError, PermitError, PolicyError, RedisUnavailableError
+from ._errors import CircuitOpenError, PolicyError, RedisUnavailableError
+from ._events import Event
 from ._fallback import InMemory, patience
-from ._permit import BasePermit
+from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit
 from ._protocol import HistoryEntry, Snapshot, Steps, check_history_count, history_entries
 from ._view import Verdict
-from .wire.options import REDIS_ERRORS
+from .wire.options import BLOCKING, REDIS_ERRORS
 from .wire.subscription import BaseWatch, Subscription
-from .wire.sync import Server
+from .wire.sync import server_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,19 +62,19 @@ class Permit(BasePermit):
         self._breaker._drive(self._settle(Outcome.IGNORED, None))
 
     def __enter__(self) -> Self:
-        if self.settled:
-            raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
-        if self.probe is not None:
-            self.begin()
+        if self._stage != ADMITTED or self.probe is not None:
+            self._enter()
+        else:
+            self._stage = ENTERED
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if self._mark is not None:
-            self.end()
-        if self.settled:
+        stage, self._stage = self._stage, SETTLED  # before anything else: another thread may settle it now
+        if error is None and stage == ENTERED and self._tick is not None:
+            self._tick()
             return
-        self.settled = True  # before anything else: another thread may settle it now
-        if error is not None or not self._breaker._finish_quietly(self):
+        self.end()
+        if stage == ENTERED:
             self._breaker._drive(self._breaker._leave_block(self, error))
 
 
@@ -113,13 +114,7 @@ class CircuitBreaker(BreakerCore):
     Constructing one needs no server and writes nothing. Raises PolicyError for an option that makes no sense.
     """
 
-    _permit = Permit
-
-    def _server(self, redis: Any, timeout: float) -> Server | None:
-        for listener in (*self._listeners, *self._on_call):
-            if inspect.iscoroutinefunction(listener):
-                raise PolicyError(f"listener {listener!r} {_USE_ASYNC}")
-        return None if redis is None else Server(redis, timeout)
+    _permit, _kind, _server_of = Permit, BLOCKING, staticmethod(server_of)
 
     def _start_process(self) -> None:
         super()._start_process()
@@ -138,12 +133,14 @@ class CircuitBreaker(BreakerCore):
         try:
             result = func(*args, **kwargs)
         except BaseException as error:
-            self._drive(self._report_exception(Permit(self, seen.generation, None, now), error))
+            self._drive(self._report_exception(Permit(self, seen.generation, now), error))
             raise
-        if self._quiet and type(result) not in _SUSPENDED:
+        if self._plain and type(result) not in _SUSPENDED:
             seen.counter.tick()
+            if self._on_call:
+                self._deliver([self._success(seen.generation)])
             return result
-        return self._settle_result(func, result, Permit(self, seen.generation, None, now))
+        return self._settle_result(func, result, Permit(self, seen.generation, now))
 
     def __call__(self, func: Callable[P, R]) -> Guarded[P, R]:
         """Decorate func. Raises TypeError for a coroutine function."""
@@ -164,7 +161,7 @@ class CircuitBreaker(BreakerCore):
 
     def _guard(self, func: Callable[P, R]) -> Callable[P, R]:
         """call() for one function, without the attribute look-ups that it needs."""
-        view, quiet = self._view, self._quiet
+        view, plain, on_call = self._view, self._plain, self._on_call
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
@@ -173,12 +170,14 @@ class CircuitBreaker(BreakerCore):
             try:
                 result = func(*args, **kwargs)
             except BaseException as error:
-                self._drive(self._report_exception(Permit(self, seen.generation, None, now), error))
+                self._drive(self._report_exception(Permit(self, seen.generation, now), error))
                 raise
-            if quiet and type(result) not in _SUSPENDED:
+            if plain and type(result) not in _SUSPENDED:
                 seen.counter.tick()
+                if on_call:
+                    self._deliver([self._success(seen.generation)])
                 return result
-            return self._settle_result(func, result, Permit(self, seen.generation, None, now))
+            return self._settle_result(func, result, Permit(self, seen.generation, now))
 
         return guarded
 
@@ -197,13 +196,14 @@ class CircuitBreaker(BreakerCore):
             raise
         finally:
             permit.end()
-        if self._quiet and type(result) not in _SUSPENDED and self._finish_quietly(permit):
-            return result
         return self._settle_result(func, result, permit)
 
     def _settle_result(self, func: Any, result: R, permit: BasePermit) -> R:
         if type(result) not in _SUSPENDED:
-            self._drive(self._report_result(permit, result))
+            if self._plain and self._finish(permit):
+                self._deliver()
+            else:
+                self._drive(self._report_result(permit, result))
             return result
         # nothing has run yet: a generator asks for its own permit when it starts
         self._drive(self._report(permit, Outcome.IGNORED))
@@ -227,7 +227,7 @@ class CircuitBreaker(BreakerCore):
         """A permit for one call, which is also its `with` block. Raises CircuitOpenError when rejected."""
         seen, now = self._view.seen, monotonic()
         if now < seen.closed_until:
-            return Permit(self, seen.generation, None, now)
+            return Permit(self, seen.generation, now, None, None if self._on_call else seen.counter.tick)
         return cast(Permit, self._admit(now))
 
     # The shell
@@ -285,8 +285,8 @@ class CircuitBreaker(BreakerCore):
         finally:
             lock.release()  # before the events are delivered: a listener may be slow, or call this breaker
 
-    def _deliver(self) -> None:
-        for event in self._outbox.take():
+    def _deliver(self, events: list[Event] | None = None) -> None:
+        for event in events or self._outbox.take():
             for listener in self._receivers(event):
                 try:
                     listener(event)

@@ -15,8 +15,8 @@ from .._events import Counts, Event, Instrument
 from .._protocol import Snapshot, State, decode, snapshot_from
 from .._view import NEVER
 from ..wire import commands
-from ..wire.options import REDIS_ERRORS, error_kind
-from ..wire.sync import Server
+from ..wire.options import BLOCKING, REDIS_ERRORS, client_of, error_kind
+from ..wire.sync import server_of
 
 CallOutcome: TypeAlias = Literal["success", "slow", "failure", "ignored", "rejected"]
 OUTCOMES: tuple[CallOutcome, ...] = get_args(CallOutcome)
@@ -67,7 +67,8 @@ class Meter(Instrument):
     """
 
     def __init__(self, redis: Any = None, timeout: float = 0.25) -> None:
-        self._server = None if redis is None else Server(redis, timeout)
+        self._client = None if redis is None else client_of(redis, BLOCKING)
+        self._server = None if redis is None else server_of(self._client, timeout)
         self._breakers: list[BreakerCore] = []
         self._start_process()
         _meters.add(self)
@@ -126,8 +127,8 @@ class Meter(Instrument):
         except REDIS_ERRORS as error:
             self._count_error(error)
             return found
-        for error in {reply for reply in replies if isinstance(reply, Exception)}:  # one for each lost node
-            self._count_error(error)
+        for lost in {reply for reply in replies if isinstance(reply, Exception)}:  # one for each lost node
+            self._count_error(lost)
         for place, reply in zip(asked, replies, strict=True):
             if isinstance(reply, bytes):
                 content = {**decode(reply), "source": "redis"}

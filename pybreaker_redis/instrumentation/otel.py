@@ -44,11 +44,22 @@ class OpenTelemetryMetrics(Meter):
         )
         gauge("circuit_breaker.state", [self._reads(_state)], "1", "1 for the present state, 0 for the others.")
         gauge("circuit_breaker.health", [self._reads(_health)], "1", "Health score, 0 (open) to 100.")
-        gauge("circuit_breaker.fallback", [self._reads(_fallback)], "1", "1 while this process continues without Redis.")
-        gauge("circuit_breaker.view.age", [self._reads(_age)], "s", "Age of the local view, since its request was sent.")
+        gauge(
+            "circuit_breaker.fallback", [self._reads(_fallback)], "1", "1 while this process continues without Redis."
+        )
+        gauge(
+            "circuit_breaker.view.age", [self._reads(_age)], "s", "Age of the local view, since its request was sent."
+        )
         counter("circuit_breaker.calls", [self._reads(_calls)], "{call}", "Calls by outcome.")
-        counter("circuit_breaker.transitions", [self._reads(_transitions)], "{transition}", "Transitions that this process caused.")
-        counter("circuit_breaker.redis.errors", [self._reads(_errors)], "{error}", "Script calls that Redis did not answer.")
+        counter(
+            "circuit_breaker.transitions",
+            [self._reads(_transitions)],
+            "{transition}",
+            "Transitions that this process caused.",
+        )
+        counter(
+            "circuit_breaker.redis.errors", [self._reads(_errors)], "{error}", "Script calls that Redis did not answer."
+        )
 
     def _start_process(self) -> None:
         super()._start_process()

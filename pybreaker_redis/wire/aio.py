@@ -12,8 +12,6 @@ from collections.abc import AsyncIterator, MutableMapping, Sequence
 from typing import Any
 
 import redis
-import redis.asyncio
-from redis.exceptions import NoScriptError
 
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
@@ -25,29 +23,42 @@ from .options import (
     Address,
     address_of,
     can_read,
-    client_of,
     connecting,
     connection,
-    is_cluster,
-    node_pool,
-    pool_of,
+    pools_of,
 )
-from .route import SLOTS, Batch, Routes
+from .route import Routes, Trip, trip
 
 _TURNS = 32
 _MOST_CONNECTIONS = 128  # of one client on one event loop
-# What all breakers of the process share, by client, deadline and loop.
-_shared: weakref.WeakKeyDictionary[Any, dict[float, _ByLoop]] = weakref.WeakKeyDictionary()
+_shared: weakref.WeakKeyDictionary[Any, dict[float, AsyncServer]] = weakref.WeakKeyDictionary()
 # In a child: the parent's connections. Collecting them would unregister them from the epoll set that both share.
 _parents: list[Any] = []
 
 
+def async_server_of(client: Any, timeout: float) -> AsyncServer:
+    """The AsyncServer of a client; all breakers of the process share it.
+
+    timeout: seconds to wait for a connection and a reply.
+    """
+    by_timeout = _shared.setdefault(client, {})
+    return by_timeout.get(timeout) or by_timeout.setdefault(timeout, AsyncServer(client, timeout))
+
+
 class AsyncServer:
-    """wire.sync.Server for asyncio: the same arguments and methods, awaitable."""
+    """wire.sync.Server for asyncio, with connections of their own for every event loop."""
 
     def __init__(self, client: Any, timeout: float) -> None:
-        self.client = client_of(client, ASYNCIO)
+        self.address = address_of(client)
+        self._pool_of, clustered = pools_of(client, ASYNCIO, timeout)
+        self._routes = Routes(client) if clustered else None
         self._timeout = timeout
+        self._by_loop: _ByLoop = weakref.WeakKeyDictionary()
+
+    def after_fork(self) -> None:
+        """In a child: the parent's connections are not ours."""
+        leave_to_parent(self._by_loop)
+        self._by_loop = weakref.WeakKeyDictionary()
 
     async def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -57,44 +68,43 @@ class AsyncServer:
         """The newest transitions, newest first. Raises redis.RedisError or OSError."""
         return history_fields(await self._one(build.history(keys, count)))
 
-    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies, in order; an error of one command is its reply. In a cluster a lost node is such an error.
-
-        Raises redis.RedisError or OSError when the server is lost.
-        """
-        return await self._line().exchange(commands)
-
-    @property
-    def address(self) -> str:
-        """A text that is the same for clients of the same server."""
-        return address_of(self.client)
-
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
-        return self._line().subscriber()
+        return self._node(None if self._routes is None else self._routes.address(b"")).connection(protocol=2)
 
     async def close(self) -> None:
         """Close this loop's connections; the next call opens others."""
-        await self._line().close()
+        for node in list(self._nodes().values()):
+            await node.close()
 
     async def _one(self, command: Command) -> Any:
-        (reply,) = await self._line().exchange((command,))
+        (reply,) = await self._carry_out(trip(self._routes, (command,)))
         if isinstance(reply, BaseException):
             raise reply
         return reply
 
-    def _line(self) -> AsyncConnections | AsyncCluster:
-        client, timeout, loop = self.client, self._timeout, asyncio.get_running_loop()
-        by_loop = _shared.setdefault(client, {}).setdefault(timeout, weakref.WeakKeyDictionary())
-        line = by_loop.get(loop)
-        if line is None:
-            forget_ended(by_loop)
-            if is_cluster(client):
-                line = AsyncCluster(client, timeout)
-            else:
-                line = AsyncConnections(pool_of(client, ASYNCIO, timeout), timeout)
-            by_loop[loop] = line
-        return line
+    async def _carry_out(self, steps: Trip) -> list[Any]:
+        try:
+            leg = next(steps)
+            while True:
+                try:
+                    replies = await self._node(leg.address).send(leg.commands, leg.asking)
+                except BaseException as error:
+                    leg = steps.throw(error)
+                else:
+                    leg = steps.send(replies)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+    def _node(self, address: Address | None) -> AsyncConnections:
+        nodes = self._nodes()
+        return nodes.get(address) or nodes.setdefault(address, AsyncConnections(self._pool_of(address), self._timeout))
+
+    def _nodes(self) -> dict[Address | None, AsyncConnections]:
+        loop = asyncio.get_running_loop()
+        if loop not in self._by_loop:
+            forget_ended(self._by_loop)
+        return self._by_loop.setdefault(loop, {})
 
 
 class AsyncConnections:
@@ -106,18 +116,8 @@ class AsyncConnections:
         self._slots = asyncio.Semaphore(_MOST_CONNECTIONS)
         self._losses = 0
 
-    async def exchange(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
-        """The replies, in order; an error of one command is its reply. A script that is missing is loaded."""
-        replies = await self._exchange(commands, asking)
-        missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        if missing:
-            first, *others = missing
-            again = [commands[first].loading(), *(commands[place] for place in others)]
-            for place, reply in zip(missing, await self._exchange(again, asking), strict=True):
-                replies[place] = reply
-        return replies
-
-    async def _exchange(self, commands: Sequence[Command], asking: bool) -> list[Any]:
+    async def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
+        """The replies, in order; an error of one command is its reply. Raises NotSent when cancelled before."""
         losses, sent = self._losses, asyncio.Event()
         try:
             async with self._slots:
@@ -153,8 +153,8 @@ class AsyncConnections:
             await self._lose(connection)
         return replies
 
-    def subscriber(self) -> Any:
-        return self._connection(protocol=2)
+    def connection(self, **options: Any) -> Any:
+        return connection(self._pool, ASYNCIO, None, **options)  # the deadline is around the whole exchange
 
     async def close(self) -> None:
         while self._idle:
@@ -172,52 +172,10 @@ class AsyncConnections:
                 if idle.is_connected and not await can_read(idle)():
                     return idle
             await idle.disconnect(nowait=True)
-        return self._connection()
-
-    def _connection(self, **options: Any) -> Any:
-        return connection(self._pool, ASYNCIO, None, **options)  # the deadline is around the whole exchange
+        return self.connection()
 
 
-class AsyncCluster:
-    """wire.sync.Cluster for one event loop."""
-
-    def __init__(self, client: redis.asyncio.RedisCluster, timeout: float) -> None:
-        self._routes, self._pool_of, self._timeout = Routes(client), node_pool(client), timeout
-        self._nodes: dict[Address, AsyncConnections] = {}
-
-    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        batch = Batch(self._routes, commands)
-        while legs := batch.legs():
-            for leg in legs:
-                node = self._node(leg.address)
-                try:
-                    replies = await node.exchange([commands[place] for place in leg.places], leg.asking)
-                except REDIS_ERRORS as error:
-                    batch.failed(leg, error)
-                except BaseException:
-                    self._routes.lost(leg.address)
-                    raise
-                else:
-                    batch.arrived(leg, replies)
-        if batch.news is not None:
-            with contextlib.suppress(*REDIS_ERRORS):
-                self._routes.learn(batch.news, (await self._node(batch.news).exchange((SLOTS,)))[0])
-        return batch.replies
-
-    def subscriber(self) -> Any:
-        return self._node(self._routes.address(b"")).subscriber()
-
-    async def close(self) -> None:
-        for node in list(self._nodes.values()):
-            await node.close()
-
-    def _node(self, address: Address) -> AsyncConnections:
-        if address not in self._nodes:
-            self._nodes[address] = AsyncConnections(self._pool_of(address), self._timeout)
-        return self._nodes[address]
-
-
-_ByLoop = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncConnections | AsyncCluster]
+_ByLoop = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Address | None, AsyncConnections]]
 
 
 def forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any]) -> None:
@@ -271,9 +229,8 @@ def leave_to_parent(held: MutableMapping[Any, Any]) -> None:
 
 def _after_fork_in_child() -> None:
     for by_timeout in list(_shared.values()):
-        for by_loop in by_timeout.values():
-            leave_to_parent(by_loop)
-    _shared.clear()
+        for server in by_timeout.values():
+            server.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -113,18 +113,24 @@ def _impatient(client: Any, kind: Kind, timeout: float) -> Any:
     return type(client)(connection_pool=type(pool)(**kwargs, retry=kind.retry(NoBackoff(), 0)))
 
 
-def node_pool(client: Any) -> Callable[[Address], Any]:
-    """Makes what connection() takes for a node of a cluster; it keeps no reference to the client."""
-    if isinstance(client, redis.asyncio.RedisCluster):
+def pools_of(client: Any, kind: Kind, timeout: float) -> tuple[Callable[[Any], Any], bool]:
+    """Makes what connection() takes, by a node's address; and whether the client is one of a cluster.
+
+    It keeps no reference to the client.
+    """
+    if not is_cluster(client):
+        pool = pool_of(client, kind, timeout)
+        return lambda address: pool, False
+    if kind is ASYNCIO:
         options = without("redis_connect_func", client.connection_kwargs)  # that function may ask for replicas
-        return lambda address: redis.asyncio.cluster.ClusterNode(*address, **options)
+        return lambda address: redis.asyncio.cluster.ClusterNode(*address, **options), True
     manager = client.nodes_manager
 
-    def pool(address: Address) -> Any:
+    def node_pool(address: Address) -> Any:
         options = without("redis_connect_func", manager.connection_kwargs)
         return manager.create_redis_node(*address, **options).connection_pool
 
-    return pool
+    return node_pool, True
 
 
 def without(name: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +143,31 @@ def address_of(client: Any) -> str:
     if is_cluster(client):
         return repr(sorted((node.host, node.port) for node in client.get_nodes()))
     return f"{client.connection_pool.connection_class} {sorted(client.connection_pool.connection_kwargs.items())!r}"
+
+
+class Endpoint(NamedTuple):
+    """Where a connection leads. path: of a unix socket; None for TCP."""
+
+    host: str
+    port: int
+    path: str | None
+    database: int
+    username: str | None
+    tls: bool
+    ca_certs: str | None
+
+
+def endpoint(connection: Any) -> Endpoint:
+    """Where an open connection leads, for another program such as redis-cli."""
+    return Endpoint(
+        host=str(getattr(connection, "host", "localhost")),
+        port=int(getattr(connection, "port", 6379)),
+        path=getattr(connection, "path", None),
+        database=int(connection.db or 0),
+        username=connection.username,
+        tls=isinstance(connection, redis.SSLConnection),
+        ca_certs=getattr(connection, "ca_certs", None),
+    )
 
 
 @contextlib.contextmanager

@@ -11,47 +11,41 @@ from time import monotonic
 from typing import Any
 
 import redis
-from redis.exceptions import NoScriptError
 
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import Command, packed
-from .options import (
-    BLOCKING,
-    INTACT,
-    REDIS_ERRORS,
-    Address,
-    address_of,
-    client_of,
-    connecting,
-    connection,
-    is_cluster,
-    node_pool,
-    pool_of,
-)
-from .route import SLOTS, Batch, Routes
+from .options import BLOCKING, INTACT, REDIS_ERRORS, Address, address_of, connecting, connection, pools_of
+from .route import Routes, Trip, trip
 
 _PER_COMMAND = 0.001  # seconds that a pipeline may take longer for each of its commands
-# What all breakers of the process share, by client and deadline: a process needs as many connections as it has threads
-# that talk to Redis at once, however many breakers it has.
-_shared: weakref.WeakKeyDictionary[Any, dict[float, Connections | Cluster]] = weakref.WeakKeyDictionary()
+_shared: weakref.WeakKeyDictionary[Any, dict[float, Server]] = weakref.WeakKeyDictionary()
+
+
+def server_of(client: Any, timeout: float) -> Server:
+    """The Server of a client; all breakers of the process share it.
+
+    timeout: seconds to wait for a connection, and for a reply.
+    """
+    by_timeout = _shared.setdefault(client, {})
+    return by_timeout.get(timeout) or by_timeout.setdefault(timeout, Server(client, timeout))
 
 
 class Server:
-    """A Redis, as the breakers of this process reach it.
+    """A Redis, as this process reaches it: one server, a Sentinel's master, or a cluster.
 
-    client: a redis-py client (Redis, RedisCluster, Sentinel master) or a URL. It is left as it was: commands go over
-    connections of our own and are never repeated, since a repeat after a time-out would count a report twice.
-    timeout: seconds to wait for a connection, and for a reply. Raises PolicyError for another kind of client.
+    The client is left as it was: commands go over connections of our own and are never repeated, since a repeat after
+    a time-out would count a report twice. A process needs as many connections as it has threads that talk to Redis at
+    once, however many breakers it has. No reference to the client is kept: it is the key under which this is shared.
+    address: a text that is the same for clients of the same server.
     """
 
     def __init__(self, client: Any, timeout: float) -> None:
-        self.client = client = client_of(client, BLOCKING)
-        by_timeout = _shared.setdefault(client, {})
-        if timeout not in by_timeout:
-            made = Cluster(client, timeout) if is_cluster(client) else Connections(pool_of(client, BLOCKING, timeout), timeout)
-            by_timeout.setdefault(timeout, made)
-        self._line = by_timeout[timeout]
+        self.address = address_of(client)
+        self._pool_of, clustered = pools_of(client, BLOCKING, timeout)
+        self._routes = Routes(client) if clustered else None
+        self._timeout = timeout
+        self._nodes: dict[Address | None, Connections] = {}
 
     def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -66,30 +60,46 @@ class Server:
 
         Raises redis.RedisError or OSError when the server is lost.
         """
-        return self._line.exchange(commands)
+        return self._carry_out(trip(self._routes, commands))
 
     def masters(self) -> list[Connections]:
         """The connections to each node that serves keys."""
-        return self._line.masters()
-
-    @property
-    def address(self) -> str:
-        """A text that is the same for clients of the same server."""
-        return address_of(self.client)
+        if self._routes is None:
+            return [self._node(None)]
+        self._carry_out(self._routes.learn_masters())
+        return [self._node(address) for address in self._routes.masters()]
 
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
-        return self._line.subscriber()
+        return self._node(None if self._routes is None else self._routes.address(b"")).connection(protocol=2)
 
     def close(self) -> None:
         """Close the connections; the next call opens others."""
-        self._line.close()
+        for node in list(self._nodes.values()):
+            node.close()
 
     def _one(self, command: Command) -> Any:
-        (reply,) = self._line.exchange((command,))
+        (reply,) = self.exchange((command,))
         if isinstance(reply, BaseException):
             raise reply
         return reply
+
+    def _carry_out(self, steps: Trip) -> list[Any]:
+        try:
+            leg = next(steps)
+            while True:
+                try:
+                    replies = self._node(leg.address).send(leg.commands, leg.asking)
+                except BaseException as error:
+                    leg = steps.throw(error)
+                else:
+                    leg = steps.send(replies)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+    def _node(self, address: Address | None) -> Connections:
+        found = self._nodes.get(address)
+        return found or self._nodes.setdefault(address, Connections(self._pool_of(address), self._timeout))
 
 
 class Connections:
@@ -99,18 +109,8 @@ class Connections:
         self._pool, self._timeout = pool, timeout
         self._idle: collections.deque[Any] = collections.deque()
 
-    def exchange(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
-        """The replies, in order; an error of one command is its reply. A script that is missing is loaded."""
-        replies = self._exchange(commands, asking)
-        missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        if missing:
-            first, *others = missing
-            again = [commands[first].loading(), *(commands[place] for place in others)]
-            for place, reply in zip(missing, self._exchange(again, asking), strict=True):
-                replies[place] = reply
-        return replies
-
-    def _exchange(self, commands: Sequence[Command], asking: bool) -> list[Any]:
+    def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
+        """The replies, in order; an error of one command is its reply."""
         connection = self._take()
         deadline = monotonic() + self._timeout + _PER_COMMAND * len(commands)
         replies: list[Any] = []
@@ -131,11 +131,8 @@ class Connections:
             self._lose(connection)
         return replies
 
-    def masters(self) -> list[Connections]:
-        return [self]
-
-    def subscriber(self) -> Any:
-        return connection(self._pool, BLOCKING, self._timeout, protocol=2)
+    def connection(self, **options: Any) -> Any:
+        return connection(self._pool, BLOCKING, self._timeout, **options)
 
     def close(self) -> None:
         with contextlib.suppress(IndexError):  # several threads may pop at once
@@ -154,55 +151,10 @@ class Connections:
                     if not idle.can_read():  # readable before a command means that the server has closed it
                         return idle
                 idle.disconnect()
-        new = connection(self._pool, BLOCKING, self._timeout)
+        new = self.connection()
         with connecting():
             new.connect()  # sending alone would not ask a Sentinel for the master
         return new
-
-
-class Cluster:
-    """The nodes of a cluster, each with its connections."""
-
-    def __init__(self, client: redis.RedisCluster, timeout: float) -> None:
-        self._routes, self._pool_of, self._timeout = Routes(client), node_pool(client), timeout
-        self._nodes: dict[Address, Connections] = {}
-
-    def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        batch = Batch(self._routes, commands)
-        while legs := batch.legs():
-            for leg in legs:
-                try:
-                    replies = self._node(leg.address).exchange([commands[place] for place in leg.places], leg.asking)
-                except REDIS_ERRORS as error:
-                    batch.failed(leg, error)
-                except BaseException:
-                    self._routes.lost(leg.address)
-                    raise
-                else:
-                    batch.arrived(leg, replies)
-        if batch.news is not None:
-            with contextlib.suppress(*REDIS_ERRORS):
-                self._routes.learn(batch.news, self._node(batch.news).exchange((SLOTS,))[0])
-        return batch.replies
-
-    def masters(self) -> list[Connections]:
-        for address in self._routes.nodes():
-            with contextlib.suppress(*REDIS_ERRORS):
-                self._routes.learn(address, self._node(address).exchange((SLOTS,))[0])
-                break
-        return [self._node(address) for address in self._routes.masters()]
-
-    def subscriber(self) -> Any:
-        return self._node(self._routes.address(b"")).subscriber()
-
-    def close(self) -> None:
-        for node in list(self._nodes.values()):
-            node.close()
-
-    def _node(self, address: Address) -> Connections:
-        if address not in self._nodes:
-            self._nodes.setdefault(address, Connections(self._pool_of(address), self._timeout))
-        return self._nodes[address]
 
 
 def _read(connection: Any) -> Any:
@@ -214,8 +166,8 @@ def _read(connection: Any) -> Any:
 
 def _after_fork_in_child() -> None:
     for by_timeout in list(_shared.values()):
-        for line in by_timeout.values():
-            line.close()  # the sockets are the parent's; closing them here leaves it alone
+        for server in by_timeout.values():
+            server.close()  # the sockets are the parent's; closing them here leaves it alone
 
 
 if hasattr(os, "register_at_fork"):
