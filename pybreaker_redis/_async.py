@@ -16,11 +16,11 @@ from ._core import BreakerCore
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event
 from ._fallback import InMemory
-from ._permit import ENTERED, SETTLED, BasePermit
+from ._permit import BasePermit
 from ._protocol import Ask, HistoryEntry, Snapshot, Steps, check_history_count, history_entries
 from ._view import Verdict
-from .wire.aio import async_server_of, forget_ended, leave_to_parent
-from .wire.options import ASYNCIO, REDIS_ERRORS
+from .wire.aio import AsyncServer, forget_ended, leave_to_parent
+from .wire.options import REDIS_ERRORS
 from .wire.subscription import AsyncSubscription, BaseWatch
 
 P = ParamSpec("P")
@@ -56,16 +56,17 @@ class AsyncPermit(BasePermit):
         await self._breaker._drive(self._settle(Outcome.IGNORED, None))
 
     async def __aenter__(self) -> Self:
-        self._enter()
+        if self.settled:
+            raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
+        self.begin()
         return self
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        stage, self._stage = self._stage, SETTLED  # before anything else: another thread may settle it now
-        if error is None and stage == ENTERED and self._tick is not None:
-            self._tick()
-            return
         self.end()
-        if stage == ENTERED:
+        if self.settled:
+            return
+        self.settled = True  # before anything else: another thread may settle it now
+        if error is not None or not self._breaker._finish_quietly(self):
             await self._breaker._drive(self._breaker._leave_block(self, error))
 
 
@@ -129,7 +130,10 @@ class AsyncCircuitBreaker(BreakerCore):
     the other or at once. A cancelled call is neither success nor failure, and a probe's slot is given back.
     """
 
-    _permit, _kind, _server_of = AsyncPermit, ASYNCIO, staticmethod(async_server_of)
+    _permit = AsyncPermit
+
+    def _server(self, redis: Any, timeout: float) -> AsyncServer | None:
+        return None if redis is None else AsyncServer(redis, timeout)
 
     def _start_process(self) -> None:
         super()._start_process()
@@ -156,14 +160,12 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             result = await func(*args, **kwargs)
         except BaseException as error:
-            await self._drive(self._report_exception(AsyncPermit(self, seen.generation, now), error))
+            await self._drive(self._report_exception(AsyncPermit(self, seen.generation, None, now), error))
             raise
-        if self._plain:
+        if self._quiet:
             seen.counter.tick()
-            if self._on_call:
-                await self._deliver([self._success(seen.generation)])
         else:
-            await self._drive(self._report_result(AsyncPermit(self, seen.generation, now), result))
+            await self._drive(self._report_result(AsyncPermit(self, seen.generation, None, now), result))
         return result
 
     def __call__(self, func: Callable[P, R]) -> AsyncGuarded[P, R]:
@@ -187,7 +189,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
     def _guard(self, func: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         """call() for one function, without the attribute look-ups that it needs."""
-        view, plain, on_call = self._view, self._plain, self._on_call
+        view, quiet = self._view, self._quiet
 
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
@@ -196,14 +198,12 @@ class AsyncCircuitBreaker(BreakerCore):
             try:
                 result = await func(*args, **kwargs)
             except BaseException as error:
-                await self._drive(self._report_exception(AsyncPermit(self, seen.generation, now), error))
+                await self._drive(self._report_exception(AsyncPermit(self, seen.generation, None, now), error))
                 raise
-            if plain:
+            if quiet:
                 seen.counter.tick()
-                if on_call:
-                    await self._deliver([self._success(seen.generation)])
             else:
-                await self._drive(self._report_result(AsyncPermit(self, seen.generation, now), result))
+                await self._drive(self._report_result(AsyncPermit(self, seen.generation, None, now), result))
             return result
 
         return guarded
@@ -223,9 +223,7 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         finally:
             permit.end()
-        if self._plain and self._finish(permit):
-            await self._deliver()
-        else:
+        if not (self._quiet and self._finish_quietly(permit)):
             await self._drive(self._report_result(permit, result))
         return result
 
@@ -259,7 +257,7 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _acquire(self) -> AsyncPermit:
         seen, now = self._view.seen, monotonic()
         if now < seen.closed_until:
-            return AsyncPermit(self, seen.generation, now, None, None if self._on_call else seen.counter.tick)
+            return AsyncPermit(self, seen.generation, None, now)
         return cast(AsyncPermit, await self._admit(now))
 
     # The shell
@@ -290,7 +288,7 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._deliver()
             raise
         waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._spawn(self._see_through(steps, ask, waiter, if_lost))
+        self._spawn(self._finish(steps, ask, waiter, if_lost))
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -309,7 +307,7 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         return result
 
-    async def _see_through(
+    async def _finish(
         self, steps: Steps[T], ask: Ask, waiter: asyncio.Future[T], if_lost: Callable[[T], Steps[None]] | None
     ) -> None:
         try:
