@@ -16,11 +16,11 @@ from ._core import BreakerCore
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event
 from ._fallback import InMemory
-from ._permit import BasePermit
+from ._permit import ENTERED, SETTLED, BasePermit
 from ._protocol import Ask, HistoryEntry, Snapshot, Steps, check_history_count, history_entries
-from ._view import Verdict
-from .wire.aio import AsyncServer, forget_ended, leave_to_parent
-from .wire.options import REDIS_ERRORS
+from ._view import Seen, Verdict
+from .wire.aio import async_server_of, forget_ended, leave_to_parent
+from .wire.options import ASYNCIO, REDIS_ERRORS
 from .wire.subscription import AsyncSubscription, BaseWatch
 
 P = ParamSpec("P")
@@ -56,17 +56,16 @@ class AsyncPermit(BasePermit):
         await self._breaker._drive(self._settle(Outcome.IGNORED, None))
 
     async def __aenter__(self) -> Self:
-        if self.settled:
-            raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
-        self.begin()
+        self._enter()
         return self
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        self.end()
-        if self.settled:
+        stage, self._stage = self._stage, SETTLED  # before anything else: another thread may settle it now
+        if error is None and stage == ENTERED and self._tick is not None:
+            self._tick()
             return
-        self.settled = True  # before anything else: another thread may settle it now
-        if error is not None or not self._breaker._finish_quietly(self):
+        self.end()
+        if stage == ENTERED:
             await self._breaker._drive(self._breaker._leave_block(self, error))
 
 
@@ -130,10 +129,7 @@ class AsyncCircuitBreaker(BreakerCore):
     the other or at once. A cancelled call is neither success nor failure, and a probe's slot is given back.
     """
 
-    _permit = AsyncPermit
-
-    def _server(self, redis: Any, timeout: float) -> AsyncServer | None:
-        return None if redis is None else AsyncServer(redis, timeout)
+    _permit, _kind, _server_of = AsyncPermit, ASYNCIO, staticmethod(async_server_of)
 
     def _start_process(self) -> None:
         super()._start_process()
@@ -160,12 +156,12 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             result = await func(*args, **kwargs)
         except BaseException as error:
-            await self._drive(self._report_exception(AsyncPermit(self, seen.generation, None, now), error))
+            await self._drive(self._report_exception(AsyncPermit(self, seen.generation, now), error))
             raise
         if self._quiet:
             seen.counter.tick()
         else:
-            await self._drive(self._report_result(AsyncPermit(self, seen.generation, None, now), result))
+            await self._judge(result, seen, now)
         return result
 
     def __call__(self, func: Callable[P, R]) -> AsyncGuarded[P, R]:
@@ -198,12 +194,12 @@ class AsyncCircuitBreaker(BreakerCore):
             try:
                 result = await func(*args, **kwargs)
             except BaseException as error:
-                await self._drive(self._report_exception(AsyncPermit(self, seen.generation, None, now), error))
+                await self._drive(self._report_exception(AsyncPermit(self, seen.generation, now), error))
                 raise
             if quiet:
                 seen.counter.tick()
             else:
-                await self._drive(self._report_result(AsyncPermit(self, seen.generation, None, now), result))
+                await self._judge(result, seen, now)
             return result
 
         return guarded
@@ -223,9 +219,19 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         finally:
             permit.end()
-        if not (self._quiet and self._finish_quietly(permit)):
+        if self._plain and self._finish(permit):
+            await self._deliver()
+        else:
             await self._drive(self._report_result(permit, result))
         return result
+
+    async def _judge(self, result: Any, seen: Seen, now: float) -> None:
+        """The result of a call that the view admitted, where the fast path does not apply."""
+        if self._plain:
+            seen.counter.tick()
+            await self._deliver([self._success(seen.generation)])
+        else:
+            await self._drive(self._report_result(AsyncPermit(self, seen.generation, now), result))
 
     async def _iterate(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
         permit = await self._admit(monotonic())
@@ -257,7 +263,7 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _acquire(self) -> AsyncPermit:
         seen, now = self._view.seen, monotonic()
         if now < seen.closed_until:
-            return AsyncPermit(self, seen.generation, None, now)
+            return AsyncPermit(self, seen.generation, now, None, None if self._on_call else seen.counter.tick)
         return cast(AsyncPermit, await self._admit(now))
 
     # The shell
@@ -288,7 +294,7 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._deliver()
             raise
         waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._spawn(self._finish(steps, ask, waiter, if_lost))
+        self._spawn(self._see_through(steps, ask, waiter, if_lost))
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -307,7 +313,7 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         return result
 
-    async def _finish(
+    async def _see_through(
         self, steps: Steps[T], ask: Ask, waiter: asyncio.Future[T], if_lost: Callable[[T], Steps[None]] | None
     ) -> None:
         try:

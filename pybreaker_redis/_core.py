@@ -102,7 +102,8 @@ class BreakerCore:
             if self._kind is BLOCKING and inspect.iscoroutinefunction(listener):
                 raise PolicyError(f"listener {listener!r} is a coroutine function: use AsyncCircuitBreaker")
         self._instruments = tuple(one for one in self._listeners if isinstance(one, Instrument))
-        self._plain = is_failure is None  # a result is a success: the fast path
+        self._plain = is_failure is None  # every result is a success
+        self._quiet = self._plain and not self._on_call  # and only has to be counted: the fast path
         self._client = None if redis is None else client_of(redis, self._kind)
         self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
         self._redis_timeout = redis_timeout

@@ -18,7 +18,7 @@ from ._events import Event
 from ._fallback import InMemory, patience
 from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit
 from ._protocol import HistoryEntry, Snapshot, Steps, check_history_count, history_entries
-from ._view import Verdict
+from ._view import Seen, Verdict
 from .wire.options import BLOCKING, REDIS_ERRORS
 from .wire.subscription import BaseWatch, Subscription
 from .wire.sync import server_of
@@ -135,12 +135,10 @@ class CircuitBreaker(BreakerCore):
         except BaseException as error:
             self._drive(self._report_exception(Permit(self, seen.generation, now), error))
             raise
-        if self._plain and type(result) not in _SUSPENDED:
+        if self._quiet and type(result) not in _SUSPENDED:
             seen.counter.tick()
-            if self._on_call:
-                self._deliver([self._success(seen.generation)])
             return result
-        return self._settle_result(func, result, Permit(self, seen.generation, now))
+        return self._judge(func, result, seen, now)
 
     def __call__(self, func: Callable[P, R]) -> Guarded[P, R]:
         """Decorate func. Raises TypeError for a coroutine function."""
@@ -161,7 +159,7 @@ class CircuitBreaker(BreakerCore):
 
     def _guard(self, func: Callable[P, R]) -> Callable[P, R]:
         """call() for one function, without the attribute look-ups that it needs."""
-        view, plain, on_call = self._view, self._plain, self._on_call
+        view, quiet = self._view, self._quiet
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
@@ -172,12 +170,10 @@ class CircuitBreaker(BreakerCore):
             except BaseException as error:
                 self._drive(self._report_exception(Permit(self, seen.generation, now), error))
                 raise
-            if plain and type(result) not in _SUSPENDED:
+            if quiet and type(result) not in _SUSPENDED:
                 seen.counter.tick()
-                if on_call:
-                    self._deliver([self._success(seen.generation)])
                 return result
-            return self._settle_result(func, result, Permit(self, seen.generation, now))
+            return self._judge(func, result, seen, now)
 
         return guarded
 
@@ -197,6 +193,14 @@ class CircuitBreaker(BreakerCore):
         finally:
             permit.end()
         return self._settle_result(func, result, permit)
+
+    def _judge(self, func: Any, result: R, seen: Seen, now: float) -> R:
+        """The result of a call that the view admitted, where the fast path does not apply."""
+        if not self._plain or type(result) in _SUSPENDED:
+            return self._settle_result(func, result, Permit(self, seen.generation, now))
+        seen.counter.tick()
+        self._deliver([self._success(seen.generation)])
+        return result
 
     def _settle_result(self, func: Any, result: R, permit: BasePermit) -> R:
         if type(result) not in _SUSPENDED:
