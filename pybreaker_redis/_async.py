@@ -387,7 +387,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
         Raises RedisUnavailableError.
         """
-        await self._drive(self._command("clear_override"))
+        await self._drive(self._command("clear_forced"))
 
     async def reset(self) -> None:
         """Close, with all counts and overrides gone; outcomes of calls that run now will not count.

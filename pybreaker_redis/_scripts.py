@@ -1,4 +1,4 @@
-"""Finds the Lua, composes, loads and calls it; knows no rule of the breaker."""
+"""Loads and calls the Lua; knows no rule of the breaker."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import asyncio
 import collections
 import contextlib
 import copy
-import functools
-import hashlib
-import importlib.resources
 import itertools
 import os
-import pathlib
 import weakref
 from collections.abc import AsyncIterator, Iterator, MutableMapping
 from typing import Any, TypeAlias
@@ -27,8 +23,9 @@ from . import _protocol
 from ._clients import async_client_from_url, client_from_url
 from ._errors import PolicyError
 from ._protocol import Keys, Reply, Request
+from .wire.scripts import SCRIPTS, compose, sha1
 
-SCRIPTS = ("acquire", "record", "control", "snapshot")
+__all__ = ["SCRIPTS"]
 _TURNS = 32
 _MOST_CONNECTIONS = 128  # of one client on one event loop
 _MOST_REDIRECTIONS = 5
@@ -42,24 +39,6 @@ _shared: weakref.WeakKeyDictionary[Any, dict[float, Any]] = weakref.WeakKeyDicti
 # In a forked child: what is freed closes its transport, and takes it out of the epoll that the parent's loop shares.
 _parents: list[Any] = []
 _by_url: weakref.WeakValueDictionary[tuple[Any, str], Any] = weakref.WeakValueDictionary()
-
-
-def _folder() -> Any:
-    packaged = importlib.resources.files(__package__) / "lua"
-    return packaged if packaged.is_dir() else pathlib.Path(__file__).parent.parent / "lua"
-
-
-@functools.cache
-def compose(name: str) -> str:
-    """What Redis runs for the script called name: breaker.lua followed by it."""
-    folder = _folder()
-    return "".join((folder / f"{part}.lua").read_text(encoding="utf-8") for part in ("breaker", name))
-
-
-@functools.cache
-def sha1(name: str) -> str:
-    """The SHA-1 by which EVALSHA calls the script called name."""
-    return hashlib.sha1(compose(name).encode(), usedforsecurity=False).hexdigest()
 
 
 class _Words:

@@ -319,7 +319,7 @@ class CircuitBreaker(BreakerCore):
 
         Raises RedisUnavailableError.
         """
-        self._drive(self._command("clear_override"))
+        self._drive(self._command("clear_forced"))
 
     def reset(self) -> None:
         """Close, with all counts and overrides gone; outcomes of calls that run now will not count.

@@ -38,7 +38,7 @@ from script_calls import (
 )
 
 from pybreaker_redis._protocol import keys_of
-from pybreaker_redis._scripts import SCRIPTS, _folder, compose
+from pybreaker_redis.wire.scripts import SCRIPTS, compose, folder
 from pybreaker_redis.embedded import EmbeddedServer
 
 EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS)
@@ -73,7 +73,7 @@ def test_pasted_head_line(client: redis.Redis, server: EmbeddedServer, script: s
     shim = tmp_path / "redis-cli"
     shim.write_text(f'#!/bin/sh\nexec {_cli()} -s {server.directory}/r.sock "$@"\n')
     shim.chmod(0o755)
-    head = (_folder() / f"{script}.lua").read_text().split("]]")[0]
+    head = (folder() / f"{script}.lua").read_text().split("]]")[0]
     line = head[head.index("  redis-cli ") :]
     sha1 = {name.upper(): client.script_load(compose(name)) for name in SCRIPTS}
     environment = {**os.environ, **sha1, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
