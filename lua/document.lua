@@ -26,9 +26,10 @@ function breaker.load(request)
     return breaker.take_over(found[1], request)
   end
   local now = (window or failures ~= '0') and breaker.now_ms() or nil
+  if window then window = breaker.window_at(window, request, now) end
   return {state = 'closed', failure_count = tonumber(failures), success_count = 0,
     last_failure_time = failed_s, generation = tonumber(generation), trips = 0, exists = true, now = now,
-    window = window and breaker.window_at(window, breaker.bucket_ms(request), now) or nil}
+    window = window or nil}
 end
 
 -- Writes -------------------------------------------------------------------------------------------
@@ -182,29 +183,26 @@ function breaker.take_over_half_open(document, own)
   end
 end
 
--- Times of past events may lie a little ahead, after the clock went back.
 function breaker.take_over_closed(document, own, request)
   local now, policy = document.now, breaker.policy_of(request)
-  if breaker.is_integer(own.closed_at_ms, 0, now + SLACK_MS) then
-    document.closed_at_ms = math.min(own.closed_at_ms, now)
-  end
+  document.closed_at_ms = breaker.past_ms(own.closed_at_ms, now)
   if (document.trips > 0 or document.closed_at_ms) and breaker.recent_trips(document, policy) == 0
       and now >= (document.closed_at_ms or 0) + policy.ramp_up_ms then
     document.trips, document.closed_at_ms, document.outlived = 0, nil, true
   end
   local window = own.window and breaker.sound_window(own.window)
-  if window then document.window = breaker.window_at(window, breaker.bucket_ms(request), now) end
-  if breaker.is_integer(own.run_since_ms, 0, now + SLACK_MS) then
-    document.run_since_ms = math.min(own.run_since_ms, now)
-  end
-  if type(own.reporters) == 'table' then breaker.take_over_reporters(document, own.reporters) end
-end
-
-function breaker.take_over_reporters(document, reporters)
-  for instance, at in pairs(reporters) do
-    if type(instance) == 'string' and breaker.is_integer(at, 0, document.now + SLACK_MS) then
+  if window then document.window = breaker.window_at(window, request, now) end
+  document.run_since_ms = breaker.past_ms(own.run_since_ms, now)
+  for instance, at in pairs(type(own.reporters) == 'table' and own.reporters or {}) do
+    local at_ms = breaker.past_ms(at, now)
+    if at_ms and type(instance) == 'string' then
       document.reporters = document.reporters or {}
-      document.reporters[instance] = math.min(at, document.now)
+      document.reporters[instance] = at_ms
     end
   end
+end
+
+-- The stored time of a past event, or nil. It may lie a minute ahead, after the clock went back.
+function breaker.past_ms(at, now)
+  return breaker.is_integer(at, 0, now + 60000) and math.min(at, now) or nil
 end

@@ -38,11 +38,11 @@ while half open:
   probes             {slot: deadline in unix milliseconds}
 ]]
 local LARGEST = 90000000000000 -- integer; cjson writes 14 digits without loss, and the rest is room for additions
-local LONGEST_MS, SLACK_MS = 365 * 86400 * 1000, 60000 -- SLACK_MS: how far a past event may lie ahead of the clock
+local LONGEST_MS = 365 * 86400 * 1000
 
 -- The names make room for the functions that most scripts need: to let the table grow would cost more.
 local breaker = {request = nil, load = nil, record = nil, reply = nil, save = nil, now_ms = nil, policy_of = nil,
-  bucket_ms = nil, encode = nil}
+  policy_field = nil, encode = nil}
 
 -- The server's clock in unix milliseconds.
 function breaker.now_ms()

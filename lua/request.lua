@@ -118,22 +118,17 @@ function breaker.take_override(request, text)
   for field, value in pairs(override) do request.policy[field] = value end
 end
 
--- The policy in force: the policy override, then the caller's fields, then the defaults.
+-- The policy in force: the policy override, then the caller's fields, then the defaults. Also returns the length of a
+-- bucket if a rate can trip the circuit, else nil: then no window is begun.
 function breaker.policy_of(request)
   local policy = request.in_force
   if not policy then
-    policy = setmetatable(request.policy or {}, {__index = breaker.policy_field})
-    request.in_force = policy
+    policy = request.policy or {}
+    local has_rate = (policy.error_rate_threshold or 0) > 0 or (policy.slow_call_rate_threshold or 0) > 0
+    request.in_force = setmetatable(policy, {__index = breaker.policy_field})
+    request.bucket_ms = has_rate and math.floor(policy.window_ms / 10) or nil
   end
-  return policy
-end
-
--- Length of a bucket if a rate can trip the circuit, else nil: then no window is begun.
-function breaker.bucket_ms(request)
-  local given = request.policy
-  if given and ((given.error_rate_threshold or 0) > 0 or (given.slow_call_rate_threshold or 0) > 0) then
-    return math.floor(breaker.policy_of(request).window_ms / 10)
-  end
+  return policy, request.bucket_ms
 end
 
 -- The policy in force as a map of all fields.

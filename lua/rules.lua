@@ -113,14 +113,36 @@ function breaker.record_probe(document, request)
   return true
 end
 
+-- Notes who failed. Only the newest `quorum` reporters decide, so no more are kept.
+function breaker.note_reporter(document, policy, instance)
+  local reporters, names = document.reporters or {}, {}
+  reporters[instance] = document.now
+  for name in pairs(reporters) do names[#names + 1] = name end
+  table.sort(names, function(one, other)
+    return reporters[one] < reporters[other] or reporters[one] == reporters[other] and one < other
+  end)
+  for number = 1, #names - policy.quorum do reporters[names[number]] = nil end
+  document.reporters = reporters
+end
+
+-- Whether enough instances have failed since then for the fleet to trip.
+function breaker.has_quorum(document, policy, since_ms)
+  if policy.quorum == 1 then return true end
+  local count = 0
+  for _, at in pairs(document.reporters or {}) do
+    if at >= since_ms then count = count + 1 end
+  end
+  return count >= policy.quorum
+end
+
 function breaker.count_failures(document, failures)
   document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
   document.last_failure_time = math.floor(document.now / 1000)
 end
 
 -- Counts successes, then failures, in the run of failures and in the window.
-function breaker.count_outcomes(document, request, policy)
-  local successes, failures, bucket_ms = request.successes or 0, request.failures or 0, breaker.bucket_ms(request)
+function breaker.count_outcomes(document, request)
+  local successes, failures, policy, bucket_ms = request.successes or 0, request.failures or 0, breaker.policy_of(request)
   if successes > 0 then
     document.failure_count = 0
     if document.run_since_ms then document.run_since_ms = nil end
@@ -129,8 +151,8 @@ function breaker.count_outcomes(document, request, policy)
     if policy.quorum > 1 then document.run_since_ms = document.run_since_ms or document.now end
     breaker.count_failures(document, failures)
   end
-  if not document.window and not bucket_ms then return end
-  local window = document.window or breaker.empty_window(bucket_ms, math.floor(document.now / bucket_ms))
+  local window = document.window or bucket_ms and breaker.empty_window(bucket_ms, math.floor(document.now / bucket_ms))
+  if not window then return end
   window.calls = window.calls + successes + failures + (request.pending or 0) - (request.counted or 0)
   window.failures, window.slow = window.failures + failures, window.slow + (request.slow or 0)
   document.window = window
@@ -153,11 +175,11 @@ end
 -- Counts outcomes while the circuit is closed. Returns whether they counted.
 function breaker.record_closed(document, request)
   document.now = document.now or breaker.now_ms()
-  local policy, failures, slow = breaker.policy_of(request), request.failures or 0, request.slow or 0
+  local failures, slow, policy, bucket_ms = request.failures or 0, request.slow or 0, breaker.policy_of(request)
   document.unchanged = failures + slow + document.failure_count == 0
-    and not (document.window or breaker.bucket_ms(request) or document.outlived)
+    and not (document.window or bucket_ms or document.outlived)
   if document.forced or (request.successes or 0) + failures + slow == 0 then return false end
-  breaker.count_outcomes(document, request, policy)
+  breaker.count_outcomes(document, request)
   if policy.quorum > 1 and (failures > 0 or slow > 0 and policy.slow_call_rate_threshold > 0) then
     breaker.note_reporter(document, policy, request.instance or '')
   end

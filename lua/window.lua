@@ -1,5 +1,5 @@
 --[[
-Counts over time: calls in ten buckets of bucket_ms each, and the instances that reported failures.
+The window: counts of calls over time, in ten buckets of bucket_ms each.
 
   bucket_ms  length of a bucket in milliseconds
   newest     number of the newest bucket; times bucket_ms it is the unix time at which the bucket began
@@ -73,8 +73,8 @@ function breaker.advanced(window, newest)
   return window
 end
 
--- The window now, without what has left it. bucket_ms: the length that is wanted; nil keeps the stored one.
-function breaker.window_at(window, bucket_ms, now)
+-- The window now, without what has left it, in buckets as long as the policy in force wants them.
+function breaker.window_at(window, request, now)
   local newest = math.floor(now / window.bucket_ms)
   local passed = newest - window.newest
   -- If the clock went back a little, counting goes on in the newest bucket.
@@ -83,6 +83,7 @@ function breaker.window_at(window, bucket_ms, now)
   elseif passed > 0 then
     window = breaker.advanced(window, newest)
   end
+  local _, bucket_ms = breaker.policy_of(request)
   if not bucket_ms or bucket_ms == window.bucket_ms then return window end
   return breaker.rebucketed(window, bucket_ms, math.floor(now / bucket_ms))
 end
@@ -113,28 +114,4 @@ end
 -- limited to the calls.
 function breaker.sums(window)
   return window.calls, math.min(window.failures, window.calls), math.min(window.slow, window.calls)
-end
-
--- Reporters ----------------------------------------------------------------------------------------
-
--- Notes who failed. Only the newest `quorum` reporters decide, so no more are kept.
-function breaker.note_reporter(document, policy, instance)
-  local reporters, names = document.reporters or {}, {}
-  reporters[instance] = document.now
-  for name in pairs(reporters) do names[#names + 1] = name end
-  table.sort(names, function(one, other)
-    return reporters[one] < reporters[other] or reporters[one] == reporters[other] and one < other
-  end)
-  for number = 1, #names - policy.quorum do reporters[names[number]] = nil end
-  document.reporters = reporters
-end
-
--- Whether enough instances have failed since then for the fleet to trip.
-function breaker.has_quorum(document, policy, since_ms)
-  if policy.quorum == 1 then return true end
-  local count = 0
-  for _, at in pairs(document.reporters or {}) do
-    if at >= since_ms then count = count + 1 end
-  end
-  return count >= policy.quorum
 end

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
 from collections.abc import Callable
@@ -10,39 +9,20 @@ from time import monotonic
 from typing import Any, Literal, TypeAlias
 
 from ._errors import RedisUnavailableError
-from ._memory import Document, MemoryEngine, clock_ms
+from ._memory import LocalEngine as LocalEngine
+from ._memory import MemoryEngine
+from ._memory import document_for as document_for
 from ._protocol import Reply, Request, State
 from ._scripts import REDIS_ERRORS
 from ._steps import Ask, Beside, ReadHistory, Steps
 
 OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
-_local_generations = itertools.count(2)  # FixedEngine has -1
 
 
 def patience(redis_timeout: float) -> float:
     """Seconds; longer than any one exchange with Redis, its connecting included."""
     return LONGEST_PAUSE + 10 * redis_timeout
-
-
-class LocalEngine(MemoryEngine):
-    """Protects one process while Redis is down; its own generations are below zero, so Redis never takes them."""
-
-    source = "local"
-    fleet_generation = 0  # beside which it is kept, where an instance fails alone
-
-    @property
-    def state(self) -> State:
-        """As of the last request."""
-        return self._document.state if self._document else "closed"
-
-    @property
-    def generation(self) -> int:
-        """As of the last request."""
-        return self._document.generation if self._document else 0
-
-    def next_generation(self, document: Document) -> int:
-        return -next(_local_generations)
 
 
 class FixedEngine:
@@ -239,17 +219,3 @@ def _reportable(request: Request) -> Request:
         k: v for k, v in request.items() if k not in ("successes", "failures", "slow", "pending", "counted", "probe")
     }
     return {**kept, "generation": 0}
-
-
-def document_for(state: State, generation: int, failure_count: int, open_for: float) -> Document:
-    """A local engine's start from a view; open_for: seconds that the circuit stays open."""
-    now = clock_ms()
-    return Document(
-        # the slots of a local half_open are none of Redis'
-        generation=generation if state == "closed" and generation else -next(_local_generations),
-        state=state,
-        failure_count=failure_count,
-        opened_at=None if state == "closed" else now // 1000,
-        open_until_ms=now + max(round(open_for * 1000), 0),
-        fresh=False,
-    )

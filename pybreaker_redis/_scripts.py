@@ -23,9 +23,10 @@ from . import _protocol
 from ._clients import async_client_from_url, client_from_url
 from ._errors import PolicyError
 from ._protocol import Keys, Reply, Request
-from .wire.scripts import SCRIPTS, compose, sha1
+from .wire.scripts import SCRIPTS as SCRIPTS
+from .wire.scripts import compose as compose
+from .wire.scripts import sha1 as sha1
 
-__all__ = ["SCRIPTS"]
 _TURNS = 32
 _MOST_CONNECTIONS = 128  # of one client on one event loop
 _MOST_REDIRECTIONS = 5

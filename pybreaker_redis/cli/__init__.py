@@ -389,7 +389,7 @@ def scripts(
     requests = {
         "acquire": {"instance": "redis-cli"},
         "record": {"generation": generation, "instance": "redis-cli"},
-        "control": {"action": "clear_override", "instance": "redis-cli"},
+        "control": {"action": "clear_forced", "instance": "redis-cli"},
         "snapshot": {},
     }
     shown = []

@@ -17,11 +17,29 @@ GROUPS = {
     "save": ("save",),
     "now_ms": ("now_ms",),
     "policy_problem": ("policy_problem", "policy_field"),
-    "record_closed": ("record_closed", "count_outcomes", "count_failures", "trip_reason", "save", "encode"),
-    "policy_of": ("policy_of", "bucket_ms"),
-    "read_window": ("read_window", "window_at"),
-    "control": ("control", "open_for", "close", "transition", "next_generation", "save", "encode", "announce"),
+    "record_closed": (
+        "record_closed",
+        "count_outcomes",
+        "count_failures",
+        "trip_reason",
+        "policy_of",
+        "save",
+        "encode",
+    ),
+    "read_window": ("read_window", "window_at", "policy_of"),
+    "control": (
+        "control",
+        "close",
+        "open_for",
+        "transition",
+        "next_generation",
+        "save",
+        "encode",
+        "announce",
+        "reply_more",
+    ),
     "transition": ("transition", "next_generation", "announce", "reply_more"),
+    "policy_of": ("policy_of",),
 }
 
 _FUNCTION = re.compile(r"^(?=function breaker\.(\w+)\()", re.MULTILINE)
@@ -42,7 +60,9 @@ def lazy(library: str) -> str:
     """
     numbers = {entry: number for number, entry in enumerate(GROUPS)}
     members = {name: entry for entry, names in reversed(GROUPS.items()) for name in names if entry}
-    chosen = " or ".join(f"name == '{name}' and {numbers[entry]}" for name, entry in ({e: e for e in GROUPS if e} | members).items())
+    chosen = " or ".join(
+        f"name == '{name}' and {numbers[entry]}" for name, entry in ({e: e for e in GROUPS if e} | members).items()
+    )
     begin, before = f"local function make(_, name) local group = not name and 0 or {chosen} ", ""
 
     def wrapped(match: re.Match[str]) -> str:
@@ -59,7 +79,9 @@ def lazy(library: str) -> str:
 
     made = _FUNCTION.sub(wrapped, library).rstrip()
     end = " end end" if before == "not group" else " end"
-    return f"{made}{end} return rawget(breaker, name) end breaker.__index = make setmetatable(breaker, breaker) make()\n"
+    return (
+        f"{made}{end} return rawget(breaker, name) end breaker.__index = make setmetatable(breaker, breaker) make()\n"
+    )
 
 
 def joined(texts: dict[str, str], name: str) -> str:

@@ -200,7 +200,7 @@ def test_expiry(client: redis.Redis, ttl_ms: int) -> None:
     check(machine.run("record", policy, generation=permit, probe=2, successes=1), 7_200_000)  # the row of trips
     for action in ("force_open", "force_closed"):
         check(machine.run("control", policy, action=action, duration_ms=86_400_000), 86_400_000)
-    check(machine.run("control", policy, action="clear_override"))
+    check(machine.run("control", policy, action="clear_forced"))
     check(machine.run("control", policy, action="reset"))
 
 
@@ -260,7 +260,7 @@ def test_one_message_and_one_entry(client: redis.Redis) -> None:
         replies = story(machine)
     heard = [message for message in everything if "policy" not in message]
     others = [message["policy"] for message in everything if "policy" in message]
-    assert others == ["clear_override"]  # which is no transition, but has to reach whoever watches
+    assert others == ["clear_forced"]  # which is no transition, but has to reach whoever watches
     caused = [reply["transition"] for reply in replies if reply.get("transition")]
     told = [(change["from"], change["to"], change["reason"], change.get("instance")) for change in heard]
     assert told == [
