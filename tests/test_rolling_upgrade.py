@@ -113,7 +113,7 @@ def test_overrides_hold_for_both(client: redis.Redis, old: Run) -> None:
     breaker = CircuitBreaker("discovery", redis=client, **PATIENT)
     breaker.force_open(60)
     assert old("acquire")["forced"] == "open"
-    old("control", action="clear_override")
+    old("control", action="clear_forced")
     assert breaker.snapshot().forced is None
     old("control", action="force_open", duration_ms=60_000)
     with pytest.raises(CircuitOpenError):
@@ -152,7 +152,7 @@ def test_random_sequences_of_both(client: redis.Redis, seed: int) -> None:
             if reply["admitted"]:
                 permits.append(reply)
         elif action == "control" and chance.random() < 0.2:
-            reply = run("control", action=chance.choice(["reset", "force_open", "clear_override"]), policy=policy)
+            reply = run("control", action=chance.choice(["reset", "force_open", "clear_forced"]), policy=policy)
         elif permits and action != "control":
             permit = permits.pop(chance.randrange(len(permits)))
             outcome = {"successes": 1} if action == "success" else {"failures": 1}

@@ -243,7 +243,7 @@ def test_empty_after_a_close(machine: Machine, action: str) -> None:
         recover(machine, policy)
     else:
         machine.run("control", policy, action=action)
-        machine.run("control", policy, action="clear_override")
+        machine.run("control", policy, action="clear_forced")
     assert sums(machine, policy) == (0, 0, 0)
     assert report(machine, policy, failures=3)["state"] == "closed"
     assert sums(machine, policy) == (3, 3, 0)

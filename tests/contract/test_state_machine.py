@@ -236,12 +236,12 @@ def test_override_without_duration_has_an_end(machine: Machine) -> None:
 
 def test_clear_override(machine: Machine) -> None:
     """Cleared, forced open goes on with a probe, forced closed as closed; without one nothing changes."""
-    assert machine.run("control", action="clear_override")["changed"] is False
+    assert machine.run("control", action="clear_forced")["changed"] is False
     machine.run("control", action="force_open")
-    assert machine.run("control", action="clear_override")["changed"] is True
+    assert machine.run("control", action="clear_forced")["changed"] is True
     assert machine.run("acquire", POLICY)["state"] == "half_open"
     machine.run("control", action="force_closed")
-    assert machine.run("control", action="clear_override")["state"] == "closed"
+    assert machine.run("control", action="clear_forced")["state"] == "closed"
     assert machine.run("snapshot").get("forced") is None
 
 
@@ -255,7 +255,7 @@ def test_reset(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("forced", ["force_open", "force_closed"])
-@pytest.mark.parametrize("action", ["reset", "clear_override"])
+@pytest.mark.parametrize("action", ["reset", "clear_forced"])
 def test_nothing_is_left_of_an_override(machine: Machine, forced: str, action: str) -> None:
     """Reset or cleared, no end of an override is told."""
     assert machine.run("control", action=forced, duration_ms=5000)["changed"] is True
@@ -309,7 +309,7 @@ _SETTLE = st.tuples(
 _RARE = st.one_of(
     st.tuples(
         st.just("control"),
-        st.sampled_from(["force_open", "force_closed", "clear_override", "reset"]),
+        st.sampled_from(["force_open", "force_closed", "clear_forced", "reset"]),
         st.integers(1, 2000),
     ),
     st.tuples(st.just("set_policy"), POLICIES),  # one with an end goes by the clock of Redis itself

@@ -115,7 +115,7 @@ def test_any_stored_value(client: redis.Redis, value: bytes) -> None:
         ("acquire", {}),
         ("record", {"generation": START_MS, "failures": 1}),
         ("record", {"generation": START_MS, "failures": 1, "probe": 1}),
-        ("control", {"action": "clear_override"}),
+        ("control", {"action": "clear_forced"}),
     ):
         client.set(KEYS.state, value)
         check_reply(ask(client, script, policy=POLICY, **request))

@@ -242,7 +242,7 @@ def test_garbage_is_ignored(client: redis.Redis, value: bytes) -> None:
         ("acquire", {}),
         ("snapshot", {}),
         ("record", {"generation": generation, "failures": 2}),
-        ("control", {"action": "clear_override"}),
+        ("control", {"action": "clear_forced"}),
     ):
         reply = ask(client, script, policy=POLICY, **request)
         assert (reply["warning"], reply.get("override"), reply["state"]) == ("corrupt_policy", None, "closed")
