@@ -77,6 +77,8 @@ def test_an_open_circuit_survives_a_restart_with_data() -> None:
         before = breaker.snapshot()
         target.kill()
         target.start()
+        with target.client() as client:
+            wait_until(lambda: not client.info("persistence")["loading"])
         after = CircuitBreaker("kept", redis=target.url, redis_timeout=20).snapshot()
         assert (after.source, after.state, after.generation) == ("redis", "open", before.generation)
         assert after.retry_after is not None

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import random
+import sys
 import threading
 import time
 import traceback
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -22,10 +26,12 @@ from typing import Any
 
 import redis
 
+import pybreaker_redis
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Permit, Policy
 
 PATIENCE = 60.0  # seconds for what always happens, on however slow a machine
 PARTIES = (2, 4, 8, 16)
+PACKAGE = pathlib.Path(pybreaker_redis.__file__).parent
 FIRM = {"redis_timeout": 30.0}  # a slow machine is no outage
 
 
@@ -69,6 +75,41 @@ def run_threads(count: int, work: Callable[[int], object]) -> None:
     assert not any(thread.is_alive() for thread in threads), "a thread hangs"
     if errors:
         raise errors[0]
+
+
+def interrupted_at(line: int, work: Callable[[], object], other: Callable[[], object]) -> bool:
+    """work(), with other() in a second thread before so many lines of this package; False where work() has fewer."""
+    lines = itertools.count()
+    others: list[threading.Thread] = []
+
+    def trace(frame: types.FrameType, event: str, _: object) -> Any:
+        if PACKAGE not in pathlib.Path(frame.f_code.co_filename).parents:
+            return None
+        if event == "line" and next(lines) == line:
+            others.append(threading.Thread(target=other))
+            others[0].start()
+            others[0].join(0.02)  # not longer: it may need a lock that is held here
+        return trace
+
+    def traced(_: int) -> None:
+        sys.settrace(trace)
+        try:
+            work()
+        finally:
+            sys.settrace(None)
+
+    run_threads(1, traced)
+    for one in others:
+        one.join(PATIENCE)
+        assert not one.is_alive()
+    return bool(others)
+
+
+def make_stale(breaker: CircuitBreaker, leases: float) -> None:
+    """Let the view be as old as that many leases, without waiting for it."""
+    view = breaker._view
+    view.seen.sent = time.monotonic() - leases * view.lease
+    view.seen.closed_until = view.seen.timed_until = view.seen.open_until = float("-inf")
 
 
 @dataclasses.dataclass

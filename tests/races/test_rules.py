@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import itertools
 import random
 import threading
@@ -11,8 +13,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import redis
 from conftest import wait_until
+from race_workers import interrupted_at, make_stale
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy
 
@@ -79,6 +83,29 @@ def _call(length: float, failing: bool) -> None:
     time.sleep(length)
     if failing:
         raise Boom
+
+
+@pytest.mark.parametrize(("interrupted", "failing"), [("report", True), ("end", False)])
+def test_a_call_that_ends_at_any_line_of_its_report_counts_once(interrupted: str, failing: bool) -> None:
+    """A call ends at each line of the report that finds it slow, and the reverse: it is one call and one slow call."""
+    policy = dataclasses.replace(SLOW, slow_call_duration=10.0)
+    for line in itertools.count():
+        breaker = CircuitBreaker("discovery", policy=policy, lease=60.0)
+        breaker.call(int)
+        permit = breaker.acquire().__enter__()
+        permit.started -= 20.0
+        make_stale(breaker, 3.0)
+        report = functools.partial(breaker.call, int)
+        end = permit.failure if failing else functools.partial(permit.__exit__, None, None, None)
+        reached = interrupted_at(line, *((report, end) if interrupted == "report" else (end, report)))
+        if not reached:
+            if not permit.settled:
+                permit.release()
+            break
+        breaker.flush()
+        seen = breaker.snapshot()
+        assert (seen.calls, seen.failures, seen.slow) == (3, failing, 1), f"line {line}"
+    assert line > 20
 
 
 def test_tasks_that_end_while_they_are_found_slow_count_once(client: redis.Redis) -> None:

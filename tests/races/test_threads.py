@@ -6,11 +6,8 @@ import asyncio
 import contextlib
 import functools
 import itertools
-import pathlib
-import sys
 import threading
 import time
-import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,9 +16,8 @@ import pytest
 import redis
 import server_watch
 from conftest import stopped, wait_until
-from race_workers import FIRM, PATIENCE, Boom, boom, fine, run_threads
+from race_workers import FIRM, PATIENCE, Boom, boom, fine, interrupted_at, make_stale, run_threads
 
-import pybreaker_redis
 from pybreaker_redis import (
     AsyncCircuitBreaker,
     CircuitBreaker,
@@ -38,19 +34,11 @@ from pybreaker_redis.wire.route import Routes
 from pybreaker_redis.wire.url import client_from_url
 
 MANY = Policy(failure_threshold=1_000_000_000)
-PACKAGE = pathlib.Path(pybreaker_redis.__file__).parent
 
 
 def reply(state: str, generation: int, retry_after_ms: int | None = None) -> dict[str, Any]:
     """What a script replied."""
     return {"state": state, "generation": generation, "failure_count": 0, "retry_after_ms": retry_after_ms}
-
-
-def make_stale(breaker: CircuitBreaker, leases: float) -> None:
-    """Let the view be as old as that many leases, without waiting for it."""
-    view = breaker._view
-    view.seen.sent = time.monotonic() - leases * view.lease
-    view.seen.closed_until = view.seen.timed_until = view.seen.open_until = float("-inf")
 
 
 def test_counts_of_32_threads(client: redis.Redis) -> None:
@@ -462,34 +450,6 @@ def test_events_of_a_refresh_are_delivered_outside_of_its_lock(client: redis.Red
 
 
 # Blocks ----------------------------------------------------------------------------------------
-
-
-def interrupted_at(line: int, work: Callable[[], object], other: Callable[[], object]) -> bool:
-    """work(), with other() in a second thread before so many lines of this package; False where work() has fewer."""
-    lines = itertools.count()
-    others: list[threading.Thread] = []
-
-    def trace(frame: types.FrameType, event: str, _: object) -> Any:
-        if PACKAGE not in pathlib.Path(frame.f_code.co_filename).parents:
-            return None
-        if event == "line" and next(lines) == line:
-            others.append(threading.Thread(target=other))
-            others[0].start()
-            others[0].join(0.05)  # not longer: it may need a lock that is held here
-        return trace
-
-    def traced(_: int) -> None:
-        sys.settrace(trace)
-        try:
-            work()
-        finally:
-            sys.settrace(None)
-
-    run_threads(1, traced)
-    for one in others:
-        one.join(PATIENCE)
-        assert not one.is_alive()
-    return bool(others)
 
 
 def test_blocks_of_two_generators_in_one_thread(client: redis.Redis) -> None:
