@@ -556,19 +556,19 @@ async def nothing() -> None:
 def test_breakers_that_ran_a_probe_are_freed(make: Make, way: str) -> None:
     """200 breakers that each ran a probe in one task are freed once they are dropped."""
 
-    async def probed(number: int) -> weakref.ref[AsyncCircuitBreaker]:
-        breaker = make(f"dropped-{number}", **STRICT)
-        await breaker.force_open(0.001)
-        await half_open_now(breaker)
-        await one_call(breaker, way, nothing)
-        assert (await breaker.snapshot()).state == "closed"
-        return weakref.ref(breaker)
-
     async def main() -> None:
-        breakers = [await probed(number) for number in range(200)]
+        breakers = [make(f"dropped-{number}", **STRICT) for number in range(200)]
+        for breaker in breakers:
+            await breaker.force_open(0.001)
+        for breaker in breakers:
+            await half_open_now(breaker)
+            await one_call(breaker, way, nothing)
+            assert breaker.state == "closed"
+        dropped = [weakref.ref(breaker) for breaker in breakers]
+        del breakers, breaker
         await asyncio.sleep(0)  # the loop lets go of the tasks that ended
         gc.collect()
-        assert [one for one in breakers if one() is not None] == []
+        assert [one for one in dropped if one() is not None] == []
 
     asyncio.run(main())
 

@@ -451,7 +451,9 @@ def test_no_way_to_guard_loses_a_permit(
     for name, policy in {"shadow": shadow, "enforced": ONE, "slow": Policy(slow_call_duration=60)}.items():
         breakers.append(make_breaker(name, policy=policy, **options))
     breakers.append(make_breaker("judged", is_failure=boom, **options))
-    outcomes = [int, boom, *map(raising, (Answer(), KeyboardInterrupt())), lambda: coroutine_function(), numbers]
+    outcomes = [int, boom, *map(raising, (Answer(), KeyboardInterrupt()))]
+    if way == "call":  # which refuses the coroutine, and guards the generator
+        outcomes += [coroutine_function, numbers]
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "a permit", ResourceWarning)
         for breaker in breakers:
@@ -496,17 +498,17 @@ def test_blocks_that_end_in_another_context_leave_no_marks() -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_breakers_that_ran_a_probe_are_freed(make_breaker: Make, way: str) -> None:
     """200 breakers that each ran a probe in this thread are freed once they are dropped."""
-    breakers: list[weakref.ref[CircuitBreaker]] = []
-    for number in range(200):
-        breaker = make_breaker(f"dropped-{number}", **STRICT)
+    breakers = [make_breaker(f"dropped-{number}", **STRICT) for number in range(200)]
+    for breaker in breakers:
         breaker.force_open(0.001)
+    for breaker in breakers:
         wait_until(lambda of=breaker: of.state == "half_open")
         one_call(breaker, way, int)
-        assert breaker.snapshot().state == "closed"
-        breakers.append(weakref.ref(breaker))
-    del breaker
+        assert breaker.state == "closed"
+    dropped = [weakref.ref(breaker) for breaker in breakers]
+    del breakers, breaker
     gc.collect()
-    assert [one for one in breakers if one() is not None] == []
+    assert [one for one in dropped if one() is not None] == []
 
 
 @pytest.mark.parametrize("shell", [CircuitBreaker, AsyncCircuitBreaker])
@@ -865,6 +867,32 @@ def test_counts_under_threads() -> None:
         list(pool.map(work, range(8)))
     assert breaker.counts == (4000, 0, 4000, 0, 0)
     assert all(new >= old for one, other in itertools.pairwise(seen) for old, new in zip(one, other, strict=True))
+
+
+KNOWN = pytest.mark.xfail(reason="a view adds up the counters of the last two generations and of ended ones only")
+
+
+@pytest.mark.parametrize(
+    ("way", "lease"),
+    [
+        *((way, 0) for way in WAYS),
+        *(("acquire", 60), ("generator", 60)),
+        *(pytest.param(way, 60, marks=KNOWN) for way in ("call", "decorator", "block")),
+    ],
+)
+def test_calls_that_outlast_transitions_are_counted(make_breaker: Make, way: str, lease: float) -> None:
+    """The success of a call counts in this process, however many transitions happened while it ran."""
+    breaker = make_breaker(lease=lease, **PATIENT)
+    breaker.call(int)
+
+    def long() -> None:
+        for _ in range(3):
+            breaker.force_open()
+            breaker.reset()
+            breaker.call(int)
+
+    one_call(breaker, way, long)
+    assert breaker.counts == (5, 0, 0, 0, 0)
 
 
 @pytest.mark.parametrize("lease", [0, 60])
