@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Gene
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeVar, cast
 
-from ._classify import Outcome
+from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event
@@ -45,15 +45,15 @@ class AsyncPermit(BasePermit):
 
     async def success(self) -> None:
         """The call succeeded. Raises PermitError if the permit is settled."""
-        await self._breaker._drive(self._settle(Outcome.SUCCESS, None))
+        await self._breaker._drive(self._settle(SUCCESS, None))
 
     async def failure(self, error: BaseException | None = None) -> None:
         """The call failed. Raises PermitError if the permit is settled."""
-        await self._breaker._drive(self._settle(Outcome.FAILURE, error))
+        await self._breaker._drive(self._settle(FAILURE, error))
 
     async def release(self) -> None:
         """The call counts as nothing; a probe gives its slot back. Raises PermitError if the permit is settled."""
-        await self._breaker._drive(self._settle(Outcome.IGNORED, None))
+        await self._breaker._drive(self._settle(IGNORED, None))
 
     async def __aenter__(self) -> Self:
         self._enter()
@@ -248,7 +248,7 @@ class AsyncCircuitBreaker(BreakerCore):
                     else:
                         item = await generator.asend(sent)
         except StopAsyncIteration:
-            await self._drive(self._report(permit, Outcome.SUCCESS))
+            await self._drive(self._report(permit, SUCCESS))
         except BaseException as error:
             await self._drive(self._report_exception(permit, error))
             raise
@@ -394,7 +394,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
     def _give_back(self, permit: BasePermit) -> Steps[None]:
         """The caller was cancelled while it asked: the slot that it may have got is not used."""
-        return self._report(permit, Outcome.IGNORED)
+        return self._report(permit, IGNORED)
 
     async def _deliver(self, events: list[Event] | None = None) -> None:
         """Hand the events to the listeners, one after the other."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
-import enum
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, Final, Literal, TypeAlias
 
 from ._errors import PolicyError
 
@@ -15,12 +14,11 @@ Exceptions: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError, KeyboardInterrupt, GeneratorExit)
 
 
-class Outcome(enum.Enum):
-    """How a call ended, as far as the breaker is concerned."""
-
-    SUCCESS = "success"
-    FAILURE = "failure"
-    IGNORED = "ignored"
+# How a call ended, as far as the breaker is concerned. No Enum, whose members take a failing call too long to read.
+Outcome: TypeAlias = Literal["success", "failure", "ignored"]
+SUCCESS: Final = "success"
+FAILURE: Final = "failure"
+IGNORED: Final = "ignored"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,19 +32,19 @@ class Classifier:
     def of_exception(self, exception: BaseException) -> Outcome:
         """Cancelled and ignored calls count as nothing. An exception outside `failures` counts as success."""
         if isinstance(exception, (*CANCELLED, *self.ignore)):
-            return Outcome.IGNORED
+            return IGNORED
         if isinstance(exception, self.failures):
-            return Outcome.FAILURE
+            return FAILURE
         if isinstance(exception, BaseExceptionGroup):  # from a TaskGroup: the worst of its exceptions
             found = {self.of_exception(one) for one in exception.exceptions}
-            return next(one for one in (Outcome.FAILURE, Outcome.SUCCESS, Outcome.IGNORED) if one in found)
-        return Outcome.SUCCESS if isinstance(exception, Exception) else Outcome.IGNORED
+            return next(one for one in (FAILURE, SUCCESS, IGNORED) if one in found)
+        return SUCCESS if isinstance(exception, Exception) else IGNORED
 
     def of_result(self, result: Any) -> Outcome:
         """Success, unless the predicate says otherwise. Raises what the predicate raises."""
         if self.is_failure is not None and self.is_failure(result):
-            return Outcome.FAILURE
-        return Outcome.SUCCESS
+            return FAILURE
+        return SUCCESS
 
 
 def exception_types(option: str, given: Any) -> tuple[type[BaseException], ...]:

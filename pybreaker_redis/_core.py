@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any, TypeVar
 
 from . import _protocol
-from ._classify import Classifier, Exceptions, Outcome, exception_types
+from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, exception_types
 from ._config import check_options, check_watch
 from ._errors import CircuitOpenError, PolicyError
 from ._events import CALL_KINDS, Counts, Event, EventKind, Instrument
@@ -44,22 +44,19 @@ _NOT_FOR_SUCCESSES = {
 }
 
 
-class Outbox(threading.local):
-    """The events that this thread has still to deliver. The shells do that, outside of every lock."""
+class Outbox:
+    """The events that each thread has still to deliver. The shells do that, outside of every lock."""
 
     def __init__(self) -> None:
-        self._events: list[Event] = []
+        self._by_thread: dict[int, list[Event]] = {}
 
     def put(self, event: Event) -> None:
         """Deliver this one, after those before it."""
-        self._events.append(event)
+        self._by_thread.setdefault(threading.get_ident(), []).append(event)
 
     def take(self) -> list[Event]:
-        """What is to be delivered now."""
-        if not self._events:
-            return []
-        events, self._events = self._events, []
-        return events
+        """What this thread has to deliver now."""
+        return self._by_thread.pop(threading.get_ident(), []) if self._by_thread else []
 
 
 class BreakerCore:
@@ -264,26 +261,26 @@ class BreakerCore:
         slow, pending = self._slow_calls.ended(permit)
         generation, probe = permit.generation, permit.probe
         if self._on_call:
-            self._emit(outcome.value, generation=generation, exception=error, slow=slow)
-        plain = outcome is Outcome.SUCCESS and probe is None and not slow
+            self._emit(outcome, generation=generation, exception=error, slow=slow)
+        plain = outcome == SUCCESS and probe is None and not slow
         if plain and generation is not None and self._view.gather(generation):
             return
-        self._counted[outcome.value].tick()
-        if slow and outcome is Outcome.SUCCESS:
+        self._counted[outcome].tick()
+        if slow and outcome == SUCCESS:
             self._counted["slow"].tick()
-        if generation is None or (outcome is Outcome.IGNORED and probe is None) or (plain and self._view.lease > 0):
+        if generation is None or (outcome == IGNORED and probe is None) or (plain and self._view.lease > 0):
             return
         request = yield from self._gathered(generation)
         request["generation"] = generation
         if probe is not None:
             request["probe"] = probe
-        if outcome is Outcome.SUCCESS:
+        if outcome == SUCCESS:
             request["successes"] = request.get("successes", 0) + 1
-        elif outcome is Outcome.FAILURE:
+        elif outcome == FAILURE:
             request["failures"] = 1
-        if outcome is not Outcome.IGNORED and pending:
+        if outcome != IGNORED and pending:
             request["counted"] = 1
-        elif outcome is not Outcome.IGNORED and slow:
+        elif outcome != IGNORED and slow:
             request["slow"] = request.get("slow", 0) + 1
         yield from self._run("record", request, self._brief if plain and "slow" not in request else self._full)
 
@@ -292,19 +289,19 @@ class BreakerCore:
         try:
             outcome = self._classifier.of_result(result)
         except BaseException as error:
-            yield from self._report(permit, Outcome.IGNORED, error)
+            yield from self._report(permit, IGNORED, error)
             raise
         yield from self._report(permit, outcome)
 
     def _report_exception(self, permit: BasePermit, error: BaseException) -> Steps[None]:
         if isinstance(error, CircuitOpenError) and error.name == self.name:
-            return self._report(permit, Outcome.IGNORED, error)  # a nested rejection says nothing about the service
+            return self._report(permit, IGNORED, error)  # a nested rejection says nothing about the service
         return self._report(permit, self._classifier.of_exception(error), error)
 
     def _leave_block(self, permit: BasePermit, error: BaseException | None) -> Steps[None]:
         """The end of a permit's block, which nobody settled inside."""
         if error is None:
-            yield from self._report(permit, Outcome.SUCCESS)
+            yield from self._report(permit, SUCCESS)
         else:
             yield from self._report_exception(permit, error)
 
@@ -326,7 +323,8 @@ class BreakerCore:
                 reply = yield from self._isolation.run(name, request, common, self._full)
             else:
                 self._isolation.forget()
-                reply = yield from self._engine.run(name, {**common, **request})
+                request = {**common, **request}
+                reply = self._engine.at_once(name, request) or (yield from self._engine.run(name, request))
         except NotSent:
             self._view.give_back(request)
             raise
@@ -334,9 +332,11 @@ class BreakerCore:
         return reply
 
     def _adopt(self, reply: Reply, sent: float) -> None:
-        self._obey(reply)
+        if self._override or "override" in reply:
+            self._obey(reply)
         self._view.adopt(reply, sent, monotonic())
-        self._check(reply)
+        if self._warned or "warning" in reply:
+            self._check(reply)
         if change := reply.get("transition"):
             logger.info("circuit breaker %r: %s -> %s (%s)", self.name, change["from"], change["to"], change["reason"])
             self._emit_change(change, reply["source"])

@@ -6,7 +6,6 @@ It is also the model that the Lua is tested by.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from ._window import Sums, bucket_ms, sums, window_at
 LONGEST_OVERRIDE_MS = int(LONGEST_OVERRIDE * 1000)
 HISTORY_ENTRIES = 1000
 _DEFAULTS = default_request()
+_OUTCOMES = {"successes", "failures", "slow", "probe"}
 _WALL_OFFSET_NS = time.time_ns() - time.monotonic_ns()
 
 
@@ -51,6 +51,14 @@ class MemoryEngine:
         self._document = document
         self._override = override
         self._override_until_ms: int | None = None
+        self._scripts: dict[str, Callable[[Document, Request, dict[str, Any]], Reply]] = {
+            "acquire": self._acquire,
+            "record": self._record,
+            "control": self._control,
+            "snapshot": self._snapshot,
+        }
+        self._made_of: tuple[Any, Any] = (self, self)  # the fields that _policy was made of; it is never changed
+        self._policy: dict[str, Any] = {}
         self._lock = threading.RLock()
         self._history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY_ENTRIES)
 
@@ -64,12 +72,20 @@ class MemoryEngine:
             now = self._now_ms()
             if self._override_until_ms is not None and self._override_until_ms <= now:
                 self._override = self._override_until_ms = None
-            policy = {**_DEFAULTS, **request.get("policy", {}), **(self._override or {})}
+            policy = self._policy_of(request.get("policy"))
+            document = self._load(policy, now)
+            reply = self._scripts[name](document, request, policy)
+            return self._reply(document, request, policy, reply)
+
+    def _policy_of(self, given: dict[str, Any] | None) -> dict[str, Any]:
+        """The policy in force: the caller's fields, over them the operator's; the default of what neither has."""
+        made_of = given, self._override
+        if made_of[0] is not self._made_of[0] or made_of[1] is not self._made_of[1]:
+            policy = {**_DEFAULTS, **(given or {}), **(self._override or {})}
             if self._alone:
                 policy["quorum"] = 1
-            document = self._load(policy, now)
-            reply: Reply = getattr(self, f"_{name}")(document, request, policy)
-            return self._reply(document, request, policy, reply)
+            self._made_of, self._policy = made_of, policy
+        return self._policy
 
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest transitions, newest first, with the fields of the history stream."""
@@ -85,16 +101,17 @@ class MemoryEngine:
         """A copy of the document, which replaces the document where a script would write it."""
         if self._document is None:
             return Document(generation=now, now=now, is_local=self.is_local)
-        document = dataclasses.replace(
-            self._document, now=now, is_local=self.is_local, is_new=False, outlived=False, change=None
-        )
-        document.reporters = dict(document.reporters)
-        document.probes = {slot: end for slot, end in document.probes.items() if end > now}
+        document = self._document.copy()
+        document.now, document.is_new, document.outlived, document.change = now, False, False, None
+        document.is_local = self.is_local
+        if document.probes:
+            document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
             document.window = window_at(document.window, bucket_ms(policy), now)
-        ramp_until_ms = None if document.closed_at_ms is None else document.closed_at_ms + policy["ramp_up_ms"]
-        if ramp_until_ms is not None and now >= ramp_until_ms and _rules.recent_trips(document, policy) == 0:
-            document.trips, document.closed_at_ms, document.outlived = 0, None, True
+        closed_at_ms = document.closed_at_ms
+        if closed_at_ms is not None and now >= closed_at_ms + policy["ramp_up_ms"]:
+            if _rules.recent_trips(document, policy) == 0:
+                document.trips, document.closed_at_ms, document.outlived = 0, None, True
         if document.forced_until_ms is not None and document.forced_until_ms <= now:
             document.forced, document.forced_until_ms = None, None
         return document
@@ -111,8 +128,7 @@ class MemoryEngine:
 
     def _record(self, document: Document, request: Request, policy: dict[str, Any]) -> Reply:
         applied = _rules.record(document, request, policy)
-        empty = not request.keys() & {"successes", "failures", "slow", "probe"}
-        if applied or document.is_new or (empty and document.outlived):
+        if applied or document.is_new or (document.outlived and not request.keys() & _OUTCOMES):
             self._document = document
         return {"applied": applied}
 
@@ -155,23 +171,22 @@ class MemoryEngine:
         if document.change is not None:
             instance = request.get("instance", "")
             self._history.append({**document.change, "time_ms": document.now, "instance": instance})
-        generation = 0 if "exists" in reply and document.is_new else document.generation
-        ramp_left_ms = 0
+        reply["state"], reply["success_count"] = document.state, document.success_count
+        reply["generation"] = 0 if "exists" in reply and document.is_new else document.generation
+        reply["failure_count"], reply["source"] = document.failure_count, self.source
+        if document.state != "closed":
+            reply["retry_after_ms"] = _rules.retry_after_ms(document, policy)
         if document.closed_at_ms is not None:
             ramp_left_ms = document.closed_at_ms + policy["ramp_up_ms"] - document.now
-        return {
-            **reply,
-            "state": document.state,
-            "generation": generation,
-            "failure_count": document.failure_count,
-            "success_count": document.success_count,
-            "retry_after_ms": _rules.retry_after_ms(document, policy),
-            "ramp_left_ms": ramp_left_ms if ramp_left_ms > 0 else None,
-            "forced": document.forced,
-            "override": self._override,
-            "transition": document.change,
-            "source": self.source,
-        }
+            if ramp_left_ms > 0:
+                reply["ramp_left_ms"] = ramp_left_ms
+        if document.forced is not None:
+            reply["forced"] = document.forced
+        if self._override is not None:
+            reply["override"] = self._override
+        if document.change is not None:
+            reply["transition"] = document.change
+        return reply
 
 
 class LocalEngine(MemoryEngine):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator
 from time import monotonic
 from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast
 
-from ._classify import Outcome
+from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore
 from ._errors import CircuitOpenError, PolicyError, RedisUnavailableError
 from ._events import Event
@@ -51,15 +51,15 @@ class Permit(BasePermit):
 
     def success(self) -> None:
         """The call succeeded. Raises PermitError if the permit is settled."""
-        self._breaker._drive(self._settle(Outcome.SUCCESS, None))
+        self._breaker._drive(self._settle(SUCCESS, None))
 
     def failure(self, error: BaseException | None = None) -> None:
         """The call failed. Raises PermitError if the permit is settled."""
-        self._breaker._drive(self._settle(Outcome.FAILURE, error))
+        self._breaker._drive(self._settle(FAILURE, error))
 
     def release(self) -> None:
         """The call counts as nothing; a probe gives its slot back. Raises PermitError if the permit is settled."""
-        self._breaker._drive(self._settle(Outcome.IGNORED, None))
+        self._breaker._drive(self._settle(IGNORED, None))
 
     def __enter__(self) -> Self:
         if self._stage != ADMITTED or self.probe is not None:
@@ -210,7 +210,7 @@ class CircuitBreaker(BreakerCore):
                 self._drive(self._report_result(permit, result))
             return result
         # nothing has run yet: a generator asks for its own permit when it starts
-        self._drive(self._report(permit, Outcome.IGNORED))
+        self._drive(self._report(permit, IGNORED))
         if isinstance(result, types.GeneratorType):
             return cast(R, self._iterate(result))
         if isinstance(result, types.CoroutineType):

@@ -5,6 +5,7 @@ Knows neither Redis nor an event loop; the sync and the asyncio shell share it.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import enum
 import itertools
@@ -16,6 +17,7 @@ from ._policy import Policy
 from ._protocol import Reply, Request, State
 
 NEVER, FOREVER = float("-inf"), float("inf")
+MOST_COUNTERS = 64
 FIRST_SHARE = 0.1  # of the calls, right after a recovery with a ramp
 
 
@@ -49,7 +51,8 @@ class Counter:
 
     def take(self) -> int:
         """The successes since the last take."""
-        new = self.total() - self._taken
+        self._reads += 1
+        new = self.tick() - self._reads - self._taken
         self._taken += new
         return new
 
@@ -119,8 +122,9 @@ class View:
         self.trusted_until = FOREVER  # until when a long lease holds; a subscription moves it while it stands
         self.policy = policy or Policy()
         self.seen = unseen()
-        self._previous = Counter()  # of the generation before: calls that began under it may still tick
-        self._earlier_successes = 0  # of the generations before that one
+        # counters of earlier generations, of which calls that still run may tick, and the sum of still earlier ones
+        self._earlier: collections.deque[Counter] = collections.deque()
+        self._earlier_successes = 0
         # re-entrant, like every lock here: a signal handler or finalizer may call the breaker while its thread holds it
         self._lock = threading.RLock()
         self._not_before = NEVER  # replies to requests sent earlier are not adopted
@@ -187,8 +191,17 @@ class View:
             since = seen.arrived if generation < seen.generation else seen.sent
             if sent < since and generation <= seen.generation and not reply.get("isolated"):
                 return
-            if sent >= self._not_before:
+            if sent < self._not_before:
+                return
+            if generation == seen.generation and now < seen.closed_until and not reply.get("ramp_left_ms"):
+                self._renew(seen, reply, sent, now)
+            else:
                 self.seen = self._seen_from(reply, sent, now)
+
+    def _renew(self, seen: Seen, reply: Reply, sent: float, now: float) -> None:
+        """A closed circuit is still closed: a new Seen would only take a failing call longer."""
+        seen.sent, seen.arrived, seen.failure_count = sent, now, reply["failure_count"]
+        seen.closed_until = self._fresh_until(sent)
 
     def _seen_from(self, reply: Reply, sent: float, now: float) -> Seen:
         state, generation = reply["state"], reply["generation"]
@@ -213,8 +226,9 @@ class View:
         )
 
     def _next_counter(self) -> Counter:
-        self._earlier_successes += self._previous.total()
-        self._previous = self.seen.counter
+        self._earlier.append(self.seen.counter)
+        if len(self._earlier) > MOST_COUNTERS:
+            self._earlier_successes += self._earlier.popleft().total()
         return Counter()
 
     def drop(self) -> None:
@@ -234,7 +248,8 @@ class View:
     def successes(self) -> int:
         """All successes that were counted here."""
         with self._lock:
-            return self._earlier_successes + self._previous.total() + self.seen.counter.total()
+            earlier = sum(counter.total() for counter in self._earlier)
+            return self._earlier_successes + earlier + self.seen.counter.total()
 
     def take(self, generation: int | None = None) -> Request:
         """The gathered successes as a request; they leave the view.

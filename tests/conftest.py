@@ -22,7 +22,7 @@ from redis.exceptions import NoScriptError
 from pybreaker_redis import CircuitBreaker
 from pybreaker_redis._memory import MemoryEngine
 from pybreaker_redis._protocol import Keys, decode, encode, keys_of
-from pybreaker_redis._scripts import compose
+from pybreaker_redis.wire.scripts import compose
 from pybreaker_redis.embedded import EmbeddedServer
 
 START_MS = 1_700_000_000_000
