@@ -16,7 +16,7 @@ from ._core import BreakerCore
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event
 from ._fallback import InMemory
-from ._permit import ENTERED, SETTLED, BasePermit
+from ._permit import ENTERED, SETTLED, BasePermit, warns_if_lost
 from ._protocol import Ask, HistoryEntry, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from .wire.aio import async_server_of, forget_ended, leave_to_parent
@@ -129,7 +129,9 @@ class AsyncCircuitBreaker(BreakerCore):
     the other or at once. A cancelled call is neither success nor failure, and a probe's slot is given back.
     """
 
-    _permit, _kind, _server_of = AsyncPermit, ASYNCIO, staticmethod(async_server_of)
+    _permit: type[AsyncPermit] = AsyncPermit
+    _warning_permit = warns_if_lost(AsyncPermit)
+    _kind, _server_of = ASYNCIO, staticmethod(async_server_of)
 
     def _start_process(self) -> None:
         super()._start_process()
@@ -156,7 +158,7 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             result = await func(*args, **kwargs)
         except BaseException as error:
-            await self._drive(self._report_exception(AsyncPermit(self, seen.generation, now), error))
+            await self._drive(self._report_exception(self._permit(self, seen.generation, now), error))
             raise
         if self._quiet:
             seen.counter.tick()
@@ -194,7 +196,7 @@ class AsyncCircuitBreaker(BreakerCore):
             try:
                 result = await func(*args, **kwargs)
             except BaseException as error:
-                await self._drive(self._report_exception(AsyncPermit(self, seen.generation, now), error))
+                await self._drive(self._report_exception(self._permit(self, seen.generation, now), error))
                 raise
             if quiet:
                 seen.counter.tick()
@@ -231,7 +233,7 @@ class AsyncCircuitBreaker(BreakerCore):
             seen.counter.tick()
             await self._deliver([self._success(seen.generation)])
         else:
-            await self._drive(self._report_result(AsyncPermit(self, seen.generation, now), result))
+            await self._drive(self._report_result(self._permit(self, seen.generation, now), result))
 
     async def _iterate(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
         permit = await self._admit(monotonic())
@@ -263,7 +265,8 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _acquire(self) -> AsyncPermit:
         seen, now = self._view.seen, monotonic()
         if now < seen.closed_until:
-            return AsyncPermit(self, seen.generation, now, None, None if self._on_call else seen.counter.tick)
+            tick = None if self._on_call else seen.counter.tick
+            return self._permit(self, seen.generation, now, None, tick)
         return cast(AsyncPermit, await self._admit(now))
 
     # The shell

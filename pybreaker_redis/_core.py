@@ -20,7 +20,7 @@ from ._events import CALL_KINDS, Counts, Event, EventKind, Instrument
 from ._fallback import Fallback, InMemory, OnRedisFailure
 from ._isolation import Isolation
 from ._memory import LocalEngine, document_for
-from ._permit import BasePermit, in_probe
+from ._permit import BasePermit, in_probe, resource_warnings_are_shown
 from ._policy import Policy, override_request
 from ._protocol import COUNTS, NotSent, Reply, Request, Snapshot, State, Steps, seconds
 from ._slow import SlowCalls
@@ -64,6 +64,7 @@ class BreakerCore:
 
     # the shell's own
     _permit: type[BasePermit]
+    _warning_permit: type[BasePermit]
     _kind: Kind
     _server_of: Callable[[Any, float], Any]
 
@@ -104,6 +105,8 @@ class BreakerCore:
         self._client = None if redis is None else client_of(redis, self._kind)
         self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
         self._redis_timeout = redis_timeout
+        if resource_warnings_are_shown():
+            self._permit = self._warning_permit
         self._engine: InMemory | Fallback = (
             InMemory() if redis is None else Fallback(self, on_redis_failure, redis_timeout)
         )

@@ -6,12 +6,13 @@ import contextvars
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from ._classify import Outcome
 from ._errors import PermitError
 from ._protocol import Steps
 
+P = TypeVar("P", bound="BasePermit")
 _probes: contextvars.ContextVar[tuple[weakref.ref[BasePermit], ...]] = contextvars.ContextVar(
     "pybreaker_redis_probes", default=()
 )
@@ -56,16 +57,6 @@ class BasePermit:
         state = "settled" if self.settled else "running"
         return f"<{type(self).__name__} of {self._breaker.name!r}, {state}>"
 
-    def __del__(self) -> None:
-        if self._stage != SETTLED:
-            warnings.warn(
-                f"a permit of circuit breaker {self._breaker.name!r} was lost: end its call with success(), failure()"
-                " or release(), or use it as a `with` block",
-                ResourceWarning,
-                stacklevel=2,
-                source=self,
-            )
-
     def _enter(self) -> None:
         if self._stage != ADMITTED:
             reason = "already settled" if self.settled else "already entered"
@@ -95,6 +86,31 @@ class BasePermit:
             raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
         report: Steps[None] = self._breaker._report(self, outcome, error)
         return report
+
+
+def warns_if_lost(kind: type[P]) -> type[P]:
+    """The same kind of permit, which warns when it is lost before it was settled.
+
+    It is not used where nobody would see the warning: the destructor takes a quarter of the time of a block.
+    """
+
+    def __del__(permit: P) -> None:
+        if permit._stage != SETTLED:
+            warnings.warn(
+                f"a permit of circuit breaker {permit._breaker.name!r} was lost: end its call with success(), failure()"
+                " or release(), or use it as a `with` block",
+                ResourceWarning,
+                stacklevel=2,
+                source=permit,
+            )
+
+    return type(kind.__name__, (kind,), {"__slots__": (), "__del__": __del__, "__doc__": kind.__doc__})
+
+
+def resource_warnings_are_shown() -> bool:
+    """Whether they are now, as in Python's development mode."""
+    actions = (action for action, _, category, *_ in warnings.filters if issubclass(ResourceWarning, category))
+    return next(actions, "default") != "ignore"
 
 
 def in_probe(breaker: object) -> bool:

@@ -13,10 +13,10 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast
 
 from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore
-from ._errors import CircuitOpenError, PolicyError, RedisUnavailableError
+from ._errors import CircuitOpenError, RedisUnavailableError
 from ._events import Event
 from ._fallback import InMemory, patience
-from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit
+from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
 from ._protocol import HistoryEntry, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from .wire.options import BLOCKING, REDIS_ERRORS
@@ -28,6 +28,7 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T")
 _SUSPENDED = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType})
+_new = object.__new__
 _USE_ASYNC = "is a coroutine function: the sync breaker cannot await it, use AsyncCircuitBreaker"
 
 
@@ -62,16 +63,16 @@ class Permit(BasePermit):
         self._breaker._drive(self._settle(IGNORED, None))
 
     def __enter__(self) -> Self:
-        if self._stage != ADMITTED or self.probe is not None:
-            self._enter()
-        else:
+        if self._stage == ADMITTED and self._tick is not None:
             self._stage = ENTERED
+            return self
+        self._enter()
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         stage, self._stage = self._stage, SETTLED  # before anything else: another thread may settle it now
-        if error is None and stage == ENTERED and self._tick is not None:
-            self._tick()
+        if error is None and stage == ENTERED and (tick := self._tick) is not None:
+            tick()
             return
         self.end()
         if stage == ENTERED:
@@ -114,7 +115,9 @@ class CircuitBreaker(BreakerCore):
     Constructing one needs no server and writes nothing. Raises PolicyError for an option that makes no sense.
     """
 
-    _permit, _kind, _server_of = Permit, BLOCKING, staticmethod(server_of)
+    _permit: type[Permit] = Permit
+    _warning_permit = warns_if_lost(Permit)
+    _kind, _server_of = BLOCKING, staticmethod(server_of)
 
     def _start_process(self) -> None:
         super()._start_process()
@@ -133,7 +136,7 @@ class CircuitBreaker(BreakerCore):
         try:
             result = func(*args, **kwargs)
         except BaseException as error:
-            self._drive(self._report_exception(Permit(self, seen.generation, now), error))
+            self._drive(self._report_exception(self._permit(self, seen.generation, now), error))
             raise
         if self._quiet and type(result) not in _SUSPENDED:
             seen.counter.tick()
@@ -168,7 +171,7 @@ class CircuitBreaker(BreakerCore):
             try:
                 result = func(*args, **kwargs)
             except BaseException as error:
-                self._drive(self._report_exception(Permit(self, seen.generation, now), error))
+                self._drive(self._report_exception(self._permit(self, seen.generation, now), error))
                 raise
             if quiet and type(result) not in _SUSPENDED:
                 seen.counter.tick()
@@ -197,7 +200,7 @@ class CircuitBreaker(BreakerCore):
     def _judge(self, func: Any, result: R, seen: Seen, now: float) -> R:
         """The result of a call that the view admitted, where the fast path does not apply."""
         if not self._plain or type(result) in _SUSPENDED:
-            return self._settle_result(func, result, Permit(self, seen.generation, now))
+            return self._settle_result(func, result, self._permit(self, seen.generation, now))
         seen.counter.tick()
         self._deliver([self._success(seen.generation)])
         return result
@@ -231,7 +234,14 @@ class CircuitBreaker(BreakerCore):
         """A permit for one call, which is also its `with` block. Raises CircuitOpenError when rejected."""
         seen, now = self._view.seen, monotonic()
         if now < seen.closed_until:
-            return Permit(self, seen.generation, now, None, None if self._on_call else seen.counter.tick)
+            permit = _new(self._permit)  # calling the class would take half as long again
+            permit._breaker = self
+            permit._stage = ADMITTED
+            permit._tick = seen.counter.tick if self._quiet else None
+            permit.generation = seen.generation
+            permit.started = now
+            permit.probe = permit.pending_since = None
+            return permit
         return cast(Permit, self._admit(now))
 
     # The shell
