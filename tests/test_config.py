@@ -177,7 +177,7 @@ def test_refused(source: dict[str, Any], path: str, reason: str, tmp_path: pathl
         assert reason in message
 
 
-def test_every_problem_is_told_at_once() -> None:
+def test_every_problem_is_reported_at_once() -> None:
     """All problems are reported in one go, a line each."""
     message = refused({**services(quorum=0, jitter=2, x=1), "redis": {"pool_size": 0}})
     assert len(message.splitlines()) == 4
