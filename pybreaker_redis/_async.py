@@ -209,8 +209,8 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _slow_call(self, func: Callable[..., Awaitable[R]], args: Any, kwargs: Any, now: float) -> R:
         """A call that the view does not simply admit, or whose duration is measured."""
         seen = self._view.seen
-        if now < seen.open_until and not self._on_call:
-            self._counted["rejected"].tick()
+        if now < seen.open_until and not self._notices.on_call:
+            self._notices.count("rejected")
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
         permit = self._admitted(seen.generation) if now < seen.timed_until else await self._admit(now)
         permit.begin()
@@ -231,7 +231,8 @@ class AsyncCircuitBreaker(BreakerCore):
         """The result of a call that the view admitted, where the fast path does not apply."""
         if self._plain:
             seen.counter.tick()
-            await self._deliver([self._success(seen.generation)])
+            self._notices.call_ended(SUCCESS, seen.generation)
+            await self._deliver()
         else:
             await self._drive(self._report_result(self._permit(self, seen.generation, now), result))
 
@@ -265,7 +266,7 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _acquire(self) -> AsyncPermit:
         seen, now = self._view.seen, monotonic()
         if now < seen.closed_until:
-            tick = None if self._on_call else seen.counter.tick
+            tick = None if self._notices.on_call else seen.counter.tick
             return self._permit(self, seen.generation, now, None, tick)
         return cast(AsyncPermit, await self._admit(now))
 
@@ -343,7 +344,7 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             ask = ask or next(steps)
             while True:
-                events += self._outbox.take()
+                events += self._notices.take()
                 try:
                     reply = await self._redis.run(ask.name, self.keys, ask.request)
                 except BaseException as error:
@@ -353,7 +354,7 @@ class AsyncCircuitBreaker(BreakerCore):
         except StopIteration as end:
             return cast(T, end.value)
         finally:
-            events += self._outbox.take()
+            events += self._notices.take()
 
     def _in_background(self, steps: Steps[None]) -> None:
         self._spawn(self._run_to_end(steps))
@@ -401,8 +402,8 @@ class AsyncCircuitBreaker(BreakerCore):
 
     async def _deliver(self, events: list[Event] | None = None) -> None:
         """Hand the events to the listeners, one after the other."""
-        for event in self._outbox.take() if events is None else events:
-            for listener in self._receivers(event):
+        for event in self._notices.take() if events is None else events:
+            for listener in self._notices.receivers(event):
                 try:
                     result = listener(event)
                     if inspect.isawaitable(result):
@@ -411,9 +412,9 @@ class AsyncCircuitBreaker(BreakerCore):
                     task = asyncio.current_task()
                     if task is None or task.cancelling():
                         raise
-                    self._listener_failed(listener)  # the listener's own work was cancelled
+                    self._notices.failed(listener)  # the listener's own work was cancelled
                 except Exception:
-                    self._listener_failed(listener)
+                    self._notices.failed(listener)
 
     # Looking and steering
 

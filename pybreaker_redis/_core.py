@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import logging
 import os
 import secrets
-import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
@@ -16,20 +14,19 @@ from . import _protocol
 from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, exception_types
 from ._config import check_options, check_watch
 from ._errors import CircuitOpenError, PolicyError
-from ._events import CALL_KINDS, Counts, Event, EventKind, Instrument
+from ._events import Counts, Listener, Notices, logger
 from ._fallback import Fallback, InMemory, OnRedisFailure
 from ._isolation import Isolation
 from ._memory import LocalEngine, document_for
 from ._permit import BasePermit, in_probe, resource_warnings_are_shown
 from ._policy import Policy, override_request
-from ._protocol import COUNTS, NotSent, Reply, Request, Snapshot, State, Steps, seconds
+from ._protocol import NotSent, Reply, Request, Snapshot, State, Steps, seconds
 from ._slow import SlowCalls
-from ._view import Counter, Verdict, View
+from ._view import Verdict, View
 from .wire.options import BLOCKING, Kind, client_of
 from .wire.subscription import BaseWatch
 
 W = TypeVar("W", bound=BaseWatch)
-logger = logging.getLogger("pybreaker_redis")
 _breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
 # policy fields that a report of nothing but successes never needs, whatever state it meets
 _NOT_FOR_SUCCESSES = {
@@ -42,21 +39,6 @@ _NOT_FOR_SUCCESSES = {
     "jitter",
     "enforce",
 }
-
-
-class Outbox:
-    """The events that each thread has still to deliver. The shells do that, outside of every lock."""
-
-    def __init__(self) -> None:
-        self._by_thread: dict[int, list[Event]] = {}
-
-    def put(self, event: Event) -> None:
-        """Deliver this one, after those before it."""
-        self._by_thread.setdefault(threading.get_ident(), []).append(event)
-
-    def take(self) -> list[Event]:
-        """What this thread has to deliver now."""
-        return self._by_thread.pop(threading.get_ident(), []) if self._by_thread else []
 
 
 class BreakerCore:
@@ -78,8 +60,8 @@ class BreakerCore:
         failures: Exceptions = Exception,
         ignore: Exceptions = (),
         is_failure: Callable[[Any], bool] | None = None,
-        listeners: Iterable[Callable[[Event], object]] = (),
-        on_call: Iterable[Callable[[Event], object]] = (),
+        listeners: Iterable[Listener] = (),
+        on_call: Iterable[Listener] = (),
         on_redis_failure: OnRedisFailure = "local",
         prefix: str = "circuit_breaker",
         redis_timeout: float = 0.25,
@@ -95,13 +77,12 @@ class BreakerCore:
         self._classifier = Classifier(
             exception_types("failures", failures), exception_types("ignore", ignore), is_failure
         )
-        self._listeners, self._on_call = tuple(listeners), tuple(on_call)
-        for listener in (*self._listeners, *self._on_call):
+        self._notices = Notices(name, listeners, on_call)
+        for listener in (*self._notices.listeners, *self._notices.on_call):
             if self._kind is BLOCKING and inspect.iscoroutinefunction(listener):
                 raise PolicyError(f"listener {listener!r} is a coroutine function: use AsyncCircuitBreaker")
-        self._instruments = tuple(one for one in self._listeners if isinstance(one, Instrument))
         self._plain = is_failure is None  # every result is a success
-        self._quiet = self._plain and not self._on_call  # and only has to be counted: the fast path
+        self._quiet = self._plain and not self._notices.on_call  # and only has to be counted: the fast path
         self._client = None if redis is None else client_of(redis, self._kind)
         self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
         self._redis_timeout = redis_timeout
@@ -121,7 +102,7 @@ class BreakerCore:
         self._rejoin: BaseWatch | None = None  # to be joined by the next script call
         self._start_process()
         _breakers.add(self)
-        for instrument in self._instruments:
+        for instrument in self._notices.instruments:
             instrument.attach(self)
 
     def _in_background(self, steps: Steps[None]) -> None:
@@ -130,9 +111,7 @@ class BreakerCore:
 
     def _start_process(self) -> None:
         self.instance = f"{os.getpid()}-{secrets.token_hex(4)}"
-        self._outbox = Outbox()
-        self._counting = threading.RLock()
-        self._counted = {kind: Counter() for kind in ("success", "slow", "failure", "ignored", "rejected")}
+        self._notices.start_process(self.instance)
         given = self.policy.to_request()
         # a report of nothing but successes carries only what it needs: a healthy breaker would read the rest in vain
         self._brief: Request = {}
@@ -163,10 +142,7 @@ class BreakerCore:
     @property
     def counts(self) -> Counts:
         """The calls of this breaker in this process so far, by outcome; for metrics."""
-        with self._counting:
-            found = {kind: counter.total() for kind, counter in self._counted.items()}
-        successes = found["success"] + self._view.successes()
-        return Counts(successes, found["slow"], found["failure"], found["ignored"], found["rejected"])
+        return self._notices.counts(self._view.successes())
 
     # Admission
 
@@ -205,9 +181,7 @@ class BreakerCore:
     def _reject(self, state: State, retry_after: float) -> BasePermit:
         """Raises CircuitOpenError; in shadow mode a permit that counts for nothing."""
         enforced = self._view.policy.enforce
-        self._counted["rejected"].tick()
-        if self._on_call:
-            self._emit("rejected", retry_after=retry_after, enforced=enforced)
+        self._notices.rejected(retry_after, enforced)
         if enforced:
             raise CircuitOpenError(self.name, state, retry_after)
         return self._permit(self, None, monotonic())
@@ -250,27 +224,21 @@ class BreakerCore:
         if not self._slow_calls.ended_quickly(permit) or not self._view.gather(generation):
             return False
         permit.settle()
-        if self._on_call:
-            self._outbox.put(self._success(generation))
+        self._notices.call_ended(
+            SUCCESS, generation, None, None if self._view.policy.slow_call_duration is None else False
+        )
         return True
-
-    def _success(self, generation: int) -> Event:
-        slow = None if self._view.policy.slow_call_duration is None else False
-        return Event("success", self.name, self.instance, generation=generation, slow=slow)
 
     def _report(self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None) -> Steps[None]:
         """Count an outcome: locally where the view allows it, else by a script."""
         permit.settle()
         slow, pending = self._slow_calls.ended(permit)
         generation, probe = permit.generation, permit.probe
-        if self._on_call:
-            self._emit(outcome, generation=generation, exception=error, slow=slow)
+        self._notices.call_ended(outcome, generation, error, slow)
         plain = outcome == SUCCESS and probe is None and not slow
         if plain and generation is not None and self._view.gather(generation):
             return
-        self._counted[outcome].tick()
-        if slow and outcome == SUCCESS:
-            self._counted["slow"].tick()
+        self._notices.count(outcome, slow)
         if generation is None or (outcome == IGNORED and probe is None) or (plain and self._view.lease > 0):
             return
         request = yield from self._gathered(generation)
@@ -342,7 +310,7 @@ class BreakerCore:
             self._check(reply)
         if change := reply.get("transition"):
             logger.info("circuit breaker %r: %s -> %s (%s)", self.name, change["from"], change["to"], change["reason"])
-            self._emit_change(change, reply["source"])
+            self._notices.changed(change, reply["source"])
 
     def _obey(self, reply: Reply) -> None:
         """The policy override that was read last is in force."""
@@ -361,36 +329,6 @@ class BreakerCore:
             logger.warning("circuit breaker %r: %s under key %s", self.name, warning, key)
         self._warned = warning
 
-    # Events
-
-    def _emit(self, kind: EventKind, **fields: Any) -> None:
-        self._outbox.put(Event(kind, self.name, fields.pop("instance", self.instance), **fields))
-
-    def _emit_change(self, change: dict[str, Any], source: str, instance: str | None = None) -> None:
-        self._emit(
-            "state_change",
-            instance=self.instance if instance is None else instance,
-            old=change["from"],
-            new=change["to"],
-            reason=change["reason"],
-            generation=change["generation"],
-            counts={key: change[key] for key in COUNTS if key in change},
-            source=source,
-        )
-
-    def _receivers(self, event: Event) -> tuple[Callable[[Event], object], ...]:
-        return self._on_call if event.kind in CALL_KINDS else self._listeners
-
-    def _listener_failed(self, listener: object) -> None:
-        logger.exception("circuit breaker %r: listener %r failed", self.name, listener)
-
-    def _script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
-        for instrument in self._instruments:
-            try:
-                instrument.script_ran(name, seconds, error)
-            except Exception:
-                self._listener_failed(instrument)
-
     # Isolation and outages
 
     def _quorum(self, fleet: Reply) -> int:
@@ -399,7 +337,7 @@ class BreakerCore:
 
     def _isolation_changed(self, change: dict[str, Any]) -> None:
         logger.warning("circuit breaker %r: this instance only: %s (%s)", self.name, change["to"], change["reason"])
-        self._emit_change(change, "isolated")
+        self._notices.changed(change, "isolated")
 
     def _closed_engine(self) -> LocalEngine:
         return self._local_engine("closed", 0, 0.0)
@@ -417,12 +355,12 @@ class BreakerCore:
         logger.warning(
             "circuit breaker %r: Redis does not answer; this process continues on its own: %s", self.name, error
         )
-        self._emit("redis_error", exception=error, source="local")
+        self._notices.redis_down(error)
 
     def _redis_up(self) -> None:
         self._view.drop()
         logger.warning("circuit breaker %r: Redis answers again", self.name)
-        self._emit("redis_restored", source="redis")
+        self._notices.redis_up()
 
     # Watching
 
@@ -469,7 +407,7 @@ class BreakerCore:
             now = monotonic()
             self._isolation.forget()
             self._view.adopt({**reply, "override": self._override}, now, now)
-        self._emit_change(change, "watch", change.get("instance") or "")
+        self._notices.changed(change, "watch", change.get("instance") or "")
 
     # Looking and steering
 

@@ -9,6 +9,7 @@ from time import monotonic
 from typing import Any, Literal, Protocol, TypeAlias
 
 from ._errors import RedisUnavailableError
+from ._events import Notices
 from ._memory import LocalEngine, MemoryEngine
 from ._protocol import Ask, Reply, Request, State, Steps
 from .wire.options import REDIS_ERRORS
@@ -71,10 +72,11 @@ class InMemory:
 class Owner(Protocol):
     """The breaker that a Fallback works for."""
 
+    _notices: Notices
+
     def _last_known(self) -> LocalEngine: ...
     def _redis_down(self, error: BaseException) -> None: ...
     def _redis_up(self) -> None: ...
-    def _script_ran(self, name: str, seconds: float, error: BaseException | None) -> None: ...
     def _in_background(self, steps: Steps[None]) -> None: ...
 
 
@@ -150,9 +152,9 @@ class Fallback:
         try:
             reply: Reply = yield Ask(name, request)
         except REDIS_ERRORS as error:
-            self._owner._script_ran(name, monotonic() - began, error)
+            self._owner._notices.script_ran(name, monotonic() - began, error)
             raise
-        self._owner._script_ran(name, monotonic() - began, None)
+        self._owner._notices.script_ran(name, monotonic() - began, None)
         return reply
 
     def _go_down(self, error: BaseException) -> LocalEngine | FixedEngine:

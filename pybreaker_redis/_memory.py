@@ -109,9 +109,9 @@ class MemoryEngine:
         if document.window is not None:
             document.window = window_at(document.window, bucket_ms(policy), now)
         closed_at_ms = document.closed_at_ms
-        if closed_at_ms is not None and now >= closed_at_ms + policy["ramp_up_ms"]:
-            if _rules.recent_trips(document, policy) == 0:
-                document.trips, document.closed_at_ms, document.outlived = 0, None, True
+        ramped = closed_at_ms is not None and now >= closed_at_ms + policy["ramp_up_ms"]
+        if ramped and _rules.recent_trips(document, policy) == 0:
+            document.trips, document.closed_at_ms, document.outlived = 0, None, True
         if document.forced_until_ms is not None and document.forced_until_ms <= now:
             document.forced, document.forced_until_ms = None, None
         return document

@@ -14,7 +14,6 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast
 from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore
 from ._errors import CircuitOpenError, RedisUnavailableError
-from ._events import Event
 from ._fallback import InMemory, patience
 from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
 from ._protocol import HistoryEntry, Snapshot, Steps, check_history_count, history_entries
@@ -183,8 +182,8 @@ class CircuitBreaker(BreakerCore):
     def _slow_call(self, func: Callable[..., R], args: Any, kwargs: Any, now: float) -> R:
         """A call that the view does not simply admit, or whose duration is measured."""
         seen = self._view.seen
-        if now < seen.open_until and not self._on_call:
-            self._counted["rejected"].tick()
+        if now < seen.open_until and not self._notices.on_call:
+            self._notices.count("rejected")
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
         permit = self._admitted(seen.generation) if now < seen.timed_until else self._admit(now)
         permit.begin()
@@ -202,7 +201,8 @@ class CircuitBreaker(BreakerCore):
         if not self._plain or type(result) in _SUSPENDED:
             return self._settle_result(func, result, self._permit(self, seen.generation, now))
         seen.counter.tick()
-        self._deliver([self._success(seen.generation)])
+        self._notices.call_ended(SUCCESS, seen.generation)
+        self._deliver()
         return result
 
     def _settle_result(self, func: Any, result: R, permit: BasePermit) -> R:
@@ -299,13 +299,13 @@ class CircuitBreaker(BreakerCore):
         finally:
             lock.release()  # before the events are delivered: a listener may be slow, or call this breaker
 
-    def _deliver(self, events: list[Event] | None = None) -> None:
-        for event in events or self._outbox.take():
-            for listener in self._receivers(event):
+    def _deliver(self) -> None:
+        for event in self._notices.take():
+            for listener in self._notices.receivers(event):
                 try:
                     listener(event)
                 except Exception:
-                    self._listener_failed(listener)
+                    self._notices.failed(listener)
 
     # Looking and steering
 

@@ -193,7 +193,13 @@ class View:
                 return
             if sent < self._not_before:
                 return
-            if generation == seen.generation and now < seen.closed_until and not reply.get("ramp_left_ms"):
+            timed = self.policy.slow_call_duration is not None
+            if (
+                generation == seen.generation
+                and now < seen.closed_until
+                and not timed
+                and not reply.get("ramp_left_ms")
+            ):
                 self._renew(seen, reply, sent, now)
             else:
                 self.seen = self._seen_from(reply, sent, now)

@@ -108,7 +108,7 @@ class Audience:
                 breaker._subscribed(lease if connected else None)
 
     def receive(self, reply: list[Any]) -> Iterator[Watcher]:
-        """Hand a message to the breakers that it concerns, and yield them. Ignores malformed ones: anyone can publish."""
+        """Hand a message to the breakers that it concerns, and yield them. Ignores malformed ones."""
         if reply[0] not in (b"pmessage", "pmessage"):
             return
         channel, data = (part.decode(errors="replace") if isinstance(part, bytes) else part for part in reply[2:])

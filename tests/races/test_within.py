@@ -147,7 +147,7 @@ def test_a_thread_that_holds_a_lock_may_call(server: EmbeddedServer, url: str, l
         "view": breaker._view._lock,
         "refreshing": breaker._refreshing,
         "engine": engine._lock,
-        "counting": breaker._counting,
+        "counting": breaker._notices.counting,
     }
     with locks[lock]:
         breaker._view.drop()
