@@ -66,7 +66,7 @@ class AsyncPermit(BasePermit):
             return
         self.end()
         if stage == ENTERED:
-            await self._breaker._drive(self._breaker._leave_block(self, error))
+            await self._breaker._drive(self._breaker._report_end(self, error))
 
 
 class Acquiring:
@@ -158,7 +158,7 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             result = await func(*args, **kwargs)
         except BaseException as error:
-            await self._drive(self._report_exception(self._permit(self, seen.generation, now), error))
+            await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
         if self._quiet:
             seen.counter.tick()
@@ -196,7 +196,7 @@ class AsyncCircuitBreaker(BreakerCore):
             try:
                 result = await func(*args, **kwargs)
             except BaseException as error:
-                await self._drive(self._report_exception(self._permit(self, seen.generation, now), error))
+                await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
             if quiet:
                 seen.counter.tick()
@@ -217,7 +217,7 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             result = await func(*args, **kwargs)
         except BaseException as error:
-            await self._drive(self._report_exception(permit, error))
+            await self._drive(self._report_end(permit, error))
             raise
         finally:
             permit.end()
@@ -253,7 +253,7 @@ class AsyncCircuitBreaker(BreakerCore):
         except StopAsyncIteration:
             await self._drive(self._report(permit, SUCCESS))
         except BaseException as error:
-            await self._drive(self._report_exception(permit, error))
+            await self._drive(self._report_end(permit, error))
             raise
 
     def acquire(self) -> Acquiring:

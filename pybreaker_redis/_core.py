@@ -95,7 +95,7 @@ class BreakerCore:
         self._view = View(self._lease, self.policy)
         self._slow_calls = SlowCalls(self._view)
         self._override: dict[str, Any] | None = None  # the policy override, as last read
-        self._isolation = Isolation(self._closed_engine, self._engine.run, self._quorum, self._isolation_changed)
+        self._isolation = Isolation(self._local_engine, self._engine.run, self._quorum, self._isolation_changed)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
         self._watch_lease: float | None = None  # while a subscription keeps the view fresh
@@ -193,7 +193,7 @@ class BreakerCore:
 
         generation: for a report of this one, else of the view's. A probe's slowness is reported separately.
         """
-        request: Request = self._view.take(generation) if self._view.lease > 0 else {}
+        request = self._view.take(generation)
         current = self._view.seen.generation
         # outcomes of an earlier generation count for nothing: slow calls wait for a report that counts
         if self._view.policy.slow_call_duration is None or generation not in (None, current):
@@ -231,17 +231,18 @@ class BreakerCore:
 
     def _report(self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None) -> Steps[None]:
         """Count an outcome: locally where the view allows it, else by a script."""
+        view, limit = self._view, self._view.policy.slow_call_duration
         permit.settle()
         slow, pending = self._slow_calls.ended(permit)
         generation, probe = permit.generation, permit.probe
         self._notices.call_ended(outcome, generation, error, slow)
         plain = outcome == SUCCESS and probe is None and not slow
-        if plain and generation is not None and self._view.gather(generation):
+        if plain and generation is not None and view.gather(generation):
             return
         self._notices.count(outcome, slow)
-        if generation is None or (outcome == IGNORED and probe is None) or (plain and self._view.lease > 0):
+        if generation is None or (outcome == IGNORED and probe is None) or (plain and view.lease > 0):
             return
-        request = yield from self._gathered(generation)
+        request = view.take(generation) if limit is None else (yield from self._gathered(generation))
         request["generation"] = generation
         if probe is not None:
             request["probe"] = probe
@@ -264,17 +265,13 @@ class BreakerCore:
             raise
         yield from self._report(permit, outcome)
 
-    def _report_exception(self, permit: BasePermit, error: BaseException) -> Steps[None]:
+    def _report_end(self, permit: BasePermit, error: BaseException | None) -> Steps[None]:
+        """Classify how a call or a block ended, and count it."""
+        if error is None:
+            return self._report(permit, SUCCESS)
         if isinstance(error, CircuitOpenError) and error.name == self.name:
             return self._report(permit, IGNORED, error)  # a nested rejection says nothing about the service
         return self._report(permit, self._classifier.of_exception(error), error)
-
-    def _leave_block(self, permit: BasePermit, error: BaseException | None) -> Steps[None]:
-        """The end of a permit's block, which nobody settled inside."""
-        if error is None:
-            yield from self._report(permit, SUCCESS)
-        else:
-            yield from self._report_exception(permit, error)
 
     # Script calls and their replies
 
@@ -339,15 +336,14 @@ class BreakerCore:
         logger.warning("circuit breaker %r: this instance only: %s (%s)", self.name, change["to"], change["reason"])
         self._notices.changed(change, "isolated")
 
-    def _closed_engine(self) -> LocalEngine:
-        return self._local_engine("closed", 0, 0.0)
-
     def _last_known(self) -> LocalEngine:
         seen = self._view.seen
         open_for = max(seen.retry_at - monotonic(), 0.0) if seen.state == "open" else 0.0
         return self._local_engine(seen.state, seen.failure_count, open_for, seen.generation)
 
-    def _local_engine(self, state: State, failure_count: int, open_for: float, generation: int = 0) -> LocalEngine:
+    def _local_engine(
+        self, state: State = "closed", failure_count: int = 0, open_for: float = 0.0, generation: int = 0
+    ) -> LocalEngine:
         document = document_for(state, generation, failure_count, open_for)
         return LocalEngine(document=document, override=self._override, alone=True)
 
@@ -423,11 +419,6 @@ class BreakerCore:
         reply = yield from self._engine.run("snapshot", self._full)
         self._check(reply)
         return _protocol.snapshot_from(self.name, reply, self.policy, self._isolation.decides_over(reply))
-
-    def _local_snapshot(self) -> Snapshot | None:
-        """By the engine of this process, where that decides; None where Redis does."""
-        reply = self._engine.local("snapshot", self._full)
-        return None if reply is None else _protocol.snapshot_from(self.name, reply, self.policy)
 
     def _command(
         self, action: str, duration: float | None = None, policy: Mapping[str, Any] | None = None

@@ -26,8 +26,11 @@ class SlowCalls:
 
     def ended(self, permit: BasePermit) -> tuple[bool | None, bool]:
         """Whether the call was slow (None: not measured), and whether that was reported while it ran."""
+        limit = self._view.policy.slow_call_duration
+        if limit is None and not self._running:
+            return None, False
         waiting = self._running.pop(permit, permit) is None  # else overdue() has it
-        now, limit = monotonic(), self._view.policy.slow_call_duration
+        now = monotonic()
         # a call that was reported longer ago has left the window, and counts as a new one
         recent = permit.pending_since is not None and now - permit.pending_since < 0.9 * self._view.policy.window
         pending = recent and not waiting

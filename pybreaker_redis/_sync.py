@@ -75,7 +75,7 @@ class Permit(BasePermit):
             return
         self.end()
         if stage == ENTERED:
-            self._breaker._drive(self._breaker._leave_block(self, error))
+            self._breaker._drive(self._breaker._report_end(self, error))
 
 
 class Watch(BaseWatch):
@@ -135,7 +135,7 @@ class CircuitBreaker(BreakerCore):
         try:
             result = func(*args, **kwargs)
         except BaseException as error:
-            self._drive(self._report_exception(self._permit(self, seen.generation, now), error))
+            self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
         if self._quiet and type(result) not in _SUSPENDED:
             seen.counter.tick()
@@ -170,7 +170,7 @@ class CircuitBreaker(BreakerCore):
             try:
                 result = func(*args, **kwargs)
             except BaseException as error:
-                self._drive(self._report_exception(self._permit(self, seen.generation, now), error))
+                self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
             if quiet and type(result) not in _SUSPENDED:
                 seen.counter.tick()
@@ -190,7 +190,7 @@ class CircuitBreaker(BreakerCore):
         try:
             result = func(*args, **kwargs)
         except BaseException as error:
-            self._drive(self._report_exception(permit, error))
+            self._drive(self._report_end(permit, error))
             raise
         finally:
             permit.end()
@@ -225,7 +225,7 @@ class CircuitBreaker(BreakerCore):
         try:
             result = yield from generator
         except BaseException as error:
-            self._drive(self._report_exception(permit, error))
+            self._drive(self._report_end(permit, error))
             raise
         self._drive(self._report_result(permit, result))
         return result

@@ -258,10 +258,12 @@ class View:
             return self._earlier_successes + earlier + self.seen.counter.total()
 
     def take(self, generation: int | None = None) -> Request:
-        """The gathered successes as a request; they leave the view.
+        """The gathered successes as a request; they leave the view. Empty where there is no lease.
 
         generation: take nothing unless the view is of this generation.
         """
+        if self.lease <= 0:
+            return {}
         with self._lock:
             seen = self.seen
             if generation is not None and generation != seen.generation:

@@ -219,7 +219,6 @@ def test_slow_calls_are_measured_from_a_live_policy_on(make: Make) -> None:
     assert (breaker.state, breaker.history()[0].reason) == ("open", "slow_rate")
 
 
-@pytest.mark.xfail(reason="a reply that renews a closed view leaves its fast path as it was")
 def test_a_failing_call_reads_a_live_policy_in_its_reply(make: Make) -> None:
     """Under a long lease the reply to a failure brings slow_call_duration, and the next call is measured."""
     operator, breaker = make(**STRICT), make(policy=Policy(failure_threshold=MANY), lease=LONG, **PATIENT)

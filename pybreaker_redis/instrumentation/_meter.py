@@ -117,7 +117,7 @@ class Meter(Instrument):
 
     def _snapshots(self, breakers: list[BreakerCore]) -> list[Snapshot | None]:
         """By each breaker's local engine where that decides, else by Redis; None where Redis does not answer."""
-        found = [breaker._local_snapshot() for breaker in breakers]
+        found = [_local_snapshot(breaker) for breaker in breakers]
         asked = [place for place, snapshot in enumerate(found) if snapshot is None]
         if self._server is None or not asked:
             return found
@@ -134,6 +134,12 @@ class Meter(Instrument):
                 content = {**decode(reply), "source": "redis"}
                 found[place] = snapshot_from(breakers[place].name, content, breakers[place].policy)
         return found
+
+
+def _local_snapshot(breaker: BreakerCore) -> Snapshot | None:
+    """By the engine of this process, where that decides; None where Redis does."""
+    reply = breaker._engine.local("snapshot", breaker._full)
+    return None if reply is None else snapshot_from(breaker.name, reply, breaker.policy)
 
 
 def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None) -> BreakerReading:
