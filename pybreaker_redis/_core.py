@@ -19,7 +19,7 @@ from ._fallback import Fallback, InMemory, OnRedisFailure
 from ._isolation import Isolation
 from ._memory import LocalEngine, document_for
 from ._permit import BasePermit, in_probe, resource_warnings_are_shown
-from ._policy import Policy, override_request
+from ._policy import RULES, Policy, override_request, request_field
 from ._protocol import NotSent, Reply, Request, Snapshot, State, Steps, seconds
 from ._slow import SlowCalls
 from ._view import Verdict, View
@@ -28,17 +28,6 @@ from .wire.subscription import BaseWatch
 
 W = TypeVar("W", bound=BaseWatch)
 _breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
-# policy fields that a report of nothing but successes never needs, whatever state it meets
-_NOT_FOR_SUCCESSES = {
-    "failure_threshold",
-    "success_threshold",
-    "half_open_max_calls",
-    "probe_timeout_ms",
-    "slow_call_duration_ms",
-    "max_reset_timeout_ms",
-    "jitter",
-    "enforce",
-}
 
 
 class BreakerCore:
@@ -113,10 +102,10 @@ class BreakerCore:
         self.instance = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._notices.start_process(self.instance)
         given = self.policy.to_request()
-        # a report of nothing but successes carries only what it needs: a healthy breaker would read the rest in vain
+        # a report of nothing but successes carries a policy only where it needs one: a healthy breaker reads it in vain
         self._brief: Request = {}
         self._full: Request = {"instance": self.instance, **({"policy": given} if given else {})}
-        if given.keys() - _NOT_FOR_SUCCESSES:
+        if any(rule.on_success and request_field(name) in given for name, rule in RULES.items()):
             self._brief = self._full
 
     def _after_fork(self) -> None:

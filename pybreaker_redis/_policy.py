@@ -16,7 +16,7 @@ class Rule(NamedTuple):
     """What a policy field accepts and means.
 
     kind: "count", "seconds" (`<field>_ms` in the scripts), "number" or "flag". optional: None means "off", which the
-    scripts write as 0.
+    scripts write as 0. on_success: a report of nothing but successes must carry it, whatever state it meets.
     """
 
     kind: str
@@ -24,6 +24,7 @@ class Rule(NamedTuple):
     most: float
     meaning: str
     optional: bool = False
+    on_success: bool = True
 
     def check(self, name: str, value: Any) -> None:
         """Raise PolicyError unless the field called name may have this value."""
@@ -55,23 +56,8 @@ class Rule(NamedTuple):
         return value / 1000 if self.kind == "seconds" else value
 
 
-def _count(default: int, least: int, most: int, meaning: str) -> Any:
-    return _declare(default, Rule("count", least, most, meaning))
-
-
-def _seconds(default: float | None, least: float, meaning: str, most: float = LONGEST) -> Any:
-    return _declare(default, Rule("seconds", least, most, meaning, optional=default is None))
-
-
-def _number(default: float | None, least: float, most: float, meaning: str) -> Any:
-    return _declare(default, Rule("number", least, most, meaning, optional=default is None))
-
-
-def _flag(default: bool, meaning: str) -> Any:
-    return _declare(default, Rule("flag", 0, 1, meaning))
-
-
-def _declare(default: Any, rule: Rule) -> Any:
+def _field(kind: str, default: Any, least: float, most: float, meaning: str, *, on_success: bool = True) -> Any:
+    rule = Rule(kind, least, most, meaning, optional=default is None, on_success=on_success)
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
@@ -82,52 +68,98 @@ class Policy:
     Raises PolicyError for a value out of range or of the wrong type.
     """
 
-    failure_threshold: int = _count(5, 1, 10**9, "Failures in a row, in the whole fleet, that trip a closed breaker.")
-    reset_timeout: float = _seconds(30.0, 0.001, "How long the circuit stays open before a probe may run.")
-    success_threshold: int = _count(1, 1, 10**9, "Successful probes that close the circuit.")
-    half_open_max_calls: int = _count(1, 1, 1000, "Probes in flight at a time, in the whole fleet.")
-    probe_timeout: float = _seconds(30.0, 0.001, "After this time a probe that never reported gives its slot back.")
-    error_rate_threshold: float | None = _number(
-        None, 1e-9, 1, "Share of failed calls in the window, 0 to 1, that trips the breaker. None: no such rule."
+    failure_threshold: int = _field(
+        "count", 5, 1, 10**9, "Failures in a row, in the whole fleet, that trip a closed breaker.", on_success=False
     )
-    minimum_calls: int = _count(20, 1, 10**9, "Calls that the window must hold before a rate is judged.")
-    window: float = _seconds(
-        60.0, 0.01, "Length of the sliding window. It has ten buckets, so a call counts for 0.9 to 1 window."
+    reset_timeout: float = _field(
+        "seconds", 30.0, 0.001, LONGEST, "How long the circuit stays open before a probe may run."
     )
-    slow_call_duration: float | None = _seconds(
-        None, 0.001, "A call that takes this long or longer is slow. None: no call is slow."
+    success_threshold: int = _field("count", 1, 1, 10**9, "Successful probes that close the circuit.", on_success=False)
+    half_open_max_calls: int = _field(
+        "count", 1, 1, 1000, "Probes in flight at a time, in the whole fleet.", on_success=False
     )
-    slow_call_rate_threshold: float | None = _number(
+    probe_timeout: float = _field(
+        "seconds",
+        30.0,
+        0.001,
+        LONGEST,
+        "After this time a probe that never reported gives its slot back.",
+        on_success=False,
+    )
+    error_rate_threshold: float | None = _field(
+        "number",
+        None,
+        1e-9,
+        1,
+        "Share of failed calls in the window, 0 to 1, that trips the breaker. None: no such rule.",
+    )
+    minimum_calls: int = _field("count", 20, 1, 10**9, "Calls that the window must hold before a rate is judged.")
+    window: float = _field(
+        "seconds",
+        60.0,
+        0.01,
+        LONGEST,
+        "Length of the sliding window. It has ten buckets, so a call counts for 0.9 to 1 window.",
+    )
+    slow_call_duration: float | None = _field(
+        "seconds",
+        None,
+        0.001,
+        LONGEST,
+        "A call that takes this long or longer is slow. None: no call is slow.",
+        on_success=False,
+    )
+    slow_call_rate_threshold: float | None = _field(
+        "number",
         None,
         1e-9,
         1,
         "Share of slow calls in the window, 0 to 1, that trips the breaker; a slow probe then opens it again."
         " None: no such rule.",
     )
-    backoff_multiplier: float = _number(
+    backoff_multiplier: float = _field(
+        "number",
         1.0,
         1,
         1000,
         "Each trip in a row opens the circuit this much longer. Back-off resets once the breaker has stayed closed for"
         " as long as its next open period would last.",
     )
-    max_reset_timeout: float | None = _seconds(None, 0.001, "The longest open period under back-off. None: 365 days.")
-    jitter: float = _number(0.0, 0, 1, "Each trip adds up to this share, 0 to 1, of the open period to it.")
-    quorum: int = _count(
+    max_reset_timeout: float | None = _field(
+        "seconds", None, 0.001, LONGEST, "The longest open period under back-off. None: 365 days.", on_success=False
+    )
+    jitter: float = _field(
+        "number", 0.0, 0, 1, "Each trip adds up to this share, 0 to 1, of the open period to it.", on_success=False
+    )
+    quorum: int = _field(
+        "count",
         1,
         1,
         100,
         "Distinct instances that must have reported failures, in the run or the window, before the fleet trips. An"
         " instance that fails below the quorum opens the circuit for itself only.",
     )
-    ttl: float = _seconds(
-        3600.0, 1, "How long Redis keeps the state after the last write; longer where the state itself lasts longer."
+    ttl: float = _field(
+        "seconds",
+        3600.0,
+        1,
+        LONGEST,
+        "How long Redis keeps the state after the last write; longer where the state itself lasts longer.",
     )
-    ramp_up: float = _seconds(
-        0.0, 0, "After a recovery, the time over which the share of admitted calls grows from a tenth to all of them."
+    ramp_up: float = _field(
+        "seconds",
+        0.0,
+        0,
+        LONGEST,
+        "After a recovery, the time over which the share of admitted calls grows from a tenth to all of them.",
     )
-    enforce: bool = _flag(
-        True, "False is shadow mode: calls are counted and trips are notified, but every call is admitted."
+    enforce: bool = _field(
+        "flag",
+        True,
+        0,
+        1,
+        "False is shadow mode: calls are counted and trips are notified, but every call is admitted.",
+        on_success=False,
     )
 
     def __post_init__(self) -> None:
