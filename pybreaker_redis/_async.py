@@ -9,7 +9,7 @@ import inspect
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeAlias, TypeVar, cast
 
 from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore
@@ -27,6 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T")
+_IfLost: TypeAlias = Callable[[T], Coroutine[Any, Any, None]]
 _USE_SYNC = "is not a coroutine function: the asyncio breaker awaits what it guards, use CircuitBreaker"
 
 
@@ -285,11 +286,14 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         return await self._deliver_then(answer, self._give_back)
 
-    async def _drive(self, steps: Steps[T], if_lost: Callable[[T], Steps[None]] | None = None) -> T:
+    async def _drive(self, steps: Steps[T] | None, if_lost: _IfLost[T] | None = None) -> T:
         """Carry out what the decision code asks for, deliver its events, and give what it returns.
 
         An exchange with Redis goes on to its end even if the caller is cancelled, followed by if_lost(result).
         """
+        if steps is None:
+            await self._deliver()
+            return cast(T, None)
         try:
             ask = next(steps)
         except StopIteration as end:
@@ -304,21 +308,21 @@ class AsyncCircuitBreaker(BreakerCore):
         except asyncio.CancelledError:
             # the cancellation may also come between the result and our waking up
             if if_lost is not None and not waiter.cancelled() and waiter.exception() is None:
-                self._spawn(self._run_to_end(if_lost(waiter.result())))
+                self._spawn(if_lost(waiter.result()))
             raise
 
-    async def _deliver_then(self, result: T, if_lost: Callable[[T], Steps[None]] | None) -> T:
+    async def _deliver_then(self, result: T, if_lost: _IfLost[T] | None) -> T:
         """The result, once the events are delivered. A caller that is cancelled over that never gets it."""
         try:
             await self._deliver()
         except BaseException:
             if if_lost is not None:
-                self._spawn(self._run_to_end(if_lost(result)))
+                self._spawn(if_lost(result))
             raise
         return result
 
     async def _see_through(
-        self, steps: Steps[T], ask: Ask, waiter: asyncio.Future[T], if_lost: Callable[[T], Steps[None]] | None
+        self, steps: Steps[T], ask: Ask, waiter: asyncio.Future[T], if_lost: _IfLost[T] | None
     ) -> None:
         try:
             result = await self._run_to_end(steps, ask)
@@ -329,7 +333,7 @@ class AsyncCircuitBreaker(BreakerCore):
         if not waiter.done():
             waiter.set_result(result)
         elif if_lost is not None:
-            await self._run_to_end(if_lost(result))
+            await if_lost(result)
 
     async def _run_to_end(self, steps: Steps[T], ask: Ask | None = None) -> T:
         """Carry out the steps, and deliver their events."""
@@ -396,9 +400,12 @@ class AsyncCircuitBreaker(BreakerCore):
         task.add_done_callback(tasks.discard)
         return task
 
-    def _give_back(self, permit: BasePermit) -> Steps[None]:
+    async def _give_back(self, permit: BasePermit) -> None:
         """The caller was cancelled while it asked: the slot that it may have got is not used."""
-        return self._report(permit, IGNORED)
+        if (steps := self._report(permit, IGNORED)) is not None:
+            await self._run_to_end(steps)
+        else:
+            await self._deliver()
 
     async def _deliver(self, events: list[Event] | None = None) -> None:
         """Hand the events to the listeners, one after the other."""

@@ -218,43 +218,49 @@ class BreakerCore:
         )
         return True
 
-    def _report(self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None) -> Steps[None]:
-        """Count an outcome: locally where the view allows it, else by a script."""
-        view, limit = self._view, self._view.policy.slow_call_duration
+    def _report(self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None) -> Steps[None] | None:
+        """Count an outcome: locally where that is possible, else by the steps that are returned."""
         permit.settle()
         slow, pending = self._slow_calls.ended(permit)
         generation, probe = permit.generation, permit.probe
         self._notices.call_ended(outcome, generation, error, slow)
         plain = outcome == SUCCESS and probe is None and not slow
-        if plain and generation is not None and view.gather(generation):
-            return
+        if plain and generation is not None and self._view.gather(generation):
+            return None
         self._notices.count(outcome, slow)
-        if generation is None or (outcome == IGNORED and probe is None) or (plain and view.lease > 0):
-            return
-        request = view.take(generation) if limit is None else (yield from self._gathered(generation))
-        request["generation"] = generation
+        if generation is None or (outcome == IGNORED and probe is None) or (plain and self._view.lease > 0):
+            return None
+        report: Request = {"generation": generation}
         if probe is not None:
-            request["probe"] = probe
-        if outcome == SUCCESS:
-            request["successes"] = request.get("successes", 0) + 1
-        elif outcome == FAILURE:
-            request["failures"] = 1
-        if outcome != IGNORED and pending:
-            request["counted"] = 1
-        elif outcome != IGNORED and slow:
-            request["slow"] = request.get("slow", 0) + 1
-        yield from self._run("record", request, self._brief if plain and "slow" not in request else self._full)
+            report["probe"] = probe
+        if outcome == FAILURE:
+            report["failures"] = 1
+        elif outcome == SUCCESS:
+            report["successes"] = 1
+        if outcome != IGNORED and (pending or slow):
+            report["counted" if pending else "slow"] = 1
+        common = self._brief if plain else self._full
+        if self._view.policy.slow_call_duration is None:
+            report = _sum(self._view.take(generation), report)
+            return None if self._run_at_once("record", report, common) else self._send(report, common)
+        return self._send_with_overdue(report, common)
 
-    def _report_result(self, permit: BasePermit, result: Any) -> Steps[None]:
-        """Judge a result and count it. An exception of the predicate is raised, and counts as nothing."""
+    def _send(self, report: Request, common: Request) -> Steps[None]:
+        yield from self._run("record", report, common)
+
+    def _send_with_overdue(self, report: Request, common: Request) -> Steps[None]:
+        gathered = yield from self._gathered(report["generation"])
+        yield from self._run("record", _sum(gathered, report), self._full if "slow" in gathered else common)
+
+    def _report_result(self, permit: BasePermit, result: Any) -> Steps[None] | None:
+        """Judge a result and count it. An exception of the predicate counts as nothing, and is raised by the steps."""
         try:
             outcome = self._classifier.of_result(result)
         except BaseException as error:
-            yield from self._report(permit, IGNORED, error)
-            raise
-        yield from self._report(permit, outcome)
+            return _raise_after(self._report(permit, IGNORED, error), error)
+        return self._report(permit, outcome)
 
-    def _report_end(self, permit: BasePermit, error: BaseException | None) -> Steps[None]:
+    def _report_end(self, permit: BasePermit, error: BaseException | None) -> Steps[None] | None:
         """Classify how a call or a block ended, and count it."""
         if error is None:
             return self._report(permit, SUCCESS)
@@ -269,6 +275,8 @@ class BreakerCore:
 
         common: what goes along with the request: everything, or what a report of nothing but successes needs.
         """
+        if (reply := self._run_at_once(name, request, common)) is not None:
+            return reply
         sent = monotonic()
         if self._rejoin is not None:
             watch, self._rejoin = self._rejoin, None
@@ -280,11 +288,20 @@ class BreakerCore:
                 reply = yield from self._isolation.run(name, request, common, self._full)
             else:
                 self._isolation.forget()
-                request = {**common, **request}
-                reply = self._engine.at_once(name, request) or (yield from self._engine.run(name, request))
+                reply = yield from self._engine.run(name, {**common, **request})
         except NotSent:
             self._view.give_back(request)
             raise
+        self._adopt(reply, sent)
+        return reply
+
+    def _run_at_once(self, name: str, request: Request, common: Request) -> Reply | None:
+        """The same in memory; None with Redis."""
+        if self._redis is not None:
+            return None
+        sent = monotonic()
+        reply = self._engine.local(name, {**(self._full if self._override else common), **request})
+        assert reply is not None
         self._adopt(reply, sent)
         return reply
 
@@ -424,6 +441,19 @@ class BreakerCore:
             self._obey(reply)
             self._check(reply)
             self._view.drop()
+
+
+def _sum(gathered: Request, report: Request) -> Request:
+    """Both in one report."""
+    for field, count in report.items():
+        gathered[field] = gathered.get(field, 0) + count if field in ("successes", "slow") else count
+    return gathered
+
+
+def _raise_after(steps: Steps[None] | None, error: BaseException) -> Steps[None]:
+    if steps is not None:
+        yield from steps
+    raise error
 
 
 def _after_fork_in_child() -> None:

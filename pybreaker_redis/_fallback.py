@@ -58,8 +58,7 @@ class InMemory:
         self._memory = MemoryEngine(alone=True)
         self.after_fork = self._memory.after_fork
         self.history = self._memory.history
-        # the reply of the script called name; no caller has to wait for it
-        self.at_once = self.local = self._memory.run
+        self.local = self._memory.run
 
     def run(self, name: str, request: Request) -> Steps[Reply]:
         """The reply of the script called name."""
@@ -128,10 +127,6 @@ class Fallback:
                 if self._local is None:
                     return (yield from self.run(name, request))
         return local.run(name, request)
-
-    def at_once(self, name: str, request: Request) -> Reply | None:
-        """None: ask run()."""
-        return None
 
     def local(self, name: str, request: Request) -> Reply | None:
         """The reply of this process's own engine, None where Redis decides."""

@@ -80,11 +80,11 @@ class BasePermit:
         """The outcome is known."""
         self._stage = SETTLED
 
-    def _settle(self, outcome: Outcome, error: BaseException | None) -> Steps[None]:
+    def _settle(self, outcome: Outcome, error: BaseException | None) -> Steps[None] | None:
         stage, self._stage = self._stage, SETTLED  # before anything else: another thread may settle it now
         if stage == SETTLED:
             raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
-        report: Steps[None] = self._breaker._report(self, outcome, error)
+        report: Steps[None] | None = self._breaker._report(self, outcome, error)
         return report
 
 

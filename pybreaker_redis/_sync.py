@@ -9,7 +9,7 @@ import threading
 import types
 from collections.abc import Callable, Generator
 from time import monotonic
-from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore
@@ -258,10 +258,17 @@ class CircuitBreaker(BreakerCore):
         finally:
             self._deliver()
 
-    def _drive(self, steps: Steps[T]) -> T:
+    @overload
+    def _drive(self, steps: Steps[T]) -> T: ...
+    @overload
+    def _drive(self, steps: None) -> None: ...
+    @overload
+    def _drive(self, steps: Steps[T] | None) -> T | None: ...
+
+    def _drive(self, steps: Steps[T] | None) -> T | None:
         """Carry out what the decision code asks for, deliver its events, and give what it returns."""
         try:
-            return self._carry_out(steps)
+            return None if steps is None else self._carry_out(steps)
         finally:
             self._deliver()
 
