@@ -173,7 +173,8 @@ def note_reporter(document: Document, policy: Policy, instance: str) -> None:
 
 def has_quorum(document: Document, policy: Policy, since_ms: int) -> bool:
     """Whether enough instances have failed since then for the fleet to trip."""
-    return policy["quorum"] == 1 or sum(at >= since_ms for at in document.reporters.values()) >= policy["quorum"]
+    quorum: int = policy["quorum"]
+    return quorum == 1 or sum(at >= since_ms for at in document.reporters.values()) >= quorum
 
 
 def count_failures(document: Document, failures: int) -> None:

@@ -13,7 +13,8 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = {f"{name}.lua" for name in ("breaker", "acquire", "record", "control", "snapshot")}
+FILES = ("model", "request", "document", "window", "rules", "acquire", "record", "control", "snapshot")
+SCRIPTS = {f"{name}.lua" for name in FILES}
 
 USE_IT = """
 import os, pathlib, sys

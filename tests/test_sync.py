@@ -13,7 +13,6 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgpack
 import pytest
 import redis
 from conftest import wait_until
@@ -827,15 +826,6 @@ def test_document_is_json(client: redis.Redis) -> None:
     assert json.loads(raw)["state"] == "open"
     assert client.exists("{pre:plain:state}:history") == 1
     assert client.keys("circuit_breaker*") == []
-
-
-def test_document_is_msgpack(client: redis.Redis) -> None:
-    """With encoding="msgpack" it is msgpack, which breakers of either encoding read."""
-    breaker = CircuitBreaker("packed", redis=client, encoding="msgpack", policy=ONE, **STRICT)
-    breaker.acquire().failure()
-    raw: Any = client.get(breaker.keys.state)
-    assert msgpack.unpackb(raw)["state"] == "open"
-    assert CircuitBreaker("packed", redis=client, **STRICT).state == "open"
 
 
 def test_corrupt_document(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:

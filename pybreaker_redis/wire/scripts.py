@@ -7,41 +7,27 @@ import hashlib
 import importlib.resources
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 LIBRARY = ("model", "request", "document", "window", "rules")
-# Functions that are made together: those of "" when a script starts, others when the first one of a group is called.
-GROUPS = {
-    "": ("request", "load", "record", "reply"),  # all that most calls of a healthy breaker need
-    "save": ("save",),
-    "now_ms": ("now_ms",),
-    "policy_problem": ("policy_problem", "policy_field"),
-    "record_closed": (
-        "record_closed",
-        "count_outcomes",
-        "count_failures",
-        "trip_reason",
-        "policy_of",
-        "save",
-        "encode",
-    ),
-    "read_window": ("read_window", "window_at", "policy_of"),
-    "control": (
-        "control",
-        "close",
-        "open_for",
-        "transition",
-        "next_generation",
-        "save",
-        "encode",
-        "announce",
-        "reply_more",
-    ),
-    "transition": ("transition", "next_generation", "announce", "reply_more"),
-    "policy_of": ("policy_of",),
-}
-
+# Functions that are made together: those of the first group when a script starts, since nearly every call needs them,
+# those of another group when its first function is called. All other functions are made one by one.
+GROUPS = (
+    ("request", "load", "record", "reply"),
+    ("save",),
+    ("now_ms",),
+    ("policy_problem", "policy_field"),
+    ("record_closed", "count_outcomes", "count_failures", "trip_reason", "policy_of", "save", "encode"),
+    ("read_window", "window_at", "policy_of"),
+    ("policy_of", "policy_field"),
+    ("transition", "next_generation", "announce", "reply_more"),
+    ("control", "close", "open_for", "transition", "next_generation", "save", "encode", "announce", "reply_more"),
+    ("close", "transition", "next_generation", "announce", "reply_more"),
+    ("trip", "recent_trips", "open_time_ms", "open_for", "transition", "next_generation", "announce", "reply_more"),
+)
+ALONE = "not group"
 _FUNCTION = re.compile(r"^(?=function breaker\.(\w+)\()", re.MULTILINE)
 
 
@@ -52,41 +38,39 @@ def folder() -> Any:
 
 
 def lazy(library: str) -> str:
-    """The library, made as far as it is needed.
+    """The library, with its functions made when they are needed.
 
     Redis makes a script's functions anew at each call, which costs more than what they do. So all of them go into one
     function, make(name), which makes the function of that name with its group. Text is only added in front of the
-    functions and at the end, so that line numbers stay.
+    first line of a function, and behind the last line of all, so that line numbers stay.
     """
-    numbers = {entry: number for number, entry in enumerate(GROUPS)}
-    members = {name: entry for entry, names in reversed(GROUPS.items()) for name in names if entry}
-    chosen = " or ".join(
-        f"name == '{name}' and {numbers[entry]}" for name, entry in ({e: e for e in GROUPS if e} | members).items()
-    )
-    begin, before = f"local function make(_, name) local group = not name and 0 or {chosen} ", ""
-
-    def wrapped(match: re.Match[str]) -> str:
-        nonlocal begin, before
-        name, last, text = match[1], before, begin or "end "
-        within = [f"group == {numbers[entry]}" for entry, names in GROUPS.items() if name in names]
-        begin, before = "", " or ".join(within) or "not group"
-        alone = f"if name == '{name}' then "
-        if last == before:
-            return "" if within else f"else{alone}"
-        if last == "not group":
-            text += "end "
-        return f"{text}if {before} then {'' if within else alone}"
-
-    made = _FUNCTION.sub(wrapped, library).rstrip()
-    end = " end end" if before == "not group" else " end"
-    return (
-        f"{made}{end} return rawget(breaker, name) end breaker.__index = make setmetatable(breaker, breaker) make()\n"
-    )
+    number_of = {name: number for number, group in enumerate(GROUPS) for name in group}
+    number_of |= {group[0]: number for number, group in enumerate(GROUPS)}
+    first = sorted(number_of, key=lambda name: name != GROUPS[number_of[name]][0])
+    choice = "".join(f" or name == '{name}' and {number_of[name]}" for name in first if number_of[name])
+    parts = _FUNCTION.split(library)  # a text, then the name and the text of each function
+    text, block = f"{parts[0]}local function make(_, name) local group = not name and 0{choice} ", ""
+    for name, function in zip(parts[1::2], parts[2::2], strict=True):
+        previous, block = (
+            block,
+            " or ".join(f"group == {n}" for n, group in enumerate(GROUPS) if name in group) or ALONE,
+        )
+        if block != previous:
+            text += f"{_end(previous)}if {block} then "
+        if block == ALONE:
+            text += f"{'else' if block == previous else ''}if name == '{name}' then "
+        text += function
+    end = f"{_end(block)}return rawget(breaker, name) end breaker.__index = make setmetatable(breaker, breaker) make()"
+    return f"{text.rstrip()} {end}\n"
 
 
-def joined(texts: dict[str, str], name: str) -> str:
-    """What Redis runs for the script called name. texts: of the files of lua/, by name."""
-    return lazy("".join(texts[part] for part in LIBRARY)) + texts[name]
+def _end(block: str) -> str:
+    return {"": "", ALONE: "end end "}.get(block, "end ")
+
+
+def joined(files: Mapping[str, str], name: str) -> str:
+    """What Redis runs for the script called name. files: the texts of lua/, by name."""
+    return lazy("".join(files[part] for part in LIBRARY)) + files[name]
 
 
 @functools.cache

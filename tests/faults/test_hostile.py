@@ -75,9 +75,7 @@ def test_names_are_no_code(client: redis.Redis, server: EmbeddedServer) -> None:
     """However many names and policies there are, the server holds the same few scripts."""
     client.script_flush()
     for number, name in enumerate(ODD_NAMES):
-        use_sync(
-            server.url, name, policy=Policy(failure_threshold=number + 1), encoding=("json", "msgpack")[number % 2]
-        )
+        use_sync(server.url, name, policy=Policy(failure_threshold=number + 1))
     assert client.info("memory")["number_of_cached_scripts"] <= 4
 
 

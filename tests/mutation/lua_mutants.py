@@ -25,10 +25,12 @@ from typing import Any, NamedTuple
 import pytest
 from lupa.lua51 import LuaRuntime
 
+from pybreaker_redis.wire.scripts import LIBRARY, SCRIPTS, joined
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 REPORT = ROOT / "build" / "mutants" / "lua.json"
 COPIES = REPORT.parent / "copies"
-FILES = ("breaker", "acquire", "record", "control", "snapshot")
+FILES = (*LIBRARY, *SCRIPTS)
 TESTS = ("tests/contract", "tests/scripts", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-k")
 SECONDS = 180  # for one mutant
 LONGEST = 6  # lines of a statement that is removed whole
@@ -91,7 +93,8 @@ SOURCES = {name: (ROOT / "lua" / f"{name}.lua").read_text(encoding="utf-8") for 
 
 def compiles_as(file: str, source: str) -> bool:
     """Whether it is Lua, as Redis would run it."""
-    return bool(LOADS(source + SOURCES["record"] if file == "breaker" else SOURCES["breaker"] + source))
+    script = file if file in SCRIPTS else "record"
+    return bool(LOADS(joined({**SOURCES, file: source}, script)))
 
 
 def mutants(file: str) -> list[Mutant]:
@@ -136,7 +139,7 @@ class Worker:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         for number, mutant in self._mine.items():
-            path = self._folder / "lua" / f"{mutant.file if mutant else 'breaker'}.lua"
+            path = self._folder / "lua" / f"{mutant.file if mutant else 'model'}.lua"
             whole = path.read_text(encoding="utf-8")
             path.write_text(mutant.source if mutant else whole, encoding="utf-8")
             self._results.put((number, self._verdict(session)))
