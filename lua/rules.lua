@@ -103,7 +103,10 @@ function breaker.record_probe(document, request)
   local failures, slow = request.failures or 0, policy.slow_call_rate_threshold > 0 and request.slow or 0
   if (request.pending or 0) == 0 or slow > 0 then document.probes[slot] = nil end
   if next(document.probes) == nil then document.probes = nil end
-  if failures > 0 then breaker.count_failures(document, failures) end
+  if failures > 0 then
+    document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
+    document.last_failure_time = math.floor(document.now / 1000)
+  end
   if failures + slow > 0 then
     breaker.trip(document, policy, failures > 0 and 'probe_failed' or 'probe_slow')
   elseif (request.successes or 0) > 0 then
@@ -135,21 +138,17 @@ function breaker.has_quorum(document, policy, since_ms)
   return count >= policy.quorum
 end
 
-function breaker.count_failures(document, failures)
-  document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
-  document.last_failure_time = math.floor(document.now / 1000)
-end
-
 -- Counts successes, then failures, in the run of failures and in the window.
-function breaker.count_outcomes(document, request)
-  local successes, failures, policy, bucket_ms = request.successes or 0, request.failures or 0, breaker.policy_of(request)
+function breaker.count_outcomes(document, request, quorum, bucket_ms)
+  local successes, failures = request.successes or 0, request.failures or 0
   if successes > 0 then
     document.failure_count = 0
     if document.run_since_ms then document.run_since_ms = nil end
   end
   if failures > 0 then
-    if policy.quorum > 1 then document.run_since_ms = document.run_since_ms or document.now end
-    breaker.count_failures(document, failures)
+    if quorum > 1 then document.run_since_ms = document.run_since_ms or document.now end
+    document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
+    document.last_failure_time = math.floor(document.now / 1000)
   end
   local window = document.window or bucket_ms and breaker.empty_window(bucket_ms, math.floor(document.now / bucket_ms))
   if not window then return end
@@ -179,8 +178,9 @@ function breaker.record_closed(document, request)
   document.unchanged = failures + slow + document.failure_count == 0
     and not (document.window or bucket_ms or document.outlived)
   if document.forced or (request.successes or 0) + failures + slow == 0 then return false end
-  breaker.count_outcomes(document, request)
-  if policy.quorum > 1 and (failures > 0 or slow > 0 and policy.slow_call_rate_threshold > 0) then
+  local quorum = policy.quorum
+  breaker.count_outcomes(document, request, quorum, bucket_ms)
+  if quorum > 1 and (failures > 0 or slow > 0 and policy.slow_call_rate_threshold > 0) then
     breaker.note_reporter(document, policy, request.instance or '')
   end
   local reason = breaker.trip_reason(document, policy)

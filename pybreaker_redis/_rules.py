@@ -152,7 +152,8 @@ def record_probe(document: Document, request: Request, policy: Policy) -> bool:
     if request.get("pending", 0) == 0:  # a transition clears it in any case
         del document.probes[slot]
     if failures > 0:
-        count_failures(document, failures)
+        document.failure_count = min(document.failure_count + failures, 2**32 - 1)
+        document.last_failure_time = document.now // 1000
     if failures + slow > 0:
         trip(document, policy, "probe_failed" if failures > 0 else "probe_slow")
     elif request.get("successes", 0) > 0:
@@ -177,21 +178,16 @@ def has_quorum(document: Document, policy: Policy, since_ms: int) -> bool:
     return quorum == 1 or sum(at >= since_ms for at in document.reporters.values()) >= quorum
 
 
-def count_failures(document: Document, failures: int) -> None:
-    document.failure_count = min(document.failure_count + failures, 2**32 - 1)
-    document.last_failure_time = document.now // 1000
-
-
-def count_outcomes(document: Document, request: Request, policy: Policy) -> None:
+def count_outcomes(document: Document, request: Request, quorum: int, bucket: int | None) -> None:
     """Count successes, then failures, in the run of failures and in the window."""
     successes, failures, slow = (request.get(key, 0) for key in ("successes", "failures", "slow"))
     if successes > 0:
         document.failure_count, document.run_since_ms = 0, None
     if failures > 0:
-        if document.run_since_ms is None and policy["quorum"] > 1:
+        if document.run_since_ms is None and quorum > 1:
             document.run_since_ms = document.now
-        count_failures(document, failures)
-    bucket = bucket_ms(policy)
+        document.failure_count = min(document.failure_count + failures, 2**32 - 1)
+        document.last_failure_time = document.now // 1000
     if document.window is None and bucket is not None:
         document.window = Window(bucket, document.now // bucket)
     if document.window is not None:
@@ -222,7 +218,7 @@ def record_closed(document: Document, request: Request, policy: Policy) -> bool:
     successes, failures, slow = (request.get(key, 0) for key in ("successes", "failures", "slow"))
     if document.forced or successes + failures + slow == 0:
         return False
-    count_outcomes(document, request, policy)
+    count_outcomes(document, request, policy["quorum"], bucket_ms(policy))
     if policy["quorum"] > 1 and (failures > 0 or (slow > 0 and policy["slow_call_rate_threshold"] > 0)):
         note_reporter(document, policy, request.get("instance", ""))
     reason = trip_reason(document, policy)

@@ -16,18 +16,19 @@ LIBRARY = ("model", "request", "document", "window", "rules")
 # those of another group when its first function is called. All other functions are made one by one.
 GROUPS = (
     ("request", "load", "record", "reply"),
-    ("save",),
     ("now_ms",),
+    ("save",),
     ("policy_problem", "policy_field"),
-    ("record_closed", "count_outcomes", "count_failures", "trip_reason", "policy_of", "save", "encode"),
+    ("record_closed", "count_outcomes", "trip_reason", "policy_of", "save", "encode"),
     ("read_window", "window_at", "policy_of"),
     ("policy_of", "policy_field"),
+    ("take_over", "decode", "is_integer", "keeps_contract", "take_over_fields"),
+    ("retry_after_ms",),
     ("transition", "next_generation", "announce", "reply_more"),
     ("control", "close", "open_for", "transition", "next_generation", "save", "encode", "announce", "reply_more"),
     ("close", "transition", "next_generation", "announce", "reply_more"),
     ("trip", "recent_trips", "open_time_ms", "open_for", "transition", "next_generation", "announce", "reply_more"),
 )
-ALONE = "not group"
 _FUNCTION = re.compile(r"^(?=function breaker\.(\w+)\()", re.MULTILINE)
 
 
@@ -42,30 +43,33 @@ def lazy(library: str) -> str:
 
     Redis makes a script's functions anew at each call, which costs more than what they do. So all of them go into one
     function, make(name), which makes the function of that name with its group. Text is only added in front of the
-    first line of a function, and behind the last line of all, so that line numbers stay.
+    first and behind the last line of a function, so that line numbers stay.
     """
     number_of = {name: number for number, group in enumerate(GROUPS) for name in group}
     number_of |= {group[0]: number for number, group in enumerate(GROUPS)}
     first = sorted(number_of, key=lambda name: name != GROUPS[number_of[name]][0])
     choice = "".join(f" or name == '{name}' and {number_of[name]}" for name in first if number_of[name])
-    parts = _FUNCTION.split(library)  # a text, then the name and the text of each function
-    text, block = f"{parts[0]}local function make(_, name) local group = not name and 0{choice} ", ""
-    for name, function in zip(parts[1::2], parts[2::2], strict=True):
-        previous, block = (
-            block,
-            " or ".join(f"group == {n}" for n, group in enumerate(GROUPS) if name in group) or ALONE,
-        )
-        if block != previous:
-            text += f"{_end(previous)}if {block} then "
-        if block == ALONE:
-            text += f"{'else' if block == previous else ''}if name == '{name}' then "
-        text += function
-    end = f"{_end(block)}return rawget(breaker, name) end breaker.__index = make setmetatable(breaker, breaker) make()"
+    text, *rest = _FUNCTION.split(library)  # then the name and the text of each function
+    names, bodies = rest[::2], rest[1::2]
+    blocks = [[number for number, group in enumerate(GROUPS) if name in group] for name in names]
+    text += f"local function make(_, name) local group = not name and 0{choice} "
+    for at, (name, body, block) in enumerate(zip(names, bodies, blocks, strict=True)):
+        opens, closes = at == 0 or blocks[at - 1] != block, blocks[at + 1 : at + 2] != [block]
+        if block:
+            before = "if " + " or ".join(f"group == {number}" for number in block) + " then " if opens else ""
+            done = closes and not any(number in later for later in blocks[at + 1 :] for number in block)
+            after = ("return rawget(breaker, name) " if done else "") + "end " if closes else ""
+        else:
+            before = f"{'if not group then ' if opens else ''}if name == '{name}' then "
+            after = "return rawget(breaker, name) end " + ("end " if closes else "")
+        text += _inserted(before, body, after)
+    end = "return rawget(breaker, name) end breaker.__index = make setmetatable(breaker, breaker) make()"
     return f"{text.rstrip()} {end}\n"
 
 
-def _end(block: str) -> str:
-    return {"": "", ALONE: "end end "}.get(block, "end ")
+def _inserted(before: str, function: str, after: str) -> str:
+    end = function.index("\nend\n") + len("\nend")
+    return f"{before}{function[:end]} {after}".rstrip() + function[end:]
 
 
 def joined(files: Mapping[str, str], name: str) -> str:
