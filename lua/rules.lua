@@ -1,8 +1,8 @@
 --[[
 The rules: when the circuit opens, who may probe it and when it closes.
 
-pybreaker_redis/_rules.py has the same rules for a breaker in memory: the same functions in the same order. What a
-function does to the document is stored by save().
+pybreaker_redis/_rules.py has the same rules for a breaker in memory: the same functions in the same order. The rules
+change only the document in memory; save() stores it.
 ]]
 
 -- How long the circuit opens for at its trips-th trip in a row, without jitter.
