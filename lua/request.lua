@@ -95,6 +95,19 @@ function breaker.policy_field(_, field)
   if field == 'enforce' then return true end
 end
 
+-- The policy in force: the policy override, then the caller's fields, then the defaults. Also returns the length of a
+-- bucket if a rate can trip the circuit, else nil: then no window is begun.
+function breaker.policy_of(request)
+  local policy = request.in_force
+  if not policy then
+    policy = request.policy or {}
+    local has_rate = (policy.error_rate_threshold or 0) > 0 or (policy.slow_call_rate_threshold or 0) > 0
+    request.in_force = setmetatable(policy, {__index = breaker.policy_field})
+    request.bucket_ms = has_rate and math.floor(policy.window_ms / 10) or nil
+  end
+  return policy, request.bucket_ms
+end
+
 function breaker.policy_misfit(name, field, value)
   local default, least, most, fraction = breaker.policy_field(nil, field)
   if default == nil then return name .. '.' .. tostring(field) .. ': unknown field' end
@@ -114,19 +127,6 @@ function breaker.take_override(request, text)
   end
   request.policy, request.override_in_force = request.policy or {}, override
   for field, value in pairs(override) do request.policy[field] = value end
-end
-
--- The policy in force: the policy override, then the caller's fields, then the defaults. Also returns the length of a
--- bucket if a rate can trip the circuit, else nil: then no window is begun.
-function breaker.policy_of(request)
-  local policy = request.in_force
-  if not policy then
-    policy = request.policy or {}
-    local has_rate = (policy.error_rate_threshold or 0) > 0 or (policy.slow_call_rate_threshold or 0) > 0
-    request.in_force = setmetatable(policy, {__index = breaker.policy_field})
-    request.bucket_ms = has_rate and math.floor(policy.window_ms / 10) or nil
-  end
-  return policy, request.bucket_ms
 end
 
 -- The policy in force as a map of all fields.

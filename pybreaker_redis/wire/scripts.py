@@ -13,21 +13,22 @@ from typing import Any
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 LIBRARY = ("model", "request", "document", "window", "rules")
 # Functions that are made together: those of the first group when a script starts, since nearly every call needs them,
-# those of another group when its first function is called. All other functions are made one by one.
+# those of another group when one of them is called. All other functions are made one by one. Groups that are needed
+# often come first; the functions of a group, but for the first one, stand next to each other.
 GROUPS = (
     ("request", "load", "record", "reply"),
     ("now_ms",),
     ("save",),
-    ("policy_problem", "policy_field"),
-    ("record_closed", "count_outcomes", "trip_reason", "policy_of", "save", "encode"),
-    ("read_window", "window_at", "policy_of"),
-    ("policy_of", "policy_field"),
-    ("take_over", "decode", "is_integer", "keeps_contract", "take_over_fields"),
+    ("policy_problem", "policy_field", "policy_of"),
+    ("record_closed", "trip_reason", "count_outcomes"),
+    ("encode",),
+    ("read_window", "window_at"),
+    ("take_over", "keeps_contract", "take_over_fields"),
+    ("transition", "next_generation"),
+    ("announce",),
+    ("reply_more",),
+    ("control",),
     ("retry_after_ms",),
-    ("transition", "next_generation", "announce", "reply_more"),
-    ("control", "close", "open_for", "transition", "next_generation", "save", "encode", "announce", "reply_more"),
-    ("close", "transition", "next_generation", "announce", "reply_more"),
-    ("trip", "recent_trips", "open_time_ms", "open_for", "transition", "next_generation", "announce", "reply_more"),
 )
 _FUNCTION = re.compile(r"^(?=function breaker\.(\w+)\()", re.MULTILINE)
 
@@ -42,26 +43,26 @@ def lazy(library: str) -> str:
     """The library, with its functions made when they are needed.
 
     Redis makes a script's functions anew at each call, which costs more than what they do. So all of them go into one
-    function, make(name), which makes the function of that name with its group. Text is only added in front of the
+    function, make(name), which makes the function of that name and its group. Text is only added in front of the
     first and behind the last line of a function, so that line numbers stay.
     """
     number_of = {name: number for number, group in enumerate(GROUPS) for name in group}
-    number_of |= {group[0]: number for number, group in enumerate(GROUPS)}
-    first = sorted(number_of, key=lambda name: name != GROUPS[number_of[name]][0])
-    choice = "".join(f" or name == '{name}' and {number_of[name]}" for name in first if number_of[name])
+    choice = "".join(f" or name == '{name}' and {number}" for name, number in number_of.items() if number)
     text, *rest = _FUNCTION.split(library)  # then the name and the text of each function
     names, bodies = rest[::2], rest[1::2]
-    blocks = [[number for number, group in enumerate(GROUPS) if name in group] for name in names]
+    numbers = [number_of.get(name) for name in names]
     text += f"local function make(_, name) local group = not name and 0{choice} "
-    for at, (name, body, block) in enumerate(zip(names, bodies, blocks, strict=True)):
-        opens, closes = at == 0 or blocks[at - 1] != block, blocks[at + 1 : at + 2] != [block]
-        if block:
-            before = "if " + " or ".join(f"group == {number}" for number in block) + " then " if opens else ""
-            done = closes and not any(number in later for later in blocks[at + 1 :] for number in block)
-            after = ("return rawget(breaker, name) " if done else "") + "end " if closes else ""
-        else:
-            before = f"{'if not group then ' if opens else ''}if name == '{name}' then "
-            after = "return rawget(breaker, name) end " + ("end " if closes else "")
+    for at, (name, body, number) in enumerate(zip(names, bodies, numbers, strict=True)):
+        opens, closes = numbers[at - 1 : at] != [number], numbers[at + 1 : at + 2] != [number]
+        before, after = "", ""
+        if opens:
+            before = "if not group then " if number is None else f"if group == {number} then "
+        if number is None:
+            before += f"if name == '{name}' then "
+        if number is None or (number and closes):
+            after = "return rawget(breaker, name) end "
+        if closes and not number:
+            after += "end "
         text += _inserted(before, body, after)
     end = "return rawget(breaker, name) end breaker.__index = make setmetatable(breaker, breaker) make()"
     return f"{text.rstrip()} {end}\n"
