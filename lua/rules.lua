@@ -54,16 +54,6 @@ function breaker.open_for(document, duration_ms, reason)
   document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
 end
 
-function breaker.trip(document, policy, reason)
-  local trips = math.min(breaker.recent_trips(document, policy) + 1, 1000)
-  local open_ms = breaker.open_time_ms(policy, trips)
-  -- The jitter differs from breaker to breaker, and anyone can compute it again.
-  local share = breaker.next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
-  open_ms = math.min(math.floor(open_ms * (1 + policy.jitter * share)), LONGEST_MS)
-  breaker.open_for(document, open_ms, reason)
-  document.trips = trips
-end
-
 function breaker.close(document, reason)
   breaker.transition(document, 'closed', reason)
   document.failure_count, document.opened_at = 0, nil
@@ -72,6 +62,16 @@ function breaker.close(document, reason)
   else
     document.trips = 0
   end
+end
+
+function breaker.trip(document, policy, reason)
+  local trips = math.min(breaker.recent_trips(document, policy) + 1, 1000)
+  local open_ms = breaker.open_time_ms(policy, trips)
+  -- The jitter differs from breaker to breaker, and anyone can compute it again.
+  local share = breaker.next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
+  open_ms = math.min(math.floor(open_ms * (1 + policy.jitter * share)), LONGEST_MS)
+  breaker.open_for(document, open_ms, reason)
+  document.trips = trips
 end
 
 function breaker.free_slot(document, policy)

@@ -104,15 +104,6 @@ def open_for(document: Document, duration_ms: int, reason: str) -> None:
     document.open_until_ms = document.now + duration_ms
 
 
-def trip(document: Document, policy: Policy, reason: str) -> None:
-    trips = min(recent_trips(document, policy) + 1, 1000)
-    open_ms = open_time_ms(policy, trips)
-    # the jitter differs from breaker to breaker, and anyone can compute it again
-    share = next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
-    open_for(document, min(math.floor(open_ms * (1 + policy["jitter"] * share)), LONGEST_MS), reason)
-    document.trips = trips
-
-
 def close(document: Document, reason: str) -> None:
     transition(document, "closed", reason)
     document.failure_count, document.opened_at = 0, None
@@ -120,6 +111,15 @@ def close(document: Document, reason: str) -> None:
         document.closed_at_ms = document.now
     else:
         document.trips = 0
+
+
+def trip(document: Document, policy: Policy, reason: str) -> None:
+    trips = min(recent_trips(document, policy) + 1, 1000)
+    open_ms = open_time_ms(policy, trips)
+    # the jitter differs from breaker to breaker, and anyone can compute it again
+    share = next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
+    open_for(document, min(math.floor(open_ms * (1 + policy["jitter"] * share)), LONGEST_MS), reason)
+    document.trips = trips
 
 
 def free_slot(document: Document, policy: Policy) -> bool:

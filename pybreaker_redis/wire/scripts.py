@@ -18,16 +18,15 @@ LIBRARY = ("model", "request", "document", "window", "rules")
 GROUPS = (
     ("request", "load", "record", "reply"),
     ("now_ms",),
-    ("save",),
+    ("save", "encode"),
     ("policy_problem", "policy_field", "policy_of"),
     ("record_closed", "trip_reason", "count_outcomes"),
-    ("encode",),
     ("read_window", "window_at"),
-    ("take_over", "keeps_contract", "take_over_fields"),
-    ("transition", "next_generation"),
+    ("control",),
+    ("transition", "next_generation", "open_for", "close"),
     ("announce",),
     ("reply_more",),
-    ("control",),
+    ("take_over", "keeps_contract", "take_over_fields"),
     ("retry_after_ms",),
 )
 _FUNCTION = re.compile(r"^(?=function breaker\.(\w+)\()", re.MULTILINE)
@@ -47,7 +46,8 @@ def lazy(library: str) -> str:
     first and behind the last line of a function, so that line numbers stay.
     """
     number_of = {name: number for number, group in enumerate(GROUPS) for name in group}
-    choice = "".join(f" or name == '{name}' and {number}" for name, number in number_of.items() if number)
+    first = sorted(number_of, key=lambda name: GROUPS[number_of[name]].index(name) > 0)
+    choice = "".join(f" or name == '{name}' and {number_of[name]}" for name in first if number_of[name])
     text, *rest = _FUNCTION.split(library)  # then the name and the text of each function
     names, bodies = rest[::2], rest[1::2]
     numbers = [number_of.get(name) for name in names]
