@@ -10,7 +10,7 @@ SECONDS ?= 600
 
 define WRITE_BUNDLES
 import pathlib
-from pybreaker_redis._scripts import SCRIPTS, compose, sha1
+from pybreaker_redis.wire.scripts import SCRIPTS, compose, sha1
 folder = pathlib.Path("build/lua")
 folder.mkdir(parents=True, exist_ok=True)
 for name in SCRIPTS:

@@ -3,16 +3,16 @@ The document: reads it, writes it and announces its transitions.
 
 In a script a document has these fields besides the stored ones:
   now        unix milliseconds; nil while no clock is needed
-  is_new     this script made the document, or another program did. No outcome can be of its generation.
+  is_new     the stored value has no generation, or there is none, so that no outcome can be of this generation
   exists     there is a value under the key
   undated    the deadline of the open state is not stored
   outlived   the back-off and the ramp are over, but still stored
-  unchanged  save() need only renew the TTL
+  unchanged  save() only renews the TTL
   change     the transition that this script made
   warning    what was wrong with the stored value
 ]]
 
--- Reads the document, and the policy override into the request.
+-- Reads the document. Also reads the policy override, and lays it over the policy of the request.
 function breaker.load(request)
   local found = redis.call('MGET', KEYS[1], KEYS[3])
   if found[2] then breaker.take_override(request, found[2]) end

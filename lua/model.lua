@@ -1,8 +1,10 @@
 --[[
 The circuit breaker: what Redis stores for it, and small helpers.
 
-Redis runs model, request, document, window and rules, followed by one of the scripts acquire, record, control and
-snapshot. The five files define functions on one local table; the script calls them.
+Redis runs the files model, request, document, window and rules, followed by one of the scripts acquire, record, control
+and snapshot. The five files define functions on one local table; the script calls them. At each call Redis makes these
+functions anew, which costs more than what they do. compose(), in pybreaker_redis/wire/scripts.py, therefore wraps them so
+that each one is made when it is first needed.
 
 A breaker is one JSON document under KEYS[1]. Five of its fields are a contract: other programs read them, and may
 write a document that has nothing else.
@@ -37,7 +39,7 @@ while half open:
   probe_ms           longest time that a slot was given
   probes             {slot: deadline in unix milliseconds}
 ]]
-local LARGEST = 90000000000000 -- integer; cjson writes 14 digits without loss, and the rest is room for additions
+local LARGEST = 90000000000000 -- cjson writes integers of 14 digits without loss; the rest is room for additions
 local LONGEST_MS = 365 * 86400 * 1000
 
 -- The names make room for the functions that most scripts need: to let the table grow would cost more.

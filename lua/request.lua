@@ -68,33 +68,44 @@ function breaker.policy_problem(name, policy)
   if type(policy) ~= 'table' then return name .. ': must be a map of fields' end
   for field, value in next, policy do
     local default, least, most, fraction = breaker.policy_field(nil, field)
-    local fits = type(value) == type(default)
-    if fits and least then fits = value >= least and value <= most and (fraction or value % 1 == 0) end
-    if not fits then return breaker.policy_misfit(name, field, value) end
+    local fits = type(value) == (least and 'number' or type(default))
+    if not fits or least and not (value >= least and value <= most and (fraction or value % 1 == 0)) then return breaker.policy_misfit(name, field, value) end
   end
 end
 
 -- The declaration of a policy field. Returns its default, its least and its greatest value, whether it may be a
--- fraction, and the field that is declared next.
+-- fraction, and the field that is declared next. Those that a report looks up come first.
 function breaker.policy_field(_, field)
-  local longest = LONGEST_MS
-  if field == 'failure_threshold' then return 5, 1, 1e9, false, 'reset_timeout_ms' end
-  if field == 'reset_timeout_ms' then return 30000, 1, longest, false, 'success_threshold' end
-  if field == 'success_threshold' then return 1, 1, 1e9, false, 'half_open_max_calls' end
-  if field == 'half_open_max_calls' then return 1, 1, 1000, false, 'probe_timeout_ms' end
-  if field == 'probe_timeout_ms' then return 30000, 1, longest, false, 'error_rate_threshold' end
-  if field == 'error_rate_threshold' then return 0, 0, 1, true, 'minimum_calls' end
+  if field == 'quorum' then return 1, 1, 100, false, 'failure_threshold' end
+  if field == 'failure_threshold' then return 5, 1, 1e9, false, 'minimum_calls' end
   if field == 'minimum_calls' then return 20, 1, 1e9, false, 'window_ms' end
-  if field == 'window_ms' then return 60000, 10, longest, false, 'slow_call_duration_ms' end
-  if field == 'slow_call_duration_ms' then return 0, 0, longest, false, 'slow_call_rate_threshold' end
-  if field == 'slow_call_rate_threshold' then return 0, 0, 1, true, 'backoff_multiplier' end
+  if field == 'window_ms' then return 60000, 10, LONGEST_MS, false, 'error_rate_threshold' end
+  if field == 'error_rate_threshold' then return 0, 0, 1, true, 'slow_call_rate_threshold' end
+  if field == 'slow_call_rate_threshold' then return 0, 0, 1, true, 'slow_call_duration_ms' end
+  if field == 'slow_call_duration_ms' then return 0, 0, LONGEST_MS, false, 'reset_timeout_ms' end
+  if field == 'reset_timeout_ms' then return 30000, 1, LONGEST_MS, false, 'probe_timeout_ms' end
+  if field == 'probe_timeout_ms' then return 30000, 1, LONGEST_MS, false, 'success_threshold' end
+  if field == 'success_threshold' then return 1, 1, 1e9, false, 'half_open_max_calls' end
+  if field == 'half_open_max_calls' then return 1, 1, 1000, false, 'backoff_multiplier' end
   if field == 'backoff_multiplier' then return 1, 1, 1000, true, 'max_reset_timeout_ms' end
-  if field == 'max_reset_timeout_ms' then return 0, 0, longest, false, 'jitter' end
-  if field == 'jitter' then return 0, 0, 1, true, 'quorum' end
-  if field == 'quorum' then return 1, 1, 100, false, 'ttl_ms' end
-  if field == 'ttl_ms' then return 3600000, 1000, longest, false, 'ramp_up_ms' end
-  if field == 'ramp_up_ms' then return 0, 0, longest, false, 'enforce' end
+  if field == 'max_reset_timeout_ms' then return 0, 0, LONGEST_MS, false, 'jitter' end
+  if field == 'jitter' then return 0, 0, 1, true, 'ttl_ms' end
+  if field == 'ttl_ms' then return 3600000, 1000, LONGEST_MS, false, 'ramp_up_ms' end
+  if field == 'ramp_up_ms' then return 0, 0, LONGEST_MS, false, 'enforce' end
   if field == 'enforce' then return true end
+end
+
+-- The policy in force: the policy override, then the caller's fields, then the defaults. Also returns the length of a
+-- bucket if a rate can trip the circuit, else nil: then no window is begun.
+function breaker.policy_of(request)
+  local policy = request.in_force
+  if not policy then
+    policy = request.policy or {}
+    local has_rate = (policy.error_rate_threshold or 0) > 0 or (policy.slow_call_rate_threshold or 0) > 0
+    request.in_force = setmetatable(policy, {__index = breaker.policy_field})
+    request.bucket_ms = has_rate and math.floor(policy.window_ms / 10) or nil
+  end
+  return policy, request.bucket_ms
 end
 
 function breaker.policy_misfit(name, field, value)
@@ -118,25 +129,14 @@ function breaker.take_override(request, text)
   for field, value in pairs(override) do request.policy[field] = value end
 end
 
--- The policy in force: the policy override, then the caller's fields, then the defaults. Also returns the length of a
--- bucket if a rate can trip the circuit, else nil: then no window is begun.
-function breaker.policy_of(request)
-  local policy = request.in_force
-  if not policy then
-    policy = request.policy or {}
-    local has_rate = (policy.error_rate_threshold or 0) > 0 or (policy.slow_call_rate_threshold or 0) > 0
-    request.in_force = setmetatable(policy, {__index = breaker.policy_field})
-    request.bucket_ms = has_rate and math.floor(policy.window_ms / 10) or nil
-  end
-  return policy, request.bucket_ms
-end
-
 -- The policy in force as a map of all fields.
 function breaker.whole_policy(request)
-  local policy, whole, field, _ = breaker.policy_of(request), {}, 'failure_threshold', nil
+  local policy, whole, field = breaker.policy_of(request), {}, 'quorum'
   while field do
-    whole[field] = policy[field]
-    _, _, _, _, field = breaker.policy_field(nil, field)
+    local default, _, _, _, following = breaker.policy_field(nil, field)
+    whole[field] = rawget(policy, field)
+    if whole[field] == nil then whole[field] = default end
+    field = following
   end
   return whole
 end

@@ -1,8 +1,8 @@
 --[[
 The rules: when the circuit opens, who may probe it and when it closes.
 
-pybreaker_redis/_rules.py has the same rules for a breaker in memory: the same functions in the same order. What a
-function does to the document is stored by save().
+pybreaker_redis/_rules.py has the same rules for a breaker in memory: the same functions in the same order. The rules
+change only the document in memory; save() stores it.
 ]]
 
 -- How long the circuit opens for at its trips-th trip in a row, without jitter.
@@ -54,16 +54,6 @@ function breaker.open_for(document, duration_ms, reason)
   document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
 end
 
-function breaker.trip(document, policy, reason)
-  local trips = math.min(breaker.recent_trips(document, policy) + 1, 1000)
-  local open_ms = breaker.open_time_ms(policy, trips)
-  -- The jitter differs from breaker to breaker, and anyone can compute it again.
-  local share = breaker.next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
-  open_ms = math.min(math.floor(open_ms * (1 + policy.jitter * share)), LONGEST_MS)
-  breaker.open_for(document, open_ms, reason)
-  document.trips = trips
-end
-
 function breaker.close(document, reason)
   breaker.transition(document, 'closed', reason)
   document.failure_count, document.opened_at = 0, nil
@@ -72,6 +62,16 @@ function breaker.close(document, reason)
   else
     document.trips = 0
   end
+end
+
+function breaker.trip(document, policy, reason)
+  local trips = math.min(breaker.recent_trips(document, policy) + 1, 1000)
+  local open_ms = breaker.open_time_ms(policy, trips)
+  -- The jitter differs from breaker to breaker, and anyone can compute it again.
+  local share = breaker.next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
+  open_ms = math.min(math.floor(open_ms * (1 + policy.jitter * share)), LONGEST_MS)
+  breaker.open_for(document, open_ms, reason)
+  document.trips = trips
 end
 
 function breaker.free_slot(document, policy)
@@ -103,7 +103,10 @@ function breaker.record_probe(document, request)
   local failures, slow = request.failures or 0, policy.slow_call_rate_threshold > 0 and request.slow or 0
   if (request.pending or 0) == 0 or slow > 0 then document.probes[slot] = nil end
   if next(document.probes) == nil then document.probes = nil end
-  if failures > 0 then breaker.count_failures(document, failures) end
+  if failures > 0 then
+    document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
+    document.last_failure_time = math.floor(document.now / 1000)
+  end
   if failures + slow > 0 then
     breaker.trip(document, policy, failures > 0 and 'probe_failed' or 'probe_slow')
   elseif (request.successes or 0) > 0 then
@@ -135,21 +138,17 @@ function breaker.has_quorum(document, policy, since_ms)
   return count >= policy.quorum
 end
 
-function breaker.count_failures(document, failures)
-  document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
-  document.last_failure_time = math.floor(document.now / 1000)
-end
-
 -- Counts successes, then failures, in the run of failures and in the window.
-function breaker.count_outcomes(document, request)
-  local successes, failures, policy, bucket_ms = request.successes or 0, request.failures or 0, breaker.policy_of(request)
+function breaker.count_outcomes(document, request, quorum, bucket_ms)
+  local successes, failures = request.successes or 0, request.failures or 0
   if successes > 0 then
     document.failure_count = 0
     if document.run_since_ms then document.run_since_ms = nil end
   end
   if failures > 0 then
-    if policy.quorum > 1 then document.run_since_ms = document.run_since_ms or document.now end
-    breaker.count_failures(document, failures)
+    if quorum > 1 then document.run_since_ms = document.run_since_ms or document.now end
+    document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
+    document.last_failure_time = math.floor(document.now / 1000)
   end
   local window = document.window or bucket_ms and breaker.empty_window(bucket_ms, math.floor(document.now / bucket_ms))
   if not window then return end
@@ -179,8 +178,9 @@ function breaker.record_closed(document, request)
   document.unchanged = failures + slow + document.failure_count == 0
     and not (document.window or bucket_ms or document.outlived)
   if document.forced or (request.successes or 0) + failures + slow == 0 then return false end
-  breaker.count_outcomes(document, request)
-  if policy.quorum > 1 and (failures > 0 or slow > 0 and policy.slow_call_rate_threshold > 0) then
+  local quorum = policy.quorum
+  breaker.count_outcomes(document, request, quorum, bucket_ms)
+  if quorum > 1 and (failures > 0 or slow > 0 and policy.slow_call_rate_threshold > 0) then
     breaker.note_reporter(document, policy, request.instance or '')
   end
   local reason = breaker.trip_reason(document, policy)

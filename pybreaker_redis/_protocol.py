@@ -36,7 +36,7 @@ class NotSent(asyncio.CancelledError):
 COUNTS = ("failure_count", "success_count", "calls", "failures", "slow")
 LONGEST_NAME = 512
 LONGEST_OVERRIDE = 30 * 86400.0
-LONGEST_MS, EXACT = round(LONGEST * 1000), 90_000_000_000_000  # the limits of breaker.lua, by its names
+LONGEST_MS, EXACT = round(LONGEST * 1000), 90_000_000_000_000  # the limits of lua/model.lua
 
 
 class Keys(NamedTuple):

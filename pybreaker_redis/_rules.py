@@ -111,15 +111,6 @@ def open_for(document: Document, duration_ms: int, reason: str) -> None:
     document.open_until_ms = document.now + duration_ms
 
 
-def trip(document: Document, policy: Policy, reason: str) -> None:
-    trips = min(recent_trips(document, policy) + 1, 1000)
-    open_ms = open_time_ms(policy, trips)
-    # the jitter differs from breaker to breaker, and anyone can compute it again
-    share = next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
-    open_for(document, min(math.floor(open_ms * (1 + policy["jitter"] * share)), LONGEST_MS), reason)
-    document.trips = trips
-
-
 def close(document: Document, reason: str) -> None:
     transition(document, "closed", reason)
     document.failure_count, document.opened_at = 0, None
@@ -127,6 +118,15 @@ def close(document: Document, reason: str) -> None:
         document.closed_at_ms = document.now
     else:
         document.trips = 0
+
+
+def trip(document: Document, policy: Policy, reason: str) -> None:
+    trips = min(recent_trips(document, policy) + 1, 1000)
+    open_ms = open_time_ms(policy, trips)
+    # the jitter differs from breaker to breaker, and anyone can compute it again
+    share = next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
+    open_for(document, min(math.floor(open_ms * (1 + policy["jitter"] * share)), LONGEST_MS), reason)
+    document.trips = trips
 
 
 def free_slot(document: Document, policy: Policy) -> bool:
@@ -159,7 +159,8 @@ def record_probe(document: Document, request: Request, policy: Policy) -> bool:
     if request.get("pending", 0) == 0:  # a transition clears it in any case
         del document.probes[slot]
     if failures > 0:
-        count_failures(document, failures)
+        document.failure_count = min(document.failure_count + failures, 2**32 - 1)
+        document.last_failure_time = document.now // 1000
     if failures + slow > 0:
         trip(document, policy, "probe_failed" if failures > 0 else "probe_slow")
     elif request.get("successes", 0) > 0:
@@ -184,21 +185,16 @@ def has_quorum(document: Document, policy: Policy, since_ms: int) -> bool:
     return quorum == 1 or sum(at >= since_ms for at in document.reporters.values()) >= quorum
 
 
-def count_failures(document: Document, failures: int) -> None:
-    document.failure_count = min(document.failure_count + failures, 2**32 - 1)
-    document.last_failure_time = document.now // 1000
-
-
-def count_outcomes(document: Document, request: Request, policy: Policy) -> None:
+def count_outcomes(document: Document, request: Request, quorum: int, bucket: int | None) -> None:
     """Count successes, then failures, in the run of failures and in the window."""
     successes, failures, slow = request.get("successes", 0), request.get("failures", 0), request.get("slow", 0)
     if successes > 0:
         document.failure_count, document.run_since_ms = 0, None
     if failures > 0:
-        if document.run_since_ms is None and policy["quorum"] > 1:
+        if document.run_since_ms is None and quorum > 1:
             document.run_since_ms = document.now
-        count_failures(document, failures)
-    bucket = bucket_ms(policy)
+        document.failure_count = min(document.failure_count + failures, 2**32 - 1)
+        document.last_failure_time = document.now // 1000
     if document.window is None and bucket is not None:
         document.window = Window(bucket, document.now // bucket)
     if document.window is not None:
@@ -229,7 +225,7 @@ def record_closed(document: Document, request: Request, policy: Policy) -> bool:
     successes, failures, slow = request.get("successes", 0), request.get("failures", 0), request.get("slow", 0)
     if document.forced or successes + failures + slow == 0:
         return False
-    count_outcomes(document, request, policy)
+    count_outcomes(document, request, policy["quorum"], bucket_ms(policy))
     if policy["quorum"] > 1 and (failures > 0 or (slow > 0 and policy["slow_call_rate_threshold"] > 0)):
         note_reporter(document, policy, request.get("instance", ""))
     reason = trip_reason(document, policy)

@@ -28,12 +28,14 @@ class Sums(NamedTuple):
 
 
 def bucket_ms(policy: dict[str, Any]) -> int | None:
+    """Length of a bucket if a rate can trip the circuit, else None: then no window is begun."""
     if policy["error_rate_threshold"] > 0 or policy["slow_call_rate_threshold"] > 0:
         return int(policy["window_ms"] // 10)
     return None
 
 
 def rebucketed(window: Window, bucket_ms: int, newest: int) -> Window:
+    """The counts in buckets of another length. A count stays with the time at which its bucket began."""
     buckets = [[0, 0, 0] for _ in range(10)]  # by age
     left = [window.calls, window.failures, window.slow]
 
@@ -53,10 +55,12 @@ def rebucketed(window: Window, bucket_ms: int, newest: int) -> Window:
 
 
 def advanced(window: Window, newest: int) -> Window:
+    """The window after its newest bucket and at most nine more have ended."""
     return rebucketed(window, window.bucket_ms, newest)
 
 
 def window_at(window: Window, bucket_ms: int | None, now: int) -> Window:
+    """The window now, without what has left it. bucket_ms: the length that is wanted; None keeps the stored one."""
     newest = now // window.bucket_ms
     passed = newest - window.newest
     if abs(passed) >= 10:
@@ -71,4 +75,6 @@ def window_at(window: Window, bucket_ms: int | None, now: int) -> Window:
 
 
 def sums(window: Window) -> Sums:
+    """Calls, failures and slow calls. Failures and slow calls may have been reported before their calls, so they are
+    limited to the calls."""
     return Sums(window.calls, min(window.failures, window.calls), min(window.slow, window.calls))

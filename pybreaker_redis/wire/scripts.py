@@ -7,41 +7,28 @@ import hashlib
 import importlib.resources
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 LIBRARY = ("model", "request", "document", "window", "rules")
-# Functions that are made together: those of "" when a script starts, others when the first one of a group is called.
-GROUPS = {
-    "": ("request", "load", "record", "reply"),  # all that most calls of a healthy breaker need
-    "save": ("save",),
-    "now_ms": ("now_ms",),
-    "policy_problem": ("policy_problem", "policy_field"),
-    "record_closed": (
-        "record_closed",
-        "count_outcomes",
-        "count_failures",
-        "trip_reason",
-        "policy_of",
-        "save",
-        "encode",
-    ),
-    "read_window": ("read_window", "window_at", "policy_of"),
-    "control": (
-        "control",
-        "close",
-        "open_for",
-        "transition",
-        "next_generation",
-        "save",
-        "encode",
-        "announce",
-        "reply_more",
-    ),
-    "transition": ("transition", "next_generation", "announce", "reply_more"),
-    "policy_of": ("policy_of",),
-}
-
+# Functions that are made together: those of the first group when a script starts, since nearly every call needs them,
+# those of another group when one of them is called. All other functions are made one by one. Groups that are needed
+# often come first; the functions of a group, but for the first one, stand next to each other.
+GROUPS = (
+    ("request", "load", "record", "reply"),
+    ("now_ms",),
+    ("save", "encode"),
+    ("policy_problem", "policy_field", "policy_of"),
+    ("record_closed", "trip_reason", "count_outcomes"),
+    ("read_window", "window_at"),
+    ("control",),
+    ("transition", "next_generation", "open_for", "close"),
+    ("announce",),
+    ("reply_more",),
+    ("take_over", "keeps_contract", "take_over_fields"),
+    ("retry_after_ms",),
+)
 _FUNCTION = re.compile(r"^(?=function breaker\.(\w+)\()", re.MULTILINE)
 
 
@@ -52,41 +39,43 @@ def folder() -> Any:
 
 
 def lazy(library: str) -> str:
-    """The library, made as far as it is needed.
+    """The library, with its functions made when they are needed.
 
     Redis makes a script's functions anew at each call, which costs more than what they do. So all of them go into one
-    function, make(name), which makes the function of that name with its group. Text is only added in front of the
-    functions and at the end, so that line numbers stay.
+    function, make(name), which makes the function of that name and its group. Text is only added in front of the
+    first and behind the last line of a function, so that line numbers stay.
     """
-    numbers = {entry: number for number, entry in enumerate(GROUPS)}
-    members = {name: entry for entry, names in reversed(GROUPS.items()) for name in names if entry}
-    chosen = " or ".join(
-        f"name == '{name}' and {numbers[entry]}" for name, entry in ({e: e for e in GROUPS if e} | members).items()
-    )
-    begin, before = f"local function make(_, name) local group = not name and 0 or {chosen} ", ""
-
-    def wrapped(match: re.Match[str]) -> str:
-        nonlocal begin, before
-        name, last, text = match[1], before, begin or "end "
-        within = [f"group == {numbers[entry]}" for entry, names in GROUPS.items() if name in names]
-        begin, before = "", " or ".join(within) or "not group"
-        alone = f"if name == '{name}' then "
-        if last == before:
-            return "" if within else f"else{alone}"
-        if last == "not group":
-            text += "end "
-        return f"{text}if {before} then {'' if within else alone}"
-
-    made = _FUNCTION.sub(wrapped, library).rstrip()
-    end = " end end" if before == "not group" else " end"
-    return (
-        f"{made}{end} return rawget(breaker, name) end breaker.__index = make setmetatable(breaker, breaker) make()\n"
-    )
+    number_of = {name: number for number, group in enumerate(GROUPS) for name in group}
+    first = sorted(number_of, key=lambda name: GROUPS[number_of[name]].index(name) > 0)
+    choice = "".join(f" or name == '{name}' and {number_of[name]}" for name in first if number_of[name])
+    text, *rest = _FUNCTION.split(library)  # then the name and the text of each function
+    names, bodies = rest[::2], rest[1::2]
+    numbers = [number_of.get(name) for name in names]
+    text += f"local function make(_, name) local group = not name and 0{choice} "
+    for at, (name, body, number) in enumerate(zip(names, bodies, numbers, strict=True)):
+        opens, closes = numbers[at - 1 : at] != [number], numbers[at + 1 : at + 2] != [number]
+        before, after = "", ""
+        if opens:
+            before = "if not group then " if number is None else f"if group == {number} then "
+        if number is None:
+            before += f"if name == '{name}' then "
+        if number is None or (number and closes):
+            after = "return rawget(breaker, name) end "
+        if closes and not number:
+            after += "end "
+        text += _inserted(before, body, after)
+    end = "return rawget(breaker, name) end breaker.__index = make setmetatable(breaker, breaker) make()"
+    return f"{text.rstrip()} {end}\n"
 
 
-def joined(texts: dict[str, str], name: str) -> str:
-    """What Redis runs for the script called name. texts: of the files of lua/, by name."""
-    return lazy("".join(texts[part] for part in LIBRARY)) + texts[name]
+def _inserted(before: str, function: str, after: str) -> str:
+    end = function.index("\nend\n") + len("\nend")
+    return f"{before}{function[:end]} {after}".rstrip() + function[end:]
+
+
+def joined(files: Mapping[str, str], name: str) -> str:
+    """What Redis runs for the script called name. files: the texts of lua/, by name."""
+    return lazy("".join(files[part] for part in LIBRARY)) + files[name]
 
 
 @functools.cache

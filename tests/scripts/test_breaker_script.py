@@ -1,4 +1,4 @@
-"""breaker.lua, as every script shows it: codec, requests, expiry, history, messages, generations, keys, clock."""
+"""The library, as every script shows it: codec, requests, expiry, history, messages, generations, keys, clock."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from script_calls import (
 )
 
 from pybreaker_redis._protocol import keys_of
-from pybreaker_redis.wire.scripts import SCRIPTS, compose, folder
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.scripts import SCRIPTS, compose, folder
 
 EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -117,7 +117,7 @@ WRONG_FIELDS: list[tuple[str, dict[Any, Any]]] = [
     ("instance", {"instance": 7}),
     ("instance", {"instance": "x" * 201}),
     ("instance", {"instance": ["a\r\nb"]}),
-    ("encoding", {"encoding": "xml\r\n+OK"}),
+    ("encoding", {"encoding": "json"}),
     ("encoding", {"encoding": True}),
     ("policy", {"policy": 7}),
     ("policy", {"policy": "x"}),

@@ -271,10 +271,13 @@ def test_a_foreign_key_is_replaced(client: redis.Redis, action: str) -> None:
     assert ask(client, "snapshot").get("override") == override.get("override")
 
 
-def test_an_override_in_msgpack(client: redis.Redis) -> None:
-    """An override that a program stored in msgpack holds like one in JSON, and is added to."""
-    client.set(KEYS.policy, msgpack.packb({"failure_threshold": 1}))
+def test_an_override_of_another_program(client: redis.Redis) -> None:
+    """A policy override that a program stored in JSON holds, and is added to; in msgpack it is corrupt."""
+    client.set(KEYS.policy, json.dumps({"failure_threshold": 1}))
     assert set_policy(client, {"jitter": 1})["override"] == {"failure_threshold": 1, "jitter": 1}
+    client.set(KEYS.policy, msgpack.packb({"failure_threshold": 1}))
+    assert ask(client, "acquire")["warning"] == "corrupt_policy"
+    assert set_policy(client, {"jitter": 1})["override"] == {"jitter": 1}
 
 
 def test_quorum_of_a_document_of_the_contract(client: redis.Redis) -> None:
