@@ -17,7 +17,7 @@ import redis
 from conftest import Machine
 
 from pybreaker_redis._protocol import keys_of
-from pybreaker_redis._scripts import compose
+from pybreaker_redis.wire.scripts import compose
 
 KEYS = keys_of("discovery")
 POLICY = {"failure_threshold": 3, "reset_timeout_ms": 1000, "probe_timeout_ms": 400}

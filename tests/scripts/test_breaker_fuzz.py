@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from script_calls import CONTRACT, KEYS, POLICY, ask, document, reply_or_error
 
-from pybreaker_redis._scripts import SCRIPTS
+from pybreaker_redis.wire.scripts import SCRIPTS
 
 WORDS = st.sampled_from(["closed", "open", "half_open", "json", "msgpack", "force_open", "reset", "", "x" * 300])
 NUMBERS = st.one_of(

@@ -87,6 +87,6 @@ def test_a_policy_field_is_declared_once() -> None:
     """The Lua has the fields of Policy, each in one declaration, which name each other in turn."""
     text = plain("request")
     declared = re.findall(r"if field == '(\w+)' then return", text)
-    assert sorted(declared) == sorted(_policy.request_field(name) for name in _policy._FIELDS)
+    assert sorted(declared) == sorted(_policy.request_field(name) for name in _policy.RULES)
     following = re.findall(r"(?:true|false), '(\w+)' end", text)
     assert following == declared[1:]

@@ -13,7 +13,7 @@ from conftest import lua_machine, wait_until
 from script_calls import DAY_MS, KEYS, NEEDED, POLICY, ask, bodies, call, document, messages, must_refuse, picture, put
 
 from pybreaker_redis._memory import _DEFAULTS
-from pybreaker_redis._scripts import SCRIPTS
+from pybreaker_redis.wire.scripts import SCRIPTS
 
 YEAR_MS = 365 * DAY_MS
 # least, most, and whether it may lie between integers
