@@ -162,7 +162,7 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
         if self._quiet:
-            seen.counter.tick()
+            seen.tick()
         else:
             await self._judge(result, seen, now)
         return result
@@ -200,7 +200,7 @@ class AsyncCircuitBreaker(BreakerCore):
                 await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
             if quiet:
-                seen.counter.tick()
+                seen.tick()
             else:
                 await self._judge(result, seen, now)
             return result
@@ -231,7 +231,7 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _judge(self, result: Any, seen: Seen, now: float) -> None:
         """The result of a call that the view admitted, where the fast path does not apply."""
         if self._plain:
-            seen.counter.tick()
+            seen.tick()
             self._notices.call_ended(SUCCESS, seen.generation)
             await self._deliver()
         else:
@@ -267,7 +267,7 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _acquire(self) -> AsyncPermit:
         seen, now = self._view.seen, monotonic()
         if now < seen.closed_until:
-            tick = None if self._notices.on_call else seen.counter.tick
+            tick = seen.tick if self._quiet else None
             return self._permit(self, seen.generation, now, None, tick)
         return cast(AsyncPermit, await self._admit(now))
 

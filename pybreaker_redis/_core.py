@@ -223,7 +223,8 @@ class BreakerCore:
         permit.settle()
         slow, pending = self._slow_calls.ended(permit)
         generation, probe = permit.generation, permit.probe
-        self._notices.call_ended(outcome, generation, error, slow)
+        if self._notices.on_call:
+            self._notices.call_ended(outcome, generation, error, slow)
         plain = outcome == SUCCESS and probe is None and not slow
         if plain and generation is not None and self._view.gather(generation):
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterable
+from threading import get_ident
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from ._classify import Outcome
@@ -92,7 +93,7 @@ class Notices:
         self.instance = instance
         self._waiting: dict[int, list[Event]] = {}  # by thread
         self.counting = threading.RLock()
-        self._counters = {kind: Counter() for kind in ("success", "slow", "failure", "ignored", "rejected")}
+        self.counters = {kind: Counter() for kind in ("success", "slow", "failure", "ignored", "rejected")}
 
     def call_ended(
         self, outcome: Outcome, generation: int | None, error: BaseException | None = None, slow: bool | None = None
@@ -100,13 +101,14 @@ class Notices:
         """Notify on_call of the end of a call."""
         if self.on_call:
             nothing = None, None, None  # by position, which takes half the time of keywords
-            self._put(Event(outcome, self.name, self.instance, *nothing, generation, None, None, error, None, slow))
+            event = Event(outcome, self.name, self.instance, *nothing, generation, None, None, error, None, slow)
+            self._waiting.setdefault(get_ident(), []).append(event)
 
     def count(self, outcome: str, slow: bool | None = False) -> None:
         """Count a call that the view does not count."""
-        self._counters[outcome].tick()
+        self.counters[outcome].tick()
         if slow and outcome == "success":
-            self._counters["slow"].tick()
+            self.counters["slow"].tick()
 
     def rejected(self, retry_after: float, enforced: bool) -> None:
         """A call was rejected, or in shadow mode would have been."""
@@ -147,11 +149,11 @@ class Notices:
                 self.failed(instrument)
 
     def _put(self, event: Event) -> None:
-        self._waiting.setdefault(threading.get_ident(), []).append(event)
+        self._waiting.setdefault(get_ident(), []).append(event)
 
     def take(self) -> list[Event]:
         """What this thread has to deliver now."""
-        return self._waiting.pop(threading.get_ident(), []) if self._waiting else []
+        return self._waiting.pop(get_ident(), []) if self._waiting else []
 
     def receivers(self, event: Event) -> tuple[Listener, ...]:
         """Whom to deliver an event to."""
@@ -164,5 +166,5 @@ class Notices:
     def counts(self, gathered: int) -> Counts:
         """All calls so far. gathered: the successes that the view has counted."""
         with self.counting:
-            found = {kind: counter.total() for kind, counter in self._counters.items()}
+            found = {kind: counter.total() for kind, counter in self.counters.items()}
         return Counts(found["success"] + gathered, found["slow"], found["failure"], found["ignored"], found["rejected"])

@@ -138,7 +138,7 @@ class CircuitBreaker(BreakerCore):
             self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
         if self._quiet and type(result) not in _SUSPENDED:
-            seen.counter.tick()
+            seen.tick()
             return result
         return self._judge(func, result, seen, now)
 
@@ -173,7 +173,7 @@ class CircuitBreaker(BreakerCore):
                 self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
             if quiet and type(result) not in _SUSPENDED:
-                seen.counter.tick()
+                seen.tick()
                 return result
             return self._judge(func, result, seen, now)
 
@@ -200,7 +200,7 @@ class CircuitBreaker(BreakerCore):
         """The result of a call that the view admitted, where the fast path does not apply."""
         if not self._plain or type(result) in _SUSPENDED:
             return self._settle_result(func, result, self._permit(self, seen.generation, now))
-        seen.counter.tick()
+        seen.tick()
         self._notices.call_ended(SUCCESS, seen.generation)
         self._deliver()
         return result
@@ -237,7 +237,7 @@ class CircuitBreaker(BreakerCore):
             permit = _new(self._permit)  # calling the class would take half as long again
             permit._breaker = self
             permit._stage = ADMITTED
-            permit._tick = seen.counter.tick if self._quiet else None
+            permit._tick = seen.tick if self._quiet else None
             permit.generation = seen.generation
             permit.started = now
             permit.probe = permit.pending_since = None

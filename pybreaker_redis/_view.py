@@ -11,6 +11,7 @@ import enum
 import itertools
 import random
 import threading
+from collections.abc import Callable
 from time import monotonic
 
 from ._policy import Policy
@@ -80,6 +81,7 @@ class Seen:
     timed_until: float
     open_until: float
     counter: Counter
+    tick: Callable[[], int]  # the counter's
 
     def verdict(self, now: float) -> Verdict:
         """What the reply says, however old it is."""
@@ -96,6 +98,7 @@ def unseen(
     retry_at: float = NEVER,
 ) -> Seen:
     """A reply too old to use: before the first one, or after the view was dropped."""
+    counter = counter or Counter()
     return Seen(
         state,
         generation,
@@ -107,7 +110,8 @@ def unseen(
         closed_until=NEVER,
         timed_until=NEVER,
         open_until=NEVER,
-        counter=counter or Counter(),
+        counter=counter,
+        tick=counter.tick,
     )
 
 
@@ -216,6 +220,8 @@ class View:
         fresh_until = self._fresh_until(sent) if self.lease > 0 else NEVER
         closed_until = fresh_until if state == "closed" and ramp_until <= now else NEVER
         timed = self.policy.slow_call_duration is not None
+        # outcomes of an earlier generation count for nothing: they stay in its counter
+        counter = self.seen.counter if generation == self.seen.generation else self._next_counter()
         return Seen(
             state,
             generation,
@@ -227,8 +233,8 @@ class View:
             NEVER if timed else closed_until,
             closed_until if timed else NEVER,
             min(fresh_until, retry_at) if state == "open" and self.policy.enforce else NEVER,
-            # outcomes of an earlier generation count for nothing: they stay in its counter
-            self.seen.counter if generation == self.seen.generation else self._next_counter(),
+            counter,
+            counter.tick,
         )
 
     def _next_counter(self) -> Counter:
@@ -248,7 +254,7 @@ class View:
         seen = self.seen
         if self.lease <= 0 or generation != seen.generation:
             return False
-        seen.counter.tick()
+        seen.tick()
         return True
 
     def successes(self) -> int:
