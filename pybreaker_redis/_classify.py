@@ -31,7 +31,7 @@ class Classifier:
 
     def of_exception(self, exception: BaseException) -> Outcome:
         """Cancelled and ignored calls count as nothing. An exception outside `failures` counts as success."""
-        if isinstance(exception, (*CANCELLED, *self.ignore)):
+        if isinstance(exception, CANCELLED) or (self.ignore and isinstance(exception, self.ignore)):
             return IGNORED
         if isinstance(exception, self.failures):
             return FAILURE

@@ -303,7 +303,10 @@ class BreakerCore:
         sent = monotonic()
         reply = self._engine.local(name, {**(self._full if self._override else common), **request})
         assert reply is not None
-        self._adopt(reply, sent)
+        seen = self._view.seen
+        # nobody else changes this state: while the view says closed, a reply under its generation is no news
+        if sent >= seen.closed_until or reply["generation"] != seen.generation or "override" in reply or self._override:
+            self._adopt(reply, sent)
         return reply
 
     def _adopt(self, reply: Reply, sent: float) -> None:
@@ -446,6 +449,8 @@ class BreakerCore:
 
 def _sum(gathered: Request, report: Request) -> Request:
     """Both in one report."""
+    if len(gathered) <= 1:  # no more than the generation
+        return report
     for field, count in report.items():
         gathered[field] = gathered.get(field, 0) + count if field in ("successes", "slow") else count
     return gathered

@@ -103,7 +103,6 @@ class MemoryEngine:
             return Document(generation=now, now=now, is_local=self.is_local)
         document = self._document.copy()
         document.now, document.is_new, document.outlived, document.change = now, False, False, None
-        document.is_local = self.is_local
         if document.probes:
             document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
