@@ -30,7 +30,8 @@ def suite_on(binary: str, *arguments: str | Path, examples: int) -> str:
 
 @pytest.mark.timeout(600)
 @EVERY
-@pytest.mark.parametrize("examples", [30, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("examples", [30, 300])
 def test_contract(kind: str, examples: int) -> None:
     """Both engines agree over so many random sequences, and every rule holds, on this server."""
     binary = binary_of(kind)
