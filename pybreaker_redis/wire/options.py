@@ -63,12 +63,6 @@ def is_cluster(client: Any) -> bool:
     return isinstance(client, (redis.RedisCluster, redis.asyncio.RedisCluster))
 
 
-def fail_fast(client: Any) -> None:
-    """Let a blocking client give up at its first error."""
-    if hasattr(client, "connection_pool"):
-        client.set_retry(Retry(NoBackoff(), 0))
-
-
 def connection(pool: Any, kind: Kind, timeout: float | None, **options: Any) -> Any:
     """A connection like those of a pool, not yet open, which never repeats a command.
 
