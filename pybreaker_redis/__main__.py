@@ -1,4 +1,4 @@
-"""`pybreaker-redis` and `python -m pybreaker_redis` run the command line of the extra `cli`."""
+"""Entry point of `pybreaker-redis` and `python -m pybreaker_redis`. Needs the extra `cli`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit code: see pybreaker_redis.cli; 2 where the extra is missing."""
+    """Run one command. Returns its exit code (see pybreaker_redis.cli), or 2 without the extra."""
     if not (importlib.util.find_spec("typer") and importlib.util.find_spec("rich")):
         print("the command line needs the extra cli: pip install 'pybreaker_redis[cli]'", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""The breaker for asyncio: the decisions of _core over awaited connections."""
+"""The breaker for asyncio: carries out the decisions of _core over asyncio connections."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T")
 _IfLost: TypeAlias = Callable[[T], Coroutine[Any, Any, None]]
-_USE_SYNC = "is not a coroutine function: the asyncio breaker awaits what it guards, use CircuitBreaker"
+_USE_SYNC = "is not a coroutine function, so AsyncCircuitBreaker cannot await it: use CircuitBreaker"
 
 
 class AsyncGuarded(Protocol[P, R_co]):
-    """A decorated function: same signature, and its breaker as `.breaker`."""
+    """A decorated function: it keeps its signature, and has its breaker as `.breaker`."""
 
     breaker: AsyncCircuitBreaker
 
@@ -40,20 +40,20 @@ class AsyncGuarded(Protocol[P, R_co]):
 
 
 class AsyncPermit(BasePermit):
-    """The right to one call, and the `async with` block of that call. See Permit; the methods are awaited."""
+    """The right to one call, and the `async with` block of that call. Like Permit, with methods to be awaited."""
 
     __slots__ = ()
 
     async def success(self) -> None:
-        """The call succeeded. Raises PermitError if the permit is settled."""
+        """Count the call as a success. Raises PermitError if the permit is settled."""
         await self._breaker._drive(self._settle(SUCCESS, None))
 
     async def failure(self, error: BaseException | None = None) -> None:
-        """The call failed. Raises PermitError if the permit is settled."""
+        """Count the call as a failure. error: for on_call. Raises PermitError if the permit is settled."""
         await self._breaker._drive(self._settle(FAILURE, error))
 
     async def release(self) -> None:
-        """The call counts as nothing; a probe gives its slot back. Raises PermitError if the permit is settled."""
+        """Count the call as nothing, and free the slot of a probe. Raises PermitError if the permit is settled."""
         await self._breaker._drive(self._settle(IGNORED, None))
 
     async def __aenter__(self) -> Self:
@@ -61,7 +61,7 @@ class AsyncPermit(BasePermit):
         return self
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
-        stage, self._stage = self._stage, SETTLED  # before anything else: another thread may settle it now
+        stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
         if error is None and stage == ENTERED and self._tick is not None:
             self._tick()
             return
@@ -71,7 +71,7 @@ class AsyncPermit(BasePermit):
 
 
 class Acquiring:
-    """What acquire() returns: await it for the permit, or use it as an `async with` block."""
+    """The result of acquire(): await it for the permit, or use it as an `async with` block."""
 
     __slots__ = ("_breaker", "_permit", "_used")
 
@@ -80,7 +80,7 @@ class Acquiring:
         self._used = False
 
     def __await__(self) -> Generator[Any, Any, AsyncPermit]:
-        if self._used:  # tasks that shared it would end each other's calls
+        if self._used:  # two tasks that share one would settle each other's call
             raise PermitError(f"acquire() of circuit breaker {self._breaker.name!r} is for one call: call it again")
         self._used = True
         return self._breaker._acquire().__await__()
@@ -92,7 +92,7 @@ class Acquiring:
     async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         await self._permit.__aexit__(kind, error, traceback)
 
-    if not TYPE_CHECKING:  # a type checker knows that a missing await is an error
+    if not TYPE_CHECKING:  # hidden from type checkers, which report a missing await themselves
 
         def __getattr__(self, name: str) -> NoReturn:
             if name.startswith("_"):
@@ -104,7 +104,7 @@ class Acquiring:
 
 
 class AsyncWatch(BaseWatch):
-    """A breaker's share in a subscription, in the loop that made it; also an `async with` block."""
+    """A breaker's membership in a subscription of the running event loop; also an `async with` block."""
 
     def _key(self) -> tuple[object, ...]:
         return *super()._key(), asyncio.get_running_loop()
@@ -113,7 +113,7 @@ class AsyncWatch(BaseWatch):
         return AsyncSubscription(*self._subscription())
 
     async def close(self) -> None:
-        """Leave the subscription; the breaker's own lease holds again."""
+        """Leave the subscription. The breaker returns to its own lease."""
         self._leave()
 
     async def __aenter__(self) -> Self:
@@ -124,10 +124,10 @@ class AsyncWatch(BaseWatch):
 
 
 class AsyncCircuitBreaker(BreakerCore):
-    """CircuitBreaker for asyncio: the same arguments, with a redis.asyncio client; the same methods, to be awaited.
+    """CircuitBreaker for asyncio: takes the same arguments, with a redis.asyncio client; its methods are awaited.
 
-    Listeners may be coroutine functions. It may be made outside of a running loop, and be used in several, one after
-    the other or at once. A cancelled call is neither success nor failure, and a probe's slot is given back.
+    Listeners may be coroutine functions. One breaker may serve several event loops, even at the same time, and may be
+    created before any of them runs. A cancelled call counts as neither success nor failure, and frees its probe's slot.
     """
 
     _permit: type[AsyncPermit] = AsyncPermit
@@ -149,13 +149,13 @@ class AsyncCircuitBreaker(BreakerCore):
     # Calls
 
     async def call(self, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """await func(*args, **kwargs), guarded. Raises CircuitOpenError when rejected, else what func raises.
+        """Await func(*args, **kwargs), guarded. Raises CircuitOpenError if rejected, else the exceptions of func.
 
-        TypeError when func returns nothing to await.
+        Raises TypeError if the result of func cannot be awaited.
         """
         seen, now = self._view.seen, monotonic()
         if now >= seen.closed_until:
-            return await self._slow_call(func, args, kwargs, now)
+            return await self._call_with_permit(func, args, kwargs, now)
         try:
             result = await func(*args, **kwargs)
         except BaseException as error:
@@ -168,9 +168,9 @@ class AsyncCircuitBreaker(BreakerCore):
         return result
 
     def __call__(self, func: Callable[P, R]) -> AsyncGuarded[P, R]:
-        """Decorate a coroutine function, or an async generator function, which is guarded over its whole iteration.
+        """Decorate a coroutine function, or an async generator function, whose whole iteration is then guarded.
 
-        Raises TypeError for another function.
+        Raises TypeError for any other function.
         """
         guarded: Any
         if inspect.isasyncgenfunction(inspect.unwrap(func)):
@@ -187,13 +187,13 @@ class AsyncCircuitBreaker(BreakerCore):
         return cast("AsyncGuarded[P, R]", guarded)
 
     def _guard(self, func: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
-        """call() for one function, without the attribute look-ups that it needs."""
+        """call() bound to one function, which saves attribute look-ups."""
         view, quiet = self._view, self._quiet
 
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
             if now >= seen.closed_until:
-                return await self._slow_call(func, args, kwargs, now)
+                return await self._call_with_permit(func, args, kwargs, now)
             try:
                 result = await func(*args, **kwargs)
             except BaseException as error:
@@ -207,8 +207,8 @@ class AsyncCircuitBreaker(BreakerCore):
 
         return guarded
 
-    async def _slow_call(self, func: Callable[..., Awaitable[R]], args: Any, kwargs: Any, now: float) -> R:
-        """A call that the view does not simply admit, or whose duration is measured."""
+    async def _call_with_permit(self, func: Callable[..., Awaitable[R]], args: Any, kwargs: Any, now: float) -> R:
+        """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
         seen = self._view.seen
         if now < seen.open_until and not self._notices.on_call:
             self._notices.count("rejected")
@@ -229,7 +229,7 @@ class AsyncCircuitBreaker(BreakerCore):
         return result
 
     async def _judge(self, result: Any, seen: Seen, now: float) -> None:
-        """The result of a call that the view admitted, where the fast path does not apply."""
+        """Count a result of the fast path that is_failure or on_call must see."""
         if self._plain:
             seen.tick()
             self._notices.call_ended(SUCCESS, seen.generation)
@@ -258,9 +258,9 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
 
     def acquire(self) -> Acquiring:
-        """A permit for one call, when awaited; also the `async with` block of that call.
+        """Await it for a permit for one call, or use it as the `async with` block of that call.
 
-        Awaiting raises CircuitOpenError when the call is rejected.
+        Awaiting raises CircuitOpenError if the call is rejected.
         """
         return Acquiring(self)
 
@@ -287,9 +287,9 @@ class AsyncCircuitBreaker(BreakerCore):
         return await self._deliver_then(answer, self._give_back)
 
     async def _drive(self, steps: Steps[T] | None, if_lost: _IfLost[T] | None = None) -> T:
-        """Carry out what the decision code asks for, deliver its events, and give what it returns.
+        """Carry out the steps, deliver their events, and return their result.
 
-        An exchange with Redis goes on to its end even if the caller is cancelled, followed by if_lost(result).
+        An exchange with Redis completes even if the caller is cancelled. Then if_lost(result) runs.
         """
         if steps is None:
             await self._deliver()
@@ -306,13 +306,13 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             return await waiter
         except asyncio.CancelledError:
-            # the cancellation may also come between the result and our waking up
+            # the cancellation may also arrive after the result, before this task wakes up
             if if_lost is not None and not waiter.cancelled() and waiter.exception() is None:
                 self._spawn(if_lost(waiter.result()))
             raise
 
     async def _deliver_then(self, result: T, if_lost: _IfLost[T] | None) -> T:
-        """The result, once the events are delivered. A caller that is cancelled over that never gets it."""
+        """Deliver the events, then return the result. If the caller is cancelled meanwhile, if_lost(result) runs."""
         try:
             await self._deliver()
         except BaseException:
@@ -344,7 +344,7 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._deliver(events)
 
     async def _carry_out(self, steps: Steps[T], ask: Ask | None, events: list[Event]) -> T:
-        """The events of these steps, and of no other task, are added to `events`."""
+        """Carry out the steps. Adds their events, and those of no other task, to `events`."""
         try:
             ask = ask or next(steps)
             while True:
@@ -364,7 +364,7 @@ class AsyncCircuitBreaker(BreakerCore):
         self._spawn(self._run_to_end(steps))
 
     async def _refresh(self, wait: bool) -> None:
-        """Renew the view, by one task at a time. wait: return only when it was renewed, by whichever task."""
+        """Renew the view, one task at a time. wait: return only once it is renewed, by this task or another."""
         loop = asyncio.get_running_loop()
         running = self._refreshing.get(loop)
         if running is None:
@@ -374,19 +374,19 @@ class AsyncCircuitBreaker(BreakerCore):
         task, ended = running
         if wait:
             await ended.wait()
-            await task  # raises what went wrong, instead of asking for ever
+            await task  # raises the error of a failed refresh, which the caller would otherwise repeat for ever
 
     async def _renew_view(self) -> None:
         events: list[Event] = []
         try:
             await self._carry_out(self._renew(), None, events)
         finally:
-            if events:  # callers wait for this task, and must not wait for a listener
+            if events:  # in a task of their own: callers wait for this one, but must not wait for listeners
                 self._spawn(self._deliver(events))
 
     def _refreshed(self, ended: asyncio.Event, loop: asyncio.AbstractEventLoop, _: object) -> None:
         ended.set()
-        self._refreshing.pop(loop, None)  # it would keep the loop alive
+        self._refreshing.pop(loop, None)  # the task in it would keep the loop alive
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         loop = asyncio.get_running_loop()
@@ -396,19 +396,19 @@ class AsyncCircuitBreaker(BreakerCore):
             forget_ended(self._refreshing)
             tasks = self._tasks[loop] = set()
         task = loop.create_task(coroutine)
-        tasks.add(task)  # the loop itself keeps a weak reference only
+        tasks.add(task)  # the loop keeps only a weak reference
         task.add_done_callback(tasks.discard)
         return task
 
     async def _give_back(self, permit: BasePermit) -> None:
-        """The caller was cancelled while it asked: the slot that it may have got is not used."""
+        """Free the slot that a probe may have got for a caller that was cancelled meanwhile."""
         if (steps := self._report(permit, IGNORED)) is not None:
             await self._run_to_end(steps)
         else:
             await self._deliver()
 
     async def _deliver(self, events: list[Event] | None = None) -> None:
-        """Hand the events to the listeners, one after the other."""
+        """Call the listeners of each event, one after the other."""
         for event in self._notices.take() if events is None else events:
             for listener in self._notices.receivers(event):
                 try:
@@ -423,10 +423,10 @@ class AsyncCircuitBreaker(BreakerCore):
                 except Exception:
                     self._notices.failed(listener)
 
-    # Looking and steering
+    # State and operator actions
 
     async def snapshot(self) -> Snapshot:
-        """Everything that Redis knows about this breaker now; while Redis is down, what the local engine knows."""
+        """Read the whole state from Redis; while Redis is down, from this process's local engine."""
         return await self._drive(self._snapshot())
 
     async def force_open(self, duration: float | None = None) -> None:
@@ -446,7 +446,7 @@ class AsyncCircuitBreaker(BreakerCore):
         await self._drive(self._command("reset"))
 
     async def watch(self, lease: float = 30.0) -> AsyncWatch:
-        """See CircuitBreaker.watch. All breakers of this loop share the subscription, held by one task."""
+        """See CircuitBreaker.watch. All breakers of this event loop share one subscription, held by one task."""
         return self._watch_with(AsyncWatch, lease)
 
     async def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
@@ -458,7 +458,7 @@ class AsyncCircuitBreaker(BreakerCore):
         await self._drive(self._command("clear_policy"))
 
     async def history(self, count: int = 100) -> list[HistoryEntry]:
-        """The last transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
+        """Up to count transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
         check_history_count(count)
         if isinstance(self._engine, InMemory):
             return history_entries(self._engine.history(count))
@@ -468,7 +468,7 @@ class AsyncCircuitBreaker(BreakerCore):
             raise RedisUnavailableError(f"the history could not be read: {error}") from error
 
     async def flush(self) -> None:
-        """Report the gathered successes now."""
+        """Report the gathered successes to Redis now."""
         await self._drive(self._flush())
 
     async def close(self) -> None:

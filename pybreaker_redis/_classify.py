@@ -1,4 +1,4 @@
-"""Which outcomes count, and as what."""
+"""How a call ended: turns exceptions and results into outcomes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Exceptions: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError, KeyboardInterrupt, GeneratorExit)
 
 
-# How a call ended, as far as the breaker is concerned. No Enum, whose members take a failing call too long to read.
+# literals, since reading the members of an Enum would slow a failing call down
 Outcome: TypeAlias = Literal["success", "failure", "ignored"]
 SUCCESS: Final = "success"
 FAILURE: Final = "failure"
@@ -35,20 +35,20 @@ class Classifier:
             return IGNORED
         if isinstance(exception, self.failures):
             return FAILURE
-        if isinstance(exception, BaseExceptionGroup):  # from a TaskGroup: the worst of its exceptions
+        if isinstance(exception, BaseExceptionGroup):  # from a TaskGroup: the worst outcome in it
             found = {self.of_exception(one) for one in exception.exceptions}
             return next(one for one in (FAILURE, SUCCESS, IGNORED) if one in found)
         return SUCCESS if isinstance(exception, Exception) else IGNORED
 
     def of_result(self, result: Any) -> Outcome:
-        """Success, unless the predicate says otherwise. Raises what the predicate raises."""
+        """Success, unless is_failure(result) is true. Raises the exceptions of is_failure."""
         if self.is_failure is not None and self.is_failure(result):
             return FAILURE
         return SUCCESS
 
 
 def exception_types(option: str, given: Any) -> tuple[type[BaseException], ...]:
-    """The exception types of an option: one, or any iterable of them. Raises PolicyError for anything else."""
+    """The exception types in an option's value: one type, or an iterable of types. Raises PolicyError otherwise."""
     found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, type) else (given,)
     for one in found:
         if not (isinstance(one, type) and issubclass(one, BaseException)):

@@ -17,14 +17,14 @@ LONGEST_LEASE = 3600.0
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Config:
-    """What a manager needs to know. pybreaker_redis.config reads one from a file, a dict and the environment.
+    """The configuration of a manager. pybreaker_redis.config reads one from a file, a dict and the environment.
 
-    enabled: False passes every call straight through. services: the policy of each service. defaults: the policy of a
-    service that is not listed. redis_url: the server through which with_redis() shares the state. redis_options: of
-    its client, as redis.Redis takes them, where the URL does not give them. watch: the lease, in seconds, while one
-    subscription for all breakers stands; None: no subscription. The other options are those of CircuitBreaker.
+    enabled: False passes every call through unguarded. defaults: the policy of services that are not in `services`.
+    services: the policy of each service, by name. redis_url: the server through which with_redis() shares the state.
+    redis_options: options of redis.Redis for its client; those in the URL win. watch: the lease in seconds while the
+    shared subscription stands; None: no subscription. The other options are those of CircuitBreaker.
 
-    Raises PolicyError for a value that makes no sense.
+    Raises PolicyError for an invalid value.
     """
 
     enabled: bool = True
@@ -53,7 +53,7 @@ class Config:
 
 
 def check_options(lease: object, on_redis_failure: object, redis_timeout: object) -> None:
-    """Raises PolicyError for an option of a breaker that makes no sense."""
+    """Raise PolicyError unless these options of a breaker are valid."""
     _check_seconds("lease", lease, 0.0, LONGEST_LEASE)
     _check_seconds("redis_timeout", redis_timeout, 0.001, 3600.0)
     if on_redis_failure not in get_args(OnRedisFailure):
@@ -61,7 +61,7 @@ def check_options(lease: object, on_redis_failure: object, redis_timeout: object
 
 
 def check_watch(lease: object) -> None:
-    """Raises PolicyError for a lease that no watch may have."""
+    """Raise PolicyError unless this lease, in seconds, is valid for watch()."""
     if lease == 0:
         raise PolicyError(f"watch must be above 0 and at most {LONGEST_LEASE:g} seconds, not {lease!r}")
     _check_seconds("watch", lease, 0.0, LONGEST_LEASE)

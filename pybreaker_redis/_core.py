@@ -1,4 +1,4 @@
-"""What both breakers decide, written once and without I/O: generators that yield an Ask, and nothing else."""
+"""The decisions of both breakers, without I/O: generators that yield an Ask for each script that Redis must run."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ _breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
 
 
 class BreakerCore:
-    """Options, view and decisions of one breaker; the shells add the I/O. See CircuitBreaker for the arguments."""
+    """Options, view and decisions of one breaker. The shells, _sync and _async, add the I/O. See CircuitBreaker."""
 
-    # the shell's own
+    # set by the shell
     _permit: type[BasePermit]
     _warning_permit: type[BasePermit]
     _kind: Kind
@@ -71,7 +71,7 @@ class BreakerCore:
             if self._kind is BLOCKING and inspect.iscoroutinefunction(listener):
                 raise PolicyError(f"listener {listener!r} is a coroutine function: use AsyncCircuitBreaker")
         self._plain = is_failure is None  # every result is a success
-        self._quiet = self._plain and not self._notices.on_call  # and only has to be counted: the fast path
+        self._quiet = self._plain and not self._notices.on_call  # and nothing observes it: the fast path
         self._client = None if redis is None else client_of(redis, self._kind)
         self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
         self._redis_timeout = redis_timeout
@@ -87,8 +87,8 @@ class BreakerCore:
         self._isolation = Isolation(self._local_engine, self._engine.run, self._quorum, self._isolation_changed)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
-        self._watch_lease: float | None = None  # while a subscription keeps the view fresh
-        self._rejoin: BaseWatch | None = None  # to be joined by the next script call
+        self._watch_lease: float | None = None  # set while a subscription stands
+        self._rejoin: BaseWatch | None = None  # set by a fork: the next script call joins again
         self._start_process()
         _breakers.add(self)
         for instrument in self._notices.instruments:
@@ -102,7 +102,7 @@ class BreakerCore:
         self.instance = f"{os.getpid()}-{secrets.token_hex(4)}"
         self._notices.start_process(self.instance)
         given = self.policy.to_request()
-        # a report of nothing but successes carries a policy only where it needs one: a healthy breaker reads it in vain
+        # a report of only successes omits the policy unless a field matters to it: parsing it costs the script time
         self._brief: Request = {}
         self._full: Request = {"instance": self.instance, **({"policy": given} if given else {})}
         if any(rule.on_success and request_field(name) in given for name, rule in RULES.items()):
@@ -122,9 +122,9 @@ class BreakerCore:
 
     @property
     def state(self) -> State:
-        """The state as this process last read it, without asking Redis; snapshot() asks.
+        """The state as this process last read it. Asks Redis nothing; snapshot() does.
 
-        An open circuit whose time is over is half open. Before the first call: closed.
+        An open circuit is reported as half open once its open period is over. Before the first call, it is closed.
         """
         return self._view.state
 
@@ -136,9 +136,9 @@ class BreakerCore:
     # Admission
 
     def _consult(self, began: float, refreshed: bool = False) -> BasePermit | Verdict:
-        """A permit by the view, or what has to be asked first. Raises CircuitOpenError.
+        """Decide a call by the view: its permit, or the Verdict on what to ask first. Raises CircuitOpenError.
 
-        began: when the call arrived. refreshed: whether it has asked for the view to be renewed.
+        began: when the call arrived, on the monotonic clock. refreshed: whether the caller has refreshed the view.
         """
         view, now = self._view, monotonic()
         seen = view.seen
@@ -149,11 +149,11 @@ class BreakerCore:
         if verdict is Verdict.REJECT:
             return self._reject("open", max(seen.retry_at - now, 0.0))
         if verdict is Verdict.ASK and in_probe(self):
-            return self._permit(self, None, now)  # the probe's own outcome decides
+            return self._permit(self, None, now)  # part of the probe, whose own outcome counts
         return verdict
 
     def _ask(self) -> Steps[BasePermit]:
-        """A permit from Redis. Raises CircuitOpenError."""
+        """Ask Redis for a permit. Raises CircuitOpenError."""
         reply = yield from self._run("acquire", (yield from self._gathered()), self._full)
         if not reply["admitted"] or reply.get("shadow"):
             return self._reject(reply["state"], seconds(reply.get("retry_after_ms")) or 0.0)
@@ -168,7 +168,7 @@ class BreakerCore:
         return permit
 
     def _reject(self, state: State, retry_after: float) -> BasePermit:
-        """Raises CircuitOpenError; in shadow mode a permit that counts for nothing."""
+        """Raise CircuitOpenError; in shadow mode, return a permit whose outcome does not count."""
         enforced = self._view.policy.enforce
         self._notices.rejected(retry_after, enforced)
         if enforced:
@@ -178,13 +178,13 @@ class BreakerCore:
     # Reports
 
     def _gathered(self, generation: int | None = None) -> Steps[Request]:
-        """What was gathered since the last report, and the calls that became slow while they run.
+        """Take the successes since the last report, and the running calls that have become slow.
 
-        generation: for a report of this one, else of the view's. A probe's slowness is reported separately.
+        generation: of the report that they join; default: the view's. A slow probe gets a report of its own.
         """
         request = self._view.take(generation)
         current = self._view.seen.generation
-        # outcomes of an earlier generation count for nothing: slow calls wait for a report that counts
+        # a report of an earlier generation counts for nothing: slow calls wait for one of the view's
         if self._view.policy.slow_call_duration is None or generation not in (None, current):
             return request
         for permit in self._slow_calls.overdue():
@@ -196,7 +196,7 @@ class BreakerCore:
         return request
 
     def _renew(self) -> Steps[None]:
-        """Report what was gathered, and make the reply the view."""
+        """Report the gathered outcomes. The reply becomes the view."""
         request = yield from self._gathered()
         yield from self._run("record", request, self._full if "slow" in request else self._brief)
 
@@ -206,7 +206,7 @@ class BreakerCore:
             yield from self._run("record", gathered, self._brief)
 
     def _finish(self, permit: BasePermit) -> bool:
-        """Count a quick success without a script. False, and nothing done, where that is not possible."""
+        """Count a quick success without a script call. Returns False, with nothing done, if it needs one."""
         generation = permit.generation
         if permit.probe is not None or generation is None or generation != self._view.seen.generation:
             return False
@@ -219,7 +219,7 @@ class BreakerCore:
         return True
 
     def _report(self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None) -> Steps[None] | None:
-        """Count an outcome: locally where that is possible, else by the steps that are returned."""
+        """Count an outcome. Returns the steps that report it to Redis, or None if it was counted locally."""
         permit.settle()
         slow, pending = self._slow_calls.ended(permit)
         generation, probe = permit.generation, permit.probe
@@ -254,7 +254,7 @@ class BreakerCore:
         yield from self._run("record", _sum(gathered, report), self._full if "slow" in gathered else common)
 
     def _report_result(self, permit: BasePermit, result: Any) -> Steps[None] | None:
-        """Judge a result and count it. An exception of the predicate counts as nothing, and is raised by the steps."""
+        """Classify a result and count it. If is_failure raises, nothing is counted, and the steps raise its error."""
         try:
             outcome = self._classifier.of_result(result)
         except BaseException as error:
@@ -262,7 +262,7 @@ class BreakerCore:
         return self._report(permit, outcome)
 
     def _report_end(self, permit: BasePermit, error: BaseException | None) -> Steps[None] | None:
-        """Classify how a call or a block ended, and count it."""
+        """Classify the end of a call or block, and count it. error: the exception that ended it, if any."""
         if error is None:
             return self._report(permit, SUCCESS)
         if isinstance(error, CircuitOpenError) and error.name == self.name:
@@ -272,9 +272,9 @@ class BreakerCore:
     # Script calls and their replies
 
     def _run(self, name: str, request: Request, common: Request) -> Steps[Reply]:
-        """One script call. Its reply becomes the view, and its transition an event.
+        """Call a script. Its reply becomes the view, and its transition an event.
 
-        common: what goes along with the request: everything, or what a report of nothing but successes needs.
+        common: the fields to add to the request: self._full, or self._brief for a report of only successes.
         """
         if (reply := self._run_at_once(name, request, common)) is not None:
             return reply
@@ -283,7 +283,7 @@ class BreakerCore:
             watch, self._rejoin = self._rejoin, None
             watch._join()
         if self._override:
-            common = self._full  # the override may set any field
+            common = self._full  # the policy override may set a field that matters
         try:
             if self._view.policy.quorum > 1:
                 reply = yield from self._isolation.run(name, request, common, self._full)
@@ -297,7 +297,7 @@ class BreakerCore:
         return reply
 
     def _run_at_once(self, name: str, request: Request, common: Request) -> Reply | None:
-        """The same in memory; None with Redis."""
+        """The same as a plain call, for a breaker in memory. Returns None with Redis."""
         if self._redis is not None:
             return None
         sent = monotonic()
@@ -320,7 +320,7 @@ class BreakerCore:
             self._notices.changed(change, reply["source"])
 
     def _obey(self, reply: Reply) -> None:
-        """The policy override that was read last is in force."""
+        """Put the policy override of a reply in force."""
         if reply["source"] != "local" and reply.get("override") != self._override:
             self._override = reply.get("override")
             self._view.policy = self.policy.with_override(self._override)
@@ -331,7 +331,7 @@ class BreakerCore:
         warning = reply.get("warning")
         if warning:
             self.corrupt_documents += 1
-        if warning and warning != self._warned:  # once, not with every call
+        if warning and warning != self._warned:  # log it once, not for every call
             key = self.keys.policy if warning == "corrupt_policy" else self.keys.state
             logger.warning("circuit breaker %r: %s under key %s", self.name, warning, key)
         self._warned = warning
@@ -343,7 +343,7 @@ class BreakerCore:
         return self._view.policy.quorum
 
     def _isolation_changed(self, change: dict[str, Any]) -> None:
-        logger.warning("circuit breaker %r: this instance only: %s (%s)", self.name, change["to"], change["reason"])
+        logger.warning("circuit breaker %r: %s for this instance only (%s)", self.name, change["to"], change["reason"])
         self._notices.changed(change, "isolated")
 
     def _last_known(self) -> LocalEngine:
@@ -372,7 +372,7 @@ class BreakerCore:
 
     def _watch_with(self, kind: Callable[[BreakerCore, float], W], lease: float) -> W:
         if self._redis is None:
-            raise PolicyError("a breaker without Redis has nothing to watch")
+            raise PolicyError(f"circuit breaker {self.name!r} has nothing to watch without Redis: pass redis=...")
         check_watch(lease)
         if self._watch is not None:
             self._watch._leave()
@@ -380,13 +380,13 @@ class BreakerCore:
         return watch
 
     def _subscribed(self, lease: float | None) -> None:
-        """The subscription stands, and its lease with it, or is lost (None). Either way the next call asks."""
+        """Adopt the lease of a subscription that now stands, or None if it is lost. The next call asks Redis."""
         self._watch_lease = lease
         self._set_lease()
         self._view.drop()
 
     def _set_lease(self) -> None:
-        """A watched view may be old, but the counts behind a rate must not be late by more than a bucket."""
+        """A subscription lengthens the lease, but where the policy has a rate, to one bucket of the window at most."""
         policy, lease = self._view.policy, self._watch_lease
         if lease is None or self._lease <= 0:
             self._view.lease = self._lease
@@ -396,14 +396,14 @@ class BreakerCore:
         self._view.lease = max(lease, self._lease)
 
     def _receive(self, message: dict[str, Any]) -> None:
-        """A message on the breaker's channel: another instance's transition becomes the view."""
+        """Handle a message on the breaker's channel: another instance's transition becomes the view."""
         if message.get("instance") == self.instance:
             return
         try:
             change = {**message, "generation": int(message["generation"])} if "policy" not in message else None
             reply = _protocol.reply_from_message(change, self._view.policy) if change else None
         except (KeyError, TypeError, ValueError, OverflowError):
-            self._view.drop()  # a later version may understand it: the next call asks
+            self._view.drop()  # perhaps from a newer version: let the next call ask Redis
             return
         isolated = self._isolation.is_open()
         if change is None or reply is None or self._engine.is_down or (isolated and reply["state"] == "closed"):
@@ -415,10 +415,10 @@ class BreakerCore:
             self._view.adopt({**reply, "override": self._override}, now, now)
         self._notices.changed(change, "watch", change.get("instance") or "")
 
-    # Looking and steering
+    # State and operator actions
 
     def _fresh_state(self) -> Steps[State]:
-        """The state: from the view while that is fresh, else from Redis."""
+        """The state: from the view while it is fresh, else from Redis."""
         seen = self._view.seen
         if self._view.decide(seen, monotonic()) in (Verdict.ADMIT, Verdict.REJECT):
             return seen.state
@@ -441,14 +441,14 @@ class BreakerCore:
         if reply.get("transition"):
             self._isolation.forget()
             self._adopt(reply, sent)
-        else:  # the state may not be stored, so no outcome could belong to it: the next call asks
+        else:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
             self._obey(reply)
             self._check(reply)
             self._view.drop()
 
 
 def _sum(gathered: Request, report: Request) -> Request:
-    """Both in one report."""
+    """The gathered outcomes and a report as one request."""
     if len(gathered) <= 1:  # no more than the generation
         return report
     for field, count in report.items():

@@ -1,4 +1,4 @@
-"""What listeners receive, and what a breaker counts for metrics."""
+"""Events for listeners, and call counts for metrics."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ logger = logging.getLogger("pybreaker_redis")
 
 
 class Event(NamedTuple):
-    """What happened to a breaker. Fields that do not concern the kind are None.
+    """Something that happened to a breaker. Fields that do not apply to the kind are None.
 
     kind: `listeners` receive "state_change", "redis_error" and "redis_restored"; `on_call` receives "success",
     "failure", "ignored" and "rejected".
     breaker: its name. instance: the process that caused the event.
-    old, new, reason, generation, counts: of a state_change. Exactly one process of the fleet is notified of each,
-    and so is every process that watches, with source "watch".
-    retry_after: seconds, of a rejection. enforced: False for a rejection in shadow mode: the call was admitted.
+    old, new, reason, generation, counts: of a state_change. Each transition notifies the one process that caused it,
+    and every watching process, with source "watch".
+    retry_after: of a rejection, in seconds. enforced: False in shadow mode, where the rejected call ran all the same.
     exception: of a failure, an ignored call or a redis_error.
-    slow: of a success or failure, whether the call took slow_call_duration; None where that is not measured.
-    source: "redis", "memory", "local" (Redis is down), "isolated" (this instance alone fails, below the quorum) or
-    "watch".
+    slow: whether a success or failure took slow_call_duration or longer; None if the policy does not measure it.
+    source: "redis", "memory" (redis=None), "local" (Redis is down), "isolated" (below the quorum, for this instance
+    only) or "watch".
     """
 
     kind: EventKind
@@ -64,23 +64,23 @@ class Counts(NamedTuple):
 
 
 class Instrument:
-    """A listener that also wants to know its breakers, such as a collector of metrics.
+    """A listener that also learns of its breakers and their script calls, such as a metrics collector.
 
-    It receives transitions and outages like every listener, and reads the calls from `breaker.counts`.
+    Guarded calls do not reach it: read them from `breaker.counts`.
     """
 
     def attach(self, breaker: Any) -> None:
-        """A breaker was made with this listener."""
+        """Called for each breaker that is created with this listener."""
 
     def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
-        """A script call ended after so many seconds, with a reply or with an error."""
+        """Called after each script call, with its duration and its error, or None if Redis replied."""
 
     def __call__(self, event: Event) -> object:
-        """Like every listener."""
+        """Called with each transition and outage, like any listener."""
 
 
 class Notices:
-    """What a breaker notifies its listeners of, and what it counts. The shells deliver, outside of every lock."""
+    """Queues a breaker's events and counts its calls. The shells deliver the events, outside every lock."""
 
     def __init__(self, name: str, listeners: Iterable[Listener], on_call: Iterable[Listener]) -> None:
         self.name, self.instance = name, ""
@@ -89,7 +89,7 @@ class Notices:
         self.start_process("")
 
     def start_process(self, instance: str) -> None:
-        """In this process, or in a child: the parent delivers and counts what is its own."""
+        """Start empty, also in a forked child: the parent delivers its own events and counts its own calls."""
         self.instance = instance
         self._waiting: dict[int, list[Event]] = {}  # by thread
         self.counting = threading.RLock()
@@ -111,13 +111,13 @@ class Notices:
             self.counters["slow"].tick()
 
     def rejected(self, retry_after: float, enforced: bool) -> None:
-        """A call was rejected, or in shadow mode would have been."""
+        """Count a rejection, and notify on_call. enforced: False in shadow mode."""
         self.count("rejected")
         if self.on_call:
             self._put(Event("rejected", self.name, self.instance, retry_after=retry_after, enforced=enforced))
 
     def changed(self, change: dict[str, Any], source: str, instance: str | None = None) -> None:
-        """A transition happened."""
+        """Notify the listeners of a transition."""
         self._put(
             Event(
                 "state_change",
@@ -133,11 +133,11 @@ class Notices:
         )
 
     def redis_down(self, error: BaseException) -> None:
-        """An outage of Redis began."""
+        """Notify the listeners that an outage of Redis began."""
         self._put(Event("redis_error", self.name, self.instance, exception=error, source="local"))
 
     def redis_up(self) -> None:
-        """An outage of Redis is over."""
+        """Notify the listeners that an outage of Redis is over."""
         self._put(Event("redis_restored", self.name, self.instance, source="redis"))
 
     def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
@@ -152,15 +152,15 @@ class Notices:
         self._waiting.setdefault(get_ident(), []).append(event)
 
     def take(self) -> list[Event]:
-        """What this thread has to deliver now."""
+        """Take the events that this thread has to deliver."""
         return self._waiting.pop(get_ident(), []) if self._waiting else []
 
     def receivers(self, event: Event) -> tuple[Listener, ...]:
-        """Whom to deliver an event to."""
+        """The listeners of an event."""
         return self.on_call if event.kind in CALL_KINDS else self.listeners
 
     def failed(self, listener: object) -> None:
-        """Log the exception of a listener; it reaches no caller."""
+        """Log a listener's exception, which must not reach the caller."""
         logger.exception("circuit breaker %r: listener %r failed", self.name, listener)
 
     def counts(self, gathered: int) -> Counts:

@@ -1,4 +1,4 @@
-"""What a dead Redis means, in one layer: a local engine takes over, and Redis is tried again in the background."""
+"""Outages of Redis: a local engine takes over, and Redis is retried in the background."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OUTCOMES = ("successes", "failures", "slow", "pending", "counted", "probe")
 
 
 def patience(redis_timeout: float) -> float:
-    """Seconds; longer than any one exchange with Redis, connecting included."""
+    """Seconds after which any exchange with Redis has ended, connecting included."""
     return LONGEST_PAUSE + 10 * redis_timeout
 
 
@@ -33,7 +33,7 @@ class FixedEngine:
         self._state, self._retry_after_ms = state, retry_after_ms
 
     def run(self, name: str, request: Request) -> Reply:
-        """The same reply to every script."""
+        """The same reply to every script call."""
         return {
             "admitted": self._state == "closed",
             "applied": False,
@@ -46,11 +46,11 @@ class FixedEngine:
         }
 
     def after_fork(self) -> None:
-        """Nothing is kept."""
+        """Nothing to do: it keeps no state."""
 
 
 class InMemory:
-    """For redis=None: the state machine of this process."""
+    """The engine for redis=None: the state machine runs in this process."""
 
     is_down = False
 
@@ -69,7 +69,7 @@ class InMemory:
 
 
 class Owner(Protocol):
-    """The breaker that a Fallback works for."""
+    """A breaker, as far as its Fallback uses it."""
 
     _notices: Notices
 
@@ -80,9 +80,9 @@ class Owner(Protocol):
 
 
 class Fallback:
-    """Redis while it answers, else a local engine that starts from what was last known.
+    """Asks Redis while it answers, else a local engine, which starts from the last known state.
 
-    mode: what to do without Redis. The owner is notified of each outage once.
+    mode: the breaker's on_redis_failure. The owner is notified once of each outage.
     """
 
     def __init__(self, owner: Owner, mode: OnRedisFailure, redis_timeout: float) -> None:
@@ -91,12 +91,12 @@ class Fallback:
         self._patience = patience(redis_timeout)
         self._local: LocalEngine | FixedEngine | None = None
         self._retry_at = 0.0
-        self._trying = False  # also true after a try that was abandoned
+        self._trying = False  # stays true when a retry was abandoned
         self._pause = FIRST_PAUSE
         self._lock = threading.RLock()
 
     def after_fork(self) -> None:
-        """In a child: a thread of the parent may hold the lock, and no thread tries again."""
+        """In a child: replace the lock, which a thread of the parent may hold, and retry soon, as no thread does."""
         self._lock = threading.RLock()
         self._retry_at, self._trying = 0.0, False
         if self._local is not None:
@@ -122,19 +122,19 @@ class Fallback:
             abandoned, self._trying = self._trying, True
             if not abandoned:
                 self._owner._in_background(self._try_again(request))  # no call waits for a server known to be down
-            else:  # short event loops may always end before a try in the background does
+            else:  # short event loops may always end before a retry in the background does
                 yield from self._try_again(request)
                 if self._local is None:
                     return (yield from self.run(name, request))
         return local.run(name, request)
 
     def local(self, name: str, request: Request) -> Reply | None:
-        """The reply of this process's own engine, None where Redis decides."""
+        """The reply of the local engine, as a plain call; None while Redis decides."""
         local = self._local
         return None if local is None else local.run(name, request)
 
     def command(self, name: str, request: Request) -> Steps[Reply]:
-        """An operator's action: by Redis or not at all. Raises RedisUnavailableError."""
+        """Carry out an operator's action in Redis, or not at all. Raises RedisUnavailableError."""
         try:
             reply = yield from self._ask(name, request)
         except REDIS_ERRORS as error:
@@ -168,7 +168,7 @@ class Fallback:
         return FixedEngine(self._mode, round(LONGEST_PAUSE * 1000))
 
     def _claim_retry(self) -> bool:
-        """Whether this caller is to try Redis again; if it dies over that, another one may after some time."""
+        """Whether this caller is to retry Redis. If it never finishes, another caller may claim the retry later."""
         now = monotonic()
         if now < self._retry_at:
             return False
@@ -183,14 +183,14 @@ class Fallback:
         return pause * random.uniform(0.75, 1.25)
 
     def _try_again(self, request: Request) -> Steps[None]:
-        """Checks that the server accepts writes, not merely that it answers."""
+        """Retry Redis: it must accept a write, not merely answer."""
         common: Request = {key: request[key] for key in ("instance", "policy") if key in request}
         try:
             yield from self._ask("record", {**common, "generation": 0})
         except REDIS_ERRORS:
             self._trying, self._retry_at = False, monotonic() + self._next_pause()
         except BaseException:
-            self._retry_at = 0.0  # cancelled
+            self._retry_at = 0.0  # cancelled: leave the retry to the next caller
             raise
         else:
             self._trying, self._local = False, None
@@ -198,7 +198,7 @@ class Fallback:
 
 
 def _without_local_outcomes(request: Mapping[str, Any]) -> Request:
-    """The request without outcomes of a local generation, which Redis does not know."""
+    """Drop the outcomes of a local generation, which Redis does not know."""
     if request.get("generation", 0) >= 0:
         return dict(request)
     return {**{key: value for key, value in request.items() if key not in _OUTCOMES}, "generation": 0}

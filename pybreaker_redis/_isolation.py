@@ -1,4 +1,4 @@
-"""Below the quorum, an instance that fails alone opens the circuit for itself only."""
+"""Below the quorum, a failing instance opens the circuit for itself only."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Run = Callable[[str, Request], Steps[Reply]]
 
 
 class Isolation:
-    """The state that one instance keeps next to the fleet's, by the same rules with a quorum of one.
+    """The state that one instance keeps for itself, by the same rules with a quorum of 1.
 
-    While the fleet is closed this state decides; otherwise the fleet's does, and this one is forgotten.
-    make: a new closed engine. run: the engine that decides for the fleet. quorum: the one in force.
-    notify: receives each transition of this state.
+    It decides while the fleet's circuit is closed. Any other state of the fleet overrules and discards it.
+    make: creates a closed engine. run: asks the fleet's engine. quorum: returns the quorum in force.
+    notify: receives each transition of the instance's own state.
     """
 
     def __init__(
@@ -30,43 +30,43 @@ class Isolation:
         self._own: LocalEngine | None = None
 
     def forget(self) -> None:
-        """What happened to the whole fleet happened to this instance too."""
+        """Discard the own state: a transition of the fleet supersedes it."""
         self._own = None
 
     def obey(self, override: dict[str, Any] | None) -> None:
-        """A policy override applies here too."""
+        """Apply a policy override to the own state."""
         if self._own is not None:
             self._own.obey(override)
 
     @property
     def state(self) -> State:
-        """This instance's own state."""
+        """The own state of this instance."""
         return "closed" if self._own is None else self._own.state
 
     def is_open(self) -> bool:
-        """Whether this instance is not closed, by its own state."""
+        """Whether the own state rejects or probes."""
         return self.state != "closed"
 
     def decides_over(self, fleet: Reply) -> bool:
-        """The same for a snapshot of the fleet."""
+        """Whether it does so under the state of the fleet in this snapshot."""
         own = self._own
         return (
             self.is_open() and own is not None and own.fleet_generation >= fleet["generation"] and not _decides(fleet)
         )
 
     def run(self, name: str, request: Request, common: Request, full: Request) -> Steps[Reply]:
-        """The reply to a script call, by the fleet's state and this instance's own.
+        """The reply to a script call, from the fleet's state and the own state.
 
-        common: what goes with the request to the fleet. full: what goes with every request of this instance.
+        common: the fields to add to the request to the fleet. full: the fields to add to any other request.
         """
         own = self._own
         if name == "acquire" and own is not None and own.state != "closed":
             fleet = yield from self._run("record", {**full, "generation": 0})
-            if self._next_to(fleet) is own:
+            if self._own_engine(fleet) is own:
                 mine = self._ask_own(own, "acquire", {**full, **request})
                 return {**_isolated(mine, fleet), "admitted": mine["admitted"]}
         reply = yield from self._run(name, {**common, **request})
-        own = self._next_to(reply)
+        own = self._own_engine(reply)
         if own is None:
             return reply
         if request.get("generation", 0) < 0:
@@ -83,10 +83,10 @@ class Isolation:
             self._notify(change)
         return mine
 
-    def _next_to(self, fleet: Reply) -> LocalEngine | None:
-        """This instance's own engine; None while the fleet's state alone decides.
+    def _own_engine(self, fleet: Reply) -> LocalEngine | None:
+        """The engine of the own state; None while only the fleet's state decides.
 
-        It belongs to one generation of the fleet: what happened in between, a reset too, happened to this instance.
+        Each generation of the fleet starts a new one: a transition or reset of the fleet applies to this instance too.
         """
         if self._quorum(fleet) == 1 or fleet["source"] != "redis" or _decides(fleet):
             self._own = None
@@ -97,11 +97,11 @@ class Isolation:
 
 
 def _isolated(mine: Reply, fleet: Reply) -> Reply:
-    """The reply of this instance's own state, with what the fleet's reply said about everything else."""
+    """The reply of the own state, with the transition, policy override and warning of the fleet's reply."""
     rest = {key: fleet.get(key) for key in ("transition", "override", "warning")}
     return {**mine, **rest, "admitted": False, "isolated": True, "source": "isolated"}
 
 
 def _decides(fleet: Reply) -> bool:
-    """Whether the fleet's state holds for an instance that fails alone too."""
+    """Whether the fleet's state overrules the own state."""
     return fleet["state"] != "closed" or fleet.get("forced") is not None

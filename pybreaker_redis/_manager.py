@@ -1,4 +1,4 @@
-"""One breaker for each service, from one configuration: policies, and the client and subscription they share."""
+"""One breaker for each service, all from one configuration, with one client and one subscription."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class ManagerCore(Generic[B]):
 
     @classmethod
     def with_redis(cls, config: Source | None = None, *, redis: Any = None, **hooks: Any) -> Self:
-        """A manager whose breakers are shared through Redis: by the client given, or at the URL of the configuration.
+        """Create a manager that shares its breakers through Redis.
 
-        redis: a redis-py client; for the asyncio manager a redis.asyncio one. hooks: as for the constructor.
-        Raises ConfigError; PolicyError.
+        redis: a redis-py client (redis.asyncio for the asyncio manager); None connects to the configuration's
+        redis_url. hooks: as for the constructor. Raises ConfigError; PolicyError.
         """
         manager = cls(config, **hooks)
         manager._share(redis)
@@ -76,13 +76,13 @@ class ManagerCore(Generic[B]):
         return f"<{type(self).__name__} {sorted(self._breakers)}>"
 
     def get_or_create(self, service: str) -> B:
-        """The breaker of a service, the same one for all callers. The first request makes it, without any I/O.
+        """The breaker of a service, the same for all callers. The first call creates it, without I/O.
 
-        Raises PolicyError for a service whose name cannot be a key.
+        Raises PolicyError if the name of the service cannot be part of a key.
         """
         breaker = self._breakers.get(service)
         if breaker is None:
-            # no lock, since a child might inherit it locked: of several that threads make at once, the first one stays
+            # no lock, which a forked child could inherit locked: if several threads create a breaker, the first stays
             breaker = self._breakers.setdefault(service, self._make(service))
         if self._client is not None and self.config.enabled and self.config.watch is not None:
             self._subscribe(breaker, self.config.watch)
@@ -103,7 +103,7 @@ class ManagerCore(Generic[B]):
         )
 
     def _subscribe(self, breaker: B, lease: float) -> None:
-        """Have the breaker share the subscription, unless it already does."""
+        """Let the breaker join the shared subscription, unless it has joined."""
         raise NotImplementedError
 
     def _all(self) -> Iterator[tuple[str, B]]:
@@ -127,29 +127,29 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     config: a Config, or what pybreaker_redis.config.load() takes (a path, a dict), or None for the defaults.
     failures, ignore, is_failure, listeners, on_call: as for CircuitBreaker, for every breaker.
 
-    Constructing one needs no server. While Redis does not answer, each breaker logs one warning and protects this
-    process by the same rules. Raises ConfigError; PolicyError.
+    Construction needs no server. While Redis is down, each breaker logs one warning and applies the same rules in this
+    process. Raises ConfigError; PolicyError.
     """
 
     _breaker_type = CircuitBreaker
     _client_from_url = staticmethod(client_from_url)
 
     def call(self, service: str, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """func(*args, **kwargs), guarded by the breaker of the service.
+        """Call func(*args, **kwargs), guarded by the breaker of the service.
 
-        Raises CircuitOpenError when rejected, else what func raises.
+        Raises CircuitOpenError if rejected, else the exceptions of func.
         """
         if not self.config.enabled:
             return func(*args, **kwargs)
         return self.get_or_create(service).call(func, *args, **kwargs)
 
     def get_state(self, service: str) -> State:
-        """The state of a service: from the view of its breaker while that is fresh, else from Redis."""
+        """The state of a service: from its breaker's view while that is fresh, else from Redis."""
         breaker = self.get_or_create(service)
         return breaker._drive(breaker._fresh_state())
 
     def get_all_states(self) -> dict[str, State]:
-        """The state of every service that is configured or was used; as last known while Redis is down."""
+        """The state of every service that is configured or was used. While Redis is down: the last known state."""
         states: dict[str, State] = {}
         down = False
         for service, breaker in self._all():
@@ -176,30 +176,30 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
 
 
 class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
-    """CircuitBreakerManager for asyncio: the same arguments and methods, to be awaited except for get_or_create().
+    """CircuitBreakerManager for asyncio: takes the same arguments; all methods but get_or_create() are awaited.
 
-    It may be constructed outside of a running loop, and used in several.
+    One manager may serve several event loops, and may be created before any of them runs.
     """
 
     _breaker_type = AsyncCircuitBreaker
     _client_from_url = staticmethod(async_client_from_url)
 
     async def call(self, service: str, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """await func(*args, **kwargs), guarded by the breaker of the service.
+        """Await func(*args, **kwargs), guarded by the breaker of the service.
 
-        Raises CircuitOpenError when rejected, else what func raises.
+        Raises CircuitOpenError if rejected, else the exceptions of func.
         """
         if not self.config.enabled:
             return await func(*args, **kwargs)
         return await self.get_or_create(service).call(func, *args, **kwargs)
 
     async def get_state(self, service: str) -> State:
-        """The state of a service: from the view of its breaker while that is fresh, else from Redis."""
+        """The state of a service: from its breaker's view while that is fresh, else from Redis."""
         breaker = self.get_or_create(service)
         return await breaker._drive(breaker._fresh_state())
 
     async def get_all_states(self) -> dict[str, State]:
-        """The state of every service that is configured or was used; as last known while Redis is down."""
+        """The state of every service that is configured or was used. While Redis is down: the last known state."""
         states: dict[str, State] = {}
         down = False
         for service, breaker in self._all():

@@ -1,6 +1,6 @@
 """The engine that answers the scripts' requests in memory, for redis=None and while Redis is down.
 
-It is also the model that the Lua is tested by.
+It is also the model that tests compare the Lua with.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ class MemoryEngine:
             "control": self._control,
             "snapshot": self._snapshot,
         }
-        self._made_of: tuple[Any, Any] = (self, self)  # the fields that _policy was made of; it is never changed
+        self._made_of: tuple[Any, Any] = (self, self)  # the inputs of _policy, which is never changed in place
         self._policy: dict[str, Any] = {}
         self._lock = threading.RLock()
         self._history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY_ENTRIES)
 
     def after_fork(self) -> None:
-        """Replace the lock, which another thread of the parent may have held."""
+        """In a child: replace the lock, which a thread of the parent may hold."""
         self._lock = threading.RLock()
 
     def run(self, name: str, request: Request) -> Reply:
@@ -78,7 +78,7 @@ class MemoryEngine:
             return self._reply(document, request, policy, reply)
 
     def _policy_of(self, given: dict[str, Any] | None) -> dict[str, Any]:
-        """The policy in force: the caller's fields, over them the operator's; the default of what neither has."""
+        """The policy in force: the policy override, then the caller's fields, then the defaults."""
         made_of = given, self._override
         if made_of[0] is not self._made_of[0] or made_of[1] is not self._made_of[1]:
             policy = {**_DEFAULTS, **(given or {}), **(self._override or {})}
@@ -93,12 +93,12 @@ class MemoryEngine:
             return list(self._history)[::-1][:count]
 
     def obey(self, override: dict[str, Any] | None) -> None:
-        """Take over a policy override that was set elsewhere."""
+        """Apply a policy override that was set elsewhere."""
         with self._lock:
             self._override, self._override_until_ms = override, None
 
     def _load(self, policy: dict[str, Any], now: int) -> Document:
-        """A copy of the document, which replaces the document where a script would write it."""
+        """A copy of the document as of now. It replaces the document where a script would write it."""
         if self._document is None:
             return Document(generation=now, now=now, is_local=self.is_local)
         document = self._document.copy()
@@ -189,7 +189,7 @@ class MemoryEngine:
 
 
 class LocalEngine(MemoryEngine):
-    """Protects one process while Redis is down. Its own generations are below zero, so that Redis never takes them."""
+    """Protects one process while Redis is down. Its own generations are below zero, so that Redis rejects them."""
 
     source = "local"
     is_local = True
@@ -219,7 +219,6 @@ def document_for(state: State, generation: int, failure_count: int, open_for: fl
         is_new=False,
     )
     if state != "closed" or not generation:
-        document.generation = _rules.next_generation(
-            document
-        )  # Redis must not take the slots of a local half-open state
+        # Redis must not accept the slots of a local half-open state
+        document.generation = _rules.next_generation(document)
     return document

@@ -1,4 +1,4 @@
-"""When a breaker trips and how it recovers: the one declaration of each policy field in Python."""
+"""When a breaker trips and how it recovers: the only declaration of the policy fields in Python."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _KINDS = {"count": "an integer", "seconds": "a number of seconds", "number": "a 
 class Rule(NamedTuple):
     """What a policy field accepts and means.
 
-    kind: "count", "seconds" (`<field>_ms` in the scripts), "number" or "flag". optional: None means "off", which the
-    scripts write as 0. on_success: a report of nothing but successes must carry it, whatever state it meets.
+    kind: "count", "seconds" (`<field>_ms` in the scripts), "number" or "flag". optional: None turns the rule off; the
+    scripts write 0. on_success: the field may matter to a report of only successes, which must therefore carry it.
     """
 
     kind: str
@@ -27,7 +27,7 @@ class Rule(NamedTuple):
     on_success: bool = True
 
     def check(self, name: str, value: Any) -> None:
-        """Raise PolicyError unless the field called name may have this value."""
+        """Raise PolicyError unless the value is valid for the field called name."""
         if value is None and self.optional:
             return
         if self.kind == "flag":
@@ -42,7 +42,7 @@ class Rule(NamedTuple):
             raise PolicyError(f"{name} must be {_KINDS[self.kind]}{bounds}{none}, not {value!r}")
 
     def to_request(self, value: Any) -> int | float | bool:
-        """A value in the scripts' units."""
+        """Convert a value of Policy to the scripts' units."""
         if self.kind == "flag":
             return bool(value)
         if self.kind == "seconds":
@@ -50,7 +50,7 @@ class Rule(NamedTuple):
         return int(value) if self.kind == "count" else float(value or 0)
 
     def from_request(self, value: Any) -> Any:
-        """A value in the scripts' units as Policy has it."""
+        """Convert a value in the scripts' units to one of Policy."""
         if self.optional and value == 0:
             return None
         return value / 1000 if self.kind == "seconds" else value
@@ -63,27 +63,27 @@ def _field(kind: str, default: Any, least: float, most: float, meaning: str, *, 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
-    """The rules of one breaker; immutable, and checked when built. Durations are in seconds, exact to a millisecond.
+    """When a breaker trips and how it recovers. Immutable. Durations are in seconds, exact to a millisecond.
 
-    Raises PolicyError for a value out of range or of the wrong type.
+    Raises PolicyError for a value of the wrong type or out of range.
     """
 
     failure_threshold: int = _field(
-        "count", 5, 1, 10**9, "Failures in a row, in the whole fleet, that trip a closed breaker.", on_success=False
+        "count", 5, 1, 10**9, "Failures in a row, across the fleet, that trip a closed breaker.", on_success=False
     )
     reset_timeout: float = _field(
         "seconds", 30.0, 0.001, LONGEST, "How long the circuit stays open before a probe may run."
     )
     success_threshold: int = _field("count", 1, 1, 10**9, "Successful probes that close the circuit.", on_success=False)
     half_open_max_calls: int = _field(
-        "count", 1, 1, 1000, "Probes in flight at a time, in the whole fleet.", on_success=False
+        "count", 1, 1, 1000, "Probes that may run at the same time, across the fleet.", on_success=False
     )
     probe_timeout: float = _field(
         "seconds",
         30.0,
         0.001,
         LONGEST,
-        "After this time a probe that never reported gives its slot back.",
+        "How long a probe may hold its slot without reporting.",
         on_success=False,
     )
     error_rate_threshold: float | None = _field(
@@ -91,22 +91,22 @@ class Policy:
         None,
         1e-9,
         1,
-        "Share of failed calls in the window, 0 to 1, that trips the breaker. None: no such rule.",
+        "Share of failed calls in the window, 0 to 1, that trips the breaker. None turns this rule off.",
     )
-    minimum_calls: int = _field("count", 20, 1, 10**9, "Calls that the window must hold before a rate is judged.")
+    minimum_calls: int = _field("count", 20, 1, 10**9, "Calls that must be in the window before a rate counts.")
     window: float = _field(
         "seconds",
         60.0,
         0.01,
         LONGEST,
-        "Length of the sliding window. It has ten buckets, so a call counts for 0.9 to 1 window.",
+        "Length of the sliding window. It moves by a tenth at a time, so a call counts for 0.9 to 1 window.",
     )
     slow_call_duration: float | None = _field(
         "seconds",
         None,
         0.001,
         LONGEST,
-        "A call that takes this long or longer is slow. None: no call is slow.",
+        "A call that takes this long or longer counts as slow. None: calls are not timed.",
         on_success=False,
     )
     slow_call_rate_threshold: float | None = _field(
@@ -114,51 +114,51 @@ class Policy:
         None,
         1e-9,
         1,
-        "Share of slow calls in the window, 0 to 1, that trips the breaker; a slow probe then opens it again."
-        " None: no such rule.",
+        "Share of slow calls in the window, 0 to 1, that trips the breaker. A slow probe then reopens it."
+        " None turns this rule off.",
     )
     backoff_multiplier: float = _field(
         "number",
         1.0,
         1,
         1000,
-        "Each trip in a row opens the circuit this much longer. Back-off resets once the breaker has stayed closed for"
-        " as long as its next open period would last.",
+        "Each further trip in a row makes the open period this many times longer. Back-off resets once the breaker has"
+        " stayed closed for as long as its next open period would last.",
     )
     max_reset_timeout: float | None = _field(
-        "seconds", None, 0.001, LONGEST, "The longest open period under back-off. None: 365 days.", on_success=False
+        "seconds", None, 0.001, LONGEST, "Longest open period under back-off. None: 365 days.", on_success=False
     )
     jitter: float = _field(
-        "number", 0.0, 0, 1, "Each trip adds up to this share, 0 to 1, of the open period to it.", on_success=False
+        "number", 0.0, 0, 1, "Each open period is lengthened by up to this share of it, 0 to 1.", on_success=False
     )
     quorum: int = _field(
         "count",
         1,
         1,
         100,
-        "Distinct instances that must have reported failures, in the run or the window, before the fleet trips. An"
-        " instance that fails below the quorum opens the circuit for itself only.",
+        "Instances that must have failed, in the run of failures or in the window, before the fleet trips. Below the"
+        " quorum, a failing instance opens the circuit for itself only.",
     )
     ttl: float = _field(
         "seconds",
         3600.0,
         1,
         LONGEST,
-        "How long Redis keeps the state after the last write; longer where the state itself lasts longer.",
+        "How long Redis keeps the state after the last write, or until the state itself ends if that is later.",
     )
     ramp_up: float = _field(
         "seconds",
         0.0,
         0,
         LONGEST,
-        "After a recovery, the time over which the share of admitted calls grows from a tenth to all of them.",
+        "How long the share of admitted calls takes to grow from a tenth to all after a recovery.",
     )
     enforce: bool = _field(
         "flag",
         True,
         0,
         1,
-        "False is shadow mode: calls are counted and trips are notified, but every call is admitted.",
+        "False is shadow mode: the breaker counts, trips and notifies, but admits every call.",
         on_success=False,
     )
 
@@ -166,7 +166,7 @@ class Policy:
         for name, rule in RULES.items():
             rule.check(name, getattr(self, name))
         if self.slow_call_rate_threshold is not None and self.slow_call_duration is None:
-            raise PolicyError("slow_call_rate_threshold needs slow_call_duration, which says which calls are slow")
+            raise PolicyError("slow_call_rate_threshold needs slow_call_duration: without it no call counts as slow")
 
     def to_request(self) -> dict[str, Any]:
         """The fields that differ from the defaults, in the scripts' units."""
@@ -174,10 +174,10 @@ class Policy:
         return {request_field(name): RULES[name].to_request(value) for name, value in given if value != DEFAULTS[name]}
 
     def with_override(self, override: Mapping[str, Any] | None) -> Policy:
-        """This policy under a policy override: the fields that an operator set for the fleet, in the scripts' units."""
+        """This policy with a policy override: fields that an operator set for the fleet, in the scripts' units."""
         if not override:
             return self
-        # built without the check: the server has checked each field, and the operator's word is final
+        # unchecked: Redis has checked each field, and two fields that do not fit must not break every call of the fleet
         policy = object.__new__(Policy)
         for name, rule in RULES.items():
             field = request_field(name)
@@ -192,7 +192,7 @@ Policy.__doc__ = f"{Policy.__doc__}\n" + "\n".join(f"    {name}: {rule.meaning}"
 
 
 def override_request(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a policy as control.lua takes them. Raises PolicyError for an unknown field or a bad value."""
+    """Policy fields in the form that control.lua takes. Raises PolicyError for an unknown field or a bad value."""
     if not fields:
         raise PolicyError("name at least one policy field to set")
     for name, value in fields.items():

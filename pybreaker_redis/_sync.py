@@ -1,4 +1,4 @@
-"""The breaker for threads: the decisions of _core over blocking connections."""
+"""The breaker for threads: carries out the decisions of _core over blocking connections."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T")
 _SUSPENDED = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType})
 _new = object.__new__
-_USE_ASYNC = "is a coroutine function: the sync breaker cannot await it, use AsyncCircuitBreaker"
+_USE_ASYNC = "is a coroutine function, which CircuitBreaker cannot await: use AsyncCircuitBreaker"
 
 
 class Guarded(Protocol[P, R_co]):
-    """A decorated function: same signature, and its breaker as `.breaker`."""
+    """A decorated function: it keeps its signature, and has its breaker as `.breaker`."""
 
     breaker: CircuitBreaker
 
@@ -42,23 +42,23 @@ class Guarded(Protocol[P, R_co]):
 class Permit(BasePermit):
     """The right to one call, and the `with` block of that call.
 
-    with breaker.acquire() as permit: counts the end of the block: an exception by the breaker's classification, else a
-    success. permit.failure(error) or permit.release() inside overrule that. In two steps, for callbacks: call
-    success(), failure(error) or release() once; a second one raises PermitError.
+    `with breaker.acquire() as permit:` counts a success, or the exception that ends the block, as the breaker's options
+    say. Call permit.failure(error) or permit.release() in the block to overrule that. For callbacks, use no block, and
+    call success(), failure(error) or release() once; a second call raises PermitError.
     """
 
     __slots__ = ()
 
     def success(self) -> None:
-        """The call succeeded. Raises PermitError if the permit is settled."""
+        """Count the call as a success. Raises PermitError if the permit is settled."""
         self._breaker._drive(self._settle(SUCCESS, None))
 
     def failure(self, error: BaseException | None = None) -> None:
-        """The call failed. Raises PermitError if the permit is settled."""
+        """Count the call as a failure. error: for on_call. Raises PermitError if the permit is settled."""
         self._breaker._drive(self._settle(FAILURE, error))
 
     def release(self) -> None:
-        """The call counts as nothing; a probe gives its slot back. Raises PermitError if the permit is settled."""
+        """Count the call as nothing, and free the slot of a probe. Raises PermitError if the permit is settled."""
         self._breaker._drive(self._settle(IGNORED, None))
 
     def __enter__(self) -> Self:
@@ -69,7 +69,7 @@ class Permit(BasePermit):
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        stage, self._stage = self._stage, SETTLED  # before anything else: another thread may settle it now
+        stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
         if error is None and stage == ENTERED and (tick := self._tick) is not None:
             tick()
             return
@@ -79,13 +79,13 @@ class Permit(BasePermit):
 
 
 class Watch(BaseWatch):
-    """A breaker's share in a subscription; also a `with` block."""
+    """A breaker's membership in a subscription; also a `with` block."""
 
     def _open(self) -> Subscription:
         return Subscription(*self._subscription())
 
     def close(self) -> None:
-        """Leave the subscription; the breaker's own lease holds again."""
+        """Leave the subscription. The breaker returns to its own lease."""
         self._leave()
 
     def __enter__(self) -> Self:
@@ -98,20 +98,21 @@ class Watch(BaseWatch):
 class CircuitBreaker(BreakerCore):
     """A circuit breaker, shared through Redis by every process that uses the same name.
 
-    name: of the guarded service.
-    redis: a redis-py client (Redis, RedisCluster, Sentinel master), a URL, or None for this process only.
-    policy: when the breaker trips and how it recovers.
-    lease: seconds for which a reply of Redis is used without asking again; 0 asks before and reports after every call.
+    name: the guarded service. Breakers of one name share one state.
+    redis: a redis-py client (Redis, RedisCluster, Sentinel master), a URL, or None to keep the state in this process.
+    policy: when the breaker trips and how it recovers. None: Policy().
+    lease: seconds for which calls may rely on a reply from Redis. 0: each call asks before and reports after.
     failures: exception types that count as failures. Any other exception counts as success: the service did answer.
-    ignore: exception types that count as nothing.
-    is_failure: a predicate on results; a true one counts as failure.
+    ignore: exception types that count as neither success nor failure.
+    is_failure: a function of the result. A call counts as a failure if it returns true.
     listeners: callables that receive an Event for each transition and each outage of Redis.
     on_call: callables that receive an Event for every call: success, failure, ignored or rejected.
-    on_redis_failure: without Redis, "local" protects this process by the same rules, "open" rejects, "closed" admits.
-    prefix: of the keys in Redis.
-    redis_timeout: seconds to connect to Redis, and for each reply.
+    on_redis_failure: what to do while Redis is down. "local" applies the same rules in this process, "open" rejects
+        every call, "closed" admits every call.
+    prefix: the first part of every key in Redis.
+    redis_timeout: seconds to wait for a connection to Redis, and for each reply.
 
-    Constructing one needs no server and writes nothing. Raises PolicyError for an option that makes no sense.
+    Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """
 
     _permit: type[Permit] = Permit
@@ -125,13 +126,13 @@ class CircuitBreaker(BreakerCore):
     # Calls
 
     def call(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """func(*args, **kwargs), guarded. Raises CircuitOpenError when rejected, else what func raises.
+        """Call func(*args, **kwargs), guarded. Raises CircuitOpenError if rejected, else the exceptions of func.
 
-        A generator that func returns is guarded over its whole iteration; a coroutine is a TypeError.
+        If func returns a generator, its whole iteration is guarded. Raises TypeError if func returns a coroutine.
         """
         seen, now = self._view.seen, monotonic()
         if now >= seen.closed_until:
-            return self._slow_call(func, args, kwargs, now)
+            return self._call_with_permit(func, args, kwargs, now)
         try:
             result = func(*args, **kwargs)
         except BaseException as error:
@@ -146,8 +147,8 @@ class CircuitBreaker(BreakerCore):
         """Decorate func. Raises TypeError for a coroutine function."""
         if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
             raise TypeError(f"{func!r} {_USE_ASYNC}")
-        if not callable(func):  # a classmethod, for example, is not until it is bound
-            raise TypeError(f"{func!r} cannot be called")
+        if not callable(func):  # a classmethod object, for example: it is callable only once it is bound
+            raise TypeError(f"{func!r} is not callable: decorate a function")
         if inspect.isgeneratorfunction(func):
 
             def guarded(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -160,13 +161,13 @@ class CircuitBreaker(BreakerCore):
         return cast("Guarded[P, R]", guarded)
 
     def _guard(self, func: Callable[P, R]) -> Callable[P, R]:
-        """call() for one function, without the attribute look-ups that it needs."""
+        """call() bound to one function, which saves attribute look-ups."""
         view, quiet = self._view, self._quiet
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
             if now >= seen.closed_until:
-                return self._slow_call(func, args, kwargs, now)
+                return self._call_with_permit(func, args, kwargs, now)
             try:
                 result = func(*args, **kwargs)
             except BaseException as error:
@@ -179,8 +180,8 @@ class CircuitBreaker(BreakerCore):
 
         return guarded
 
-    def _slow_call(self, func: Callable[..., R], args: Any, kwargs: Any, now: float) -> R:
-        """A call that the view does not simply admit, or whose duration is measured."""
+    def _call_with_permit(self, func: Callable[..., R], args: Any, kwargs: Any, now: float) -> R:
+        """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
         seen = self._view.seen
         if now < seen.open_until and not self._notices.on_call:
             self._notices.count("rejected")
@@ -197,7 +198,7 @@ class CircuitBreaker(BreakerCore):
         return self._settle_result(func, result, permit)
 
     def _judge(self, func: Any, result: R, seen: Seen, now: float) -> R:
-        """The result of a call that the view admitted, where the fast path does not apply."""
+        """Count a result of the fast path that is_failure or on_call must see, or that must still be iterated."""
         if not self._plain or type(result) in _SUSPENDED:
             return self._settle_result(func, result, self._permit(self, seen.generation, now))
         seen.tick()
@@ -231,7 +232,7 @@ class CircuitBreaker(BreakerCore):
         return result
 
     def acquire(self) -> Permit:
-        """A permit for one call, which is also its `with` block. Raises CircuitOpenError when rejected."""
+        """A permit for one call, which is also its `with` block. Raises CircuitOpenError if the call is rejected."""
         seen, now = self._view.seen, monotonic()
         if now < seen.closed_until:
             permit = _new(self._permit)  # calling the class would take half as long again
@@ -266,7 +267,7 @@ class CircuitBreaker(BreakerCore):
     def _drive(self, steps: Steps[T] | None) -> T | None: ...
 
     def _drive(self, steps: Steps[T] | None) -> T | None:
-        """Carry out what the decision code asks for, deliver its events, and give what it returns."""
+        """Carry out the steps, deliver their events, and return their result."""
         try:
             return None if steps is None else self._carry_out(steps)
         finally:
@@ -286,21 +287,21 @@ class CircuitBreaker(BreakerCore):
             return cast(T, end.value)
 
     def _in_background(self, steps: Steps[None]) -> None:
-        with contextlib.suppress(RuntimeError):  # no thread can start: at the interpreter's end, or at a limit
+        with contextlib.suppress(RuntimeError):  # no thread can start: the interpreter exits, or a limit is reached
             threading.Thread(target=self._drive, args=(steps,), name="pybreaker_redis-retry", daemon=True).start()
 
     def _refresh(self, wait: bool) -> None:
-        """Renew the view, one thread at a time. wait: return only when it was renewed, by whichever thread."""
+        """Renew the view, one thread at a time. wait: return only once it is renewed, by this thread or another."""
         lock, began = self._refreshing, monotonic()
         if not lock.acquire(timeout=patience(self._redis_timeout) if wait else 0):
             if not wait:
                 return
-            # longer than any refresh: a signal handler's exception can hit its thread between the lock and `try`
+            # held longer than any refresh: an exception of a signal handler hit its thread between the lock and `try`
             if self._refreshing is lock:
                 self._refreshing = threading.RLock()
             return self._refresh(wait)
         try:
-            # as of this thread's arrival: a reply that has outlived its lease by now was still worth the wait
+            # judged at this thread's arrival: the reply it waited for serves it even if that has expired by now
             if self._view.decide(self._view.seen, began) in (Verdict.REFRESH, Verdict.WAIT):
                 self._carry_out(self._renew())
         finally:
@@ -314,35 +315,35 @@ class CircuitBreaker(BreakerCore):
                 except Exception:
                     self._notices.failed(listener)
 
-    # Looking and steering
+    # State and operator actions
 
     def snapshot(self) -> Snapshot:
-        """Everything that Redis knows about this breaker now; while Redis is down, what the local engine knows."""
+        """Read the whole state from Redis; while Redis is down, from this process's local engine."""
         return self._drive(self._snapshot())
 
     def force_open(self, duration: float | None = None) -> None:
-        """Reject every call of the fleet for so many seconds (default and most: 30 days), then probe.
+        """Reject every call of the fleet, then probe. duration: seconds; default and maximum: 30 days.
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
         self._drive(self._command("force_open", duration))
 
     def force_closed(self, duration: float | None = None) -> None:
-        """Admit every call of the fleet, and count nothing, for so many seconds (default and most: 30 days).
+        """Admit every call of the fleet, and count nothing. duration: seconds; default and maximum: 30 days.
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
         self._drive(self._command("force_closed", duration))
 
     def clear_forced(self) -> None:
-        """End a forced state: a circuit forced open probes next, one forced closed stays closed.
+        """End a forced state. After force_open the next call probes; after force_closed the circuit stays closed.
 
         Raises RedisUnavailableError.
         """
         self._drive(self._command("clear_forced"))
 
     def reset(self) -> None:
-        """Close the circuit, and drop all counts and forced states. Calls that run now will not count.
+        """Close the circuit, and drop all counts and any forced state. Calls that are running will not count.
 
         Raises RedisUnavailableError.
         """
@@ -353,17 +354,18 @@ class CircuitBreaker(BreakerCore):
 
         All breakers of this process that watch the same server share one subscription, held by one thread. While it
         stands, a trip is in the view as soon as it is published, listeners receive every transition (source "watch"),
-        and a healthy breaker sends one command per lease (per tenth of the window where a rate can trip). When it is
-        lost, the breaker's own short lease holds until it stands again. End it with close(), or use it as a `with`
-        block. Raises PolicyError for a breaker without Redis, or a lease out of range.
+        and a healthy breaker sends one command per lease (per tenth of the window if the policy has a rate). While it
+        is lost, the breaker's own short lease holds. End it with close(), or use it as a `with` block.
+
+        Raises PolicyError for a breaker without Redis, or a lease out of range.
         """
         return self._watch_with(Watch, lease)
 
     def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
-        """Set a policy override for the whole fleet: fields of Policy, on top of those set before.
+        """Set a policy override for the whole fleet: fields of Policy, added to those set before.
 
-        Every instance obeys from its next script call on. duration: seconds after which the whole override ends;
-        None: it holds until clear_policy(). Raises PolicyError; RedisUnavailableError.
+        Every instance obeys from its next script call on. duration: seconds until the whole policy override ends;
+        None: until clear_policy(). Raises PolicyError; RedisUnavailableError.
         """
         self._drive(self._command("set_policy", duration, fields))
 
@@ -372,7 +374,7 @@ class CircuitBreaker(BreakerCore):
         self._drive(self._command("clear_policy"))
 
     def history(self, count: int = 100) -> list[HistoryEntry]:
-        """The last transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
+        """Up to count transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
         check_history_count(count)
         if isinstance(self._engine, InMemory):
             return history_entries(self._engine.history(count))
@@ -382,7 +384,7 @@ class CircuitBreaker(BreakerCore):
             raise RedisUnavailableError(f"the history could not be read: {error}") from error
 
     def flush(self) -> None:
-        """Report the gathered successes now."""
+        """Report the gathered successes to Redis now."""
         self._drive(self._flush())
 
     def close(self) -> None:

@@ -514,7 +514,7 @@ def test_breakers_that_ran_a_probe_are_freed(make_breaker: Make, way: str) -> No
 @pytest.mark.parametrize("shell", [CircuitBreaker, AsyncCircuitBreaker])
 def test_no_closure_for_a_call(shell: Any) -> None:
     """call() defines no function of its own, for that would be made anew in every call."""
-    for method in (shell.call, shell._slow_call, shell.acquire):
+    for method in (shell.call, shell._call_with_permit, shell.acquire):
         assert not method.__code__.co_cellvars
         assert not [one for one in method.__code__.co_consts if isinstance(one, types.CodeType)]
 
