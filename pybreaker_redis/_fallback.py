@@ -96,7 +96,7 @@ class Fallback:
         self._lock = threading.RLock()
 
     def after_fork(self) -> None:
-        """In a child: replace the lock, which a thread of the parent may hold, and retry soon, as no thread does."""
+        """In a child: replace the lock, which a thread of the parent may hold. The next call retries Redis."""
         self._lock = threading.RLock()
         self._retry_at, self._trying = 0.0, False
         if self._local is not None:

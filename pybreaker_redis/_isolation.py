@@ -48,7 +48,7 @@ class Isolation:
         return self.state != "closed"
 
     def decides_over(self, fleet: Reply) -> bool:
-        """Whether it does so under the state of the fleet in this snapshot."""
+        """Whether the own state rejects or probes under the fleet's state in this snapshot."""
         own = self._own
         return (
             self.is_open() and own is not None and own.fleet_generation >= fleet["generation"] and not _decides(fleet)

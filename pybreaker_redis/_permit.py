@@ -1,4 +1,4 @@
-"""The right to one call: what both permits share, and how calls within a probe become part of it."""
+"""Permits, and the nested calls that become part of a probe."""
 
 from __future__ import annotations
 
@@ -24,10 +24,9 @@ ADMITTED, ENTERED, SETTLED = 0, 1, 2
 class BasePermit:
     """The right to one call. Settle it once, by an outcome or by leaving its block.
 
-    generation: under which the call was admitted; None where its outcome counts for nothing (in shadow mode, or as
-    part of a probe). probe: the slot of a probe, else None. started: seconds of the monotonic clock.
-    pending_since: when the call was reported as slow while it ran, else None.
-    tick: counts a success that needs nothing else: the view simply admitted the call, and nothing observes it.
+    generation: the one that admitted the call; None if its outcome does not count (in shadow mode, or within a probe).
+    probe: the slot of a probe, else None. started: when the call began, on the monotonic clock. pending_since: when it
+    was reported as slow while it ran, else None. tick: counts its success on the fast path, where nothing observes it.
     """
 
     __slots__ = ("__weakref__", "_breaker", "_stage", "_tick", "generation", "pending_since", "probe", "started")
@@ -50,7 +49,7 @@ class BasePermit:
 
     @property
     def settled(self) -> bool:
-        """Whether the call has ended."""
+        """Whether the outcome is known."""
         return self._stage == SETTLED
 
     def __repr__(self) -> str:
@@ -65,23 +64,23 @@ class BasePermit:
         self.begin()
 
     def begin(self) -> None:
-        """The guarded code runs in this context: its calls of the same breaker are part of the probe."""
+        """Mark this context: calls that the guarded code makes through the same breaker are part of the probe."""
         if self.probe is not None:
             running = [one for one in _probes.get() if (permit := one()) is not None and not permit.settled]
             _probes.set((*running, weakref.ref(self)))
 
     def end(self) -> None:
-        """The guarded code has ended."""
+        """Remove the mark of begin()."""
         if self.probe is not None:
-            # no reset(): blocks in generators end in any order, and in other contexts, whose marks in_probe() ignores
+            # not reset(): blocks in generators end in any order or context; in_probe() skips permits that are settled
             _probes.set(tuple(one for one in _probes.get() if one() is not self))
 
     def settle(self) -> None:
-        """The outcome is known."""
+        """Mark the outcome as known."""
         self._stage = SETTLED
 
     def _settle(self, outcome: Outcome, error: BaseException | None) -> Steps[None] | None:
-        stage, self._stage = self._stage, SETTLED  # before anything else: another thread may settle it now
+        stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
         if stage == SETTLED:
             raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
         report: Steps[None] | None = self._breaker._report(self, outcome, error)
@@ -89,9 +88,9 @@ class BasePermit:
 
 
 def warns_if_lost(kind: type[P]) -> type[P]:
-    """The same kind of permit, which warns when it is lost before it was settled.
+    """A subclass of a permit that warns when it is garbage-collected before it is settled.
 
-    It is not used where nobody would see the warning: the destructor takes a quarter of the time of a block.
+    Used only where Python shows the warning: the destructor costs a quarter of the time of a block.
     """
 
     def __del__(permit: P) -> None:
@@ -108,7 +107,7 @@ def warns_if_lost(kind: type[P]) -> type[P]:
 
 
 def resource_warnings_are_shown() -> bool:
-    """Whether they are now, as in Python's development mode."""
+    """Whether Python shows them now, as in its development mode."""
     actions = (action for action, _, category, *_ in warnings.filters if issubclass(ResourceWarning, category))
     return next(actions, "default") != "ignore"
 

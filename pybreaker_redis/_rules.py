@@ -1,4 +1,4 @@
-"""The rules: when the circuit opens, who may probe it and when it closes.
+"""The rules: when the circuit opens, which calls may probe it, and when it closes.
 
 lua/rules.lua has the same rules for a breaker in Redis: the same functions in the same order. Durations and times are
 in milliseconds.
@@ -21,9 +21,9 @@ _local_generations = itertools.count(2)  # FixedEngine has -1
 
 @dataclasses.dataclass
 class Document:
-    """The state document; the head of lua/model.lua explains its fields, that of lua/document.lua the last ones.
+    """The state of one breaker. lua/model.lua explains the stored fields, lua/document.lua those from `now` on.
 
-    is_local: it is kept by a process while Redis is down.
+    is_local: whether one process keeps it, while Redis is down.
     """
 
     generation: int
@@ -49,7 +49,7 @@ class Document:
     change: dict[str, Any] | None = None
 
     def copy(self) -> Document:
-        """One that may be changed."""
+        """A copy that may be changed."""
         copy = object.__new__(Document)
         copy.__dict__.update(self.__dict__)  # a sixth of the time of dataclasses.replace()
         copy.probes, copy.reporters = self.probes.copy(), self.reporters.copy()
@@ -57,7 +57,7 @@ class Document:
 
 
 def open_time_ms(policy: Policy, trips: int) -> int:
-    """How long the circuit opens for at its trips-th trip in a row, without jitter."""
+    """The open period after this many trips in a row, without jitter."""
     open_ms: float = policy["reset_timeout_ms"]
     most = max(policy["max_reset_timeout_ms"], open_ms) if policy["max_reset_timeout_ms"] else LONGEST_MS
     for _ in range(trips - 1 if policy["backoff_multiplier"] > 1 else 0):
@@ -81,7 +81,7 @@ def recent_trips(document: Document, policy: Policy) -> int:
 
 
 def next_generation(document: Document) -> int:
-    # a local generation is below zero, so that Redis never takes it
+    # a local generation is below zero, so that Redis rejects it
     return -next(_local_generations) if document.is_local else max(document.generation + 1, document.now)
 
 
@@ -123,7 +123,7 @@ def close(document: Document, reason: str) -> None:
 def trip(document: Document, policy: Policy, reason: str) -> None:
     trips = min(recent_trips(document, policy) + 1, 1000)
     open_ms = open_time_ms(policy, trips)
-    # the jitter differs from breaker to breaker, and anyone can compute it again
+    # a hash, not a random number: it differs between breakers, and a test can compute it too
     share = next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
     open_for(document, min(math.floor(open_ms * (1 + policy["jitter"] * share)), LONGEST_MS), reason)
     document.trips = trips
@@ -156,7 +156,7 @@ def record_probe(document: Document, request: Request, policy: Policy) -> bool:
         return False
     failures = request.get("failures", 0)
     slow = request.get("slow", 0) if policy["slow_call_rate_threshold"] > 0 else 0
-    if request.get("pending", 0) == 0:  # a transition clears it in any case
+    if request.get("pending", 0) == 0:  # a running call keeps its slot; a trip frees all slots
         del document.probes[slot]
     if failures > 0:
         document.failure_count = min(document.failure_count + failures, 2**32 - 1)
@@ -171,7 +171,7 @@ def record_probe(document: Document, request: Request, policy: Policy) -> bool:
 
 
 def note_reporter(document: Document, policy: Policy, instance: str) -> None:
-    """Note who failed. Only the newest `quorum` reporters decide, so no more are kept."""
+    """Note that an instance failed. Keeps the newest `quorum` instances: older ones cannot decide."""
     reporters = document.reporters
     reporters[instance] = document.now
     names = sorted(reporters, key=lambda name: (reporters[name], name))
@@ -180,7 +180,7 @@ def note_reporter(document: Document, policy: Policy, instance: str) -> None:
 
 
 def has_quorum(document: Document, policy: Policy, since_ms: int) -> bool:
-    """Whether enough instances have failed since then for the fleet to trip."""
+    """Whether enough instances have failed since since_ms for the fleet to trip."""
     quorum: int = policy["quorum"]
     return quorum == 1 or sum(at >= since_ms for at in document.reporters.values()) >= quorum
 
@@ -204,7 +204,7 @@ def count_outcomes(document: Document, request: Request, quorum: int, bucket: in
 
 
 def trip_reason(document: Document, policy: Policy) -> str | None:
-    """Why a closed circuit has to open now."""
+    """The reason why a closed circuit must trip now, or None."""
     run_since_ms = document.now if document.run_since_ms is None else document.run_since_ms
     if document.failure_count >= policy["failure_threshold"] and has_quorum(document, policy, run_since_ms):
         return "failure_threshold"
@@ -272,8 +272,9 @@ def control(document: Document, action: str, duration_ms: int) -> bool:
 
 
 def health(document: Document, policy: Policy, sums: Sums) -> int:
-    """From 0 (open) to 100: what the state allows, less the share of failures, half the share of slow calls, and the
-    trips in a row. A run of failures counts like a failure rate.
+    """A score from 0 (open) to 100, lowered by the failure rate, by half the slow rate and by the trips in a row.
+
+    A run of failures counts as a failure rate: its share of failure_threshold.
     """
     failure_rate, slow_rate = (sums.failures / sums.calls, sums.slow / sums.calls) if sums.calls else (0.0, 0.0)
     if document.state == "closed":

@@ -9,18 +9,18 @@ from ._view import View
 
 
 class SlowCalls:
-    """The running calls that may still become slow, oldest first. Empty where the policy measures no duration."""
+    """The running calls that may still become slow, oldest first. Empty unless the policy measures durations."""
 
     def __init__(self, view: View) -> None:
         self._view = view
         self._running: dict[BasePermit, None] = {}
 
     def after_fork(self) -> None:
-        """In a child: the parent's calls are the parent's to report."""
+        """In a child: start empty, since the parent reports its own calls."""
         self._running = {}
 
     def began(self, permit: BasePermit) -> None:
-        """The call of this permit begins."""
+        """Track the call of a permit if the policy measures durations."""
         if self._view.policy.slow_call_duration is not None:
             self._running[permit] = None
 
@@ -29,7 +29,7 @@ class SlowCalls:
         limit = self._view.policy.slow_call_duration
         if limit is None and not self._running:
             return None, False
-        waiting = self._running.pop(permit, permit) is None  # else overdue() has it
+        waiting = self._running.pop(permit, permit) is None  # else overdue() has taken it
         now = monotonic()
         # a call that was reported longer ago has left the window, and counts as a new one
         recent = permit.pending_since is not None and now - permit.pending_since < 0.9 * self._view.policy.window
@@ -37,14 +37,14 @@ class SlowCalls:
         return None if limit is None else pending or now - permit.started >= limit, pending
 
     def ended_quickly(self, permit: BasePermit) -> bool:
-        """Whether the call was not slow; False leaves it to ended()."""
+        """Whether the call was quick. If False, ended() decides."""
         limit = self._view.policy.slow_call_duration
         if limit is None:
             return True
         return monotonic() - permit.started < limit and self._running.pop(permit, permit) is None
 
     def overdue(self) -> list[BasePermit]:
-        """The running calls that became slow since the last look; each is given to one caller, once."""
+        """Take the running calls that have become slow. Each is returned once, to one caller."""
         found: list[BasePermit] = []
         limit = self._view.policy.slow_call_duration
         while limit is not None and self._running:

@@ -1,4 +1,4 @@
-"""What a process may decide without asking Redis: the view, its lease, and the successes gathered under it.
+"""The view: what a process may decide without asking Redis, for one lease, and the successes gathered meanwhile.
 
 Knows neither Redis nor an event loop; the sync and the asyncio shell share it.
 """
@@ -58,7 +58,7 @@ class Counter:
         return new
 
     def give_back(self, successes: int) -> None:
-        """Successes that were taken and then not reported."""
+        """Return successes that were taken but not reported."""
         self._taken -= successes
 
 
@@ -66,8 +66,8 @@ class Counter:
 class Seen:
     """One reply. It is replaced as a whole; only the ends of its validity move. Times are on the monotonic clock.
 
-    closed_until, open_until: until when the reply admits or rejects without another question; the fast path reads
-    nothing else. timed_until: closed_until where slow calls are measured. ramp_until: the end of a recovery's ramp.
+    closed_until, open_until: until when calls are admitted or rejected without asking Redis; the fast path reads only
+    these. timed_until: replaces closed_until if calls are timed. ramp_until: the end of the ramp after a recovery.
     """
 
     state: State
@@ -84,7 +84,7 @@ class Seen:
     tick: Callable[[], int]  # the counter's
 
     def verdict(self, now: float) -> Verdict:
-        """What the reply says, however old it is."""
+        """The verdict of this reply, whatever its age."""
         if self.state == "closed":
             return Verdict.ADMIT
         return Verdict.REJECT if self.state == "open" and now < self.retry_at else Verdict.ASK
@@ -97,7 +97,7 @@ def unseen(
     counter: Counter | None = None,
     retry_at: float = NEVER,
 ) -> Seen:
-    """A reply too old to use: before the first one, or after the view was dropped."""
+    """A Seen that is too old to use: before the first reply, or after drop()."""
     counter = counter or Counter()
     return Seen(
         state,
@@ -123,10 +123,10 @@ class View:
 
     def __init__(self, lease: float, policy: Policy | None = None) -> None:
         self.lease = self.short_lease = lease
-        self.trusted_until = FOREVER  # until when a long lease holds; a subscription moves it while it stands
+        self.trusted_until = FOREVER  # end of the long lease; a subscription that stands keeps moving it
         self.policy = policy or Policy()
         self.seen = unseen()
-        # counters of earlier generations, of which calls that still run may tick, and the sum of still earlier ones
+        # counters of earlier generations, which running calls may still tick, and the sum of even older ones
         self._earlier: collections.deque[Counter] = collections.deque()
         self._earlier_successes = 0
         # re-entrant, like every lock here: a signal handler or finalizer may call the breaker while its thread holds it
@@ -134,7 +134,7 @@ class View:
         self._not_before = NEVER  # replies to requests sent earlier are not adopted
 
     def after_fork(self) -> None:
-        """In a child: the parent reports what it gathered, and a thread of the parent may hold the lock."""
+        """In a child: drop the gathered successes, which the parent reports, and the lock, which it may hold."""
         self._lock = threading.RLock()
         self.seen.counter.take()
         self._earlier_successes -= self.successes()
@@ -156,7 +156,7 @@ class View:
 
     def decide_again(self, seen: Seen, began: float, now: float) -> Verdict:
         """The same after a refresh, for a call that arrived at `began`."""
-        # measured from the call's arrival: with a lease shorter than a round trip, refreshing would never end
+        # measured from the call's arrival: else a lease shorter than a round trip would make it refresh for ever
         return Verdict.WAIT if began - seen.sent >= 2 * self.lease_at(now) else seen.verdict(now)
 
     def lease_at(self, now: float) -> float:
@@ -164,7 +164,7 @@ class View:
         return self.lease if now < self.trusted_until else self.short_lease
 
     def trust(self, until: float) -> None:
-        """A subscription stands: a long lease holds until then, unless it is renewed."""
+        """Let a long lease hold until then. A subscription that stands calls this again and again."""
         self.trusted_until, seen = until, self.seen
         fresh_until = self._fresh_until(seen.sent)
         if seen.closed_until > NEVER:
@@ -209,7 +209,7 @@ class View:
                 self.seen = self._seen_from(reply, sent, now)
 
     def _renew(self, seen: Seen, reply: Reply, sent: float, now: float) -> None:
-        """A closed circuit is still closed: a new Seen would only take a failing call longer."""
+        """Extend the reply of a circuit that is still closed: a new Seen would slow down failing calls."""
         seen.sent, seen.arrived, seen.failure_count = sent, now, reply["failure_count"]
         seen.closed_until = self._fresh_until(sent)
 
@@ -244,7 +244,7 @@ class View:
         return Counter()
 
     def drop(self) -> None:
-        """Stop using the view: the next call asks. Gathered successes stay, for their generation may live on."""
+        """Stop using the view: the next call asks Redis. Gathered successes stay, for their generation may go on."""
         with self._lock:
             seen, self._not_before = self.seen, monotonic()
             self.seen = unseen(seen.state, seen.generation, seen.failure_count, seen.counter, seen.retry_at)
@@ -264,9 +264,9 @@ class View:
             return self._earlier_successes + earlier + self.seen.counter.total()
 
     def take(self, generation: int | None = None) -> Request:
-        """The gathered successes as a request; they leave the view. Empty where there is no lease.
+        """Take the gathered successes out of the view, as a request. Empty if there is no lease.
 
-        generation: take nothing unless the view is of this generation.
+        generation: take nothing if the view has another one.
         """
         if self.lease <= 0:
             return {}
@@ -278,7 +278,7 @@ class View:
         return {"generation": seen.generation, "successes": gathered} if gathered else {"generation": seen.generation}
 
     def give_back(self, request: Request) -> None:
-        """The request was never sent: its successes are still to be reported, if their generation lives."""
+        """Return the successes of a request that was never sent, unless their generation has ended."""
         with self._lock:
             if request.get("generation") == self.seen.generation:
                 self.seen.counter.give_back(request.get("successes", 0))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 @dataclasses.dataclass(slots=True)
 class Window:
-    """The counts of ten buckets together. past: (calls, failures, slow) of the nine older buckets, the latest first."""
+    """The totals of ten buckets. past: (calls, failures, slow) of each of the nine older buckets, latest first."""
 
     bucket_ms: int
     newest: int
@@ -55,12 +55,12 @@ def rebucketed(window: Window, bucket_ms: int, newest: int) -> Window:
 
 
 def advanced(window: Window, newest: int) -> Window:
-    """The window after its newest bucket and at most nine more have ended."""
+    """The window moved forward by one to nine buckets."""
     return rebucketed(window, window.bucket_ms, newest)
 
 
 def window_at(window: Window, bucket_ms: int | None, now: int) -> Window:
-    """The window now, without what has left it. bucket_ms: the length that is wanted; None keeps the stored one."""
+    """The window at this time, without expired counts. bucket_ms: the wanted length; None keeps the stored one."""
     newest = now // window.bucket_ms
     passed = newest - window.newest
     if abs(passed) >= 10:
