@@ -324,7 +324,7 @@ def test_policy(run: Callable[..., Done], client: redis.Redis) -> None:
         (["force-open", "d", "--for", "40d"], "duration must be"),
         (["force-open", "{d}"], "braces"),
         (["history", "d", "-n", "0"], "--count"),
-        (["list", "--redis", "nonsense"], "no URL of a server"),
+        (["list", "--redis", "nonsense"], "must be the URL of a server"),
         (["list", "--config", "missing.yaml"], "missing.yaml"),
         (["scripts", "--dump", "/dev/null/lua"], "--dump"),
         (["nonsense"], "nonsense"),

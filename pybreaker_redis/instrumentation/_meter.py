@@ -1,4 +1,4 @@
-"""What every metrics back end exports: counted from events, read from the breakers, and asked of Redis at once."""
+"""The values behind each metrics exporter: counted from events, or read from breakers and Redis in one exchange."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _meters: weakref.WeakSet[Meter] = weakref.WeakSet()
 
 
 class Transition(NamedTuple):
-    """By what transitions are counted."""
+    """The labels by which transitions are counted."""
 
     breaker: str
     old: str
@@ -37,7 +37,7 @@ class Transition(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class BreakerReading:
-    """One breaker at one moment. health, probes_in_flight: None while Redis cannot be asked and no local engine runs.
+    """One breaker at one moment. health, probes_in_flight: None if neither Redis nor a local engine can tell them.
 
     view_age: seconds; None before the first reply, and for a breaker in memory. calls: of this process, by outcome.
     """
@@ -61,9 +61,9 @@ class Reading:
 
 
 class Meter(Instrument):
-    """Counts the events of its breakers, and reads everything else when it is asked.
+    """Counts the transitions and Redis errors of its breakers; reads everything else on demand.
 
-    redis: a client or URL to ask for the state of the fleet; None exports what this process knows. timeout: seconds.
+    redis: a client or URL to read the state of the fleet; None reads what this process knows. timeout: seconds.
     """
 
     def __init__(self, redis: Any = None, timeout: float = 0.25) -> None:
@@ -74,7 +74,7 @@ class Meter(Instrument):
         _meters.add(self)
 
     def _after_fork(self) -> None:
-        """In a child: the parent exports its own counts, and its threads may hold the locks."""
+        """In a child: start from zero, since the parent exports its own counts, and replace the locks it may hold."""
         self._start_process()
 
     def _start_process(self) -> None:
@@ -101,7 +101,7 @@ class Meter(Instrument):
             self._errors[error_kind(error)] += 1
 
     def read(self) -> Reading:
-        """Everything now, in one exchange. Raises no error of Redis, and takes about one timeout at most."""
+        """Read everything now, in one exchange of at most about one timeout. Raises no error of Redis."""
         with self._reading:
             with self._counting:
                 breakers = list(self._breakers)
@@ -116,7 +116,7 @@ class Meter(Instrument):
                 return Reading(readings, dict(self._transitions), dict(self._errors))
 
     def _snapshots(self, breakers: list[BreakerCore]) -> list[Snapshot | None]:
-        """By each breaker's local engine where that decides, else by Redis; None where Redis does not answer."""
+        """The state of each breaker: from its local engine if that decides, else from Redis; None if Redis is down."""
         found = [_local_snapshot(breaker) for breaker in breakers]
         asked = [place for place, snapshot in enumerate(found) if snapshot is None]
         if self._server is None or not asked:
@@ -137,7 +137,7 @@ class Meter(Instrument):
 
 
 def _local_snapshot(breaker: BreakerCore) -> Snapshot | None:
-    """By the engine of this process, where that decides; None where Redis does."""
+    """The state from the breaker's local engine; None while Redis decides."""
     reply = breaker._engine.local("snapshot", breaker._full)
     return None if reply is None else snapshot_from(breaker.name, reply, breaker.policy)
 

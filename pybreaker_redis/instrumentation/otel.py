@@ -77,7 +77,7 @@ class OpenTelemetryMetrics(Meter):
     def _reads(
         self, what: Callable[[Reading], Iterator[Observation]]
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
-        """A callback. When one is called for the second time a new collection begins; the others share its reading."""
+        """A callback. All callbacks of a collection share one reading; the next begins when one is called again."""
 
         def callback(_: CallbackOptions) -> Iterable[Observation]:
             with self._sharing:

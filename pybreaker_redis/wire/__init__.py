@@ -1,1 +1,1 @@
-"""Everything that knows redis-py."""
+"""All code that uses redis-py."""

@@ -1,4 +1,4 @@
-"""wire.sync for asyncio, with connections of their own for every event loop."""
+"""wire.sync for asyncio, with separate connections for each event loop."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ _parents: list[Any] = []
 def async_server_of(client: Any, timeout: float) -> AsyncServer:
     """The AsyncServer of a client; all breakers of the process share it.
 
-    timeout: seconds to wait for a connection and a reply.
+    timeout: seconds for one exchange, connecting included.
     """
     by_timeout = _shared.setdefault(client, {})
     return by_timeout.get(timeout) or by_timeout.setdefault(timeout, AsyncServer(client, timeout))
 
 
 class AsyncServer:
-    """wire.sync.Server for asyncio, with connections of their own for every event loop."""
+    """wire.sync.Server for asyncio, with separate connections for each event loop."""
 
     def __init__(self, client: Any, timeout: float) -> None:
         self.address = address_of(client)
@@ -56,7 +56,7 @@ class AsyncServer:
         self._by_loop: _ByLoop = weakref.WeakKeyDictionary()
 
     def after_fork(self) -> None:
-        """In a child: the parent's connections are not ours."""
+        """In a child: leave the parent's connections alone, and start without any."""
         leave_to_parent(self._by_loop)
         self._by_loop = weakref.WeakKeyDictionary()
 
@@ -117,11 +117,11 @@ class AsyncConnections:
         self._losses = 0
 
     async def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
-        """The replies, in order; an error of one command is its reply. Raises NotSent when cancelled before."""
+        """The replies, in order; a failed command replies its error. Raises NotSent if cancelled before sending."""
         losses, sent = self._losses, asyncio.Event()
         try:
             async with self._slots:
-                if losses != self._losses:  # else a crowd would wait for a dead server one after another
+                if losses != self._losses:  # else each waiting call would time out on the dead server in turn
                     raise redis.ConnectionError("another call lost the server while this one waited for a connection")
                 return await self._send(packed(commands, asking), len(commands), asking, sent)
         except BaseException as error:
@@ -136,7 +136,7 @@ class AsyncConnections:
             try:
                 if not connection.is_connected:
                     with connecting():
-                        await connection.connect()  # sending alone would not ask a Sentinel for the master
+                        await connection.connect()  # only connect() asks a Sentinel for the master
                 sent.set()
                 await connection.send_packed_command(data, check_health=False)
                 replies = []
@@ -154,7 +154,7 @@ class AsyncConnections:
         return replies
 
     def connection(self, **options: Any) -> Any:
-        return connection(self._pool, ASYNCIO, None, **options)  # the deadline is around the whole exchange
+        return connection(self._pool, ASYNCIO, None, **options)  # the deadline covers the whole exchange
 
     async def close(self) -> None:
         while self._idle:
@@ -179,7 +179,7 @@ _ByLoop = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Address | No
 
 
 def forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any]) -> None:
-    """Drop what belongs to closed loops: connections that a loop left open hold the loop, so it would never go."""
+    """Drop the entries of closed loops: their open connections refer to the loop, so it would never be collected."""
     for reference in by_loop.keyrefs():
         loop = reference()
         if loop is not None and loop.is_closed():
@@ -202,7 +202,7 @@ def _is_closed() -> bool:
 
 @contextlib.asynccontextmanager
 async def _deadline(seconds: float) -> AsyncIterator[None]:
-    """redis.TimeoutError after seconds and _TURNS turns of the loop: a busy loop is not taken for a dead server."""
+    """Raise redis.TimeoutError after this time, and _TURNS turns of the loop: a busy loop is no dead server."""
     loop = asyncio.get_running_loop()
     turns = itertools.count(1)
 
@@ -223,7 +223,7 @@ async def _deadline(seconds: float) -> AsyncIterator[None]:
 
 
 def leave_to_parent(held: MutableMapping[Any, Any]) -> None:
-    """In a child: none of this is used, and none of it collected."""
+    """In a child: keep these objects of the parent alive, and unused. See _parents."""
     _parents.append(list(held.items()))
 
 

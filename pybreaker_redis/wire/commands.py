@@ -29,7 +29,7 @@ def run(name: str, keys: Keys, request: Request) -> Command:
 
 
 def run_encoded(name: str, keys: Keys, request: bytes) -> Command:
-    """The same with a request that was encoded before."""
+    """The same with a request that is already encoded."""
     state, history, policy = (key.encode() for key in keys)
     return Command(state, (b"EVALSHA", sha1(name).encode(), b"3", state, history, policy, request), name)
 
@@ -41,7 +41,7 @@ def history(keys: Keys, count: int) -> Command:
 
 
 def packed(commands: Sequence[Command], asking: bool) -> list[bytes]:
-    """Commands in the bytes of the protocol; redis-py's own packer takes a third of a round trip on asyncio."""
+    """The commands as bytes of the protocol. redis-py's own packer takes a third of a round trip on asyncio."""
     asking_first = _ASKING if asking else b""
     parts = []
     for command in commands:

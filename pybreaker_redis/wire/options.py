@@ -20,13 +20,13 @@ from .url import async_client_from_url, client_from_url
 
 Address: TypeAlias = tuple[str, int]
 REDIS_ERRORS = (redis.RedisError, OSError)
-# errors after which a connection is as good as before
+# errors that leave a connection usable
 INTACT = (exceptions.NoScriptError, exceptions.AskError, exceptions.MovedError)
 _by_url: weakref.WeakValueDictionary[tuple[bool, str], Any] = weakref.WeakValueDictionary()
 
 
 class Kind(NamedTuple):
-    """The classes of redis-py for one sort of client."""
+    """The classes of redis-py for blocking or for asyncio clients."""
 
     name: str
     client: Any
@@ -46,7 +46,7 @@ ASYNCIO = Kind(
 
 
 def client_of(given: Any, kind: Kind) -> Any:
-    """The client that was given, or the one of this process for a URL. Raises PolicyError for anything else."""
+    """The given client, or the one that this process shares for a URL. Raises PolicyError for anything else."""
     if isinstance(given, (kind.client, kind.cluster)):
         return given
     if not isinstance(given, str):
@@ -59,21 +59,21 @@ def client_of(given: Any, kind: Kind) -> Any:
 
 
 def is_cluster(client: Any) -> bool:
-    """Whether the client is one of a cluster."""
+    """Whether this is a client of a cluster."""
     return isinstance(client, (redis.RedisCluster, redis.asyncio.RedisCluster))
 
 
 def connection(pool: Any, kind: Kind, timeout: float | None, **options: Any) -> Any:
-    """A connection like those of a pool, not yet open, which never repeats a command.
+    """A connection with a pool's options, not yet open, which never repeats a command.
 
-    timeout: seconds to connect and for each reply; None where the caller has a deadline of its own.
+    timeout: seconds to connect and for each reply; None if the caller has its own deadline.
     """
     kwargs = connection_options(pool.connection_kwargs, timeout) | options
     return pool.connection_class(**kwargs, retry=kind.retry(NoBackoff(), 0))
 
 
 def connection_options(given: dict[str, Any], timeout: float | None) -> dict[str, Any]:
-    """A client's connection options with our deadline, bytes in replies, and nothing that repeats or observes."""
+    """A client's connection options, with our deadline and bytes replies, but no retries, checks or event hooks."""
     dropped = ("retry", "decode_responses", "health_check_interval", "event_dispatcher")
     kwargs = {
         key: value
@@ -92,7 +92,7 @@ def pool_of(client: Any, kind: Kind, timeout: float) -> Any:
     if manager is None:
         return pool
     own = copy.copy(manager)
-    # the Sentinels and the master share the deadline: one that hangs must leave time for the others
+    # the Sentinels and the master share the deadline: a hanging Sentinel must leave time for the others
     share = timeout / (len(manager.sentinels) + 1)
     own.sentinels = [_impatient(sentinel, kind, share) for sentinel in manager.sentinels]
     kwargs = connection_options(without("connection_pool", pool.connection_kwargs), timeout)
@@ -101,22 +101,22 @@ def pool_of(client: Any, kind: Kind, timeout: float) -> Any:
 
 
 def _impatient(client: Any, kind: Kind, timeout: float) -> Any:
-    """A client like this one that tries once, for so many seconds."""
+    """A copy of a client that tries once, within the timeout in seconds."""
     pool = client.connection_pool
     kwargs = {**connection_options(pool.connection_kwargs, timeout), "connection_class": pool.connection_class}
     return type(client)(connection_pool=type(pool)(**kwargs, retry=kind.retry(NoBackoff(), 0)))
 
 
 def pools_of(client: Any, kind: Kind, timeout: float) -> tuple[Callable[[Any], Any], bool]:
-    """Makes what connection() takes, by a node's address; and whether the client is one of a cluster.
+    """A function from a node's address to its pool, for connection(), and whether this is a client of a cluster.
 
-    It keeps no reference to the client.
+    The function keeps no reference to the client.
     """
     if not is_cluster(client):
         pool = pool_of(client, kind, timeout)
         return lambda address: pool, False
     if kind is ASYNCIO:
-        options = without("redis_connect_func", client.connection_kwargs)  # that function may ask for replicas
+        options = without("redis_connect_func", client.connection_kwargs)  # it may send READONLY, for replicas
         return lambda address: redis.asyncio.cluster.ClusterNode(*address, **options), True
     manager = client.nodes_manager
 
@@ -128,7 +128,7 @@ def pools_of(client: Any, kind: Kind, timeout: float) -> tuple[Callable[[Any], A
 
 
 def without(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options but for one."""
+    """The options except one."""
     return {key: value for key, value in options.items() if key != name}
 
 
@@ -166,7 +166,7 @@ def endpoint(connection: Any) -> Endpoint:
 
 @contextlib.contextmanager
 def connecting() -> Iterator[None]:
-    """Turns every error of connecting into one of REDIS_ERRORS: a credential provider may raise anything."""
+    """Turn any error of connecting into one of REDIS_ERRORS: a credential provider may raise anything."""
     try:
         yield
     except REDIS_ERRORS:

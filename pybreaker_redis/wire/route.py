@@ -1,4 +1,4 @@
-"""Which node gets which commands, and what to do with its replies: one server, or a cluster. No I/O."""
+"""Sends commands to one server or to the nodes of a cluster, and follows redirections. No I/O."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SLOTS = Command(b"", (b"CLUSTER", b"SLOTS"))
 class Leg(NamedTuple):
     """Commands for one node, to be sent in one pipeline. address: None for the only server.
 
-    asking: the node serves a slot that is on its way to it.
+    asking: the slot is migrating to this node, so each command needs an ASKING before it.
     """
 
     address: Address | None
@@ -29,8 +29,8 @@ class Leg(NamedTuple):
     asking: bool = False
 
 
-# It yields legs and is sent their replies, an error of one command being its reply, or is thrown the error of a lost
-# connection. It returns the replies to all commands.
+# Yields legs. Is sent their replies (a failed command replies its error), or is thrown the error of a lost connection.
+# Returns the replies to all commands.
 Trip: TypeAlias = Generator[Leg, list[Any], list[Any]]
 
 
@@ -47,14 +47,14 @@ def to_one_server(leg: Leg) -> Trip:
 
 
 def trip(routes: Routes | None, commands: Sequence[Command]) -> Trip:
-    """To the only server, or through a cluster."""
+    """The exchange of these commands with the only server, or with a cluster."""
     return to_one_server(Leg(None, commands)) if routes is None else routes.trip(commands)
 
 
 class Routes:
     """The nodes of a cluster, learned from its replies; any node tells which one serves a slot.
 
-    redis-py's own cluster client repeats a report whose reply was lost, and waits for one dead node after another.
+    It replaces redis-py's cluster client, which repeats a report if a reply is lost, and waits for dead nodes in turn.
     """
 
     def __init__(self, client: Any) -> None:
@@ -64,7 +64,7 @@ class Routes:
         self._ranges: list[tuple[int, int, Address]] = []  # first and last slot of each master
 
     def trip(self, commands: Sequence[Command]) -> Trip:
-        """Through the cluster: only what was redirected, and so executed by nobody, is sent again."""
+        """Through the cluster. Sends again only redirected commands, which no node has executed."""
         replies: list[Any] = [None] * len(commands)
         waiting = [(self.address(command.key), False, place) for place, command in enumerate(commands)]
         news: Address | None = None
@@ -91,7 +91,7 @@ class Routes:
                     elif not asking and self._served(commands[place].key, address):
                         news = address
         for address, _, place in waiting:
-            replies[place] = redis.RedisError(f"sent from node to node {MOST_REDIRECTIONS} times, at last to {address}")
+            replies[place] = redis.RedisError(f"redirected {MOST_REDIRECTIONS} times, at last to {address}")
         if news is not None:
             yield from self._learn(news)
         return replies
@@ -105,11 +105,11 @@ class Routes:
         return []
 
     def masters(self) -> list[Address]:
-        """The nodes that serve slots, as far as it was learned."""
+        """The nodes that are known to serve slots."""
         return list(dict.fromkeys(address for _, _, address in self._ranges))
 
     def address(self, key: bytes) -> Address:
-        """The node that is known to serve the key; without one, any node in turn."""
+        """The node that is known to serve the key; if none is, each node in turn."""
         slot = key_slot(key)
         known = self._serving.get(slot) or self._of_range(slot)
         if known is not None:
@@ -125,14 +125,14 @@ class Routes:
         return list(dict.fromkeys([*self.masters(), *((node.host, int(node.port)) for node in known)]))
 
     def _served(self, key: bytes, address: Address) -> bool:
-        """The node served the key. True where that is news, and so a reason to ask it for all slots."""
+        """Note that a node served a key. Returns whether that is new: a reason to ask the node for all slots."""
         slot = key_slot(key)
         known = self._serving.get(slot) or self._of_range(slot)
         self._serving[slot] = address
         return known != address
 
     def _lost(self, address: Address) -> None:
-        """The node does not answer, or refuses: another one may know who serves its slots."""
+        """Forget a node that does not answer, or refuses: another node may know which one serves its slots."""
         self._serving = {slot: node for slot, node in list(self._serving.items()) if node != address}
         self._ranges = [one for one in self._ranges if one[2] != address]
 
@@ -147,5 +147,5 @@ class Routes:
         return []
 
     def _remap(self, asked: Address, host: str, port: int) -> Address:
-        host, port = self._manager.remap_host_port(host or asked[0], int(port))  # without a host: on the same one
+        host, port = self._manager.remap_host_port(host or asked[0], int(port))  # an empty host is that of the node
         return host, port

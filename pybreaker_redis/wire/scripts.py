@@ -12,9 +12,9 @@ from typing import Any
 
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 LIBRARY = ("model", "request", "document", "window", "rules")
-# Functions that are made together: those of the first group when a script starts, since nearly every call needs them,
-# those of another group when one of them is called. All other functions are made one by one. Groups that are needed
-# often come first; the functions of a group, but for the first one, stand next to each other.
+# Functions that are created together: the first group when a script starts, since nearly every call needs it, and each
+# other group when one of its functions is first called. All other functions are created one by one. Frequent groups
+# come first. Except for the first group, the functions of a group must be neighbours in lua/.
 GROUPS = (
     ("request", "load", "record", "reply"),
     ("now_ms",),
@@ -39,11 +39,11 @@ def folder() -> Any:
 
 
 def lazy(library: str) -> str:
-    """The library, with its functions made when they are needed.
+    """The library, changed so that each function is created when it is first called.
 
-    Redis makes a script's functions anew at each call, which costs more than what they do. So all of them go into one
-    function, make(name), which makes the function of that name and its group. Text is only added in front of the
-    first and behind the last line of a function, so that line numbers stay.
+    Redis creates a script's functions anew at each call, which takes longer than running them. So one function,
+    make(name), contains all others, and creates the named one with its group. Text is added only before the first and
+    after the last line of a function, so that line numbers stay.
     """
     number_of = {name: number for number, group in enumerate(GROUPS) for name in group}
     first = sorted(number_of, key=lambda name: GROUPS[number_of[name]].index(name) > 0)

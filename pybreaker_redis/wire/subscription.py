@@ -1,4 +1,4 @@
-"""One subscription for any number of breakers: a transition elsewhere is in their views as soon as it is published."""
+"""One subscription for any number of breakers: transitions of other instances reach their views at once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any, Protocol
 
 from redis.exceptions import ConnectionError, ResponseError
 
-PING_EVERY = 1.0  # seconds; a connection that is silent for twice that is lost
-TRUSTED_FOR = 3 * PING_EVERY  # after the last sign of life, also of the thread or task that listens
+PING_EVERY = 1.0  # seconds; a connection that is silent for twice as long is lost
+TRUSTED_FOR = 3 * PING_EVERY  # seconds after the last sign of life of the server, the thread or the task
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 logger = logging.getLogger("pybreaker_redis")
 _lock = threading.RLock()
@@ -41,7 +41,7 @@ class Watcher(Protocol):
 
 
 class Audience:
-    """The breakers that one subscription serves, and the lease that each has while it stands. No I/O."""
+    """The breakers of one subscription, each with its lease while the subscription stands. No I/O."""
 
     def __init__(self, prefix: str) -> None:
         escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in prefix)
@@ -55,7 +55,7 @@ class Audience:
         return bool(self._leases)
 
     def join(self, breaker: Watcher, lease: float) -> bool:
-        """Serve this breaker from now on; False when the subscription has ended."""
+        """Add a breaker. Returns False if the subscription has ended."""
         with self._lock:
             if not self._ended:
                 self._leases[breaker] = lease
@@ -65,37 +65,37 @@ class Audience:
             return not self._ended
 
     def leave(self, breaker: Watcher) -> None:
-        """Serve this breaker no longer."""
+        """Remove a breaker."""
         with self._lock:
             if self._leases.pop(breaker, None) is not None:
                 breaker._subscribed(None)
 
     def has_ended(self) -> bool:
-        """Whether no breaker is left; then none can join any more."""
+        """Whether no breaker is left. From then on none can join."""
         with self._lock:
             self._ended = self._ended or not self._leases
             return self._ended
 
     def end(self) -> None:
-        """Serve no breaker any more."""
+        """End the subscription, for all breakers."""
         with self._lock:
             self._ended = True
         self._switch(False)
 
     def up(self) -> None:
-        """The subscription stands: every view is read again, and then leases may be long."""
+        """The subscription stands: drop every view, since it may have missed messages, and lengthen the leases."""
         self._switch(True)
 
     def down(self, error: BaseException) -> None:
-        """The subscription is lost: from this moment on the leases are short."""
+        """The subscription is lost: shorten the leases at once."""
         if self._connected and self._leases:
             logger.warning(
-                "circuit breakers %r: the subscription is lost; the short leases hold: %r", self.pattern, error
+                "circuit breakers %r: the subscription is lost, so the short leases hold: %r", self.pattern, error
             )
         self._switch(False)
 
     def stands(self) -> None:
-        """The server gave a sign of life, or was just asked for one: for some pings' time leases may be long."""
+        """Let long leases hold for TRUSTED_FOR: the server gave a sign of life, or is about to be asked for one."""
         until = time.monotonic() + TRUSTED_FOR
         with self._lock:
             for breaker in list(self._leases):
@@ -108,7 +108,7 @@ class Audience:
                 breaker._subscribed(lease if connected else None)
 
     def receive(self, reply: list[Any]) -> Iterator[Watcher]:
-        """Hand a message to the breakers that it concerns, and yield them. Ignores malformed ones."""
+        """Yield the breakers that a message concerns, after handing it to them. Ignores malformed messages."""
         if reply[0] not in (b"pmessage", "pmessage"):
             return
         channel, data = (part.decode(errors="replace") if isinstance(part, bytes) else part for part in reply[2:])
@@ -139,15 +139,15 @@ class Subscription:
             try:
                 for _ in self._listen():
                     pauses = _pauses()
-            except BaseException as error:  # SystemExit of a listener too: leases must not stay long
+            except BaseException as error:  # even a listener's SystemExit: leases must not stay long
                 self.audience.down(error)
                 time.sleep(next(pauses))
 
     def _listen(self) -> Iterator[None]:
-        """Yields once the subscription stands; ends when no breaker is left."""
+        """Yields when the subscription stands; ends when no breaker is left."""
         connection = self._connect()
         try:
-            connection.connect()  # sending alone would not ask a Sentinel for the master
+            connection.connect()  # only connect() asks a Sentinel for the master
             connection.send_command("PSUBSCRIBE", self.audience.pattern)
             connection.read_response()
             self.audience.up()
@@ -178,7 +178,7 @@ class AsyncSubscription:
     def start(self) -> None:
         """Begin, once a breaker has joined."""
         task = asyncio.get_running_loop().create_task(self._run(), name="pybreaker_redis-watch")
-        _tasks.add(task)  # the loop itself keeps a weak reference only
+        _tasks.add(task)  # the loop keeps only a weak reference
         task.add_done_callback(_tasks.discard)
 
     async def _run(self) -> None:
@@ -226,7 +226,7 @@ class AsyncSubscription:
 
 
 class BaseWatch:
-    """A breaker's share in a subscription."""
+    """A breaker's membership in a subscription."""
 
     def __init__(self, breaker: Any, lease: float) -> None:
         self._breaker: Watcher = breaker
@@ -236,7 +236,7 @@ class BaseWatch:
 
     @property
     def active(self) -> bool:
-        """Whether the subscription stands just now, so that the long lease holds."""
+        """Whether the subscription stands now, so that the long lease holds."""
         breaker = self._breaker
         stands = breaker._watch_lease is not None and time.monotonic() < breaker._view.trusted_until
         return self._audience is not None and stands
@@ -277,7 +277,7 @@ class BaseWatch:
 
 
 def _reply(read: Callable[[], Any]) -> Any:
-    """What was read. A server that refuses a PING is alive: it may be unable to save, or the user may not send PING."""
+    """The reply. An error reply to a PING is a sign of life, too: the disk may be full, or an ACL may forbid PING."""
     try:
         return read()
     except ResponseError as refused:

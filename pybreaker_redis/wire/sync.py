@@ -1,4 +1,4 @@
-"""Blocking connections: one pipeline of commands each way, with a deadline, never repeated."""
+"""Blocking connections: each exchange is one pipeline, with a deadline, and is never repeated."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ def server_of(client: Any, timeout: float) -> Server:
 
 
 class Server:
-    """A Redis, as this process reaches it: one server, a Sentinel's master, or a cluster.
+    """This process's access to one Redis: a server, a Sentinel's master, or a cluster.
 
-    The client is left as it was: commands go over connections of our own and are never repeated, since a repeat after
-    a time-out would count a report twice. A process needs as many connections as it has threads that talk to Redis at
-    once, however many breakers it has. No reference to the client is kept: it is the key under which this is shared.
+    Commands go over connections of our own, which leaves the client as it was. They are never repeated, since that
+    could count a report twice. A process needs one connection for each thread that talks to Redis at the same time,
+    however many breakers it has. No reference to the client is kept: it is the weak key of _shared.
     address: a text that is the same for clients of the same server.
     """
 
@@ -56,7 +56,7 @@ class Server:
         return history_fields(self._one(build.history(keys, count)))
 
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies, in order; an error of one command is its reply. In a cluster a lost node is such an error.
+        """The replies, in order; a failed command replies its error, also when its node of a cluster is lost.
 
         Raises redis.RedisError or OSError when the server is lost.
         """
@@ -103,14 +103,14 @@ class Server:
 
 
 class Connections:
-    """A stack of idle connections to where a pool connects to: a server, a socket, a Sentinel's master, a node."""
+    """A stack of idle connections to the target of a pool: a server, a socket, a Sentinel's master or a node."""
 
     def __init__(self, pool: Any, timeout: float) -> None:
         self._pool, self._timeout = pool, timeout
         self._idle: collections.deque[Any] = collections.deque()
 
     def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
-        """The replies, in order; an error of one command is its reply."""
+        """The replies, in order; a failed command replies its error."""
         connection = self._take()
         deadline = monotonic() + self._timeout + _PER_COMMAND * len(commands)
         replies: list[Any] = []
@@ -121,7 +121,7 @@ class Connections:
                     connection.read_response()
                 replies.append(_read(connection))
                 if len(replies) < len(commands) and monotonic() > deadline:
-                    raise redis.TimeoutError(f"{len(commands)} replies take longer than {self._timeout:g} s")
+                    raise redis.TimeoutError(f"{len(commands)} replies took longer than {self._timeout:g} s")
         except BaseException:
             self._lose(connection)
             raise
@@ -141,7 +141,7 @@ class Connections:
 
     def _lose(self, connection: Any) -> None:
         connection.disconnect()
-        self.close()  # after a fail-over the idle ones lead to the old master
+        self.close()  # after a failover, idle connections lead to the old master
 
     def _take(self) -> Any:
         with contextlib.suppress(IndexError):  # several threads may pop at once
@@ -153,7 +153,7 @@ class Connections:
                 idle.disconnect()
         new = self.connection()
         with connecting():
-            new.connect()  # sending alone would not ask a Sentinel for the master
+            new.connect()  # only connect() asks a Sentinel for the master
         return new
 
 
@@ -167,7 +167,7 @@ def _read(connection: Any) -> Any:
 def _after_fork_in_child() -> None:
     for by_timeout in list(_shared.values()):
         for server in by_timeout.values():
-            server.close()  # the sockets are the parent's; closing them here leaves it alone
+            server.close()  # closes this process's copies of the sockets only
 
 
 if hasattr(os, "register_at_fork"):

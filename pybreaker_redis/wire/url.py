@@ -1,4 +1,4 @@
-"""A redis-py client for a URL: one server, a socket, a Sentinel's master or a cluster. No client connects here."""
+"""A redis-py client for a URL: one server, a socket, a Sentinel's master or a cluster. Connects nothing."""
 
 from __future__ import annotations
 
@@ -75,12 +75,12 @@ def async_client_from_url(url: str, **options: Any) -> Any:
 
 
 def _checked(url: str, make: Callable[[], Any]) -> Any:
-    """The client, whose options redis-py knows: else the first call would be a TypeError."""
+    """Make the client. Its options are checked here, since the first call would otherwise raise TypeError."""
     try:
         client = make()
         client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
     except (TypeError, ValueError, redis.RedisError) as error:
-        raise PolicyError(f"redis is no URL of a server: {without_password(url)!r}: {error}") from error
+        raise PolicyError(f"redis must be the URL of a server, not {without_password(url)!r}: {error}") from error
     return client
 
 
@@ -89,14 +89,15 @@ def parse(url: str, options: dict[str, Any] | None = None) -> Target:
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise PolicyError(f"redis is no URL of a server: {without_password(url)!r}; it must begin with one of {known}")
+        shown = without_password(url)
+        raise PolicyError(f"redis must be the URL of a server, not {shown!r}: it must begin with one of {known}")
     scheme, _, kind = parts.scheme.partition("+")
     try:
         if not kind:
             return Target("server", [], {**(options or {}), **parse_url(url)})
         return _parse_many(scheme, kind, parts, options or {})
     except ValueError as error:
-        raise PolicyError(f"redis is no URL of a server: {without_password(url)!r}: {error}") from error
+        raise PolicyError(f"redis must be the URL of a server, not {without_password(url)!r}: {error}") from error
 
 
 def _parse_many(scheme: str, kind: str, parts: Any, options: dict[str, Any]) -> Target:
@@ -106,14 +107,14 @@ def _parse_many(scheme: str, kind: str, parts: Any, options: dict[str, Any]) -> 
     if kind == "cluster":
         service, database = "", service
         if database not in ("", "0"):
-            raise ValueError("a cluster has the database 0 only")
+            raise ValueError(f"a cluster has database 0 only, not {database!r}")
     elif not service:
         raise ValueError("the path must name the Sentinels' service, as in redis+sentinel://host:26379/mymaster")
     if database and not database.isdigit():
         raise ValueError(f"the database must be a number, not {database!r}")
     query = parse_qsl(parts.query)
     own = urlencode([(key, value) for key, value in query if not key.startswith("sentinel_")])
-    # redis-py knows the types of the options; its own parser is asked for one host
+    # redis-py's parser knows the types of the options, but takes one host only: it gets a made-up one
     one = urlunsplit((scheme, f"{credentials}@host" if credentials else "host", f"/{database}", own, ""))
     given = {key: value for key, value in parse_url(one).items() if key not in ("host", "port", "connection_class")}
     if kind == "cluster":
@@ -133,7 +134,7 @@ def _node(text: str, default_port: int) -> tuple[str, int]:
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
+    """The URL with its passwords hidden."""
     if "://" not in url:
         return re.sub(r".*@", "***@", url)
     parts = urlsplit(url)
@@ -145,10 +146,10 @@ def without_password(url: str) -> str:
 
 
 class _LateNodes(NodesManager):  # type: ignore[misc, unused-ignore]
-    """The nodes that were named, nothing asked of them."""
+    """The named nodes, none of which has been asked for the slots yet."""
 
     def initialize(self, *_: Any, **__: Any) -> None:
-        """Not yet."""
+        """Ask nothing yet."""
 
 
 class _LateCluster(redis.RedisCluster):
@@ -167,7 +168,7 @@ class _LateCluster(redis.RedisCluster):
         return [redis.cluster.ClusterNode(*node) for node in self._named]
 
     def __getattr__(self, name: str) -> Any:
-        """What the client's own constructor makes."""
+        """Connect when an attribute that the client's constructor makes is first used."""
         if name.startswith("__"):
             raise AttributeError(name)
         with self._connect_lock:
@@ -181,13 +182,13 @@ class _LateCluster(redis.RedisCluster):
             super().__init__(startup_nodes=self._startup_nodes(), retry=Retry(NoBackoff(), 0), **self._options)
         except BaseException as error:
             self._begin_anew()
-            if isinstance(error, RedisClusterException):  # which is no RedisError
+            if isinstance(error, RedisClusterException):  # not a RedisError
                 raise redis.ConnectionError(str(error)) from error
             raise
         self._state = "connected"
 
     def get_nodes(self) -> list[Any]:
-        """All nodes; before the first use those that were named."""
+        """All nodes; before the first use, the named ones."""
         if self._state == "new":
             return list(self.nodes_manager.startup_nodes.values())
         return super().get_nodes()  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
