@@ -7,16 +7,16 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeAlias, TypeVar, cast
 
 from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
-from ._events import Event
+from ._events import Event, Listener, Notices
 from ._fallback import InMemory
-from ._permit import ENTERED, SETTLED, BasePermit, warns_if_lost
+from ._permit import SETTLED, BasePermit, warns_if_lost
 from ._protocol import Ask, HistoryEntry, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from .wire.aio import async_server_of, forget_ended, leave_to_parent
@@ -62,11 +62,11 @@ class AsyncPermit(BasePermit):
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
-        if error is None and stage == ENTERED and self._tick is not None:
+        if error is None and stage != SETTLED and self._tick is not None:
             self._tick()
             return
         self.end()
-        if stage == ENTERED:
+        if stage != SETTLED:
             await self._breaker._drive(self._breaker._report_end(self, error))
 
 
@@ -302,7 +302,7 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._deliver()
             raise
         waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._spawn(self._see_through(steps, ask, waiter, if_lost))
+        self._spawn(self._see_through(steps, ask, self._notices.take(), waiter, if_lost))
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -322,10 +322,10 @@ class AsyncCircuitBreaker(BreakerCore):
         return result
 
     async def _see_through(
-        self, steps: Steps[T], ask: Ask, waiter: asyncio.Future[T], if_lost: _IfLost[T] | None
+        self, steps: Steps[T], ask: Ask, events: list[Event], waiter: asyncio.Future[T], if_lost: _IfLost[T] | None
     ) -> None:
         try:
-            result = await self._run_to_end(steps, ask)
+            result = await self._run_to_end(steps, ask, events)
         except BaseException as error:
             if not waiter.done():
                 waiter.set_exception(error)
@@ -335,9 +335,9 @@ class AsyncCircuitBreaker(BreakerCore):
         elif if_lost is not None:
             await if_lost(result)
 
-    async def _run_to_end(self, steps: Steps[T], ask: Ask | None = None) -> T:
-        """Carry out the steps, and deliver their events."""
-        events: list[Event] = []
+    async def _run_to_end(self, steps: Steps[T], ask: Ask | None = None, events: list[Event] | None = None) -> T:
+        """Carry out the steps, and deliver their events. ask, events: what they have yielded already."""
+        events = events or []
         try:
             return await self._carry_out(steps, ask, events)
         finally:
@@ -408,20 +408,14 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._deliver()
 
     async def _deliver(self, events: list[Event] | None = None) -> None:
-        """Call the listeners of each event, one after the other."""
-        for event in self._notices.take() if events is None else events:
-            for listener in self._notices.receivers(event):
-                try:
-                    result = listener(event)
-                    if inspect.isawaitable(result):
-                        await result
-                except asyncio.CancelledError:
-                    task = asyncio.current_task()
-                    if task is None or task.cancelling():
-                        raise
-                    self._notices.failed(listener)  # the listener's own work was cancelled
-                except Exception:
-                    self._notices.failed(listener)
+        """Call the listeners of each event, one after the other. A caller that is cancelled takes no event with it."""
+        notices = self._notices
+        events = notices.take() if events is None else events
+        calls = iter([(listener, event) for event in events for listener in notices.receivers(event)])
+        for listener, event in calls:
+            result = notices.call(listener, event)
+            if inspect.isawaitable(result):
+                await asyncio.shield(self._spawn(_call_the_rest(notices, listener, result, calls)))
 
     # State and operator actions
 
@@ -476,3 +470,25 @@ class AsyncCircuitBreaker(BreakerCore):
         await self.flush()
         if self._redis is not None:
             await self._redis.close()
+
+
+async def _call_the_rest(
+    notices: Notices, listener: Listener, result: Awaitable[Any], calls: Iterator[tuple[Listener, Event]]
+) -> None:
+    """Await the listener that was called last, then call and await those after it."""
+    while True:
+        try:
+            if inspect.isawaitable(result):
+                await result
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            notices.failed(listener)  # the listener's own work was cancelled
+        except Exception:
+            notices.failed(listener)
+        following = next(calls, None)
+        if following is None:
+            return
+        listener, event = following
+        result = notices.call(listener, event)

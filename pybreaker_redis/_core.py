@@ -30,6 +30,9 @@ W = TypeVar("W", bound=BaseWatch)
 _breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
 
 
+_NEWS = {"override", "transition"}
+
+
 class BreakerCore:
     """Options, view and decisions of one breaker. The shells, _sync and _async, add the I/O. See CircuitBreaker."""
 
@@ -112,6 +115,7 @@ class BreakerCore:
         self._start_process()
         self._view.after_fork()
         self._slow_calls.after_fork()
+        self._isolation.forget()  # a thread of the parent may hold the lock of its engine
         self._engine.after_fork()
         if self._watch is not None:
             self._watch.after_fork()
@@ -305,7 +309,12 @@ class BreakerCore:
         assert reply is not None
         seen = self._view.seen
         # nobody else changes this state: while the view says closed, a reply under its generation is no news
-        if sent >= seen.closed_until or reply["generation"] != seen.generation or "override" in reply or self._override:
+        if (
+            sent >= seen.closed_until
+            or reply["generation"] != seen.generation
+            or self._override
+            or reply.keys() & _NEWS
+        ):
             self._adopt(reply, sent)
         return reply
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -91,7 +93,8 @@ class Notices:
     def start_process(self, instance: str) -> None:
         """Start empty, also in a forked child: the parent delivers its own events and counts its own calls."""
         self.instance = instance
-        self._waiting: dict[int, list[Event]] = {}  # by thread
+        # by thread; no queue is ever replaced, since a signal handler may use it at any time
+        self._waiting: dict[int, collections.deque[Event]] = {}
         self.counting = threading.RLock()
         self.counters = {kind: Counter() for kind in ("success", "slow", "failure", "ignored", "rejected")}
 
@@ -102,13 +105,11 @@ class Notices:
         if self.on_call:
             nothing = None, None, None  # by position, which takes half the time of keywords
             event = Event(outcome, self.name, self.instance, *nothing, generation, None, None, error, None, slow)
-            self._waiting.setdefault(get_ident(), []).append(event)
+            self._put(event)
 
     def count(self, outcome: str, slow: bool | None = False) -> None:
         """Count a call that the view does not count."""
-        self.counters[outcome].tick()
-        if slow and outcome == "success":
-            self.counters["slow"].tick()
+        self.counters["slow" if slow and outcome == "success" else outcome].tick()
 
     def rejected(self, retry_after: float, enforced: bool) -> None:
         """Count a rejection, and notify on_call. enforced: False in shadow mode."""
@@ -149,15 +150,32 @@ class Notices:
                 self.failed(instrument)
 
     def _put(self, event: Event) -> None:
-        self._waiting.setdefault(get_ident(), []).append(event)
+        queue = self._waiting.get(get_ident())
+        if queue is None:
+            queue = self._waiting.setdefault(get_ident(), collections.deque())
+        queue.append(event)
+
+    def next(self) -> Event | None:
+        """The next event that this thread has to deliver."""
+        queue = self._waiting.get(get_ident())
+        with contextlib.suppress(IndexError):  # a signal handler may deliver the last one
+            return queue.popleft() if queue else None
+        return None
 
     def take(self) -> list[Event]:
-        """Take the events that this thread has to deliver."""
-        return self._waiting.pop(get_ident(), []) if self._waiting else []
+        """All events that this thread has to deliver now."""
+        return list(iter(self.next, None))
 
     def receivers(self, event: Event) -> tuple[Listener, ...]:
         """The listeners of an event."""
         return self.on_call if event.kind in CALL_KINDS else self.listeners
+
+    def call(self, listener: Listener, event: Event) -> Any:
+        """What a listener returns; None after it raised."""
+        try:
+            return listener(event)
+        except Exception:
+            self.failed(listener)
 
     def failed(self, listener: object) -> None:
         """Log a listener's exception, which must not reach the caller."""
@@ -167,4 +185,5 @@ class Notices:
         """All calls so far. gathered: the successes that the view has counted."""
         with self.counting:
             found = {kind: counter.total() for kind, counter in self.counters.items()}
-        return Counts(found["success"] + gathered, found["slow"], found["failure"], found["ignored"], found["rejected"])
+        successes = found["success"] + found["slow"] + gathered
+        return Counts(successes, found["slow"], found["failure"], found["ignored"], found["rejected"])

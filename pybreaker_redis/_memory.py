@@ -20,6 +20,7 @@ from ._window import Sums, bucket_ms, sums, window_at
 LONGEST_OVERRIDE_MS = int(LONGEST_OVERRIDE * 1000)
 HISTORY_ENTRIES = 1000
 _DEFAULTS = default_request()
+_UNSET = object()
 _OUTCOMES = {"successes", "failures", "slow", "probe"}
 _WALL_OFFSET_NS = time.time_ns() - time.monotonic_ns()
 
@@ -57,7 +58,7 @@ class MemoryEngine:
             "control": self._control,
             "snapshot": self._snapshot,
         }
-        self._made_of: tuple[Any, Any] = (self, self)  # the inputs of _policy, which is never changed in place
+        self._made_of: tuple[Any, Any] = (_UNSET, _UNSET)  # the inputs of _policy, which is never changed in place
         self._policy: dict[str, Any] = {}
         self._lock = threading.RLock()
         self._history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY_ENTRIES)

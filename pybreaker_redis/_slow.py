@@ -27,7 +27,7 @@ class SlowCalls:
     def ended(self, permit: BasePermit) -> tuple[bool | None, bool]:
         """Whether the call was slow (None: not measured), and whether that was reported while it ran."""
         limit = self._view.policy.slow_call_duration
-        if limit is None and not self._running:
+        if limit is None and not self._running and permit.pending_since is None:
             return None, False
         waiting = self._running.pop(permit, permit) is None  # else overdue() has taken it
         now = monotonic()

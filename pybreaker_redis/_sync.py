@@ -70,11 +70,11 @@ class Permit(BasePermit):
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
-        if error is None and stage == ENTERED and (tick := self._tick) is not None:
+        if error is None and stage != SETTLED and (tick := self._tick) is not None:
             tick()
             return
         self.end()
-        if stage == ENTERED:
+        if stage != SETTLED:
             self._breaker._drive(self._breaker._report_end(self, error))
 
 
@@ -308,12 +308,13 @@ class CircuitBreaker(BreakerCore):
             lock.release()  # before the events are delivered: a listener may be slow, or call this breaker
 
     def _deliver(self) -> None:
-        for event in self._notices.take():
-            for listener in self._notices.receivers(event):
+        notices = self._notices
+        while (event := notices.next()) is not None:
+            for listener in notices.receivers(event):
                 try:
                     listener(event)
                 except Exception:
-                    self._notices.failed(listener)
+                    notices.failed(listener)
 
     # State and operator actions
 

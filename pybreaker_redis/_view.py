@@ -53,7 +53,8 @@ class Counter:
     def take(self) -> int:
         """The successes since the last take."""
         self._reads += 1
-        new = self.tick() - self._reads - self._taken
+        # not below zero: a signal handler may have taken them between the tick and here
+        new = max(self.tick() - self._reads - self._taken, 0)
         self._taken += new
         return new
 
@@ -260,7 +261,7 @@ class View:
     def successes(self) -> int:
         """All successes that were counted here."""
         with self._lock:
-            earlier = sum(counter.total() for counter in self._earlier)
+            earlier = sum(counter.total() for counter in tuple(self._earlier))
             return self._earlier_successes + earlier + self.seen.counter.total()
 
     def take(self, generation: int | None = None) -> Request:

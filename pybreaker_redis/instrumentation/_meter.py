@@ -78,7 +78,7 @@ class Meter(Instrument):
         self._start_process()
 
     def _start_process(self) -> None:
-        self._counting, self._reading = threading.Lock(), threading.Lock()
+        self._counting, self._reading = threading.RLock(), threading.RLock()
         self._transitions: collections.Counter[Transition] = collections.Counter()
         self._errors: collections.Counter[str] = collections.Counter()
 

@@ -63,7 +63,7 @@ class OpenTelemetryMetrics(Meter):
 
     def _start_process(self) -> None:
         super()._start_process()
-        self._sharing = threading.Lock()
+        self._sharing = threading.RLock()
         self._shared: Reading | None = None
         self._used: set[object] = set()
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import itertools
 from collections.abc import Generator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import redis
 from redis.crc import key_slot
-from redis.exceptions import AskError, MovedError, NoScriptError
+from redis.exceptions import AskError, ClusterError, MovedError, NoScriptError, ReadOnlyError
 
+from .._protocol import NotSent
 from .commands import Command
 from .options import REDIS_ERRORS, Address
 
 MOST_REDIRECTIONS = 5
+# a node that replies so does not serve the slot, or not now: another one may know who does
+_NOT_SERVING = (OSError, redis.ConnectionError, redis.TimeoutError, ClusterError, ReadOnlyError)
 _SLOTS = Command(b"", (b"CLUSTER", b"SLOTS"))
 
 
@@ -62,6 +65,7 @@ class Routes:
         self._turn = itertools.count()
         self._serving: dict[int, Address] = {}  # by slot: the node that served it last
         self._ranges: list[tuple[int, int, Address]] = []  # first and last slot of each master
+        self._learned: list[Address] = []  # every node that was listed last, replicas too; _lost() leaves it alone
 
     def trip(self, commands: Sequence[Command]) -> Trip:
         """Through the cluster. Sends again only redirected commands, which no node has executed."""
@@ -86,7 +90,7 @@ class Routes:
                     if isinstance(reply, AskError):  # or its subclass, MovedError
                         moved = isinstance(reply, MovedError)
                         waiting.append((self._remap(address, reply.host, reply.port), not moved, place))
-                    elif isinstance(reply, Exception):
+                    elif isinstance(reply, _NOT_SERVING):
                         self._lost(address)
                     elif not asking and self._served(commands[place].key, address):
                         news = address
@@ -114,6 +118,10 @@ class Routes:
         known = self._serving.get(slot) or self._of_range(slot)
         if known is not None:
             return known
+        return self.any_node()
+
+    def any_node(self) -> Address:
+        """One node after another, the lost ones too."""
         nodes = self._nodes()
         return nodes[next(self._turn) % len(nodes)]
 
@@ -122,7 +130,7 @@ class Routes:
 
     def _nodes(self) -> list[Address]:
         known = [*list(self._manager.nodes_cache.values()), *list(self._manager.startup_nodes.values())]
-        return list(dict.fromkeys([*self.masters(), *((node.host, int(node.port)) for node in known)]))
+        return list(dict.fromkeys([*self.masters(), *self._learned, *((node.host, int(node.port)) for node in known)]))
 
     def _served(self, key: bytes, address: Address) -> bool:
         """Note that a node served a key. Returns whether that is new: a reason to ask the node for all slots."""
@@ -137,13 +145,20 @@ class Routes:
         self._ranges = [one for one in self._ranges if one[2] != address]
 
     def _learn(self, asked: Address) -> Trip:
-        with contextlib.suppress(*REDIS_ERRORS):
+        try:
             (slots,) = yield Leg(asked, (_SLOTS,))
-            if isinstance(slots, list):  # an ACL may refuse the command
-                self._ranges = [
-                    (int(first), int(last), self._remap(asked, (node[0] or b"").decode(), node[1]))
-                    for first, last, node, *_ in slots
-                ]
+        except REDIS_ERRORS:
+            self._lost(asked)
+            return []
+        except NotSent as error:  # the commands of the trip itself were executed
+            raise asyncio.CancelledError from error
+        if isinstance(slots, list):  # an ACL may refuse the command
+            listed = [
+                (int(first), int(last), [self._remap(asked, (host or b"").decode(), port) for host, port, *_ in nodes])
+                for first, last, *nodes in slots
+            ]
+            self._ranges = [(first, last, nodes[0]) for first, last, nodes in listed]
+            self._learned = [node for _, _, nodes in listed for node in nodes]
         return []
 
     def _remap(self, asked: Address, host: str, port: int) -> Address:

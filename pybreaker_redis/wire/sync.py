@@ -71,7 +71,7 @@ class Server:
 
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
-        return self._node(None if self._routes is None else self._routes.address(b"")).connection(protocol=2)
+        return self._node(None if self._routes is None else self._routes.any_node()).connection(protocol=2)
 
     def close(self) -> None:
         """Close the connections; the next call opens others."""
