@@ -258,9 +258,9 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
 
     def acquire(self) -> Acquiring:
-        """Await it for a permit for one call, or use it as the `async with` block of that call.
+        """A permit for one call: await it, or use it as the `async with` block of that call.
 
-        Awaiting raises CircuitOpenError if the call is rejected.
+        Either raises CircuitOpenError if the call is rejected.
         """
         return Acquiring(self)
 
@@ -271,7 +271,7 @@ class AsyncCircuitBreaker(BreakerCore):
             return self._permit(self, seen.generation, now, None, tick)
         return cast(AsyncPermit, await self._admit(now))
 
-    # The shell
+    # Carrying out the decisions
 
     async def _admit(self, began: float) -> BasePermit:
         try:
@@ -401,7 +401,7 @@ class AsyncCircuitBreaker(BreakerCore):
         return task
 
     async def _give_back(self, permit: BasePermit) -> None:
-        """Free the slot that a probe may have got for a caller that was cancelled meanwhile."""
+        """Free the slot of a probe whose caller was cancelled before it had the permit."""
         if (steps := self._report(permit, IGNORED)) is not None:
             await self._run_to_end(steps)
         else:
@@ -452,7 +452,7 @@ class AsyncCircuitBreaker(BreakerCore):
         await self._drive(self._command("clear_policy"))
 
     async def history(self, count: int = 100) -> list[HistoryEntry]:
-        """Up to count transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
+        """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
         check_history_count(count)
         if isinstance(self._engine, InMemory):
             return history_entries(self._engine.history(count))

@@ -308,7 +308,7 @@ class BreakerCore:
         reply = self._engine.local(name, {**(self._full if self._override else common), **request})
         assert reply is not None
         seen = self._view.seen
-        # nobody else changes this state: while the view says closed, a reply under its generation is no news
+        # only this process changes the state: a reply under the generation of a closed view brings nothing new
         if (
             sent >= seen.closed_until
             or reply["generation"] != seen.generation
@@ -395,7 +395,7 @@ class BreakerCore:
         self._view.drop()
 
     def _set_lease(self) -> None:
-        """A subscription lengthens the lease, but where the policy has a rate, to one bucket of the window at most."""
+        """Lengthen the lease while a subscription stands. With a rate: by at most a bucket, or counts would be late."""
         policy, lease = self._view.policy, self._watch_lease
         if lease is None or self._lease <= 0:
             self._view.lease = self._lease
@@ -458,7 +458,7 @@ class BreakerCore:
 
 def _sum(gathered: Request, report: Request) -> Request:
     """The gathered outcomes and a report as one request."""
-    if len(gathered) <= 1:  # no more than the generation
+    if len(gathered) <= 1:  # a generation and no outcomes
         return report
     for field, count in report.items():
         gathered[field] = gathered.get(field, 0) + count if field in ("successes", "slow") else count

@@ -30,32 +30,32 @@ class Isolation:
         self._own: LocalEngine | None = None
 
     def forget(self) -> None:
-        """Discard the own state: a transition of the fleet supersedes it."""
+        """Discard this instance's state: a transition of the fleet supersedes it."""
         self._own = None
 
     def obey(self, override: dict[str, Any] | None) -> None:
-        """Apply a policy override to the own state."""
+        """Apply a policy override to this instance's state."""
         if self._own is not None:
             self._own.obey(override)
 
     @property
     def state(self) -> State:
-        """The own state of this instance."""
+        """This instance's own state."""
         return "closed" if self._own is None else self._own.state
 
     def is_open(self) -> bool:
-        """Whether the own state rejects or probes."""
+        """Whether this instance's own state is open or half open."""
         return self.state != "closed"
 
     def decides_over(self, fleet: Reply) -> bool:
-        """Whether the own state rejects or probes under the fleet's state in this snapshot."""
+        """Whether it is, and is not overruled by the fleet's state in this snapshot."""
         own = self._own
         return (
             self.is_open() and own is not None and own.fleet_generation >= fleet["generation"] and not _decides(fleet)
         )
 
     def run(self, name: str, request: Request, common: Request, full: Request) -> Steps[Reply]:
-        """The reply to a script call, from the fleet's state and the own state.
+        """The reply to a script call, from the fleet's state and this instance's.
 
         common: the fields to add to the request to the fleet. full: the fields to add to any other request.
         """
@@ -84,7 +84,7 @@ class Isolation:
         return mine
 
     def _own_engine(self, fleet: Reply) -> LocalEngine | None:
-        """The engine of the own state; None while only the fleet's state decides.
+        """The engine of this instance's state; None while only the fleet's state decides.
 
         Each generation of the fleet starts a new one: a transition or reset of the fleet applies to this instance too.
         """
@@ -97,11 +97,11 @@ class Isolation:
 
 
 def _isolated(mine: Reply, fleet: Reply) -> Reply:
-    """The reply of the own state, with the transition, policy override and warning of the fleet's reply."""
+    """The reply of this instance's engine, with the transition, policy override and warning of the fleet's reply."""
     rest = {key: fleet.get(key) for key in ("transition", "override", "warning")}
     return {**mine, **rest, "admitted": False, "isolated": True, "source": "isolated"}
 
 
 def _decides(fleet: Reply) -> bool:
-    """Whether the fleet's state overrules the own state."""
+    """Whether the fleet's state overrules that of an instance."""
     return fleet["state"] != "closed" or fleet.get("forced") is not None

@@ -42,9 +42,9 @@ class Guarded(Protocol[P, R_co]):
 class Permit(BasePermit):
     """The right to one call, and the `with` block of that call.
 
-    `with breaker.acquire() as permit:` counts a success, or the exception that ends the block, as the breaker's options
-    say. Call permit.failure(error) or permit.release() in the block to overrule that. For callbacks, use no block, and
-    call success(), failure(error) or release() once; a second call raises PermitError.
+    A `with breaker.acquire() as permit:` block counts as a success, or by its exception as the breaker's options say.
+    Call permit.failure(error) or permit.release() inside to overrule that. For callbacks, use no block, and call
+    success(), failure(error) or release() once; a second call raises PermitError.
     """
 
     __slots__ = ()
@@ -245,7 +245,7 @@ class CircuitBreaker(BreakerCore):
             return permit
         return cast(Permit, self._admit(now))
 
-    # The shell
+    # Carrying out the decisions
 
     def _admit(self, began: float) -> BasePermit:
         try:
@@ -296,12 +296,12 @@ class CircuitBreaker(BreakerCore):
         if not lock.acquire(timeout=patience(self._redis_timeout) if wait else 0):
             if not wait:
                 return
-            # held longer than any refresh: an exception of a signal handler hit its thread between the lock and `try`
+            # held longer than any refresh takes: a signal handler raised in its thread between the lock and `try`
             if self._refreshing is lock:
                 self._refreshing = threading.RLock()
             return self._refresh(wait)
         try:
-            # judged at this thread's arrival: the reply it waited for serves it even if that has expired by now
+            # judged at this thread's arrival: the reply it waited for serves it even if its lease is over by now
             if self._view.decide(self._view.seen, began) in (Verdict.REFRESH, Verdict.WAIT):
                 self._carry_out(self._renew())
         finally:
@@ -375,7 +375,7 @@ class CircuitBreaker(BreakerCore):
         self._drive(self._command("clear_policy"))
 
     def history(self, count: int = 100) -> list[HistoryEntry]:
-        """Up to count transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
+        """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
         check_history_count(count)
         if isinstance(self._engine, InMemory):
             return history_entries(self._engine.history(count))

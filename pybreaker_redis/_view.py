@@ -65,7 +65,7 @@ class Counter:
 
 @dataclasses.dataclass(slots=True)
 class Seen:
-    """One reply. It is replaced as a whole; only the ends of its validity move. Times are on the monotonic clock.
+    """One reply. A later one replaces it; until then only _renew() and trust() change it. Times: the monotonic clock.
 
     closed_until, open_until: until when calls are admitted or rejected without asking Redis; the fast path reads only
     these. timed_until: replaces closed_until if calls are timed. ramp_until: the end of the ramp after a recovery.
@@ -142,7 +142,7 @@ class View:
 
     @property
     def state(self) -> State:
-        """The state as last read; an open circuit whose time is over is half open."""
+        """The state as last read. An open circuit counts as half open once its open period is over."""
         seen = self.seen
         return "half_open" if seen.state == "open" and monotonic() >= seen.retry_at else seen.state
 
@@ -192,7 +192,7 @@ class View:
             return  # no call uses the view, and nothing has changed
         with self._lock:
             seen = self.seen
-            # a lower generation is news only from a request that was sent after the last reply arrived
+            # adopt a lower generation only if its request was sent after the last reply arrived
             since = seen.arrived if generation < seen.generation else seen.sent
             if sent < since and generation <= seen.generation and not reply.get("isolated"):
                 return

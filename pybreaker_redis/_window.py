@@ -28,7 +28,7 @@ class Sums(NamedTuple):
 
 
 def bucket_ms(policy: dict[str, Any]) -> int | None:
-    """Length of a bucket if a rate can trip the circuit, else None: then no window is begun."""
+    """The length of a bucket if a rate can trip the circuit, else None: no window is needed."""
     if policy["error_rate_threshold"] > 0 or policy["slow_call_rate_threshold"] > 0:
         return int(policy["window_ms"] // 10)
     return None

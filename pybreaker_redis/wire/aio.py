@@ -117,7 +117,7 @@ class AsyncConnections:
         self._losses = 0
 
     async def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
-        """The replies, in order; a failed command replies its error. Raises NotSent if cancelled before sending."""
+        """The replies, in order; that of a failed command is its error. Raises NotSent if cancelled before sending."""
         losses, sent = self._losses, asyncio.Event()
         try:
             async with self._slots:
@@ -202,7 +202,7 @@ def _is_closed() -> bool:
 
 @contextlib.asynccontextmanager
 async def _deadline(seconds: float) -> AsyncIterator[None]:
-    """Raise redis.TimeoutError after this time, and _TURNS turns of the loop: a busy loop is no dead server."""
+    """Raise redis.TimeoutError after these seconds and _TURNS turns of the loop: the loop may merely be busy."""
     loop = asyncio.get_running_loop()
     turns = itertools.count(1)
 

@@ -32,7 +32,7 @@ class Leg(NamedTuple):
     asking: bool = False
 
 
-# Yields legs. Is sent their replies (a failed command replies its error), or is thrown the error of a lost connection.
+# Yields legs. Is sent their replies (a failed command's is its error), or is thrown the error of a lost connection.
 # Returns the replies to all commands.
 Trip: TypeAlias = Generator[Leg, list[Any], list[Any]]
 

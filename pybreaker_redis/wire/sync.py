@@ -56,7 +56,7 @@ class Server:
         return history_fields(self._one(build.history(keys, count)))
 
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies, in order; a failed command replies its error, also when its node of a cluster is lost.
+        """The replies, in order; that of a failed command, or of one whose cluster node is lost, is the error.
 
         Raises redis.RedisError or OSError when the server is lost.
         """
@@ -110,7 +110,7 @@ class Connections:
         self._idle: collections.deque[Any] = collections.deque()
 
     def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
-        """The replies, in order; a failed command replies its error."""
+        """The replies, in order; that of a failed command is its error."""
         connection = self._take()
         deadline = monotonic() + self._timeout + _PER_COMMAND * len(commands)
         replies: list[Any] = []
