@@ -364,7 +364,7 @@ class BreakerCore:
         self, state: State = "closed", failure_count: int = 0, open_for: float = 0.0, generation: int = 0
     ) -> LocalEngine:
         document = document_for(state, generation, failure_count, open_for)
-        return LocalEngine(document=document, override=self._override, alone=True)
+        return LocalEngine(document=document, override=self._override, quorum_of_one=True)
 
     def _redis_down(self, error: BaseException) -> None:
         logger.warning(

@@ -85,10 +85,9 @@ class Notices:
     """Queues a breaker's events and counts its calls. The shells deliver the events, outside every lock."""
 
     def __init__(self, name: str, listeners: Iterable[Listener], on_call: Iterable[Listener]) -> None:
-        self.name, self.instance = name, ""
+        self.name = name
         self.listeners, self.on_call = tuple(listeners), tuple(on_call)
         self.instruments = tuple(one for one in self.listeners if isinstance(one, Instrument))
-        self.start_process("")
 
     def start_process(self, instance: str) -> None:
         """Start empty, also in a forked child: the parent delivers its own events and counts its own calls."""

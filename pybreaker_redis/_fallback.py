@@ -55,7 +55,7 @@ class InMemory:
     is_down = False
 
     def __init__(self) -> None:
-        self._memory = MemoryEngine(alone=True)
+        self._memory = MemoryEngine(quorum_of_one=True)
         self.after_fork = self._memory.after_fork
         self.history = self._memory.history
         self.local = self._memory.run

@@ -34,7 +34,7 @@ class MemoryEngine:
     """Answers the requests of the scripts, for one breaker in one process.
 
     now_ms: the clock. document: the state to start from; default closed. override: the policy override.
-    alone: ignore the quorum, since no other process reports to this engine.
+    quorum_of_one: ignore the policy's quorum, since no other process reports to this engine.
     """
 
     source = "memory"
@@ -45,10 +45,10 @@ class MemoryEngine:
         now_ms: Callable[[], int] = clock_ms,
         document: Document | None = None,
         override: dict[str, Any] | None = None,
-        alone: bool = False,
+        quorum_of_one: bool = False,
     ) -> None:
         self._now_ms = now_ms
-        self._alone = alone
+        self._quorum_of_one = quorum_of_one
         self._document = document
         self._override = override
         self._override_until_ms: int | None = None
@@ -83,7 +83,7 @@ class MemoryEngine:
         made_of = given, self._override
         if made_of[0] is not self._made_of[0] or made_of[1] is not self._made_of[1]:
             policy = {**_DEFAULTS, **(given or {}), **(self._override or {})}
-            if self._alone:
+            if self._quorum_of_one:
                 policy["quorum"] = 1
             self._made_of, self._policy = made_of, policy
         return self._policy

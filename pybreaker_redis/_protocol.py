@@ -59,6 +59,12 @@ def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
     return Keys(state, f"{{{state}}}:history", f"{{{state}}}:policy")
 
 
+def state_pattern(prefix: str) -> str:
+    """The glob pattern of all state keys, which are also the channels."""
+    escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in prefix)
+    return f"{escaped}:*:state"
+
+
 def _check_text(what: str, text: object) -> None:
     if not isinstance(text, str) or not text:
         raise PolicyError(f"{what} must be a non-empty string, not {text!r}")

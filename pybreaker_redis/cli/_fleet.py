@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from .. import _protocol
 from .._policy import Policy
-from .._protocol import Snapshot, keys_of
+from .._protocol import Snapshot, keys_of, state_pattern
 from .._sync import CircuitBreaker
 from ..wire.commands import Command
 from ..wire.options import Endpoint, connecting, endpoint, error_kind, is_cluster
@@ -79,8 +79,7 @@ class Fleet:
 
     def pattern(self) -> str:
         """The pattern of all state keys, for SCAN, and of all channels, for PSUBSCRIBE."""
-        escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in self.prefix)
-        return f"{escaped}:*:state"
+        return state_pattern(self.prefix)
 
     def name_of(self, key: bytes) -> str:
         """The name of the breaker with this state key, which is also its channel."""

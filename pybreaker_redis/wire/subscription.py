@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 from redis.exceptions import ConnectionError, ResponseError
 
+from .._protocol import state_pattern
+
 PING_EVERY = 1.0  # seconds; a connection that is silent for twice as long is lost
 TRUSTED_FOR = 3 * PING_EVERY  # seconds after the last sign of life of the server, the thread or the task
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
@@ -44,8 +46,7 @@ class Audience:
     """The breakers of one subscription, each with its lease while the subscription stands. No I/O."""
 
     def __init__(self, prefix: str) -> None:
-        escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in prefix)
-        self.pattern = f"{escaped}:*:state"
+        self.pattern = state_pattern(prefix)
         self._connected = False
         self._ended = False
         self._leases: weakref.WeakKeyDictionary[Watcher, float] = weakref.WeakKeyDictionary()

@@ -93,7 +93,7 @@ def test_a_row_of_a_thousand_trips() -> None:
 def test_alone() -> None:
     """One that nobody else reports to trips without a quorum."""
     for alone, state in ((True, "open"), (False, "closed")):
-        engine = MemoryEngine(now_ms=lambda: START_MS, alone=alone)
+        engine = MemoryEngine(now_ms=lambda: START_MS, quorum_of_one=alone)
         policy = {**POLICY, "quorum": 2}
         generation = engine.run("acquire", {"policy": policy})["generation"]
         engine.run("record", {"policy": policy, "generation": generation, "failures": 1})
