@@ -336,7 +336,7 @@ class AsyncCircuitBreaker(BreakerCore):
             await if_lost(result)
 
     async def _run_to_end(self, steps: Steps[T], ask: Ask | None = None, events: list[Event] | None = None) -> T:
-        """Carry out the steps, and deliver their events. ask, events: what they have yielded already."""
+        """Carry out the steps, and deliver their events. ask: already taken from the steps. events: already pending."""
         events = events or []
         try:
             return await self._carry_out(steps, ask, events)
@@ -408,7 +408,7 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._deliver()
 
     async def _deliver(self, events: list[Event] | None = None) -> None:
-        """Call the listeners of each event, one after the other. A caller that is cancelled takes no event with it."""
+        """Call the listeners of each event, one after the other, to the end even if the caller is cancelled."""
         notices = self._notices
         events = notices.take() if events is None else events
         calls = iter([(listener, event) for event in events for listener in notices.receivers(event)])
@@ -475,7 +475,7 @@ class AsyncCircuitBreaker(BreakerCore):
 async def _call_the_rest(
     notices: Notices, listener: Listener, result: Awaitable[Any], calls: Iterator[tuple[Listener, Event]]
 ) -> None:
-    """Await the listener that was called last, then call and await those after it."""
+    """Await the result of a listener, then call and await the listeners after it."""
     while True:
         try:
             if inspect.isawaitable(result):

@@ -155,14 +155,14 @@ class Notices:
         queue.append(event)
 
     def next(self) -> Event | None:
-        """The next event that this thread has to deliver."""
+        """Take the next event that this thread has to deliver, or None."""
         queue = self._waiting.get(get_ident())
         with contextlib.suppress(IndexError):  # a signal handler may deliver the last one
             return queue.popleft() if queue else None
         return None
 
     def take(self) -> list[Event]:
-        """All events that this thread has to deliver now."""
+        """Take all events that this thread has to deliver."""
         return list(iter(self.next, None))
 
     def receivers(self, event: Event) -> tuple[Listener, ...]:
@@ -170,7 +170,7 @@ class Notices:
         return self.on_call if event.kind in CALL_KINDS else self.listeners
 
     def call(self, listener: Listener, event: Event) -> Any:
-        """What a listener returns; None after it raised."""
+        """Call a listener. Returns its result, or None if it raises, which is logged."""
         try:
             return listener(event)
         except Exception:

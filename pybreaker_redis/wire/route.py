@@ -16,7 +16,7 @@ from .commands import Command
 from .options import REDIS_ERRORS, Address
 
 MOST_REDIRECTIONS = 5
-# a node that replies so does not serve the slot, or not now: another one may know who does
+# errors of a node that does not serve the slot now: another node may know which one does
 _NOT_SERVING = (OSError, redis.ConnectionError, redis.TimeoutError, ClusterError, ReadOnlyError)
 _SLOTS = Command(b"", (b"CLUSTER", b"SLOTS"))
 
@@ -65,7 +65,7 @@ class Routes:
         self._turn = itertools.count()
         self._serving: dict[int, Address] = {}  # by slot: the node that served it last
         self._ranges: list[tuple[int, int, Address]] = []  # first and last slot of each master
-        self._learned: list[Address] = []  # every node that was listed last, replicas too; _lost() leaves it alone
+        self._learned: list[Address] = []  # all nodes of the last CLUSTER SLOTS, with replicas and lost nodes
 
     def trip(self, commands: Sequence[Command]) -> Trip:
         """Through the cluster. Sends again only redirected commands, which no node has executed."""
@@ -121,7 +121,7 @@ class Routes:
         return self.any_node()
 
     def any_node(self) -> Address:
-        """One node after another, the lost ones too."""
+        """Each known node in turn, including lost ones."""
         nodes = self._nodes()
         return nodes[next(self._turn) % len(nodes)]
 
@@ -150,7 +150,7 @@ class Routes:
         except REDIS_ERRORS:
             self._lost(asked)
             return []
-        except NotSent as error:  # the commands of the trip itself were executed
+        except NotSent as error:  # only this question was not sent; the caller's commands were
             raise asyncio.CancelledError from error
         if isinstance(slots, list):  # an ACL may refuse the command
             listed = [
@@ -162,5 +162,5 @@ class Routes:
         return []
 
     def _remap(self, asked: Address, host: str, port: int) -> Address:
-        host, port = self._manager.remap_host_port(host or asked[0], int(port))  # an empty host is that of the node
+        host, port = self._manager.remap_host_port(host or asked[0], int(port))  # empty: the host that was asked
         return host, port
