@@ -47,14 +47,14 @@ class Counter:
 
     def total(self) -> int:
         """All successes ever counted."""
-        self._reads += 1
-        return self.tick() - self._reads
+        self._reads = reads = self._reads + 1  # kept: a signal handler may read again after the tick
+        return self.tick() - reads
 
     def take(self) -> int:
         """The successes since the last take."""
-        self._reads += 1
-        # not below zero: a signal handler may have taken them between the tick and here
-        new = max(self.tick() - self._reads - self._taken, 0)
+        total = self.total()
+        # not below zero: a signal handler may have taken them meanwhile. No call from here on: it would let one in
+        new = total - self._taken if total > self._taken else 0
         self._taken += new
         return new
 
@@ -261,8 +261,9 @@ class View:
     def successes(self) -> int:
         """All successes that were counted here."""
         with self._lock:
-            earlier = sum(counter.total() for counter in tuple(self._earlier))
-            return self._earlier_successes + earlier + self.seen.counter.total()
+            # read at once, without a call: a transition in a signal handler moves the current counter to the others
+            even_earlier, counters = self._earlier_successes, {*self._earlier, self.seen.counter}
+            return even_earlier + sum(counter.total() for counter in counters)
 
     def take(self, generation: int | None = None) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.
