@@ -20,7 +20,8 @@ function breaker.load(request)
   -- pattern, at a tenth of the cost of cjson and all checks.
   local failures, failed_at, generation, rest = string.match(found[1] or '', '^{"state":"closed","failure_count":(%d+),'
     .. '"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,"generation":([1-9]%d*)(.*)}$')
-  local window, failed_s = rest and rest ~= '' and breaker.read_window(rest), failed_at and tonumber(failed_at)
+  local failed_s, window = failed_at and tonumber(failed_at), nil
+  if rest and rest ~= '' and string.find(rest, '^,"window":') then window = breaker.read_window(rest) end
   if not generation or #generation > 13 or #failures > 10 or rest ~= '' and not window
       or #failed_at > 10 or not failed_s and failed_at ~= 'null' then
     return breaker.take_over(found[1], request)
@@ -84,15 +85,15 @@ end
 -- Adds the transition to the history and publishes it. Neither may fail the script: the document is written.
 function breaker.announce(document, request)
   local change = document.change
-  local entry = {'XADD', KEYS[2], 'MAXLEN', '~', '1000', '*', 'time_ms', string.format('%.0f', document.now),
+  local entry = {'XADD', KEYS[2], 'MAXLEN', '~', '1000', '*', 'time_ms', document.now,
     'from', change.from, 'to', change.to, 'reason', change.reason,
-    'generation', string.format('%.0f', change.generation), 'failure_count', change.failure_count,
+    'generation', change.generation, 'failure_count', change.failure_count,
     'success_count', change.success_count, 'instance', request.instance or '',
     change.calls and 'calls', change.calls, change.calls and 'failures', change.failures,
     change.calls and 'slow', change.slow}
   local added = redis.pcall(unpack(entry))
-  local wrong = type(added) == 'table' and added.err or ''
-  if string.find(wrong, 'WRONGTYPE', 1, true) or string.find(wrong, 'exhausted', 1, true) then
+  local wrong = type(added) == 'table' and added.err
+  if wrong and (string.find(wrong, 'WRONGTYPE', 1, true) or string.find(wrong, 'exhausted', 1, true)) then
     redis.pcall('DEL', KEYS[2]) -- another program wrote it
     redis.pcall(unpack(entry))
   end
@@ -184,15 +185,17 @@ function breaker.take_over_half_open(document, own)
 end
 
 function breaker.take_over_closed(document, own, request)
-  local now, policy = document.now, breaker.policy_of(request)
-  document.closed_at_ms = breaker.past_ms(own.closed_at_ms, now)
-  if (document.trips > 0 or document.closed_at_ms) and breaker.recent_trips(document, policy) == 0
-      and now >= (document.closed_at_ms or 0) + policy.ramp_up_ms then
-    document.trips, document.closed_at_ms, document.outlived = 0, nil, true
+  local now = document.now
+  if own.closed_at_ms then document.closed_at_ms = breaker.past_ms(own.closed_at_ms, now) end
+  if document.trips > 0 or document.closed_at_ms then
+    local policy = breaker.policy_of(request)
+    if breaker.recent_trips(document, policy) == 0 and now >= (document.closed_at_ms or 0) + policy.ramp_up_ms then
+      document.trips, document.closed_at_ms, document.outlived = 0, nil, true
+    end
   end
   local window = own.window and breaker.sound_window(own.window)
   if window then document.window = breaker.window_at(window, request, now) end
-  document.run_since_ms = breaker.past_ms(own.run_since_ms, now)
+  if own.run_since_ms then document.run_since_ms = breaker.past_ms(own.run_since_ms, now) end
   for instance, at in pairs(type(own.reporters) == 'table' and own.reporters or {}) do
     local at_ms = breaker.past_ms(at, now)
     if at_ms and type(instance) == 'string' then
