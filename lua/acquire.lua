@@ -7,9 +7,9 @@ ARGV[1]  the request, in JSON or msgpack; the reply has the same form. Every fie
            generation  (integer)  under which the following were gathered
            successes   (count)    since the last report
            slow        (count)    calls that became slow since the last report
-           pending     (count)    of the slow calls, those that still run
+           pending     (count)    how many of the slow calls are still running
            policy      (map)      fields that differ from the defaults, named as in Policy; durations as <field>_ms in
-                                  milliseconds, None as 0. A policy override goes before them.
+                                  milliseconds, None as 0. A policy override takes precedence.
            instance    (text)     the caller, for the history and the quorum
 Reply      admitted        (bool)
            probe           (integer)  slot of a probe, in half open only; pass it to record

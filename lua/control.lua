@@ -38,8 +38,9 @@ if problem then return redis.error_reply(problem) end
 local document = breaker.load(request)
 document.now = document.now or breaker.now_ms()
 
--- Stores the policy override with the new fields. Every instance obeys it from its next script on.
-local function set_policy()
+local changed = true
+if sets_policy then
+  -- Stores the policy override with the new fields. Every instance obeys it from its next script on.
   local override, fields, expiry = request.override_in_force or {}, {}, {}
   for field, value in pairs(request.override) do override[field] = value end
   for field, value in pairs(override) do
@@ -47,15 +48,9 @@ local function set_policy()
     if type(value) == 'number' and tonumber(text) ~= value then text = string.format('%.17g', value) end
     fields[#fields + 1] = string.format('"%s":%s', field, text)
   end
-  if request.duration_ms then expiry = {'PX', string.format('%.0f', request.duration_ms)} end
+  if request.duration_ms then expiry = {'PX', request.duration_ms} end
   redis.call('SET', KEYS[3], '{' .. table.concat(fields, ',') .. '}', unpack(expiry))
   request.override_in_force = override
-  return true
-end
-
-local changed
-if sets_policy then
-  changed = set_policy()
 elseif clears_policy then
   changed = redis.call('DEL', KEYS[3]) == 1
   request.override_in_force = nil

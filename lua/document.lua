@@ -12,15 +12,16 @@ In a script a document has these fields besides the stored ones:
   warning    what was wrong with the stored value
 ]]
 
--- Reads the document. Also reads the policy override, and lays it over the policy of the request.
+-- Reads the document. Also reads the policy override, and applies it to the request's policy.
 function breaker.load(request)
   local found = redis.call('MGET', KEYS[1], KEYS[3])
   if found[2] then breaker.take_override(request, found[2]) end
-  -- Most documents are closed, were written by save() and hold a window at most. Such a document is read by one
+  -- Most documents are closed, were written by save() and hold nothing but a window besides. Such a document is read by one
   -- pattern, at a tenth of the cost of cjson and all checks.
   local failures, failed_at, generation, rest = string.match(found[1] or '', '^{"state":"closed","failure_count":(%d+),'
     .. '"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,"generation":([1-9]%d*)(.*)}$')
-  local window, failed_s = rest and rest ~= '' and breaker.read_window(rest), failed_at and tonumber(failed_at)
+  local failed_s, window = failed_at and tonumber(failed_at), nil
+  if rest and rest ~= '' and string.find(rest, '^,"window":') then window = breaker.read_window(rest) end
   if not generation or #generation > 13 or #failures > 10 or rest ~= '' and not window
       or #failed_at > 10 or not failed_s and failed_at ~= 'null' then
     return breaker.take_over(found[1], request)
@@ -41,7 +42,7 @@ function breaker.save(document, request)
   if document.window or document.reporters then ttl_ms = math.max(ttl_ms, breaker.policy_of(request).window_ms) end
   local deadline = document.open_until_ms or document.forced_until_ms or document.probe_ms and now + document.probe_ms
     or document.closed_at_ms and breaker.recovered_at_ms(document, breaker.policy_of(request))
-  -- Outlives its deadline by a window, so that a probe closes the circuit, and not the loss of the key.
+  -- Keep the key one window past the deadline: a probe must close the circuit, not the key's expiry.
   if deadline then ttl_ms = math.max(ttl_ms, deadline - now + breaker.policy_of(request).window_ms) end
   if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl_ms) end
   redis.call('SET', KEYS[1], breaker.encode(document), 'PX', ttl_ms)
@@ -84,15 +85,15 @@ end
 -- Adds the transition to the history and publishes it. Neither may fail the script: the document is written.
 function breaker.announce(document, request)
   local change = document.change
-  local entry = {'XADD', KEYS[2], 'MAXLEN', '~', '1000', '*', 'time_ms', string.format('%.0f', document.now),
+  local entry = {'XADD', KEYS[2], 'MAXLEN', '~', '1000', '*', 'time_ms', document.now,
     'from', change.from, 'to', change.to, 'reason', change.reason,
-    'generation', string.format('%.0f', change.generation), 'failure_count', change.failure_count,
+    'generation', change.generation, 'failure_count', change.failure_count,
     'success_count', change.success_count, 'instance', request.instance or '',
     change.calls and 'calls', change.calls, change.calls and 'failures', change.failures,
     change.calls and 'slow', change.slow}
   local added = redis.pcall(unpack(entry))
-  local wrong = type(added) == 'table' and added.err or ''
-  if string.find(wrong, 'WRONGTYPE', 1, true) or string.find(wrong, 'exhausted', 1, true) then
+  local wrong = type(added) == 'table' and added.err
+  if wrong and (string.find(wrong, 'WRONGTYPE', 1, true) or string.find(wrong, 'exhausted', 1, true)) then
     redis.pcall('DEL', KEYS[2]) -- another program wrote it
     redis.pcall(unpack(entry))
   end
@@ -109,7 +110,7 @@ function breaker.new_document(now, exists, warning)
     trips = 0, is_new = true, warning = warning}
 end
 
--- The document by the text under the key, if there is any.
+-- Builds the document from the text under the key, or a new one.
 function breaker.take_over(text, request)
   local now = breaker.now_ms()
   local stored = text and breaker.decode(text)
@@ -161,14 +162,14 @@ function breaker.take_over_open(document, own, request)
   if breaker.is_integer(own.open_until_ms, 0, LARGEST)
       and breaker.is_integer(own.open_ms, 0, LONGEST_MS) then
     document.open_ms = own.open_ms
-    -- If the deadline is further off than twice its own length, the clock went back far: it is due.
+    -- A deadline more than twice the open period away means that the clock went back: treat it as due.
     document.open_until_ms = own.open_until_ms - now > 2 * own.open_ms and now or own.open_until_ms
     return
   end
   local opened_at = document.opened_at or document.last_failure_time or math.floor(now / 1000)
   document.open_ms = breaker.policy_of(request).reset_timeout_ms
   document.open_until_ms = math.min(opened_at * 1000, now) + document.open_ms
-  -- Even a refusal has to store a deadline that starts now. Made anew by each script, it would never be reached.
+  -- Even a refusal has to store a deadline that starts now. Otherwise each script would compute it anew, and it would never pass.
   document.undated = not document.opened_at or document.opened_at * 1000 > now
 end
 
@@ -184,15 +185,17 @@ function breaker.take_over_half_open(document, own)
 end
 
 function breaker.take_over_closed(document, own, request)
-  local now, policy = document.now, breaker.policy_of(request)
-  document.closed_at_ms = breaker.past_ms(own.closed_at_ms, now)
-  if (document.trips > 0 or document.closed_at_ms) and breaker.recent_trips(document, policy) == 0
-      and now >= (document.closed_at_ms or 0) + policy.ramp_up_ms then
-    document.trips, document.closed_at_ms, document.outlived = 0, nil, true
+  local now = document.now
+  if own.closed_at_ms then document.closed_at_ms = breaker.past_ms(own.closed_at_ms, now) end
+  if document.trips > 0 or document.closed_at_ms then
+    local policy = breaker.policy_of(request)
+    if breaker.recent_trips(document, policy) == 0 and now >= (document.closed_at_ms or 0) + policy.ramp_up_ms then
+      document.trips, document.closed_at_ms, document.outlived = 0, nil, true
+    end
   end
   local window = own.window and breaker.sound_window(own.window)
   if window then document.window = breaker.window_at(window, request, now) end
-  document.run_since_ms = breaker.past_ms(own.run_since_ms, now)
+  if own.run_since_ms then document.run_since_ms = breaker.past_ms(own.run_since_ms, now) end
   for instance, at in pairs(type(own.reporters) == 'table' and own.reporters or {}) do
     local at_ms = breaker.past_ms(at, now)
     if at_ms and type(instance) == 'string' then

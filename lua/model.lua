@@ -2,9 +2,9 @@
 The circuit breaker: what Redis stores for it, and small helpers.
 
 Redis runs the files model, request, document, window and rules, followed by one of the scripts acquire, record, control
-and snapshot. The five files define functions on one local table; the script calls them. At each call Redis makes these
-functions anew, which costs more than what they do. compose(), in pybreaker_redis/wire/scripts.py, therefore wraps them so
-that each one is made when it is first needed.
+and snapshot. The five files define functions on one local table; the script calls them. Redis creates a script's
+functions anew at each call, which takes longer than running them. compose(), in pybreaker_redis/wire/scripts.py,
+therefore changes the library so that each function is created when it is first called.
 
 A breaker is one JSON document under KEYS[1]. Five of its fields are a contract: other programs read them, and may
 write a document that has nothing else.
@@ -15,7 +15,7 @@ write a document that has nothing else.
   last_failure_time  unix seconds of the last counted failure, or null
   opened_at          unix seconds of the last trip, or null while closed
 
-The other fields are private. A field that is empty or zero is left out.
+The other fields are private. Empty and zero fields are left out.
 
   version            of this layout: 1
   generation         grows at every transition. It is seeded from the clock in milliseconds, so it does not repeat
@@ -42,9 +42,9 @@ while half open:
 local LARGEST = 90000000000000 -- cjson writes integers of 14 digits without loss; the rest is room for additions
 local LONGEST_MS = 365 * 86400 * 1000
 
--- The names make room for the functions that most scripts need: to let the table grow would cost more.
-local breaker = {request = nil, load = nil, record = nil, reply = nil, save = nil, now_ms = nil, policy_of = nil,
-  policy_field = nil, encode = nil}
+-- Nine names make room for 16 functions, which most calls do with: to let the table grow would cost more.
+local breaker = {request = nil, load = nil, record = nil, reply = nil, save = nil, encode = nil, now_ms = nil,
+  policy_field = nil, __index = nil}
 
 -- The server's clock in unix milliseconds.
 function breaker.now_ms()

@@ -8,14 +8,14 @@ ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
            successes   (count)    counted first
            failures    (count)    counted after the successes
            slow        (count)    calls that took slow_call_duration or longer, ended or pending
-           pending     (count)    calls that are slow and still run. Each counts as a call now; its outcome follows.
+           pending     (count)    calls that are slow and still run. Each counts as a call now; its outcome is reported later.
            counted     (count)    of the successes and failures, those that were reported as pending before
            probe       (integer)  slot from the reply of acquire. Without successes, failures and slow, the slot is
                                   given back.
            policy, instance       as for acquire
          A report with no counts and no probe renews the TTL. With generation 0 it also checks that the server accepts
          writes.
-Reply      applied    (bool)  false if the generation is over or the slot is gone
+Reply      applied    (bool)  false if the generation has ended or the slot has expired
            state, generation, failure_count, success_count, retry_after_ms, ramp_left_ms, forced, override, warning,
            transition  as acquire replies
 Errors     BADREQUEST field: problem. Nothing was changed.
@@ -34,7 +34,7 @@ local applied = breaker.record(document, request)
 local empty = not (request.successes or request.failures or request.slow or request.probe)
 if empty and not document.is_new then
   document.unchanged = not document.outlived
-  -- A full server still renews a TTL, but refuses this.
+  -- A full server accepts PEXPIRE but refuses SETRANGE: this checks that it takes writes.
   if request.generation == 0 then redis.call('SETRANGE', KEYS[1], 0, '') end
 end
 if applied or empty or document.is_new then breaker.save(document, request) end

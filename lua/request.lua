@@ -10,13 +10,14 @@ function breaker.request(limits, kinds)
   if #KEYS ~= 3 or #ARGV ~= 1 or not ok or type(request) ~= 'table' then return nil, breaker.bad_call() end
   for field, value in next, request do
     local limit = limits[field]
+    local kind = limit or field == 'instance' and 'text' or field == 'policy' and 'policy' or kinds and kinds[field]
     local fits = limit and type(value) == 'number' and value >= 0 and value <= limit and value % 1 == 0
-      or field == 'instance' and type(value) == 'string' and #value <= 200 and not string.find(value, '[^ -~]')
+      or kind == 'text' and type(value) == 'string' and #value <= 200 and not string.find(value, '[^ -~]')
     local problem
-    if field == 'policy' and type(value) == 'table' then
+    if kind == 'policy' and type(value) == 'table' then
       problem = breaker.policy_problem(field, value)
     elseif not fits then
-      problem = breaker.field_problem(request, field, value, limit or kinds and kinds[field])
+      problem = breaker.field_problem(request, field, value, kind)
     end
     if problem then return nil, breaker.bad_request(problem) end
   end
@@ -45,16 +46,16 @@ function breaker.miscount(request)
   end
 end
 
--- What is wrong with a field that request() does not accept at sight, or nil. kind: the greatest integer, or a word.
+-- What is wrong with a field that request() has not accepted already, or nil. kind: the maximum of an integer field, or
+-- the kind's name.
 function breaker.field_problem(request, field, value, kind)
   if value == cjson.null then
     request[field] = nil
     return nil
   end
-  if field == 'policy' or kind == 'policy' then return breaker.policy_problem(field, value) end
-  if kind == 'text' and type(value) == 'string' and #value <= 200 and not string.find(value, '[^ -~]') then return nil end
+  if kind == 'policy' then return breaker.policy_problem(field, value) end
   if kind == 'duration' and breaker.is_integer(value, 1, 30 * 86400 * 1000) then return nil end
-  if not kind and field ~= 'instance' then return tostring(field) .. ': unknown field' end
+  if not kind then return tostring(field) .. ': unknown field' end
   local wanted = 'a string of at most 200 printable ASCII characters'
   if kind == 'duration' then wanted = 'an integer from 1 to 30 days of milliseconds' end
   if type(kind) == 'number' then wanted = string.format('an integer from 0 to %.0e', kind) end
@@ -63,18 +64,20 @@ end
 
 -- Policy -------------------------------------------------------------------------------------------
 
--- What is wrong with a map of policy fields, or nil. name: of the map.
+-- What is wrong with a map of policy fields, or nil. name: the map's, for the message.
 function breaker.policy_problem(name, policy)
   if type(policy) ~= 'table' then return name .. ': must be a map of fields' end
   for field, value in next, policy do
     local default, least, most, fraction = breaker.policy_field(nil, field)
     local fits = type(value) == (least and 'number' or type(default))
-    if not fits or least and not (value >= least and value <= most and (fraction or value % 1 == 0)) then return breaker.policy_misfit(name, field, value) end
+    if not fits or least and not (value >= least and value <= most and (fraction or value % 1 == 0)) then
+      return breaker.policy_misfit(name, field, value)
+    end
   end
 end
 
--- The declaration of a policy field. Returns its default, its least and its greatest value, whether it may be a
--- fraction, and the field that is declared next. Those that a report looks up come first.
+-- The declaration of a policy field. Returns its default, its least and its greatest value, whether it may be
+-- fractional, and the next field. Fields that reports use come first.
 function breaker.policy_field(_, field)
   if field == 'quorum' then return 1, 1, 100, false, 'failure_threshold' end
   if field == 'failure_threshold' then return 5, 1, 1e9, false, 'minimum_calls' end
@@ -96,7 +99,7 @@ function breaker.policy_field(_, field)
 end
 
 -- The policy in force: the policy override, then the caller's fields, then the defaults. Also returns the length of a
--- bucket if a rate can trip the circuit, else nil: then no window is begun.
+-- bucket if a rate can trip the circuit, else nil: no window is needed.
 function breaker.policy_of(request)
   local policy = request.in_force
   if not policy then
@@ -118,7 +121,7 @@ function breaker.policy_misfit(name, field, value)
   return string.format('%s.%s: must be %s, not %s', name, field, wanted, string.sub(tostring(value), 1, 100))
 end
 
--- Lays the policy override, which an operator stored for the fleet, over the caller's policy.
+-- Applies the policy override, which an operator stored for the fleet, to the caller's policy.
 function breaker.take_override(request, text)
   local override = breaker.decode(text)
   if not override or breaker.policy_problem('policy', override) then
@@ -134,10 +137,10 @@ function breaker.whole_policy(request)
   local policy, whole, field = breaker.policy_of(request), {}, 'quorum'
   while field do
     local default, _, _, _, following = breaker.policy_field(nil, field)
-    whole[field] = rawget(policy, field)
-    if whole[field] == nil then whole[field] = default end
+    whole[field] = default
     field = following
   end
+  for given, value in next, policy do whole[given] = value end
   return whole
 end
 
@@ -146,18 +149,17 @@ end
 -- The fields that all scripts reply; a script adds its own.
 function breaker.reply(document, request)
   local reply = {state = document.state, generation = document.generation, failure_count = document.failure_count,
-    success_count = document.success_count, admitted = nil, applied = nil}
-  if document.state ~= 'closed' or document.change or document.closed_at_ms or document.forced or document.warning
+    success_count = document.success_count, transition = document.change}
+  if document.state ~= 'closed' or document.closed_at_ms or document.forced or document.warning
       or request.override_in_force or request.warning then
     breaker.reply_more(reply, document, request)
   end
   return reply
 end
 
--- The fields that only a breaker has that is not simply healthy.
+-- The fields that a healthy breaker does not reply.
 function breaker.reply_more(reply, document, request)
   if document.forced then reply.forced = document.forced end
-  if document.change then reply.transition = document.change end
   if request.override_in_force then reply.override = request.override_in_force end
   if document.warning or request.warning then reply.warning = document.warning or request.warning end
   if document.state ~= 'closed' then reply.retry_after_ms = breaker.retry_after_ms(document, request) end

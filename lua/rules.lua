@@ -5,7 +5,7 @@ pybreaker_redis/_rules.py has the same rules for a breaker in memory: the same f
 change only the document in memory; save() stores it.
 ]]
 
--- How long the circuit opens for at its trips-th trip in a row, without jitter.
+-- The open period after this many trips in a row, without jitter.
 function breaker.open_time_ms(policy, trips)
   local open_ms, most = policy.reset_timeout_ms, policy.max_reset_timeout_ms
   most = most > 0 and math.max(most, open_ms) or LONGEST_MS
@@ -37,9 +37,10 @@ function breaker.transition(document, state, reason)
     document.change.calls, document.change.failures, document.change.slow = breaker.sums(document.window)
   end
   document.state, document.generation, document.success_count = state, generation, 0
-  -- Clears only fields that may be there: to assign nil to a new key would grow the table.
+  -- Clears only what may be there, the rare closed_at_ms only if it is: to assign nil to a new key grows the table.
   if from == 'closed' then
-    document.window, document.reporters, document.run_since_ms, document.closed_at_ms = nil, nil, nil, nil
+    document.window, document.reporters, document.run_since_ms = nil, nil, nil
+    if document.closed_at_ms then document.closed_at_ms = nil end
   elseif from == 'open' then
     document.open_until_ms, document.open_ms = nil, nil
   else
@@ -157,7 +158,7 @@ function breaker.count_outcomes(document, request, quorum, bucket_ms)
   document.window = window
 end
 
--- Why a closed circuit has to open now, or nil.
+-- The reason why a closed circuit must trip now, or nil.
 function breaker.trip_reason(document, policy)
   if document.failure_count >= policy.failure_threshold
       and breaker.has_quorum(document, policy, document.run_since_ms or document.now) then
@@ -165,10 +166,10 @@ function breaker.trip_reason(document, policy)
   end
   local window = document.window
   if not window or window.calls < policy.minimum_calls then return nil end
-  if not breaker.has_quorum(document, policy, document.now - policy.window_ms + 1) then return nil end
   local error_rate, slow_rate = policy.error_rate_threshold, policy.slow_call_rate_threshold
-  if error_rate > 0 and window.failures / window.calls >= error_rate then return 'error_rate' end
-  if slow_rate > 0 and window.slow / window.calls >= slow_rate then return 'slow_rate' end
+  local reason = error_rate > 0 and window.failures / window.calls >= error_rate and 'error_rate'
+    or slow_rate > 0 and window.slow / window.calls >= slow_rate and 'slow_rate'
+  return reason and breaker.has_quorum(document, policy, document.now - policy.window_ms + 1) and reason or nil
 end
 
 -- Counts outcomes while the circuit is closed. Returns whether they counted.

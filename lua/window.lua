@@ -55,7 +55,7 @@ function breaker.window_from(buckets, bucket_ms, newest)
     failures = sums[2] + buckets[0][2], slow = sums[3] + buckets[0][3], past = table.concat(past, ' ', 0)}
 end
 
--- The window after its newest bucket and at most nine more have ended. It reads only the buckets that drop out.
+-- Moves the window forward by one to nine buckets. Reads only the buckets that expire.
 function breaker.advanced(window, newest)
   local calls, failures, slow, each = string.match(window.past, '^(%d+),(%d+),(%d+); (.*)$')
   local latest = calls and string.format('%.0f,%.0f,%.0f', math.max(window.calls - calls, 0),
@@ -88,7 +88,7 @@ function breaker.window_at(window, request, now)
   return breaker.rebucketed(window, bucket_ms, math.floor(now / bucket_ms))
 end
 
--- The window in the text behind the fields of a healthy document as save() writes it, or nil.
+-- Parses the window at the end of a healthy document that save() wrote, or nil.
 function breaker.read_window(text)
   local bucket_ms, newest, calls, failures, slow, past = string.match(text, '^,"window":{"bucket_ms":([1-9]%d*),' ..
     '"newest":(%d+),"calls":(%d+),"failures":(%d+),"slow":(%d+),"past":"([%d,; ]*)"}$')

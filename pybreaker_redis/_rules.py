@@ -211,13 +211,13 @@ def trip_reason(document: Document, policy: Policy) -> str | None:
     window = document.window
     if window is None or window.calls < policy["minimum_calls"]:
         return None
-    if not has_quorum(document, policy, document.now - policy["window_ms"] + 1):
-        return None
     if 0 < policy["error_rate_threshold"] <= window.failures / window.calls:
-        return "error_rate"
-    if 0 < policy["slow_call_rate_threshold"] <= window.slow / window.calls:
-        return "slow_rate"
-    return None
+        reason = "error_rate"
+    elif 0 < policy["slow_call_rate_threshold"] <= window.slow / window.calls:
+        reason = "slow_rate"
+    else:
+        return None
+    return reason if has_quorum(document, policy, document.now - policy["window_ms"] + 1) else None
 
 
 def record_closed(document: Document, request: Request, policy: Policy) -> bool:

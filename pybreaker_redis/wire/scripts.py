@@ -5,29 +5,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.resources
+import itertools
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 LIBRARY = ("model", "request", "document", "window", "rules")
 # Functions that are created together: the first group when a script starts, since nearly every call needs it, and each
-# other group when one of its functions is first called. All other functions are created one by one. Frequent groups
-# come first. Except for the first group, the functions of a group must be neighbours in lua/.
+# other group when one of its functions is first called. All other functions are created one by one. Except for the first
+# group, the functions of a group must be neighbours in lua/.
 GROUPS = (
     ("request", "load", "record", "reply"),
-    ("now_ms",),
     ("save", "encode"),
-    ("policy_problem", "policy_field", "policy_of"),
+    ("policy_problem", "policy_field"),
     ("record_closed", "trip_reason", "count_outcomes"),
     ("read_window", "window_at"),
-    ("control",),
-    ("transition", "next_generation", "open_for", "close"),
-    ("announce",),
-    ("reply_more",),
+    ("transition", "next_generation"),
     ("take_over", "keeps_contract", "take_over_fields"),
-    ("retry_after_ms",),
 )
 _FUNCTION = re.compile(r"^(?=function breaker\.(\w+)\()", re.MULTILINE)
 
@@ -45,32 +41,57 @@ def lazy(library: str) -> str:
     make(name), contains all others, and creates the named one with its group. Text is added only before the first and
     after the last line of a function, so that line numbers stay.
     """
-    number_of = {name: number for number, group in enumerate(GROUPS) for name in group}
-    first = sorted(number_of, key=lambda name: GROUPS[number_of[name]].index(name) > 0)
-    choice = "".join(f" or name == '{name}' and {number_of[name]}" for name in first if number_of[name])
-    text, *rest = _FUNCTION.split(library)  # then the name and the text of each function
-    names, bodies = rest[::2], rest[1::2]
-    numbers = [number_of.get(name) for name in names]
-    text += f"local function make(_, name) local group = not name and 0{choice} "
-    for at, (name, body, number) in enumerate(zip(names, bodies, numbers, strict=True)):
-        opens, closes = numbers[at - 1 : at] != [number], numbers[at + 1 : at + 2] != [number]
-        before, after = "", ""
-        if opens:
-            before = "if not group then " if number is None else f"if group == {number} then "
-        if number is None:
-            before += f"if name == '{name}' then "
-        if number is None or (number and closes):
-            after = "return rawget(breaker, name) end "
-        if closes and not number:
-            after += "end "
-        text += _inserted(before, body, after)
-    end = "return rawget(breaker, name) end breaker.__index = make setmetatable(breaker, breaker) make()"
-    return f"{text.rstrip()} {end}\n"
+    head, *rest = _FUNCTION.split(library)  # then the name and the text of each function
+    leader = {name: group[0] for group in GROUPS for name in group}
+    functions = zip(rest[::2], rest[1::2], strict=True)
+    blocks = [list(block) for _, block in itertools.groupby(functions, lambda one: leader.get(one[0], one[0]))]
+    numbers = {name: number for number, block in enumerate(blocks) for name, _ in block if name not in GROUPS[0]}
+    before, after = _branches([block[0][0] in GROUPS[0] for block in blocks])
+    text = f"{head}local function make(_, name) local number = name and ({_number(numbers)}) or {len(blocks)} "
+    for block, opens, closes in zip(blocks, before, after, strict=True):
+        made = "".join(body for _, body in block)
+        end = made.rindex("\nend\n") + len("\nend")
+        text += opens + made[:end] + closes + made[end:]
+    return f"{text.rstrip()} end breaker.__index = make setmetatable(breaker, breaker) make()\n"
 
 
-def _inserted(before: str, function: str, after: str) -> str:
-    end = function.index("\nend\n") + len("\nend")
-    return f"{before}{function[:end]} {after}".rstrip() + function[end:]
+def _number(numbers: Mapping[str, int]) -> str:
+    """The Lua expression that finds the number of a name: by halving the lengths of the names, then by the name."""
+    lengths = sorted({len(name) for name in numbers})
+    if len(lengths) == 1:
+        return " or ".join(f"name == '{name}' and {number}" for name, number in numbers.items())
+    middle = lengths[len(lengths) // 2]
+    shorter = {name: number for name, number in numbers.items() if len(name) < middle}
+    longer = {name: number for name, number in numbers.items() if len(name) >= middle}
+    return f"#name < {middle} and ({_number(shorter)}) or {_number(longer)}"
+
+
+def _branches(is_first: Sequence[bool]) -> tuple[list[str], list[str]]:
+    """The Lua before and after each block of functions, which finds a block by halving the numbers.
+
+    is_first: whether a block belongs to the first group, whose functions are spread over the library.
+    """
+    before, after = [""] * len(is_first), [""] * len(is_first)
+
+    def halve(start: int, stop: int) -> None:
+        if stop - start == 1:
+            after[start] += " return breaker[name]"
+            return
+        middle = (start + stop) // 2
+        before[start] += f"if number < {middle} then "
+        halve(start, middle)
+        before[middle] += "else "
+        halve(middle, stop)
+        after[stop - 1] += " end"
+
+    for first, run in itertools.groupby(range(len(is_first)), is_first.__getitem__):
+        start, *others = run
+        stop = start + len(others) + 1
+        before[start] += "if not name then " if first else f"if number < {stop} then "
+        if not first:
+            halve(start, stop)
+        after[stop - 1] += " end"
+    return before, after
 
 
 def joined(files: Mapping[str, str], name: str) -> str:

@@ -14,7 +14,7 @@ from conftest import lua_machine
 from script_calls import story
 
 from pybreaker_redis import _policy, _rules, _window
-from pybreaker_redis.wire.scripts import GROUPS, LIBRARY, SCRIPTS, compose, folder
+from pybreaker_redis.wire.scripts import GROUPS, LIBRARY, SCRIPTS, compose, folder, lazy
 
 FUNCTION = re.compile(r"^function breaker\.(\w+)\(", re.MULTILINE)
 
@@ -58,6 +58,14 @@ def test_groups_name_functions() -> None:
     names = set(FUNCTION.findall(plain(*LIBRARY)))
     assert {name for group in GROUPS for name in group} <= names
     assert len({group[0] for group in GROUPS}) == len(GROUPS)
+
+
+def test_each_function_is_made(client: redis.Redis) -> None:
+    """Each function can be the first one that a script calls; a name that is no function gives nil."""
+    library, names = plain(*LIBRARY), FUNCTION.findall(plain(*LIBRARY))
+    for name in names:
+        assert client.eval(f"{lazy(library)}return type(breaker.{name})", 0) == b"function", name
+    assert client.eval(f"{lazy(library)}return type(breaker.no_such_name)", 0) == b"nil"
 
 
 def test_unwrapped_decides_the_same(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
