@@ -14,8 +14,8 @@ from typing import Any
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 LIBRARY = ("model", "request", "document", "window", "rules")
 # Functions that are created together: the first group when a script starts, since nearly every call needs it, and each
-# other group when one of its functions is first called. All other functions are created one by one. Except for the first
-# group, the functions of a group must be neighbours in lua/.
+# other group when one of its functions is first called. All other functions are created one by one. Except in the
+# first group, the functions of a group must be neighbours in lua/.
 GROUPS = (
     ("request", "load", "record", "reply"),
     ("save", "encode"),
