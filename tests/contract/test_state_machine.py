@@ -41,6 +41,19 @@ def test_exact_threshold(machine: Machine) -> None:
     assert machine.run("record", POLICY, generation=generation, failures=1).get("transition") is None
 
 
+def test_failed_probes_count_up_to_the_limit(machine: Machine) -> None:
+    """The failures of probes add to the count, which ends at the largest number of the contract."""
+    policy = {**POLICY, "failure_threshold": 10**9}
+    generation = machine.run("acquire", policy)["generation"]
+    machine.run("record", policy, generation=generation, failures=10**9)
+    for count in (2 * 10**9, 3 * 10**9, 4 * 10**9, 2**32 - 1, 2**32 - 1):
+        machine.advance(1001)
+        reply = machine.run("acquire", policy)
+        reply = machine.run("record", policy, generation=reply["generation"], probe=reply["probe"], failures=10**9)
+        assert (reply["failure_count"], reply["transition"]["reason"]) == (count, "probe_failed")
+        assert machine.run("snapshot", policy)["last_failure_time"] == machine.now_ms // 1000
+
+
 def test_success_ends_the_run(machine: Machine) -> None:
     """Successes in a report count before its failures, and end the run of failures."""
     generation = machine.run("acquire", POLICY)["generation"]
