@@ -161,7 +161,7 @@ class AsyncCircuitBreaker(BreakerCore):
         except BaseException as error:
             await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
-        if self._quiet:
+        if self._only_counts:
             seen.tick()
         else:
             await self._judge(result, seen, now)
@@ -188,7 +188,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
     def _guard(self, func: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
         """call() bound to one function, which saves attribute look-ups."""
-        view, quiet = self._view, self._quiet
+        view, only_counts = self._view, self._only_counts
 
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
@@ -199,7 +199,7 @@ class AsyncCircuitBreaker(BreakerCore):
             except BaseException as error:
                 await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
-            if quiet:
+            if only_counts:
                 seen.tick()
             else:
                 await self._judge(result, seen, now)
@@ -222,7 +222,7 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         finally:
             permit.end()
-        if self._plain and self._finish(permit):
+        if self._every_result_succeeds and self._finish(permit):
             await self._deliver()
         else:
             await self._drive(self._report_result(permit, result))
@@ -230,7 +230,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
     async def _judge(self, result: Any, seen: Seen, now: float) -> None:
         """Count a result of the fast path that is_failure or on_call must see."""
-        if self._plain:
+        if self._every_result_succeeds:
             seen.tick()
             self._notices.call_ended(SUCCESS, seen.generation)
             await self._deliver()
@@ -267,7 +267,7 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _acquire(self) -> AsyncPermit:
         seen, now = self._view.seen, monotonic()
         if now < seen.closed_until:
-            tick = seen.tick if self._quiet else None
+            tick = seen.tick if self._only_counts else None
             return self._permit(self, seen.generation, now, None, tick)
         return cast(AsyncPermit, await self._admit(now))
 

@@ -73,8 +73,9 @@ class BreakerCore:
         for listener in (*self._notices.listeners, *self._notices.on_call):
             if self._kind is BLOCKING and inspect.iscoroutinefunction(listener):
                 raise PolicyError(f"listener {listener!r} is a coroutine function: use AsyncCircuitBreaker")
-        self._plain = is_failure is None  # every result is a success
-        self._quiet = self._plain and not self._notices.on_call  # and nothing observes it: the fast path
+        self._every_result_succeeds = is_failure is None
+        # a success only has to be counted: the fast path
+        self._only_counts = self._every_result_succeeds and not self._notices.on_call
         self._client = None if redis is None else client_of(redis, self._kind)
         self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
         self._redis_timeout = redis_timeout
@@ -106,10 +107,10 @@ class BreakerCore:
         self._notices.start_process(self.instance)
         given = self.policy.to_request()
         # a report of only successes omits the policy unless a field matters to it: parsing it costs the script time
-        self._brief: Request = {}
-        self._full: Request = {"instance": self.instance, **({"policy": given} if given else {})}
+        self._without_policy: Request = {}
+        self._with_policy: Request = {"instance": self.instance, **({"policy": given} if given else {})}
         if any(rule.on_success and request_field(name) in given for name, rule in RULES.items()):
-            self._brief = self._full
+            self._without_policy = self._with_policy
 
     def _after_fork(self) -> None:
         self._start_process()
@@ -158,7 +159,7 @@ class BreakerCore:
 
     def _ask(self) -> Steps[BasePermit]:
         """Ask Redis for a permit. Raises CircuitOpenError."""
-        reply = yield from self._run("acquire", (yield from self._gathered()), self._full)
+        reply = yield from self._run("acquire", (yield from self._gathered()), self._with_policy)
         if not reply["admitted"] or reply.get("shadow"):
             return self._reject(reply["state"], seconds(reply.get("retry_after_ms")) or 0.0)
         ramp_left = seconds(reply.get("ramp_left_ms")) or 0.0
@@ -194,7 +195,7 @@ class BreakerCore:
         for permit in self._slow_calls.overdue():
             if permit.probe is not None:
                 slow = {"generation": permit.generation, "probe": permit.probe, "slow": 1, "pending": 1}
-                yield from self._run("record", slow, self._full)
+                yield from self._run("record", slow, self._with_policy)
             elif permit.generation == request.setdefault("generation", current):
                 request["slow"] = request["pending"] = request.get("pending", 0) + 1
         return request
@@ -202,12 +203,12 @@ class BreakerCore:
     def _renew(self) -> Steps[None]:
         """Report the gathered outcomes. The reply becomes the view."""
         request = yield from self._gathered()
-        yield from self._run("record", request, self._full if "slow" in request else self._brief)
+        yield from self._run("record", request, self._with_policy if "slow" in request else self._without_policy)
 
     def _flush(self) -> Steps[None]:
         gathered = self._view.take()
         if "successes" in gathered:
-            yield from self._run("record", gathered, self._brief)
+            yield from self._run("record", gathered, self._without_policy)
 
     def _finish(self, permit: BasePermit) -> bool:
         """Count a quick success without a script call. Returns False, with nothing done, if it needs one."""
@@ -244,7 +245,7 @@ class BreakerCore:
             report["successes"] = 1
         if outcome != IGNORED and (pending or slow):
             report["counted" if pending else "slow"] = 1
-        common = self._brief if plain else self._full
+        common = self._without_policy if plain else self._with_policy
         if self._view.policy.slow_call_duration is None:
             report = _sum(self._view.take(generation), report)
             return None if self._run_at_once("record", report, common) else self._send(report, common)
@@ -255,7 +256,7 @@ class BreakerCore:
 
     def _send_with_overdue(self, report: Request, common: Request) -> Steps[None]:
         gathered = yield from self._gathered(report["generation"])
-        yield from self._run("record", _sum(gathered, report), self._full if "slow" in gathered else common)
+        yield from self._run("record", _sum(gathered, report), self._with_policy if "slow" in gathered else common)
 
     def _report_result(self, permit: BasePermit, result: Any) -> Steps[None] | None:
         """Classify a result and count it. If is_failure raises, nothing is counted, and the steps raise its error."""
@@ -278,7 +279,7 @@ class BreakerCore:
     def _run(self, name: str, request: Request, common: Request) -> Steps[Reply]:
         """Call a script. Its reply becomes the view, and its transition an event.
 
-        common: the fields to add to the request: self._full, or self._brief for a report of only successes.
+        common: fields to add to the request: self._with_policy, or self._without_policy where only successes are reported.
         """
         if (reply := self._run_at_once(name, request, common)) is not None:
             return reply
@@ -287,10 +288,10 @@ class BreakerCore:
             watch, self._rejoin = self._rejoin, None
             watch._join()
         if self._override:
-            common = self._full  # the policy override may set a field that matters
+            common = self._with_policy  # the policy override may set a field that matters
         try:
             if self._view.policy.quorum > 1:
-                reply = yield from self._isolation.run(name, request, common, self._full)
+                reply = yield from self._isolation.run(name, request, common, self._with_policy)
             else:
                 self._isolation.forget()
                 reply = yield from self._engine.run(name, {**common, **request})
@@ -305,7 +306,7 @@ class BreakerCore:
         if self._redis is not None:
             return None
         sent = monotonic()
-        reply = self._engine.local(name, {**(self._full if self._override else common), **request})
+        reply = self._engine.local(name, {**(self._with_policy if self._override else common), **request})
         assert reply is not None
         seen = self._view.seen
         # only this process changes the state: a reply under the generation of a closed view brings nothing new
@@ -435,14 +436,14 @@ class BreakerCore:
         return self._isolation.state if snapshot.isolated else snapshot.state
 
     def _snapshot(self) -> Steps[Snapshot]:
-        reply = yield from self._engine.run("snapshot", self._full)
+        reply = yield from self._engine.run("snapshot", self._with_policy)
         self._check(reply)
         return _protocol.snapshot_from(self.name, reply, self.policy, self._isolation.decides_over(reply))
 
     def _command(
         self, action: str, duration: float | None = None, policy: Mapping[str, Any] | None = None
     ) -> Steps[None]:
-        request = {**self._full, **_protocol.control_request(action, duration)}
+        request = {**self._with_policy, **_protocol.control_request(action, duration)}
         if policy is not None:
             request["override"] = override_request(policy)
         sent = monotonic()

@@ -138,7 +138,7 @@ class CircuitBreaker(BreakerCore):
         except BaseException as error:
             self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
-        if self._quiet and type(result) not in _SUSPENDED:
+        if self._only_counts and type(result) not in _SUSPENDED:
             seen.tick()
             return result
         return self._judge(func, result, seen, now)
@@ -162,7 +162,7 @@ class CircuitBreaker(BreakerCore):
 
     def _guard(self, func: Callable[P, R]) -> Callable[P, R]:
         """call() bound to one function, which saves attribute look-ups."""
-        view, quiet = self._view, self._quiet
+        view, only_counts = self._view, self._only_counts
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
@@ -173,7 +173,7 @@ class CircuitBreaker(BreakerCore):
             except BaseException as error:
                 self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
-            if quiet and type(result) not in _SUSPENDED:
+            if only_counts and type(result) not in _SUSPENDED:
                 seen.tick()
                 return result
             return self._judge(func, result, seen, now)
@@ -199,7 +199,7 @@ class CircuitBreaker(BreakerCore):
 
     def _judge(self, func: Any, result: R, seen: Seen, now: float) -> R:
         """Count a result of the fast path that is_failure or on_call must see, or that must still be iterated."""
-        if not self._plain or type(result) in _SUSPENDED:
+        if not self._every_result_succeeds or type(result) in _SUSPENDED:
             return self._settle_result(func, result, self._permit(self, seen.generation, now))
         seen.tick()
         self._notices.call_ended(SUCCESS, seen.generation)
@@ -208,7 +208,7 @@ class CircuitBreaker(BreakerCore):
 
     def _settle_result(self, func: Any, result: R, permit: BasePermit) -> R:
         if type(result) not in _SUSPENDED:
-            if self._plain and self._finish(permit):
+            if self._every_result_succeeds and self._finish(permit):
                 self._deliver()
             else:
                 self._drive(self._report_result(permit, result))
@@ -238,7 +238,7 @@ class CircuitBreaker(BreakerCore):
             permit = _new(self._permit)  # calling the class would take half as long again
             permit._breaker = self
             permit._stage = ADMITTED
-            permit._tick = seen.tick if self._quiet else None
+            permit._tick = seen.tick if self._only_counts else None
             permit.generation = seen.generation
             permit.started = now
             permit.probe = permit.pending_since = None

@@ -122,7 +122,7 @@ class Meter(Instrument):
         if self._server is None or not asked:
             return found
         try:
-            requests = [commands.run("snapshot", breakers[place].keys, breakers[place]._full) for place in asked]
+            requests = [commands.run("snapshot", breakers[place].keys, breakers[place]._with_policy) for place in asked]
             replies = self._server.exchange(requests)
         except REDIS_ERRORS as error:
             self._count_error(error)
@@ -138,7 +138,7 @@ class Meter(Instrument):
 
 def _local_snapshot(breaker: BreakerCore) -> Snapshot | None:
     """The state from the breaker's local engine; None while Redis decides."""
-    reply = breaker._engine.local("snapshot", breaker._full)
+    reply = breaker._engine.local("snapshot", breaker._with_policy)
     return None if reply is None else snapshot_from(breaker.name, reply, breaker.policy)
 
 
