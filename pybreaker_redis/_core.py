@@ -279,7 +279,7 @@ class BreakerCore:
     def _run(self, name: str, request: Request, common: Request) -> Steps[Reply]:
         """Call a script. Its reply becomes the view, and its transition an event.
 
-        common: fields to add to the request: self._with_policy, or self._without_policy where only successes are reported.
+        common: fields to add to the request: self._with_policy, or self._without_policy for a report of successes.
         """
         if (reply := self._run_at_once(name, request, common)) is not None:
             return reply

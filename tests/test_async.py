@@ -453,6 +453,28 @@ def test_exit_stack(make: Make) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("error", [None, Boom()])
+def test_exit_of_a_permit_that_was_never_entered(make: Make, error: Boom | None) -> None:
+    """The exit of a permit settles it, entered or not: as a probe, and while the circuit is closed."""
+
+    async def main() -> None:
+        breaker = await half_open(make)
+        with contextlib.suppress(Boom):
+            async with contextlib.AsyncExitStack() as stack:
+                stack.push_async_exit(permit := await breaker.acquire())
+                if error is not None:
+                    raise error
+        seen = await breaker.snapshot()
+        assert (permit.settled, seen.state) == (True, "open" if error else "closed")
+        breaker = make("fast", lease=3600, **PATIENT)
+        for _ in range(2):
+            permit = await breaker.acquire()
+            await permit.__aexit__(None, error, None)
+        assert breaker.counts[:3] == ((0, 0, 2) if error else (2, 0, 0))
+
+    asyncio.run(main())
+
+
 def test_delegated_block(make: Make) -> None:
     """A class that enters a permit in its own __aenter__ and leaves it in its own __aexit__ guards its block."""
 
@@ -749,6 +771,67 @@ def test_cancelled_while_a_listener_runs(make: Make, way: str, shadow: bool) -> 
 
     asyncio.run(main())
     gc.collect()
+
+
+def test_a_cancelled_caller_takes_no_event_with_it(make: Make) -> None:
+    """A caller is cancelled while a listener keeps it waiting: all listeners of all events are still called."""
+
+    async def main() -> None:
+        reached, release = asyncio.Event(), asyncio.Event()
+        received: list[tuple[str, str]] = []
+
+        async def slow(event: Event) -> None:
+            if event.kind == "failure":
+                reached.set()
+                await release.wait()
+            received.append(("slow", event.kind))
+
+        def plain(event: Event) -> None:
+            received.append(("plain", event.kind))
+
+        async def all_received() -> bool:
+            return len(received) == 4
+
+        breaker = make(policy=ONE, listeners=[slow, plain], on_call=[slow, plain], **STRICT)
+        task = asyncio.create_task(breaker.call(boom))
+        await reached.wait()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Boom):
+            await task
+        release.set()
+        await true(all_received)
+        assert received == [(who, kind) for kind in ("failure", "state_change") for who in ("slow", "plain")]
+
+    asyncio.run(main())
+
+
+def test_events_of_a_call_are_not_delivered_by_another(server: EmbeddedServer) -> None:
+    """One task ends its call while the failure of another one is on its way to Redis, and delivers only its own."""
+
+    async def main() -> None:
+        delivered: list[tuple[str, asyncio.Task[Any] | None]] = []
+
+        def listener(event: Event) -> None:
+            delivered.append((event.kind, asyncio.current_task()))
+
+        async def fail_at_once() -> None:
+            raise Boom
+
+        async def succeed_at_once() -> None: ...
+
+        breaker = AsyncCircuitBreaker("whose", redis=server.url, lease=3600, on_call=[listener], **PATIENT)
+        await breaker.call(succeed_at_once)
+        delivered.clear()
+        tasks = [asyncio.create_task(breaker.call(work)) for work in (fail_at_once, succeed_at_once)]
+        await asyncio.wait(tasks)
+        by = dict(delivered)
+        assert (len(delivered), by["success"]) == (2, tasks[1])
+        assert by["failure"] is not tasks[1]
+        with pytest.raises(Boom):
+            await tasks[0]
+        await breaker.close()
+
+    asyncio.run(main())
 
 
 def test_cancelled_while_it_reports(own_server: EmbeddedServer) -> None:

@@ -397,6 +397,21 @@ def test_exit_stack(make_breaker: Make) -> None:
     assert failures(breaker) == 1
 
 
+@pytest.mark.parametrize("error", [None, Boom()])
+def test_exit_of_a_permit_that_was_never_entered(make_breaker: Make, error: Boom | None) -> None:
+    """The exit of a permit settles it, entered or not: as a probe, and while the circuit is closed."""
+    breaker = half_open(make_breaker)
+    with contextlib.suppress(Boom), contextlib.ExitStack() as stack:
+        stack.push(permit := breaker.acquire())
+        if error is not None:
+            raise error
+    assert (permit.settled, breaker.snapshot().state) == (True, "open" if error else "closed")
+    breaker = make_breaker("fast", lease=3600, **PATIENT)
+    for _ in range(2):
+        breaker.acquire().__exit__(None, error, None)
+    assert breaker.counts[:3] == ((0, 0, 2) if error else (2, 0, 0))
+
+
 def test_delegated_block(make_breaker: Make) -> None:
     """A class that enters a permit in its own __enter__ and leaves it in its own __exit__ guards its block."""
     breaker = make_breaker(**STRICT)
@@ -825,6 +840,37 @@ def test_listener_that_raises(make_breaker: Make, caplog: pytest.LogCaptureFixtu
     records = [record for record in caplog.records if record.levelno == logging.ERROR]
     assert len(records) == 2
     assert all("'discovery'" in record.getMessage() and record.exc_info for record in records)
+
+
+def test_listener_that_ends_the_program(make_breaker: Make) -> None:
+    """A listener raises SystemExit, which reaches the caller: later events are delivered by the next call."""
+    changes: list[str | None] = []
+
+    def stop(event: Event) -> None:
+        if event.kind == "failure":
+            raise SystemExit
+
+    breaker = make_breaker(policy=ONE, listeners=[lambda event: changes.append(event.new)], on_call=[stop], **STRICT)
+    with pytest.raises(SystemExit):
+        breaker.call(boom)
+    with pytest.raises(CircuitOpenError):
+        breaker.call(int)
+    assert changes == ["open"]
+
+
+def test_listener_that_calls_again(make_breaker: Make) -> None:
+    """A listener of a failure resets the circuit that it has opened: events arrive in the order they happened."""
+    changes: list[str | None] = []
+
+    def restart(event: Event) -> None:
+        if event.kind == "failure":
+            breaker.reset()
+
+    breaker = make_breaker(policy=ONE, listeners=[lambda event: changes.append(event.new)], on_call=[restart], **STRICT)
+    with pytest.raises(Boom):
+        breaker.call(boom)
+    assert breaker.snapshot().state == "closed"
+    assert changes == ["open", "closed"]
 
 
 def test_coroutine_listener(make_breaker: Make) -> None:
@@ -1265,6 +1311,22 @@ def test_a_reply_from_before_the_view_was_dropped(server: EmbeddedServer) -> Non
         breaker.call(int)
     with pytest.raises(CircuitOpenError):
         breaker.call(int)
+
+
+def test_a_call_reported_slow_before_its_override_ended_counts_once(make_breaker: Make) -> None:
+    """A call was reported as slow while it ran; durations are no longer measured at its end: it is one call."""
+    rate = Policy(failure_threshold=10**6, error_rate_threshold=0.9, minimum_calls=10**6, window=3600)
+    breaker = make_breaker(policy=rate, **STRICT)
+    breaker.set_policy(slow_call_duration=0.001)
+    permit = breaker.acquire()
+    others = 0
+    while not breaker.snapshot().slow:
+        breaker.call(int)
+        others += 1
+    breaker.clear_policy()
+    permit.failure()
+    seen = breaker.snapshot()
+    assert (seen.calls, seen.failures) == (others + 1, 1)
 
 
 def test_a_circuit_that_another_program_opened(client: redis.Redis, server: EmbeddedServer) -> None:

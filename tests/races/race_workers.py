@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import dis
 import itertools
 import json
 import multiprocessing
@@ -103,6 +104,48 @@ def interrupted_at(line: int, work: Callable[[], object], other: Callable[[], ob
         one.join(PATIENCE)
         assert not one.is_alive()
     return bool(others)
+
+
+def signalled_at(
+    place: int, module: types.ModuleType, work: Callable[[], object], handler: Callable[[], object]
+) -> bool:
+    """work(), with handler() at one of the places of a module where a signal may interrupt it; False beyond the last.
+
+    Python handles signals when a function begins, after each call, and when a loop goes round.
+    """
+    places = itertools.count()
+    reached: list[int] = []
+
+    def pass_place() -> None:
+        if next(places) == place:
+            reached.append(place)
+            handler()
+
+    def trace(frame: types.FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        names = [dis.opname[code] for code in frame.f_code.co_code]
+        may_come = False
+
+        def step(frame: types.FrameType, event: str, _: object) -> Any:
+            nonlocal may_come
+            if event == "opcode":
+                if may_come:
+                    pass_place()
+                may_come = names[frame.f_lasti] in {"CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD"}
+            return step
+
+        pass_place()
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return bool(reached)
 
 
 def make_stale(breaker: CircuitBreaker, leases: float) -> None:

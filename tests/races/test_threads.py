@@ -16,7 +16,7 @@ import pytest
 import redis
 import server_watch
 from conftest import stopped, wait_until
-from race_workers import FIRM, PATIENCE, Boom, boom, fine, interrupted_at, make_stale, run_threads
+from race_workers import FIRM, PATIENCE, Boom, boom, fine, interrupted_at, make_stale, run_threads, signalled_at
 
 from pybreaker_redis import (
     AsyncCircuitBreaker,
@@ -26,6 +26,8 @@ from pybreaker_redis import (
     Permit,
     PermitError,
     Policy,
+    _core,
+    _events,
 )
 from pybreaker_redis._view import Verdict, View
 from pybreaker_redis.embedded import EmbeddedServer
@@ -447,6 +449,45 @@ def test_events_of_a_refresh_are_delivered_outside_of_its_lock(client: redis.Red
     hang.set()
     hanging.join(PATIENCE)
     assert received == [("open", "slow_rate", True)]
+
+
+def test_a_transition_is_notified_though_another_thread_adopts_it_first() -> None:
+    """In memory, a second thread calls at any point of the report that closes: each transition is notified once."""
+    probing = Policy(failure_threshold=1, reset_timeout=0.001, probe_timeout=3600)
+    changes: list[Event] = []
+    breaker = CircuitBreaker("adopted", policy=probing, listeners=[changes.append])
+
+    def call(_: int) -> None:
+        with contextlib.suppress(CircuitOpenError):
+            breaker.call(fine)
+
+    for place in itertools.count():
+        changes.clear()
+        breaker.acquire().failure()
+        wait_until(lambda: breaker.state == "half_open")
+        if not signalled_at(place, _core, breaker.acquire().success, functools.partial(run_threads, 1, call)):
+            break
+        assert [event.new for event in changes] == ["open", "half_open", "closed"], f"place {place}"
+    assert place > 3
+
+
+def test_quick_successes_never_decrease() -> None:
+    """While a slow call is being counted, another thread reads a metric that never decreases: successes - slow."""
+    breaker = CircuitBreaker("metric", policy=Policy(failure_threshold=9, slow_call_duration=0.001))
+    read: list[int] = []
+
+    def count(_: int) -> None:
+        read.append(breaker.counts.successes - breaker.counts.slow)
+
+    def slow_call() -> None:
+        breaker.call(time.sleep, 0.002)
+
+    for place in itertools.count():
+        if not signalled_at(place, _events, slow_call, functools.partial(run_threads, 1, count)):
+            break
+    assert place > 3
+    assert breaker.counts[:2] == (place + 1, place + 1)
+    assert read == [0] * place
 
 
 # Blocks ----------------------------------------------------------------------------------------

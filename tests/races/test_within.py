@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import gc
+import itertools
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import wait_until
+from race_workers import signalled_at
 
 from pybreaker_redis import (
     AsyncCircuitBreaker,
@@ -29,7 +31,9 @@ from pybreaker_redis import (
     Permit,
     PermitError,
     Policy,
+    _events,
     _sync,
+    _view,
 )
 from pybreaker_redis._view import Verdict
 from pybreaker_redis.embedded import EmbeddedServer
@@ -177,6 +181,70 @@ def test_a_refresh_that_died_with_its_lock_holds_up_nobody_for_ever(
     for thread in threads:
         thread.join(60)
     assert results == [5] * 8
+
+
+def fail(breaker: CircuitBreaker) -> None:
+    """One failed or rejected call."""
+    with contextlib.suppress(OSError, CircuitOpenError):
+        breaker.call(boom)
+
+
+def test_a_signal_handler_that_calls_the_breaker_loses_no_event() -> None:
+    """A handler fails a call wherever a signal may interrupt the queue of events: each call is notified once."""
+    received: list[Event] = []
+    breaker = CircuitBreaker("signalled", policy=Policy(failure_threshold=10**6), on_call=[received.append])
+    for place in itertools.count():
+        if not signalled_at(place, _events, lambda: fail(breaker), lambda: fail(breaker)):
+            break
+        assert len(received) == 2 * (place + 1) == breaker.counts.failures, f"place {place}"
+    assert place > 5
+
+
+@pytest.mark.parametrize("handler", ["reads", "trips"])
+def test_counts_never_decrease_under_signal_handlers(handler: str) -> None:
+    """A handler reads the counts, or makes transitions, wherever a signal may interrupt a reading of the counts."""
+    breaker = CircuitBreaker("read", policy=Policy(failure_threshold=1))
+    read: list[int] = []
+
+    def count() -> None:
+        read.append(breaker.counts.successes)
+
+    def trip_and_close() -> None:
+        fail(breaker)
+        breaker.reset()
+        breaker.call(int)
+        count()
+
+    for place in itertools.count():
+        breaker.call(int)
+        before = breaker.counts.successes
+        reached = signalled_at(place, _view, count, count if handler == "reads" else trip_and_close)
+        assert before <= read[-1] <= breaker.counts.successes, f"place {place}"
+        if not reached:
+            break
+    assert place > 5
+    assert read[-1] == place + 1 + (place if handler == "trips" else 0)
+
+
+def test_a_signal_handler_within_a_report_makes_it_exact(server: EmbeddedServer, client: redis.Redis) -> None:
+    """A handler reports successes wherever a signal may interrupt a report: Redis counts each of them once."""
+    events: list[Event] = []
+    rate = Policy(error_rate_threshold=0.5, minimum_calls=10**6, window=3600)
+    breaker = CircuitBreaker("taken", redis=server.url, policy=rate, lease=3600, listeners=[events.append], **FIRM)
+
+    def call_and_report() -> None:
+        breaker.call(int)
+        breaker.flush()
+
+    breaker.call(int)
+    for place in itertools.count():
+        breaker.call(int)
+        if not signalled_at(place, _view, breaker.flush, call_and_report):
+            break
+        breaker.flush()
+        assert breaker.snapshot().calls == breaker.counts.successes == 1 + 2 * (place + 1), f"place {place}"
+    assert place > 3
+    assert events == []
 
 
 # Blocks that others enter and leave ------------------------------------------------------------
