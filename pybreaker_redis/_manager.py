@@ -53,7 +53,6 @@ class ManagerCore(Generic[B]):
             "on_call": tuple(on_call),
         }
         self._client: Any = None
-        self._owns_client = False
         self._breakers: dict[str, B] = {}
 
     @classmethod
@@ -68,7 +67,6 @@ class ManagerCore(Generic[B]):
         return manager
 
     def _share(self, client: Any) -> None:
-        self._owns_client = client is None
         url, options = self.config.redis_url, self.config.redis_options
         self._client = type(self)._client_from_url(url, **options) if client is None else client
 
@@ -161,8 +159,6 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
         """Report the gathered successes, and close subscription and connections; a later call opens new ones."""
         for breaker in self._unsubscribe():
             breaker.close()
-        if self._owns_client:
-            self._client.close()
 
     def __enter__(self) -> CircuitBreakerManager:
         return self
@@ -213,8 +209,6 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
             await breaker.close()
         if self._client is not None:
             self._joined.clear()
-        if self._owns_client:
-            await self._client.aclose()
 
     async def __aenter__(self) -> AsyncCircuitBreakerManager:
         return self

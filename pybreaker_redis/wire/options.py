@@ -16,7 +16,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from .._errors import PolicyError
-from .url import async_client_from_url, client_from_url
+from .url import ClusterUrl, async_client_from_url, client_from_url
 
 Address: TypeAlias = tuple[str, int]
 REDIS_ERRORS = (redis.RedisError, OSError)
@@ -47,7 +47,7 @@ ASYNCIO = Kind(
 
 def client_of(given: Any, kind: Kind) -> Any:
     """The given client, or the one that this process shares for a URL. Raises PolicyError for anything else."""
-    if isinstance(given, (kind.client, kind.cluster)):
+    if isinstance(given, (kind.client, kind.cluster, ClusterUrl)):
         return given
     if not isinstance(given, str):
         raise PolicyError(f"redis must be a {kind.name} (or cluster) client, a URL or None, not {given!r}")
@@ -60,7 +60,7 @@ def client_of(given: Any, kind: Kind) -> Any:
 
 def is_cluster(client: Any) -> bool:
     """Whether this is a client of a cluster."""
-    return isinstance(client, (redis.RedisCluster, redis.asyncio.RedisCluster))
+    return isinstance(client, (redis.RedisCluster, redis.asyncio.RedisCluster, ClusterUrl))
 
 
 def connection(pool: Any, kind: Kind, timeout: float | None, **options: Any) -> Any:
@@ -115,6 +115,9 @@ def pools_of(client: Any, kind: Kind, timeout: float) -> tuple[Callable[[Any], A
     if not is_cluster(client):
         pool = pool_of(client, kind, timeout)
         return lambda address: pool, False
+    if isinstance(client, ClusterUrl):
+        given = client.options
+        return lambda address: kind.client(host=address[0], port=address[1], **given).connection_pool, True
     if kind is ASYNCIO:
         options = without("redis_connect_func", client.connection_kwargs)  # it may send READONLY, for replicas
         return lambda address: redis.asyncio.cluster.ClusterNode(*address, **options), True
@@ -132,10 +135,31 @@ def without(name: str, options: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options.items() if key != name}
 
 
+def known_nodes(client: Any) -> Callable[[], list[Address]]:
+    """The nodes of a cluster that its client knows now. The function keeps no reference to the client."""
+    if isinstance(client, ClusterUrl):
+        nodes = client.nodes
+        return lambda: nodes
+    manager = client.nodes_manager
+    return lambda: [
+        (node.host, int(node.port))
+        for known in (manager.nodes_cache, manager.startup_nodes)
+        for node in list(known.values())
+    ]
+
+
+def remap_of(client: Any) -> Callable[[Address], Address]:
+    """The address under which the client's side reaches a node that a cluster names."""
+    if isinstance(client, ClusterUrl):
+        return lambda address: address
+    manager = client.nodes_manager
+    return lambda address: manager.remap_host_port(*address)
+
+
 def address_of(client: Any) -> str:
     """A text that is the same for clients of the same server."""
     if is_cluster(client):
-        return repr(sorted((node.host, node.port) for node in client.get_nodes()))
+        return repr(sorted(known_nodes(client)()))
     return f"{client.connection_pool.connection_class} {sorted(client.connection_pool.connection_kwargs.items())!r}"
 
 

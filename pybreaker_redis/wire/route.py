@@ -13,7 +13,7 @@ from redis.exceptions import AskError, ClusterError, MovedError, NoScriptError, 
 
 from .._protocol import NotSent
 from .commands import Command
-from .options import REDIS_ERRORS, Address
+from .options import REDIS_ERRORS, Address, known_nodes, remap_of
 
 MOST_REDIRECTIONS = 5
 # errors of a node that does not serve the slot now: another node may know which one does
@@ -61,7 +61,7 @@ class Routes:
     """
 
     def __init__(self, client: Any) -> None:
-        self._manager = client.nodes_manager
+        self._known, self._remapped = known_nodes(client), remap_of(client)
         self._turn = itertools.count()
         self._serving: dict[int, Address] = {}  # by slot: the node that served it last
         self._ranges: list[tuple[int, int, Address]] = []  # first and last slot of each master
@@ -129,8 +129,7 @@ class Routes:
         return next((address for first, last, address in self._ranges if first <= slot <= last), None)
 
     def _nodes(self) -> list[Address]:
-        known = [*list(self._manager.nodes_cache.values()), *list(self._manager.startup_nodes.values())]
-        return list(dict.fromkeys([*self.masters(), *self._learned, *((node.host, int(node.port)) for node in known)]))
+        return list(dict.fromkeys([*self.masters(), *self._learned, *self._known()]))
 
     def _served(self, key: bytes, address: Address) -> bool:
         """Note that a node served a key. Returns whether that is new: a reason to ask the node for all slots."""
@@ -162,5 +161,4 @@ class Routes:
         return []
 
     def _remap(self, asked: Address, host: str, port: int) -> Address:
-        host, port = self._manager.remap_host_port(host or asked[0], int(port))  # empty: the host that was asked
-        return host, port
+        return self._remapped((host or asked[0], int(port)))  # without a host: the one that was asked

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
@@ -14,9 +13,7 @@ import redis.asyncio.retry
 import redis.asyncio.sentinel
 import redis.sentinel
 from redis.backoff import NoBackoff
-from redis.cluster import NodesManager
 from redis.connection import parse_url
-from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
 from .._errors import PolicyError
@@ -38,8 +35,18 @@ class Target(NamedTuple):
     sentinel_options: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
+class ClusterUrl:
+    """A cluster by some of its nodes, and the options of its connections: all that wire.route needs of a client.
+
+    redis-py's cluster clients are not used: the blocking one connects when it is made.
+    """
+
+    def __init__(self, nodes: list[tuple[str, int]], options: dict[str, Any]) -> None:
+        self.nodes, self.options = nodes, options
+
+
 def client_from_url(url: str, **options: Any) -> Any:
-    """A redis.Redis or redis.RedisCluster for a URL; options: those of redis.Redis that the URL does not give.
+    """A redis.Redis for a URL, or a ClusterUrl. options: those of redis.Redis that the URL does not give.
 
     redis://[[user]:password@]host[:6379][/db][?option=value]        one server; rediss:// for TLS
     unix://[[user]:password@]/path/to/socket[?db=0]                  one server
@@ -52,7 +59,7 @@ def client_from_url(url: str, **options: Any) -> Any:
     once = Retry(NoBackoff(), 0)
     if target.kind == "cluster":
         _checked(url, lambda: redis.Redis(**target.options))
-        return _LateCluster(target.nodes, target.options)
+        return ClusterUrl(target.nodes, target.options)
     if target.kind == "sentinel":
         sentinel = redis.sentinel.Sentinel(target.nodes, sentinel_kwargs={"retry": once, **target.sentinel_options})
         return _checked(url, lambda: sentinel.master_for(target.service, **target.options))
@@ -65,8 +72,7 @@ def async_client_from_url(url: str, **options: Any) -> Any:
     once = redis.asyncio.retry.Retry(NoBackoff(), 0)
     if target.kind == "cluster":
         _checked(url, lambda: redis.asyncio.Redis(**target.options))
-        nodes = [redis.asyncio.cluster.ClusterNode(*node) for node in target.nodes]
-        return redis.asyncio.RedisCluster(startup_nodes=nodes, **target.options)
+        return ClusterUrl(target.nodes, target.options)
     if target.kind == "sentinel":
         own = {"retry": once, **target.sentinel_options}
         sentinel = redis.asyncio.sentinel.Sentinel(target.nodes, sentinel_kwargs=own)
@@ -143,57 +149,3 @@ def without_password(url: str) -> str:
     hidden = [(key, "***" if "password" in key else value) for key, value in parse_qsl(parts.query)]
     shown = f"{parts.scheme}://{user}{colon}{'***' if colon else ''}{at}{hosts}{parts.path}"
     return f"{shown}?{urlencode(hidden, safe='*/')}" if hidden else shown
-
-
-class _LateNodes(NodesManager):  # type: ignore[misc, unused-ignore]
-    """The named nodes, none of which has been asked for the slots yet."""
-
-    def initialize(self, *_: Any, **__: Any) -> None:
-        """Ask nothing yet."""
-
-
-class _LateCluster(redis.RedisCluster):
-    """A cluster client that asks for the slots when it is first used, as redis.Redis and redis.asyncio do."""
-
-    def __init__(self, nodes: list[tuple[str, int]], options: dict[str, Any]) -> None:
-        self._named, self._options = nodes, options
-        self._connect_lock = threading.RLock()
-        self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        self._state = "new"
-        self.nodes_manager = _LateNodes(startup_nodes=self._startup_nodes(), **self._options)
-
-    def _startup_nodes(self) -> list[Any]:
-        return [redis.cluster.ClusterNode(*node) for node in self._named]
-
-    def __getattr__(self, name: str) -> Any:
-        """Connect when an attribute that the client's constructor makes is first used."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        with self._connect_lock:
-            if self._state == "new":
-                self._connect()
-        return object.__getattribute__(self, name)
-
-    def _connect(self) -> None:
-        self._state = "connecting"
-        try:
-            super().__init__(startup_nodes=self._startup_nodes(), retry=Retry(NoBackoff(), 0), **self._options)
-        except BaseException as error:
-            self._begin_anew()
-            if isinstance(error, RedisClusterException):  # not a RedisError
-                raise redis.ConnectionError(str(error)) from error
-            raise
-        self._state = "connected"
-
-    def get_nodes(self) -> list[Any]:
-        """All nodes; before the first use, the named ones."""
-        if self._state == "new":
-            return list(self.nodes_manager.startup_nodes.values())
-        return super().get_nodes()  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
-
-    def close(self) -> None:
-        """Close the connections, if there are any."""
-        if self._state == "connected":
-            super().close()
