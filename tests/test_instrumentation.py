@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -270,6 +271,24 @@ def test_asyncio(client: redis.Redis, server: EmbeddedServer, meter: Any) -> Non
     calls = {labels[1]: value for (name, labels), value in found.items() if name == "calls_total"}
     assert calls == {"success": 2, "slow": 0, "failure": 1, "ignored": 0, "rejected": 1}
     assert found["state", ("discovery", "open")] == 1
+
+
+def test_a_signal_handler_that_calls_amid_a_scrape(meter: Any) -> None:
+    """A handler trips a breaker and scrapes while its thread holds the locks of a scrape: no deadlock."""
+    metrics, scrape = meter()
+    breaker = CircuitBreaker("discovery", policy=ONE, listeners=[metrics])
+    found: list[Samples] = []
+
+    def interrupted_scrape() -> None:
+        with metrics._reading, metrics._counting, getattr(metrics, "_sharing", contextlib.nullcontext()):
+            fail(breaker)
+            found.append(by_prometheus_names(scrape()))
+
+    thread = threading.Thread(target=interrupted_scrape, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found
+    assert found[0]["transitions_total", ("discovery", "closed", "open", "failure_threshold", "memory")] == 1
 
 
 def test_in_memory(meter: Any) -> None:
