@@ -301,14 +301,13 @@ class AsyncCircuitBreaker(BreakerCore):
         except BaseException:
             await self._deliver()
             raise
-        waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._spawn(self._see_through(steps, ask, self._notices.take(), waiter, if_lost))
+        task = self._spawn(self._run_to_end(steps, ask, self._notices.take()))
         try:
-            return await waiter
+            return await asyncio.shield(task)
         except asyncio.CancelledError:
-            # the cancellation may also arrive after the result, before this task wakes up
-            if if_lost is not None and not waiter.cancelled() and waiter.exception() is None:
-                self._spawn(if_lost(waiter.result()))
+            # of this task; perhaps after the result, but before this task woke up
+            if if_lost is not None and not task.cancelled():
+                self._spawn(_pass_on(task, if_lost))
             raise
 
     async def _deliver_then(self, result: T, if_lost: _IfLost[T] | None) -> T:
@@ -320,20 +319,6 @@ class AsyncCircuitBreaker(BreakerCore):
                 self._spawn(if_lost(result))
             raise
         return result
-
-    async def _see_through(
-        self, steps: Steps[T], ask: Ask, events: list[Event], waiter: asyncio.Future[T], if_lost: _IfLost[T] | None
-    ) -> None:
-        try:
-            result = await self._run_to_end(steps, ask, events)
-        except BaseException as error:
-            if not waiter.done():
-                waiter.set_exception(error)
-            return
-        if not waiter.done():
-            waiter.set_result(result)
-        elif if_lost is not None:
-            await if_lost(result)
 
     async def _run_to_end(self, steps: Steps[T], ask: Ask | None = None, events: list[Event] | None = None) -> T:
         """Carry out the steps, and deliver their events. ask: already taken from the steps. events: already pending."""
@@ -470,6 +455,13 @@ class AsyncCircuitBreaker(BreakerCore):
         await self.flush()
         if self._redis is not None:
             await self._redis.close()
+
+
+async def _pass_on(task: asyncio.Task[T], if_lost: _IfLost[T]) -> None:
+    """Hand the result of a task to if_lost(), if there is one."""
+    with contextlib.suppress(Exception):
+        result = await task
+        await if_lost(result)
 
 
 async def _call_the_rest(
