@@ -124,12 +124,12 @@ def signalled_at(
     def trace(frame: types.FrameType, event: str, _: object) -> Any:
         if frame.f_code.co_filename != module.__file__:
             return None
-        frame.f_trace_opcodes = True
         names = [dis.opname[code] for code in frame.f_code.co_code]
         may_come = False
 
         def step(frame: types.FrameType, event: str, _: object) -> Any:
             nonlocal may_come
+            frame.f_trace_opcodes = True  # each time: in Python 3.13 a call resets it
             if event == "opcode":
                 if may_come:
                     pass_place()
