@@ -27,7 +27,7 @@ from .options import (
     connection,
     pools_of,
 )
-from .route import Routes, Trip, trip
+from .route import Exchange, Routes, exchange
 
 _TURNS = 32
 _MOST_CONNECTIONS = 128  # of one client on one event loop
@@ -78,12 +78,12 @@ class AsyncServer:
             await node.close()
 
     async def _one(self, command: Command) -> Any:
-        (reply,) = await self._carry_out(trip(self._routes, (command,)))
+        (reply,) = await self._carry_out(exchange(self._routes, (command,)))
         if isinstance(reply, BaseException):
             raise reply
         return reply
 
-    async def _carry_out(self, steps: Trip) -> list[Any]:
+    async def _carry_out(self, steps: Exchange) -> list[Any]:
         try:
             leg = next(steps)
             while True:

@@ -34,10 +34,10 @@ class Leg(NamedTuple):
 
 # Yields legs. Is sent their replies (a failed command's is its error), or is thrown the error of a lost connection.
 # Returns the replies to all commands.
-Trip: TypeAlias = Generator[Leg, list[Any], list[Any]]
+Exchange: TypeAlias = Generator[Leg, list[Any], list[Any]]
 
 
-def to_one_server(leg: Leg) -> Trip:
+def to_one_server(leg: Leg) -> Exchange:
     """The replies of one node. A script that it does not know is loaded by its first call."""
     replies = yield leg
     missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
@@ -49,9 +49,9 @@ def to_one_server(leg: Leg) -> Trip:
     return replies
 
 
-def trip(routes: Routes | None, commands: Sequence[Command]) -> Trip:
+def exchange(routes: Routes | None, commands: Sequence[Command]) -> Exchange:
     """The exchange of these commands with the only server, or with a cluster."""
-    return to_one_server(Leg(None, commands)) if routes is None else routes.trip(commands)
+    return to_one_server(Leg(None, commands)) if routes is None else routes.exchange(commands)
 
 
 class Routes:
@@ -67,7 +67,7 @@ class Routes:
         self._ranges: list[tuple[int, int, Address]] = []  # first and last slot of each master
         self._learned: list[Address] = []  # all nodes of the last CLUSTER SLOTS, with replicas and lost nodes
 
-    def trip(self, commands: Sequence[Command]) -> Trip:
+    def exchange(self, commands: Sequence[Command]) -> Exchange:
         """Through the cluster. Sends again only redirected commands, which no node has executed."""
         replies: list[Any] = [None] * len(commands)
         waiting = [(self.address(command.key), False, place) for place, command in enumerate(commands)]
@@ -100,7 +100,7 @@ class Routes:
             yield from self._learn(news)
         return replies
 
-    def learn_masters(self) -> Trip:
+    def learn_masters(self) -> Exchange:
         """Ask nodes for all slots until one answers; masters() then has them."""
         for address in self._nodes():
             yield from self._learn(address)
@@ -143,7 +143,7 @@ class Routes:
         self._serving = {slot: node for slot, node in list(self._serving.items()) if node != address}
         self._ranges = [one for one in self._ranges if one[2] != address]
 
-    def _learn(self, asked: Address) -> Trip:
+    def _learn(self, asked: Address) -> Exchange:
         try:
             (slots,) = yield Leg(asked, (_SLOTS,))
         except REDIS_ERRORS:

@@ -16,7 +16,7 @@ from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import Command, packed
 from .options import BLOCKING, INTACT, REDIS_ERRORS, Address, address_of, connecting, connection, pools_of
-from .route import Routes, Trip, trip
+from .route import Exchange, Routes, exchange
 
 _PER_COMMAND = 0.001  # seconds that a pipeline may take longer for each of its commands
 _shared: weakref.WeakKeyDictionary[Any, dict[float, Server]] = weakref.WeakKeyDictionary()
@@ -60,7 +60,7 @@ class Server:
 
         Raises redis.RedisError or OSError when the server is lost.
         """
-        return self._carry_out(trip(self._routes, commands))
+        return self._carry_out(exchange(self._routes, commands))
 
     def masters(self) -> list[Connections]:
         """The connections to each node that serves keys."""
@@ -84,7 +84,7 @@ class Server:
             raise reply
         return reply
 
-    def _carry_out(self, steps: Trip) -> list[Any]:
+    def _carry_out(self, steps: Exchange) -> list[Any]:
         try:
             leg = next(steps)
             while True:

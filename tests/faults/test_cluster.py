@@ -22,7 +22,7 @@ from redis.exceptions import ClusterDownError, MovedError
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy
 from pybreaker_redis._protocol import NotSent
 from pybreaker_redis.wire.commands import Command
-from pybreaker_redis.wire.route import Routes, Trip
+from pybreaker_redis.wire.route import Exchange, Routes
 from pybreaker_redis.wire.url import client_from_url
 
 NAME = "loaded"
@@ -270,10 +270,10 @@ def new_routes() -> Routes:
     return Routes(client_from_url("redis+cluster://127.0.0.1:1"))
 
 
-def travel(steps: Trip, nodes: dict[Any, Any], slots: list[Any]) -> list[Any]:
-    """Carry out a trip. nodes: what each one replies to a command; others are lost. slots: the reply to CLUSTER SLOTS.
+def travel(steps: Exchange, nodes: dict[Any, Any], slots: list[Any]) -> list[Any]:
+    """Carry out an exchange. nodes: what each one replies to a command; others are lost. slots: the reply to CLUSTER SLOTS.
 
-    Returns the replies to the commands of the trip.
+    Returns the replies to the commands of the exchange.
     """
     try:
         leg = next(steps)
@@ -291,13 +291,13 @@ def test_nodes_of_a_cluster_that_was_down_are_not_forgotten() -> None:
     """The node of the URL is gone, and all others reply CLUSTERDOWN until a replica takes over: it is found."""
     routes = new_routes()
     before, after = serving_slots(A, REPLICA), serving_slots(REPLICA)
-    assert travel(routes.trip([COMMAND]), {A: b"reply"}, before) == [b"reply"]
+    assert travel(routes.exchange([COMMAND]), {A: b"reply"}, before) == [b"reply"]
     down = ClusterDownError("CLUSTERDOWN the cluster is down")
     for _ in range(8):
-        travel(routes.trip([COMMAND]), dict.fromkeys((B, C, REPLICA), down), before)
+        travel(routes.exchange([COMMAND]), dict.fromkeys((B, C, REPLICA), down), before)
     moved = MovedError(f"{SLOT} 127.0.0.1:{REPLICA[1]}")
     for _ in range(4):  # the lost node is tried in its turn
-        replies = travel(routes.trip([COMMAND]), {B: moved, C: moved, REPLICA: b"reply"}, after)
+        replies = travel(routes.exchange([COMMAND]), {B: moved, C: moved, REPLICA: b"reply"}, after)
     assert replies == [b"reply"]
 
 
@@ -320,7 +320,7 @@ def test_masters_after_a_failover() -> None:
 
 def test_a_report_is_executed_though_the_question_after_it_was_not_sent() -> None:
     """The caller is cancelled before it asks which node serves what: its report is not taken for unsent."""
-    steps = new_routes().trip([COMMAND])
+    steps = new_routes().exchange([COMMAND])
     assert next(steps).commands == [COMMAND]
     assert steps.send([b"reply"]).commands[0].words == (b"CLUSTER", b"SLOTS")
     with pytest.raises(asyncio.CancelledError) as raised:

@@ -549,11 +549,11 @@ def test_a_node_is_lost_while_others_turn_out_to_serve() -> None:
 
     def send(key: str, reply: Any) -> None:
         """One command that a node answers, or is lost with; nobody lists the slots."""
-        trip = routes.trip([Command(key.encode(), ())])
+        steps = routes.exchange([Command(key.encode(), ())])
         with contextlib.suppress(StopIteration):
-            next(trip)
-            trip.send([reply])
-            trip.throw(redis.ConnectionError())
+            next(steps)
+            steps.send([reply])
+            steps.throw(redis.ConnectionError())
 
     for rounds in itertools.count():
         for number in range(5):
