@@ -271,7 +271,7 @@ def new_routes() -> Routes:
 
 
 def travel(steps: Exchange, nodes: dict[Any, Any], slots: list[Any]) -> list[Any]:
-    """Carry out an exchange. nodes: what each one replies to a command; others are lost. slots: the reply to CLUSTER SLOTS.
+    """Carry out an exchange. nodes: the reply of each to a command; others are lost. slots: the reply to CLUSTER SLOTS.
 
     Returns the replies to the commands of the exchange.
     """
