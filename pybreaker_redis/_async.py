@@ -163,8 +163,8 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         if self._only_counts:
             seen.tick()
-        else:
-            await self._judge(result, seen, now)
+        elif (rest := self._judge(result, seen, now)) is not None:
+            await rest
         return result
 
     def __call__(self, func: Callable[P, R]) -> AsyncGuarded[P, R]:
@@ -201,8 +201,8 @@ class AsyncCircuitBreaker(BreakerCore):
                 raise
             if only_counts:
                 seen.tick()
-            else:
-                await self._judge(result, seen, now)
+            elif (rest := self._judge(result, seen, now)) is not None:
+                await rest
             return result
 
         return guarded
@@ -228,14 +228,13 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._drive(self._report_result(permit, result))
         return result
 
-    async def _judge(self, result: Any, seen: Seen, now: float) -> None:
-        """Count a result of the fast path that is_failure or on_call must see."""
-        if self._every_result_succeeds:
-            seen.tick()
-            self._notices.call_ended(SUCCESS, seen.generation)
-            await self._deliver()
-        else:
-            await self._drive(self._report_result(self._permit(self, seen.generation, now), result))
+    def _judge(self, result: Any, seen: Seen, now: float) -> Awaitable[None] | None:
+        """Count a call that the view admitted, where the fast path does not apply. Returns what has to be awaited."""
+        if not self._every_result_succeeds:
+            return self._drive(self._report_result(self._permit(self, seen.generation, now), result))
+        seen.tick()
+        self._notices.call_ended(SUCCESS, seen.generation)
+        return self._start_delivery(iter(self._notices.next, None))
 
     async def _iterate(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
         permit = await self._admit(monotonic())
@@ -394,13 +393,20 @@ class AsyncCircuitBreaker(BreakerCore):
 
     async def _deliver(self, events: list[Event] | None = None) -> None:
         """Call the listeners of each event, one after the other, to the end even if the caller is cancelled."""
+        rest = self._start_delivery(iter(self._notices.next, None) if events is None else iter(events))
+        if rest is not None:
+            await rest
+
+    def _start_delivery(self, events: Iterator[Event]) -> Awaitable[None] | None:
+        """Call the plain listeners. Returns what has to be awaited from the first awaitable listener on."""
         notices = self._notices
-        events = notices.take() if events is None else events
-        calls = iter([(listener, event) for event in events for listener in notices.receivers(event)])
+        calls = ((listener, event) for event in events for listener in notices.receivers(event))
         for listener, event in calls:
             result = notices.call(listener, event)
             if inspect.isawaitable(result):
-                await asyncio.shield(self._spawn(_call_the_rest(notices, listener, result, calls)))
+                # all of them now: another task of this thread must not take what is left
+                return asyncio.shield(self._spawn(_call_the_rest(notices, listener, result, iter(list(calls)))))
+        return None
 
     # State and operator actions
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -102,9 +101,10 @@ class Notices:
     ) -> None:
         """Notify on_call of the end of a call."""
         if self.on_call:
-            nothing = None, None, None  # by position, which takes half the time of keywords
-            event = Event(outcome, self.name, self.instance, *nothing, generation, None, None, error, None, slow)
-            self._put(event)
+            # by position, which takes half the time of keywords
+            self._put(
+                Event(outcome, self.name, self.instance, None, None, None, generation, None, None, error, None, slow)
+            )
 
     def count(self, outcome: str, slow: bool | None = False) -> None:
         """Count a call that the view does not count."""
@@ -157,9 +157,10 @@ class Notices:
     def next(self) -> Event | None:
         """Take the next event that this thread has to deliver, or None."""
         queue = self._waiting.get(get_ident())
-        with contextlib.suppress(IndexError):  # a signal handler may deliver the last one
+        try:
             return queue.popleft() if queue else None
-        return None
+        except IndexError:  # a signal handler delivered the last one
+            return None
 
     def take(self) -> list[Event]:
         """Take all events that this thread has to deliver."""

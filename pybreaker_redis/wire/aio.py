@@ -18,13 +18,13 @@ from . import commands as build
 from .commands import Command, packed
 from .options import (
     ASYNCIO,
-    INTACT,
     REDIS_ERRORS,
     Address,
     address_of,
     can_read,
     connecting,
     connection,
+    intact,
     pools_of,
 )
 from .route import Exchange, Routes, exchange
@@ -147,7 +147,7 @@ class AsyncConnections:
             except BaseException:
                 await self._lose(connection)
                 raise
-        if all(not isinstance(reply, Exception) or isinstance(reply, INTACT) for reply in replies):
+        if intact(replies):
             self._idle.append(connection)
         else:
             await self._lose(connection)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,11 @@ class Command(NamedTuple):
         return Command(self.key, (b"EVAL", compose(self.script).encode(), *self.words[2:]), self.script)
 
 
+@functools.lru_cache(maxsize=10_000)
+def _encoded(keys: Keys) -> tuple[bytes, bytes, bytes]:
+    return keys.state.encode(), keys.history.encode(), keys.policy.encode()
+
+
 def run(name: str, keys: Keys, request: Request) -> Command:
     """A call of the script called name."""
     return run_encoded(name, keys, encode(request))
@@ -30,7 +36,7 @@ def run(name: str, keys: Keys, request: Request) -> Command:
 
 def run_encoded(name: str, keys: Keys, request: bytes) -> Command:
     """The same with a request that is already encoded."""
-    state, history, policy = (key.encode() for key in keys)
+    state, history, policy = _encoded(keys)
     return Command(state, (b"EVALSHA", sha1(name).encode(), b"3", state, history, policy, request), name)
 
 

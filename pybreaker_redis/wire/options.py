@@ -21,7 +21,7 @@ from .url import ClusterUrl, async_client_from_url, client_from_url
 Address: TypeAlias = tuple[str, int]
 REDIS_ERRORS = (redis.RedisError, OSError)
 # errors that leave a connection usable
-INTACT = (exceptions.NoScriptError, exceptions.AskError, exceptions.MovedError)
+_INTACT = (exceptions.NoScriptError, exceptions.AskError, exceptions.MovedError)
 _by_url: weakref.WeakValueDictionary[tuple[bool, str], Any] = weakref.WeakValueDictionary()
 
 
@@ -56,6 +56,12 @@ def client_of(given: Any, kind: Kind) -> Any:
     if found is None:
         found = _by_url[key] = kind.from_url(given)
     return found
+
+
+def intact(replies: list[Any]) -> bool:
+    """Whether a connection that gave these replies is as good as before."""
+    errors = [reply for reply in replies if isinstance(reply, Exception)]
+    return not errors or all(isinstance(error, _INTACT) for error in errors)
 
 
 def is_cluster(client: Any) -> bool:

@@ -11,11 +11,12 @@ from time import monotonic
 from typing import Any
 
 import redis
+from redis.exceptions import NoScriptError
 
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import Command, packed
-from .options import BLOCKING, INTACT, REDIS_ERRORS, Address, address_of, connecting, connection, pools_of
+from .options import BLOCKING, REDIS_ERRORS, Address, address_of, connecting, connection, intact, pools_of
 from .route import Exchange, Routes, exchange
 
 _PER_COMMAND = 0.001  # seconds that a pipeline may take longer for each of its commands
@@ -79,7 +80,10 @@ class Server:
             node.close()
 
     def _one(self, command: Command) -> Any:
-        (reply,) = self.exchange((command,))
+        if self._routes is None:  # the usual case, without the steps that pipelines and clusters need
+            (reply,) = self._node(None).send((command,))
+        if self._routes is not None or isinstance(reply, NoScriptError):
+            (reply,) = self.exchange((command,))
         if isinstance(reply, BaseException):
             raise reply
         return reply
@@ -125,7 +129,7 @@ class Connections:
         except BaseException:
             self._lose(connection)
             raise
-        if all(not isinstance(reply, Exception) or isinstance(reply, INTACT) for reply in replies):
+        if intact(replies):
             self._idle.append(connection)
         else:
             self._lose(connection)
