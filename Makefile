@@ -21,7 +21,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-servers test-pythons soak mutants lint docs bundles bench clean
+.PHONY: help demo test coverage test-faults test-servers test-pythons soak mutants lint docs bundles bench clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -30,14 +30,18 @@ help: ## show this list
 demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one shared breaker
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
-test: $(VENV)/dev.stamp ## run all tests but the long ones (five minutes); prints the coverage
+test: $(VENV)/dev.stamp ## run all tests but the long ones (five minutes)
+	@$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(VENV)/dev.stamp ## the same, and print the coverage (nine minutes)
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
 	@$(BIN)/python -m pytest tests/faults tests/model tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
 
-test-servers: $(VENV)/dev.stamp ## run the contract and the scripts on every server found (two minutes)
-	@$(BIN)/python -m pytest tests/faults/test_every_server.py -m 'long or not long' -k 'not 300' $(ARGS)
+test-servers: $(VENV)/dev.stamp ## run contract, scripts and cluster tests on every server found (four minutes)
+	@$(BIN)/python -m pytest tests/faults/test_every_server.py tests/faults/test_cluster.py -m 'long or not long' \
+	  -k 'not 300' $(ARGS)
 
 test-pythons: ## run the tests on every Python found, with the oldest and the newest redis-py that is allowed
 	@$(PYTHON) tests/run_pythons.py $(ARGS)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from pybreaker_redis._protocol import keys_of
 
-SEQUENCES = int(os.environ.get("SEQUENCES", "300"))  # of test_engines_agree
+SEQUENCES = int(os.environ.get("SEQUENCES", "200"))  # of test_engines_agree
 
 POLICY = {"failure_threshold": 3, "reset_timeout_ms": 1000, "probe_timeout_ms": 400}
 

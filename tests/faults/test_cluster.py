@@ -213,6 +213,7 @@ def test_cluster_master_lost(how: str) -> None:
         assert check_histories(formed.client_of_any()) > 0
 
 
+@pytest.mark.long
 def test_cluster_down_for_a_while() -> None:
     """A master is lost and nobody takes over: all reply CLUSTERDOWN. Once its replica does, all breakers are back."""
     with cluster() as formed:
@@ -234,6 +235,7 @@ def test_cluster_down_for_a_while() -> None:
         wait_until(lambda: all_are("redis"))
 
 
+@pytest.mark.long
 def test_watch_without_the_first_master() -> None:
     """The node of slot 0 is lost, and no other one takes over: a watch of a breaker elsewhere goes on."""
     with cluster("--cluster-require-full-coverage", "no") as formed:
