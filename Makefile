@@ -10,7 +10,7 @@ SECONDS ?= 600
 
 define WRITE_BUNDLES
 import pathlib
-from pybreaker_redis._scripts import SCRIPTS, compose, sha1
+from pybreaker_redis.wire.scripts import SCRIPTS, compose, sha1
 folder = pathlib.Path("build/lua")
 folder.mkdir(parents=True, exist_ok=True)
 for name in SCRIPTS:
@@ -21,20 +21,27 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-faults test-pythons soak mutants lint docs bundles bench clean
+.PHONY: help demo test coverage test-faults test-servers test-pythons soak mutants lint docs bundles bench clean
 .NOTPARALLEL:
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one shared breaker
-	@$(BIN)/python -m pybreaker_redis demo $(ARGS)
+	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
-test: $(VENV)/dev.stamp ## run all tests but the long ones (four minutes); prints the coverage
+test: $(VENV)/dev.stamp ## run all tests but the long ones (five minutes)
+	@$(BIN)/python -m pytest $(ARGS)
+
+coverage: $(VENV)/dev.stamp ## the same, and print the coverage (nine minutes)
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
 	@$(BIN)/python -m pytest tests/faults tests/model tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
+
+test-servers: $(VENV)/dev.stamp ## run contract, scripts and cluster tests on every server found (four minutes)
+	@$(BIN)/python -m pytest tests/faults/test_every_server.py tests/faults/test_cluster.py -m 'long or not long' \
+	  -k 'not 300' $(ARGS)
 
 test-pythons: ## run the tests on every Python found, with the oldest and the newest redis-py that is allowed
 	@$(PYTHON) tests/run_pythons.py $(ARGS)

@@ -1,9 +1,10 @@
-"""What does a guarded call cost, beside the bare call, beside every peer and beside a no-op EVALSHA?"""
+"""What does a guarded call cost, compared with the bare call, with every peer, and with an empty script?"""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import gc
 import importlib.metadata
 import inspect
@@ -17,46 +18,60 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import contenders
 import redis
 from contenders import (
-    ASYNC,
-    BARE_ASYNC,
-    BARE_SYNC,
+    ACQUIRE,
+    ASYNC_ACQUIRE,
+    ASYNC_WITH,
+    CALL,
     CIRCUITBREAKER,
+    DECORATOR,
+    EVERYBODY,
+    FAILING,
+    IN_PROCESS,
     INSIDE,
     INTERLOCK,
-    NOOP,
+    LISTENERS,
     NOPANIC,
     NOT_RUN,
+    ON_CALL,
     ON_REDIS,
     OURS,
     PACKAGES,
     PYBREAKER,
     PYBREAKER_REDIS,
     STRICT,
-    SYNC,
     TWO_EVALSHA,
+    TWO_RAW,
+    TWO_SCRIPTS,
+    WAYS,
+    WITH,
+    Contender,
     Env,
     Made,
     settled,
+    way,
 )
 
-from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy, _protocol, _scripts
+from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy
+from pybreaker_redis._protocol import Keys
 from pybreaker_redis.embedded import EmbeddedServer
 
 BARE = "bare call"
 RESULTS = pathlib.Path(__file__).parent / "results" / "bench.json"
-SLOW_SLICE = 0.8  # seconds; what takes longer is measured in fewer rounds
-SLOW_ROUNDS = 3
-HOPELESS = 5.0  # seconds; what takes longer is measured once, and is left out of the next work of that width
+SLOW_SLICE, SLOW_ROUNDS = 0.8, 3  # a slice that takes more seconds is measured in fewer rounds
+HOPELESS = 5.0  # seconds; a slice that takes more is measured once, and its contender skips what is left at that width
 LEASE = 0.1
 TRIPS_PER_SLICE = 5
-RATES = {"error_rate_threshold": 0.5, "slow_call_duration_ms": 1000, "slow_call_rate_threshold": 0.5}
+SUCCESS, FAILURE, REJECT, MIXED = "closed success", "closed failure", "open reject", "mixed 1 % failures"
+EVERY_WAY = "closed success, every way to guard"
+MEMORY_FAILURE = "closed failure, in memory"
+STRICT_CALL = "closed success, two scripts per call"
 logger = logging.getLogger("pybreaker_redis")
 
 
@@ -65,56 +80,50 @@ class Boom(Exception):
 
 
 class Alarms(logging.Handler):
-    """Counts how often one of our breakers gave up on Redis: its times are then not those of Redis."""
+    """Counts how often a breaker of this package gave up on Redis: its times then say nothing about Redis."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.count = 0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One warning."""
+        """Count a warning about Redis."""
         self.count += "does not answer" in record.msg
 
 
-# The work --------------------------------------------------------------------------------------
+# The guarded functions -------------------------------------------------------------------------
 
 
 def succeed() -> int:
-    """The guarded function of a healthy service."""
+    """A healthy service."""
     return 1
 
 
 def fail() -> int:
-    """That of a dead one."""
+    """A dead service."""
     raise Boom
 
 
 async def asucceed() -> int:
-    """The same for asyncio; it does not suspend."""
+    """A healthy service that answers without suspending its task."""
     return 1
 
 
 async def ayield() -> int:
-    """One turn of the loop: with many tasks all are in flight at once."""
+    """A healthy service that takes one turn of the loop, so that the calls of all tasks run at once."""
     await asyncio.sleep(0)
     return 1
 
 
 async def afail() -> int:
-    """A dead one."""
+    """A dead service."""
     raise Boom
 
 
 def mixed() -> Callable[[], int]:
-    """Every hundredth call fails."""
+    """A service that fails every hundredth call."""
     tick = itertools.count(1).__next__
-
-    def call() -> int:
-        if tick() % 100:
-            return 1
-        raise Boom
-
-    return call
+    return lambda: succeed() if tick() % 100 else fail()
 
 
 def amixed() -> Callable[[], Any]:
@@ -122,36 +131,124 @@ def amixed() -> Callable[[], Any]:
     tick = itertools.count(1).__next__
 
     async def call() -> int:
-        if tick() % 100:
-            return 1
-        raise Boom
+        return await (asucceed() if tick() % 100 else afail())
 
     return call
 
 
-def loop(func: Callable[[], Any], calls: int, caught: Any) -> None:
-    """Call func so often."""
-    for _ in itertools.repeat(None, calls):
-        try:  # noqa: SIM105 - a context manager would be measured with it
-            func()
+# The loops -------------------------------------------------------------------------------------
+
+# One for each way to guard, so that no frame of the benchmark is measured with the call. func: the guarded function;
+# target: what a Made has for this way.
+LOOP = """
+{start} loop(target, func, calls, caught):
+    for _ in repeat(None, calls):
+        try:
+            {body}
         except caught:
             pass
+"""
+BODIES = {
+    "sync": {
+        DECORATOR: "target()",
+        CALL: "target(func)",
+        ACQUIRE: "with target() as permit: func()",
+        WITH: "with target: func()",
+    },
+    "asyncio": {
+        DECORATOR: "await target()",
+        CALL: "await target(func)",
+        ASYNC_ACQUIRE: "async with target() as permit: await func()",
+        ASYNC_WITH: "async with target: await func()",
+        WITH: "with target: await func()",
+    },
+}
 
 
-async def aloop(func: Callable[[], Any], calls: int, caught: Any) -> None:
-    """Await func so often."""
-    for _ in itertools.repeat(None, calls):
-        try:  # noqa: SIM105
-            await func()
-        except caught:
-            pass
+def compiled(start: str, body: str) -> Callable[..., Any]:
+    """The loop function of one way to guard."""
+    scope: dict[str, Any] = {"repeat": itertools.repeat}
+    exec(LOOP.format(start=start, body=body), scope)
+    loop: Callable[..., Any] = scope["loop"]
+    return loop
 
 
-def sync_slice(func: Callable[[], Any], calls: int, caught: Any, threads: int) -> float:
+LOOPS = {
+    shell: {how: compiled("def" if shell == "sync" else "async def", body) for how, body in bodies.items()}
+    for shell, bodies in BODIES.items()
+}
+
+
+# The works -------------------------------------------------------------------------------------
+
+
+def title(shell: str, width: int, name: str) -> str:
+    """The name of a table of times."""
+    unit = "thread" if shell == "sync" else "task"
+    return f"{shell}, {width:,} {unit}{'s' * (width > 1)}, {name}"
+
+
+class Work(NamedTuple):
+    """One table of times. width: threads or tasks. trips: whether failures may trip the breakers."""
+
+    shell: str
+    name: str
+    width: int
+    func: Callable[[], Any]
+    contenders: dict[str, Contender]
+    trips: bool = True
+
+    @property
+    def title(self) -> str:
+        """The name of its table."""
+        return title(self.shell, self.width, self.name)
+
+
+def works(quick: bool) -> Iterator[Work]:
+    """Every contender at every kind of service."""
+    sync, aio = EVERYBODY["sync"], EVERYBODY["asyncio"]
+    for threads in (1, 16):
+        yield Work("sync", SUCCESS, threads, succeed, sync)
+        yield Work("sync", FAILURE, threads, fail, sync, trips=False)
+        yield Work("sync", REJECT, threads, fail, sync)
+        yield Work("sync", MIXED, threads, mixed(), sync)
+    for tasks in (1, 100) if quick else (1, 100, 10_000):
+        yield Work("asyncio", SUCCESS, tasks, asucceed if tasks == 1 else ayield, aio)
+        yield Work("asyncio", REJECT, tasks, afail, aio)
+        if tasks < 10_000:
+            yield Work("asyncio", FAILURE, tasks, afail, aio, trips=False)
+            yield Work("asyncio", MIXED, tasks, amixed(), aio)
+
+
+def client_works() -> Iterator[Work]:
+    """What the client costs: each way to guard, a failure that asks no server, and a call with two scripts."""
+    crowds = [("sync", 1, succeed), ("sync", 16, succeed), ("asyncio", 1, asucceed), ("asyncio", 100, ayield)]
+    for shell, width, func in crowds:
+        yield Work(shell, EVERY_WAY, width, func, WAYS[shell])
+    yield Work("sync", MEMORY_FAILURE, 1, fail, FAILING, trips=False)
+    for shell, width, func in crowds:
+        yield Work(shell, STRICT_CALL, width, func, TWO_SCRIPTS[shell])
+
+
+# Measuring -------------------------------------------------------------------------------------
+
+
+class Entry:
+    """One contender at one work. Its breaker lives through all rounds."""
+
+    def __init__(self, name: str, made: Made, call: Callable[[int], Any]) -> None:
+        self.name, self.made, self.call = name, made, call
+        self.calls = 0
+        self.rounds = 0
+        self.seconds: dict[int, float] = {}  # per call, by round
+        self.gave_up = 0
+
+
+def sync_slice(call: Callable[[int], Any], calls: int, threads: int) -> float:
     """Seconds for that many calls, spread over threads."""
     if threads == 1:
         began = perf_counter()
-        loop(func, calls, caught)
+        call(calls)
         return perf_counter() - began
     gate = threading.Barrier(threads + 1)
     errors: list[BaseException] = []
@@ -159,7 +256,7 @@ def sync_slice(func: Callable[[], Any], calls: int, caught: Any, threads: int) -
     def run() -> None:
         gate.wait()
         try:
-            loop(func, calls // threads, caught)
+            call(calls // threads)
         except Exception as error:
             errors.append(error)
 
@@ -176,66 +273,22 @@ def sync_slice(func: Callable[[], Any], calls: int, caught: Any, threads: int) -
     return taken
 
 
-async def async_slice(func: Callable[[], Any], calls: int, caught: Any, tasks: int) -> float:
+async def async_slice(call: Callable[[int], Any], calls: int, tasks: int) -> float:
     """Seconds for that many calls, spread over tasks."""
     began = perf_counter()
     if tasks == 1:
-        await aloop(func, calls, caught)
+        await call(calls)
     else:
-        work = (aloop(func, calls // tasks, caught) for _ in range(tasks))
-        # all of them to their end: what goes on after an error would be measured with the next contender
-        ended = await asyncio.gather(*work, return_exceptions=True)
+        # wait for every task: one that outlived an error would slow down the next contender
+        ended = await asyncio.gather(*(call(calls // tasks) for _ in range(tasks)), return_exceptions=True)
         for error in ended:
             if isinstance(error, BaseException):
                 raise error
     return perf_counter() - began
 
 
-class Work:
-    """One question: what is called, by how many, and whether breakers may trip."""
-
-    def __init__(self, shell: str, name: str, width: int, func: Callable[[], Any], *, trips: bool) -> None:
-        self.shell, self.name, self.width, self.make_func, self.trips = shell, name, width, func, trips
-        unit = "thread" if shell == "sync" else "task"
-        self.title = f"{shell}, {width:,} {unit}{'s' * (width > 1)}, {name}"
-
-    def functions(self) -> tuple[Any, Any]:
-        """What a breaker guards, and what opens it first (or nothing)."""
-        func = self.make_func()
-        return func, (func if self.name == "open reject" else None)
-
-
-def works(quick: bool) -> Iterable[Work]:
-    """All questions that are answered by a time per call."""
-    for threads in (1, 16):
-        yield Work("sync", "closed success", threads, lambda: succeed, trips=True)
-        yield Work("sync", "closed failure", threads, lambda: fail, trips=False)
-        yield Work("sync", "open reject", threads, lambda: fail, trips=True)
-        yield Work("sync", "mixed 1 % failures", threads, mixed, trips=True)
-    for tasks in (1, 100, 10_000) if not quick else (1, 100):
-        yield Work("asyncio", "closed success", tasks, lambda: asucceed if tasks == 1 else ayield, trips=True)  # noqa: B023
-        yield Work("asyncio", "open reject", tasks, lambda: afail, trips=True)
-        if tasks < 10_000:
-            yield Work("asyncio", "closed failure", tasks, lambda: afail, trips=False)
-            yield Work("asyncio", "mixed 1 % failures", tasks, amixed, trips=True)
-
-
-# Measuring -------------------------------------------------------------------------------------
-
-
-class Entry:
-    """One contender at one work: its breaker lives through all rounds."""
-
-    def __init__(self, name: str, made: Made, func: Any, guarded: Any, caught: Any) -> None:
-        self.name, self.made, self.func, self.guarded, self.caught = name, made, func, guarded, caught
-        self.calls = 0
-        self.rounds = 0
-        self.seconds: dict[int, float] = {}  # per call, by round
-        self.gave_up = 0
-
-
 class Bench:
-    """One run: the server, the loop, and what was found."""
+    """One run: its server, its event loop, and the contenders that could not take part."""
 
     def __init__(self, env: Env, runner: asyncio.Runner, rounds: int, slice_seconds: float) -> None:
         self.env, self.runner, self.rounds, self.slice_seconds = env, runner, rounds, slice_seconds
@@ -245,11 +298,11 @@ class Bench:
         self.not_run: dict[str, dict[str, str]] = {shell: dict(reasons) for shell, reasons in NOT_RUN.items()}
 
     def run(self, work: Any) -> Any:
-        """A coroutine's result on the one loop of this run."""
+        """The result of a coroutine, on the one loop of this run."""
         return self.runner.run(work) if inspect.iscoroutine(work) else work
 
     def build(self, shell: str, build: contenders.Build, trips: bool) -> Made:
-        """A breaker, made inside the loop where that is needed."""
+        """A breaker. One for asyncio is made inside the loop."""
         if shell == "sync":
             return build(self.env, trips)
 
@@ -275,45 +328,47 @@ class Bench:
         """Seconds for that many calls."""
         before = self.alarms.count
         if work.shell == "sync":
-            taken = sync_slice(entry.guarded, calls, entry.caught, work.width)
+            taken = sync_slice(entry.call, calls, work.width)
         else:
-            taken = self.run(async_slice(entry.guarded, calls, entry.caught, work.width))
+            taken = self.run(async_slice(entry.call, calls, work.width))
         entry.gave_up += self.alarms.count - before
         return taken
 
-    def entry(self, work: Work, name: str, build: contenders.Build) -> Entry:
-        """A breaker in the state that the work is about."""
-        made = self.build(work.shell, build, work.trips)
-        func, opener = work.functions()
-        guarded = made.wrap(func)
-        if opener:
-            self.open(guarded, made.rejected)
-        return Entry(name, made, func, guarded, made.rejected if opener else Boom)
+    def bare(self, work: Work) -> Entry:
+        """The function itself, unguarded."""
+        loop = LOOPS[work.shell][DECORATOR]
+        return Entry(BARE, Made(lambda func: func), lambda calls: loop(work.func, None, calls, Boom))
 
-    def open(self, guarded: Any, rejected: Any) -> int:
-        """Fail until it rejects: the calls that were let through."""
+    def entry(self, work: Work, name: str) -> Entry:
+        """A new breaker, in the state that the work is about."""
+        build, how = work.contenders[name]
+        made = self.build(work.shell, build, work.trips)
+        loop, target = LOOPS[work.shell][how], made.wrap(work.func) if how == DECORATOR else made.ways[how]
+        if work.name == REJECT:
+            self.open(target, made.rejected)
+        caught = made.rejected if work.name == REJECT else Boom
+        return Entry(name, made, lambda calls: loop(target, work.func, calls, caught))
+
+    def open(self, guarded: Any, rejected: Any) -> None:
+        """Fail until the breaker rejects."""
 
         async def once() -> None:
             await settled(guarded())
 
-        for calls in range(50):
+        for _ in range(50):
             try:
                 self.run(once())
             except rejected:
-                return calls
+                return
             except Boom:
                 pass
         raise RuntimeError("does not trip after 50 failures")
 
     def entries(self, work: Work) -> list[Entry]:
-        """Everybody who can do this work, each tried once and given its number of calls."""
-        everybody = dict(SYNC if work.shell == "sync" else ASYNC)
-        if work.name == "closed success":
-            everybody |= BARE_SYNC if work.shell == "sync" else BARE_ASYNC
-        func = work.functions()[0]
-        found = [Entry(BARE, Made(lambda func: func), func, func, Boom)]
+        """The bare call and every contender that can do this work, each with its number of calls per slice."""
+        found = [self.bare(work)]
         self.calibrate(work, found[0])
-        for name, build in everybody.items():
+        for name in work.contenders:
             if name in self.not_run.setdefault(work.shell, {}):
                 continue
             if reason := self.hopeless.get((work.shell, work.width, name)):
@@ -321,12 +376,12 @@ class Bench:
                 continue
             entry = None
             try:
-                entry = self.entry(work, name, build)
+                entry = self.entry(work, name)
                 self.calibrate(work, entry)
             except Exception as error:
                 if entry:
                     self.close(entry.made)
-                # one that fails only in a crowd still does the other works
+                # a contender that fails only with many threads or tasks still takes part in the other works
                 where = work.shell if work.width == 1 else work.title
                 self.not_run.setdefault(where, {})[name] = f"{type(error).__name__}: {error}"
             else:
@@ -334,9 +389,9 @@ class Bench:
         return found
 
     def calibrate(self, work: Work, entry: Entry) -> None:
-        """As many calls as fill a slice, and fewer rounds for what takes long."""
+        """Find how many calls fill a slice, and how many rounds they are worth."""
         calls = max(work.width, 20)
-        taken = self.slice(work, entry, calls)  # connects
+        taken = self.slice(work, entry, calls)  # the first slice connects
         while taken < self.slice_seconds / 2:
             grow = min(self.slice_seconds / taken, 20.0)
             calls = max(int(calls * grow) // work.width, 1) * work.width
@@ -348,7 +403,7 @@ class Bench:
             self.hopeless[work.shell, work.width, entry.name] = f"{taken:.0f} s for {calls:,} calls, {work.name}"
 
     def times(self, work: Work) -> dict[str, Any]:
-        """Microseconds per call of everybody, in alternating rounds."""
+        """Microseconds per call of each contender, in alternating rounds."""
         entries = self.entries(work)
         for turn in range(self.rounds):
             first = turn % len(entries)
@@ -359,15 +414,15 @@ class Bench:
         for entry in entries:
             self.close(entry.made)
         bare = entries[0].seconds
-        return {entry.name: summary(entry, bare, work.name != "open reject") for entry in entries}
+        return {entry.name: summary(entry, bare, work.name != REJECT) for entry in entries}
 
     def trips(self, shell: str) -> dict[str, Any]:
-        """Microseconds from the first failure to the first rejection, and the calls let through."""
+        """Microseconds from the first failure to the first rejection, and the calls let through meanwhile."""
         found: dict[str, list[tuple[float, int]]] = {}
         for _ in range(self.rounds * TRIPS_PER_SLICE):
-            for name, build in (SYNC if shell == "sync" else ASYNC).items():
+            for name, contender in EVERYBODY[shell].items():
                 if name not in self.not_run.get(shell, {}):
-                    found.setdefault(name, []).append(self.trip(shell, build))
+                    found.setdefault(name, []).append(self.trip(shell, contender.build))
         return {
             name: {
                 "median_us": statistics.median(seconds for seconds, _ in trips) * 1e6,
@@ -377,7 +432,7 @@ class Bench:
         }
 
     def trip(self, shell: str, build: contenders.Build) -> tuple[float, int]:
-        """One fresh breaker, connected by one success, that fails until it rejects."""
+        """One new breaker, connected by a success, that fails until it rejects."""
         made = self.build(shell, build, True)
         ok = made.wrap(succeed if shell == "sync" else asucceed)
         bad = made.wrap(fail if shell == "sync" else afail)
@@ -389,26 +444,26 @@ class Bench:
         self.close(made)
         return result
 
-    # Counting and asking the server ------------------------------------------------------------
+    # What the server is asked, and what it stores ----------------------------------------------
 
     def commands(self, shell: str) -> dict[str, dict[str, float]]:
-        """Top-level commands per 1,000 calls, one call after the other."""
+        """Commands that a client sends for 1,000 calls, one after the other."""
         found: dict[str, dict[str, float]] = {}
         for work in works(True):
             if work.shell != shell or work.width > 1:
                 continue
-            for name, build in (SYNC if shell == "sync" else ASYNC).items():
-                if name in ON_REDIS and name not in self.not_run.get(shell, {}):
-                    entry = self.entry(work, name, build)
+            for name in ON_REDIS:
+                if name in work.contenders and name not in self.not_run.get(shell, {}):
+                    entry = self.entry(work, name)
                     self.slice(work, entry, 20)
-                    before = self.top_level(name)
+                    before = self.sent(name)
                     self.slice(work, entry, 1000)
-                    found.setdefault(name, {})[work.name] = self.top_level(name) - before
+                    found.setdefault(name, {})[work.name] = self.sent(name) - before
                     self.close(entry.made)
         return found
 
-    def top_level(self, name: str) -> int:
-        """Commands that clients have sent so far, without ours of measuring."""
+    def sent(self, name: str) -> int:
+        """Commands that clients have sent so far, without those of the measuring itself."""
         skipped = INSIDE.get(name, set()) | {"info", "config", "hello", "ping"}
         stats = self.control.info("commandstats")
         return sum(
@@ -417,19 +472,12 @@ class Bench:
             if command.removeprefix("cmdstat_").split("|")[0] not in skipped
         )
 
-    def evalsha(self, work: Callable[[], Any]) -> tuple[float, int]:
-        """Server microseconds and number of the EVALSHA that the work causes."""
-        self.control.config_resetstat()
-        work()
-        stat = self.control.info("commandstats")["cmdstat_evalsha"]
-        return float(stat["usec"]), int(stat["calls"])
-
     def healthy(self, seconds: float) -> float:
         """Commands per second of a process whose 16 threads call all the time, at lease 0.1."""
         breaker = CircuitBreaker(self.env.name(), redis=self.env.client(), lease=LEASE)
         guarded = breaker(succeed)
         guarded()
-        before, began = self.top_level(OURS), perf_counter()
+        before, began = self.sent(OURS), perf_counter()
         end = began + seconds
 
         def run() -> None:
@@ -442,17 +490,17 @@ class Bench:
             worker.start()
         for worker in workers:
             worker.join()
-        sent = self.top_level(OURS) - before
+        sent = self.sent(OURS) - before
         taken = perf_counter() - began
         breaker.close()
         return sent / taken
 
     async def swarm(self, tasks: int, seconds: float, pause: float) -> dict[str, float]:
-        """EVALSHA per lease with that many tasks that pause for up to so many seconds between calls, or never."""
+        """EVALSHA per lease of many tasks. pause: seconds that a task sleeps at most between two calls."""
         breaker = AsyncCircuitBreaker(self.env.name(), redis=self.env.async_client(), lease=LEASE)
         guarded = breaker(ayield)
         await guarded()
-        before, began = self.top_level(OURS), perf_counter()
+        before, began = self.sent(OURS), perf_counter()
         end = began + seconds
         calls = itertools.count()
         pauses = itertools.cycle([pause * part / 97 for part in range(1, 98)])
@@ -466,13 +514,52 @@ class Bench:
 
         await asyncio.gather(*(run() for _ in range(tasks)))
         taken = perf_counter() - began
-        sent = self.top_level(OURS) - before
+        sent = self.sent(OURS) - before
         await breaker.close()
         return {"tasks": tasks, "calls": next(calls), "seconds": taken, "evalsha_per_lease": sent / (taken / LEASE)}
 
+    def document_bytes(self) -> dict[str, int]:
+        """The length of the state document in each state."""
+        states = ("closed", "closed, 4 failures", "open", "half_open, 1 probe", "half_open, 10 probes", "forced open")
+        return {state: int(self.control.strlen(self.in_state(state).state)) for state in states}
+
+    def in_state(self, state: str) -> Keys:
+        """The keys of a breaker that calls have brought into a state."""
+        policy = Policy(reset_timeout=0.001, half_open_max_calls=10, success_threshold=100)
+        breaker = CircuitBreaker(self.env.name(), redis=self.env.client(), policy=policy, lease=0)
+        failures = {"closed": 0, "closed, 4 failures": 4}.get(state, 5)
+        breaker.call(succeed)
+        LOOPS["sync"][DECORATOR](breaker(fail), None, failures, Boom)
+        if state.startswith("half_open"):
+            time.sleep(0.01)
+            for _ in range(10 if "10" in state else 1):
+                breaker.acquire()  # and never settled
+        if state == "forced open":
+            breaker.force_open(600)
+        return breaker.keys
+
+    def footprints(self) -> dict[str, dict[str, int]]:
+        """Bytes of all keys of one tripped breaker, as MEMORY USAGE counts them."""
+        found: dict[str, dict[str, int]] = {}
+        for name in ON_REDIS:
+            shell = "asyncio" if name in self.not_run.get("sync", {}) else "sync"
+            if name in self.not_run.get(shell, {}):
+                continue
+            before = set(self.control.keys())
+            made = self.build(shell, EVERYBODY[shell][name].build, True)
+            self.open(made.wrap(fail if shell == "sync" else afail), made.rejected)
+            time.sleep(0.05)  # interlock-cb writes in the background
+            sizes = {key.decode(): self.control.memory_usage(key) or 0 for key in set(self.control.keys()) - before}
+            found[name] = {
+                "all": sum(sizes.values()),
+                "history": sum(size for key, size in sizes.items() if key.endswith(":history")),
+            }
+            self.close(made)
+        return found
+
 
 def trip(bad: Callable[[], Any], rejected: Any) -> tuple[float, int]:
-    """Seconds and calls until it rejects."""
+    """Seconds and calls until the breaker rejects."""
     began, calls = perf_counter(), 0
     while True:
         try:
@@ -497,7 +584,7 @@ async def atrip(ok: Any, bad: Any, rejected: Any) -> tuple[float, int]:
 
 
 def summary(entry: Entry, bare: dict[int, float], subtract: bool) -> dict[str, Any]:
-    """Medians in microseconds; overhead is over the bare call of the same round."""
+    """Medians in microseconds. The overhead is over the bare call of the same round."""
     each = [seconds * 1e6 for seconds in entry.seconds.values()]
     over = [(seconds - (bare[turn] if subtract else 0.0)) * 1e6 for turn, seconds in entry.seconds.items()]
     found = {
@@ -513,229 +600,74 @@ def summary(entry: Entry, bare: dict[int, float], subtract: bool) -> dict[str, A
     return found
 
 
-# Server time per script ------------------------------------------------------------------------
-
-
-def script_work(bench: Bench, times: int) -> dict[str, Callable[[], Any]]:
-    """EVALSHA of one kind each, on documents in the state that is named."""
-    client = bench.env.client()
-    noop = client.script_load(NOOP)
-    for script in _scripts.SCRIPTS:
-        client.script_load(_scripts.compose(script))
-
-    def run(keys: Any, script: str, request: dict[str, Any]) -> dict[str, Any]:
-        body = _protocol.encode({"instance": "bench-00000000", **request})
-        reply: dict[str, Any] = _protocol.decode(client.evalsha(_scripts.sha1(script), 3, *keys, body))
-        return reply
-
-    def repeat(script: str, request: dict[str, Any], prepare: Iterable[tuple[str, dict[str, Any]]] = ()) -> Any:
-        keys = _protocol.keys_of(bench.env.name())
-        generation = run(keys, "acquire", {})["generation"]
-        for name, fields in prepare:
-            generation = run(keys, name, {"generation": generation, **fields} if name == "record" else fields)[
-                "generation"
-            ]
-        stamped = {"generation": generation, **request} if script == "record" else request
-        body = _protocol.encode({"instance": "bench-00000000", **stamped})
-        sha = _scripts.sha1(script)
-
-        def work() -> None:
-            for _ in range(times):
-                client.evalsha(sha, 3, *keys, body)
-
-        return work
-
-    def nothing() -> None:
-        for _ in range(times):
-            client.evalsha(noop, 0)
-
-    def with_window(script: str, request: dict[str, Any], ended: bool = False) -> Any:
-        """On a window whose ten buckets all hold counts. ended: the newest bucket has ended, before every call."""
-        policy = {**RATES, "window_ms": 36_000_000}
-        keys = _protocol.keys_of(bench.env.name())
-        generation = run(keys, "acquire", {"policy": policy})["generation"]
-        run(keys, "record", {"generation": generation, "successes": 1000, "policy": policy})
-        document = json.loads(client.get(keys.state))
-        past = "90000,900,450;" + 9 * " 10000,100,50"
-        document["window"] |= {"calls": 91_000, "failures": 910, "slow": 455, "past": past}
-        document["window"]["newest"] -= ended
-        stored = json.dumps(document, separators=(",", ":"))
-        client.set(keys.state, stored)
-        stamped = {"generation": generation, **request} if script == "record" else request
-        body = _protocol.encode({"instance": "bench-00000000", "policy": policy, **stamped})
-        sha = _scripts.sha1(script)
-
-        def work() -> None:
-            for _ in range(times):
-                if ended:
-                    client.set(keys.state, stored)
-                client.evalsha(sha, 3, *keys, body)
-
-        return work
-
-    patient = {"policy": {"failure_threshold": 10**9}}
-    tripped = [("record", {"failures": 5})]
-    return {
-        "no-op": nothing,
-        "acquire, closed": repeat("acquire", {}),
-        "acquire, open": repeat("acquire", {}, tripped),
-        "record, closed, success": repeat("record", {"successes": 1}),
-        # a success counts first and ends the row of failures: never more than one of the five that trip
-        "record, closed, failure": repeat("record", {"successes": 1, "failures": 1}),
-        "record, closed, failure, policy": repeat("record", {"failures": 1, **patient}),
-        "record, window, successes": with_window("record", {"successes": 100}),
-        "record, window, failure": with_window("record", {"successes": 99, "failures": 1}),
-        "record, window, a bucket ended": with_window("record", {"successes": 100}, ended=True),
-        "acquire, window": with_window("acquire", {}),
-        "record, open (a late failure)": repeat("record", {"failures": 1}, tripped),
-        "snapshot, closed": repeat("snapshot", {}),
-        "snapshot, open": repeat("snapshot", {}, tripped),
-        "control, force_closed": repeat("control", {"action": "force_closed", "duration_ms": 600_000}),
-        "control, reset": repeat("control", {"action": "reset"}, tripped),
-    }
-
-
-def strict_work(bench: Bench, times: int) -> dict[str, Callable[[], Any]]:
-    """Calls that go through two scripts each."""
-    found: dict[str, Callable[[], Any]] = {}
-    for name in (STRICT, NOPANIC, TWO_EVALSHA):
-        made = (SYNC | BARE_SYNC)[name](bench.env, True)
-        guarded = made.wrap(succeed)
-        guarded()
-        found[f"call: {name}"] = lambda guarded=guarded: loop(guarded, times, Boom)
-    return found
-
-
-def server_times(bench: Bench, times: int) -> dict[str, dict[str, float]]:
-    """Server microseconds per script and per strict call, in alternating rounds."""
-    works = script_work(bench, times) | strict_work(bench, times)
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(bench.rounds):
-        names = list(works)
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            found[name].append(bench.evalsha(works[name])[0] / times)
-    noop = statistics.median(found["no-op"])
-    return {
-        name: {
-            "median_us": statistics.median(values),
-            "low_us": min(values),
-            "high_us": max(values),
-            "per_noop": statistics.median(values) / noop,
-        }
-        for name, values in found.items()
-    }
-
-
-# Bytes -----------------------------------------------------------------------------------------
-
-
-def document_bytes(bench: Bench) -> dict[str, dict[str, int]]:
-    """The length of the state document in every state, in both encodings."""
-    found: dict[str, dict[str, int]] = {}
-    for encoding in ("json", "msgpack"):
-        for state in ("closed", "closed, 4 failures", "open", "half_open, 1 probe", "half_open, 10 probes", "forced"):
-            keys = in_state(bench, state, encoding)
-            found.setdefault(state, {})[encoding] = int(bench.control.strlen(keys.state))
-    return found
-
-
-def in_state(bench: Bench, state: str, encoding: Any) -> _protocol.Keys:
-    """The keys of a breaker that was brought into a state by calls."""
-    policy = Policy(reset_timeout=0.001, half_open_max_calls=10, success_threshold=100)
-    breaker = CircuitBreaker(bench.env.name(), redis=bench.env.client(), policy=policy, lease=0, encoding=encoding)
-    failures = {"closed": 0, "forced": 5, "closed, 4 failures": 4}.get(state, 5)
-    breaker.call(succeed)
-    loop(breaker(fail), failures, Boom)
-    if state.startswith("half_open"):
-        time.sleep(0.01)
-        for _ in range(10 if "10" in state else 1):
-            breaker.acquire()
-    if state == "forced":
-        breaker.force_open(600)
-    return breaker.keys
-
-
-def footprints(bench: Bench) -> dict[str, dict[str, int]]:
-    """Bytes of all keys of one tripped breaker, as MEMORY USAGE counts them."""
-    found: dict[str, dict[str, int]] = {}
-    for name in ON_REDIS:
-        shell = "asyncio" if name in bench.not_run.get("sync", {}) else "sync"
-        if name in bench.not_run.get(shell, {}):
-            continue
-        before = set(bench.control.keys())
-        made = bench.build(shell, (SYNC if shell == "sync" else ASYNC)[name], True)
-        bench.open(made.wrap(fail if shell == "sync" else afail), made.rejected)
-        time.sleep(0.05)  # interlock-cb writes in the background
-        sizes = {key.decode(): bench.control.memory_usage(key) or 0 for key in set(bench.control.keys()) - before}
-        found[name] = {
-            "all": sum(sizes.values()),
-            "history": sum(size for key, size in sizes.items() if key.endswith(":history")),
-        }
-        bench.close(made)
-    return found
-
-
 # The targets -----------------------------------------------------------------------------------
 
 
 def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
-    """The table of the goals, from the medians of this run."""
-    sync = found["times"]["sync, 1 thread, closed success"]
-    reject = found["times"]["sync, 1 thread, open reject"]
-    loop_ = found["times"]["asyncio, 1 task, closed success"]
-    server = found["server"]
-    all_scripts = {name: row["per_noop"] for name, row in server.items() if not name.startswith(("no-op", "call"))}
-    windowed = {name: value for name, value in all_scripts.items() if ", window" in name}
-    window = max(windowed, key=lambda name: windowed[name])
-    scripts = {name: value for name, value in all_scripts.items() if name not in windowed}
-    worst = max(scripts, key=lambda name: scripts[name])
-    hot = max((name for name in scripts if name.startswith(("acquire", "record"))), key=lambda name: scripts[name])
-    largest = max(sizes["json"] for state, sizes in found["document_bytes"].items() if "10 probes" not in state)
+    """The table of targets, from the medians of this run. A partial run has only those that it measured."""
+    times = found["times"]
 
-    crowded = found["document_bytes"]["half_open, 10 probes"]["json"]
+    def ratio(field: str, work: tuple[str, str], one: str, other: str) -> float | None:
+        rows = times.get(title(work[0], 1, work[1]), {})
+        return rows[one][field] / rows[other][field] if one in rows and other in rows else None
 
-    def over(row: dict[str, Any], ours: str, other: str) -> float | None:
-        return row[ours]["overhead_us"] / row[other]["overhead_us"] if other in row and ours in row else None
-
-    def whole(row: dict[str, Any], ours: str, other: str) -> float:
-        ratio: float = row[ours]["median_us"] / row[other]["median_us"]
-        return ratio
-
-    shared = over(sync, PYBREAKER_REDIS, OURS)
+    over, whole = functools.partial(ratio, "overhead_us"), functools.partial(ratio, "median_us")
+    sync, aio = ("sync", EVERY_WAY), ("asyncio", EVERY_WAY)
+    memory, strict = ("sync", MEMORY_FAILURE), ("sync", STRICT_CALL)
+    success, reject = ("sync", SUCCESS), ("sync", REJECT)
+    plain, call, block = way(OURS, DECORATOR), way(OURS, CALL), way(OURS, ACQUIRE)
+    peer, peer_call, peer_block = (way(CIRCUITBREAKER, how) for how in (DECORATOR, CALL, WITH))
+    observed, on_call = way(OURS, LISTENERS), way(OURS, ON_CALL)
+    rows: list[tuple[str, float | None, str, float, float | None]] = [
+        ("`call` / circuitbreaker's, overhead", over(sync, call, peer_call), "<=", 1.1, 0.95),
+        ("`with acquire()` / circuitbreaker's `with`, overhead", over(sync, block, peer_block), "<=", 3, 2),
+        ("decorator / circuitbreaker's, overhead", over(sync, plain, peer), "<=", 0.5, None),
+        ("decorator / interlock-cb's, asyncio, overhead", over(aio, plain, way(INTERLOCK, DECORATOR)), "<=", 0.1, None),
+        ("decorator with `listeners` / without, overhead", over(sync, observed, plain), "<=", 1.1, None),
+        ("the same, asyncio", over(aio, observed, plain), "<=", 1.1, None),
+        ("decorator with `on_call` / without, overhead", over(sync, on_call, plain), "<=", 6, None),
+        ("the same, asyncio", over(aio, on_call, plain), "<=", 6, None),
+    ]
+    for how in (DECORATOR, CALL):
+        ours, theirs = way(IN_PROCESS, how), way(CIRCUITBREAKER, how)
+        name = f"failing call, redis=None, {how} / circuitbreaker's"
+        rows.append((f"{name}, overhead", over(memory, ours, theirs), "<=", 8, 4))
+        rows.append((f"{name}, whole time", whole(memory, ours, theirs), "<=", 8, 4))
+    rows += [
+        ("strict call / two empty EVALSHA over a bare socket", whole(strict, STRICT, TWO_RAW), "<=", 1.4, 1.25),
+        ("strict call / two empty EVALSHA over redis-py", whole(strict, STRICT, TWO_EVALSHA), "<=", 1.25, 1.1),
+        ("strict call / nopanic-redis", whole(strict, STRICT, NOPANIC), "<=", 0.9, 0.75),
+        ("decorator / pybreaker's in memory, overhead", over(success, OURS, PYBREAKER), "<=", 0.5, 0.3),
+        ("pybreaker's decorator with Redis / ours, overhead", over(success, PYBREAKER_REDIS, OURS), ">=", 200, 500),
+        ("rejection / pybreaker's in memory", whole(reject, OURS, PYBREAKER), "<=", 1.0, 0.5),
+    ]
+    if "swarm" not in found:
+        return [target(*row) for row in rows if row[1] is not None]
     swarm = max(row["evalsha_per_lease"] for row in found["swarm"].values())
-    strict = server[f"call: {STRICT}"]["median_us"] / server[f"call: {NOPANIC}"]["median_us"]
-    rows = [
-        ("closed success, sync, overhead: ours / pybreaker in memory", over(sync, OURS, PYBREAKER), "<=", 0.5, 0.3),
-        ("closed success, sync, overhead: ours / circuitbreaker", over(sync, OURS, CIRCUITBREAKER), "<=", 1.0, 0.6),
-        ("closed success, asyncio, overhead: ours / interlock-cb", over(loop_, OURS, INTERLOCK), "<=", 0.5, 0.2),
-        ("closed success, overhead: pybreaker with Redis / ours", shared, ">=", 200, 500),
-        ("open reject: ours / pybreaker in memory", over(reject, OURS, PYBREAKER), "<=", 1.0, 0.5),
-        ("strict call: ours / two bare EVALSHA", whole(sync, STRICT, TWO_EVALSHA), "<=", 1.25, 1.1),
-        ("strict call: ours / nopanic-redis", whole(sync, STRICT, NOPANIC), "<=", 0.9, 0.75),
+    sizes = found["document_bytes"]
+    largest = max(size for state, size in sizes.items() if "10 probes" not in state)
+    rows += [
         ("10,000 tasks on one breaker: EVALSHA per lease", swarm, "<=", 1.5, 1),
         ("healthy process: commands per second, lease 0.1", found["healthy_commands_per_second"], "<=", 12, 10),
-        (f"server time per script / no-op (worst: {worst})", scripts[worst], "<=", 16, 8),
-        (f"the same, of a call's own scripts (worst: {hot})", scripts[hot], "<=", 16, 8),
-        (f"the same, with a window of 10 buckets (worst: {window})", windowed[window], "<=", 24, 14),
-        ("server time per strict call: ours / nopanic-redis", strict, "<=", 2.5, 1.2),
-        ("state document, bytes (largest state of the default policy, JSON)", largest, "<=", 300, 200),
-        ("the same, with half_open_max_calls=10 and all 10 probes in flight", crowded, "<=", 300, 200),
+        ("state document, bytes, the largest of the default policy", largest, "<=", 300, 200),
+        ("state document, bytes, with 10 probes running", sizes["half_open, 10 probes"], "<=", 300, 200),
     ]
     return [target(*row) for row in rows]
 
 
-def target(measure: str, value: float | None, sense: str, must: float, aim: float) -> dict[str, Any]:
-    """One row: whether a value is on the right side."""
+def target(measure: str, value: float | None, sense: str, must: float, aim: float | None) -> dict[str, Any]:
+    """One target, and whether it is reached. aim: a stricter limit, if there is one."""
 
-    def reached(limit: float) -> bool:
+    def reached(limit: float | None) -> bool | None:
+        if limit is None:
+            return None
         return value is not None and (value <= limit if sense == "<=" else value >= limit)
 
     return {
         "measure": measure,
         "value": value,
         "must": f"{sense} {must:g}",
-        "aim": f"{sense} {aim:g}",
+        "aim": None if aim is None else f"{sense} {aim:g}",
         "must_reached": reached(must),
         "aim_reached": reached(aim),
     }
@@ -745,7 +677,7 @@ def target(measure: str, value: float | None, sense: str, must: float, aim: floa
 
 
 def table(title: str, heads: list[str], rows: list[list[Any]]) -> None:
-    """One table, numbers to the right."""
+    """One table, with its numbers to the right."""
     cells = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [heads, *cells]) for i in range(len(heads))]
     print(f"\n{title}")
@@ -762,8 +694,8 @@ def number(value: Any) -> str:
 
 
 def print_times(title: str, rows: dict[str, Any]) -> None:
-    """Microseconds per call, and how many times ours each peer takes."""
-    ours = rows.get(OURS, {}).get("overhead_us")
+    """Microseconds per call, and each overhead as a multiple of that in the first row of ours."""
+    ours = next((row["overhead_us"] for name, row in rows.items() if name.startswith("pybreaker_redis")), None)
     lines = [
         [
             name + (f"  [gave up on Redis {row['redis_given_up']} times]" if "redis_given_up" in row else ""),
@@ -779,39 +711,41 @@ def print_times(title: str, rows: dict[str, Any]) -> None:
 
 
 def print_all(found: dict[str, Any]) -> None:
-    """Every table, the goals last."""
-    for title, rows in found["times"].items():
-        print_times(title, rows)
-    for shell, rows in found["trips"].items():
+    """Every table that was measured, the targets last."""
+    for name, rows in found["times"].items():
+        print_times(name, rows)
+    for shell, rows in found.get("trips", {}).items():
         lines = [[name, row["median_us"], str(int(row["let_through"]))] for name, row in rows.items()]
         table(f"{shell}, trip: first failure to first rejection", ["", "microseconds", "calls let through"], lines)
-    for shell, rows in found["commands"].items():
+    for shell, rows in found.get("commands", {}).items():
         kinds = list(next(iter(rows.values())))
         lines = [[name, *(str(row.get(kind, "-")) for kind in kinds)] for name, row in rows.items()]
-        table(f"{shell}, commands sent to Redis per 1,000 calls in a row", ["", *kinds], lines)
+        table(f"{shell}, commands sent to Redis per 1,000 calls, one after the other", ["", *kinds], lines)
+    if "swarm" in found:
+        print_stored(found)
+    for where, reasons in found["not_run"].items():
+        if reasons:
+            table(f"not run ({where})", ["", "reason"], [[name, reason] for name, reason in reasons.items()])
+    words = {True: "yes", False: "NO", None: "-"}
     lines = [
-        [name, row["median_us"], f"{number(row['low_us'])} .. {number(row['high_us'])}", row["per_noop"]]
-        for name, row in found["server"].items()
-    ]
-    table("server time (INFO commandstats, EVALSHA only)", ["", "microseconds", "spread", "x no-op"], lines)
-    lines = [[state, str(row["json"]), str(row["msgpack"])] for state, row in found["document_bytes"].items()]
-    table("bytes of our state document", ["state", "json", "msgpack"], lines)
-    lines = [[name, row["all"] - row["history"], row["history"]] for name, row in found["footprints"].items()]
-    table("bytes in Redis of one tripped breaker (MEMORY USAGE)", ["", "state", "history of transitions"], lines)
-    lines = [[how, row["calls"] / row["seconds"], row["evalsha_per_lease"]] for how, row in found["swarm"].items()]
-    table("10,000 asyncio tasks on one breaker", ["", "calls per second", "EVALSHA per lease"], lines)
-    for shell, reasons in found["not_run"].items():
-        table(f"not run ({shell})", ["", "reason"], [[name, reason] for name, reason in reasons.items()])
-    yes = {True: "yes", False: "NO"}
-    lines = [
-        [t["measure"], t["value"], t["must"], yes[t["must_reached"]], t["aim"], yes[t["aim_reached"]]]
+        [t["measure"], t["value"], t["must"], words[t["must_reached"]], t["aim"], words[t["aim_reached"]]]
         for t in found["targets"]
     ]
     table("targets", ["measure", "measured", "must", "reached", "aim", "reached"], lines)
 
 
+def print_stored(found: dict[str, Any]) -> None:
+    """Bytes in Redis, and the commands of a crowd."""
+    lines = [[state, str(size)] for state, size in found["document_bytes"].items()]
+    table("state document of pybreaker_redis", ["state", "bytes"], lines)
+    lines = [[name, row["all"] - row["history"], row["history"]] for name, row in found["footprints"].items()]
+    table("bytes in Redis of one tripped breaker (MEMORY USAGE)", ["", "state", "history of transitions"], lines)
+    lines = [[how, row["calls"] / row["seconds"], row["evalsha_per_lease"]] for how, row in found["swarm"].items()]
+    table("10,000 asyncio tasks on one breaker", ["", "calls per second", "EVALSHA per lease"], lines)
+
+
 def machine(client: redis.Redis) -> dict[str, Any]:
-    """What a reader needs to know of where this ran; no names."""
+    """What a reader needs to know about the machine; no names."""
     server = client.info("server")
     return {
         "python": platform.python_version(),
@@ -823,7 +757,7 @@ def machine(client: redis.Redis) -> dict[str, Any]:
 
 
 def installed(name: str) -> bool:
-    """Whether a distribution is there."""
+    """Whether a distribution is installed."""
     try:
         importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -831,28 +765,29 @@ def installed(name: str) -> bool:
     return True
 
 
-def measure(quick: bool, rounds: int) -> dict[str, Any]:
-    """Everything, in one run on one server."""
+def measure(quick: bool, only: str | None, rounds: int) -> dict[str, Any]:
+    """One run on one server. only: "ways" measures the client alone."""
     with EmbeddedServer() as server, asyncio.Runner() as runner:
-        env = Env(server.url)
-        bench = Bench(env, runner, rounds, 0.02 if quick else 0.06)
+        bench = Bench(Env(server.url), runner, rounds, 0.03 if quick else 0.06)
         logger.addHandler(bench.alarms)
         logger.propagate = False
+        gc.freeze()  # the collections between slices need not look at what was imported
         found: dict[str, Any] = {"machine": machine(bench.control), "rounds": rounds, "lease": LEASE, "times": {}}
-        for work in works(quick):
+        for work in [*client_works(), *([] if only else works(quick))]:
             print(f"measuring: {work.title}", file=sys.stderr)
             found["times"][work.title] = bench.times(work)
-        print("measuring: trips, commands, server time, bytes", file=sys.stderr)
-        found["trips"] = {shell: bench.trips(shell) for shell in ("sync", "asyncio")}
-        found["commands"] = {shell: bench.commands(shell) for shell in ("sync", "asyncio")}
-        found["server"] = server_times(bench, 300 if quick else 2000)
-        found["healthy_commands_per_second"] = bench.healthy(1.0 if quick else 5.0)
-        found["swarm"] = {
-            "paced": bench.run(bench.swarm(10_000, 1.0 if quick else 5.0, 2.0)),
-            "flat out": bench.run(bench.swarm(10_000, 1.0 if quick else 5.0, 0.0)),
-        }
-        found["document_bytes"] = document_bytes(bench)
-        found["footprints"] = footprints(bench)
+        if not only:
+            print("measuring: trips, commands, bytes", file=sys.stderr)
+            seconds = 1.0 if quick else 5.0
+            found["trips"] = {shell: bench.trips(shell) for shell in ("sync", "asyncio")}
+            found["commands"] = {shell: bench.commands(shell) for shell in ("sync", "asyncio")}
+            found["healthy_commands_per_second"] = bench.healthy(seconds)
+            found["swarm"] = {
+                "paced": bench.run(bench.swarm(10_000, seconds, 2.0)),
+                "flat out": bench.run(bench.swarm(10_000, seconds, 0.0)),
+            }
+            found["document_bytes"] = bench.document_bytes()
+            found["footprints"] = bench.footprints()
         found["not_run"] = bench.not_run
         found["targets"] = targets(found)
     return found
@@ -861,16 +796,19 @@ def measure(quick: bool, rounds: int) -> dict[str, Any]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="3 short rounds: to see that it runs, not for figures")
+    parser.add_argument(
+        "--quick", action="store_true", help="5 short rounds of everything, in a minute and a half; not for figures"
+    )
+    parser.add_argument("--only", choices=["ways"], help="only the tables of the client, in 40 seconds")
     parser.add_argument("--rounds", type=int, help="alternating rounds (default 7)")
-    parser.add_argument("--json", type=pathlib.Path, help="where to write (default results/bench.json; quick: nowhere)")
+    parser.add_argument("--json", type=pathlib.Path, help="where to write (default: results/bench.json for a full run)")
     options = parser.parse_args()
-    found = measure(options.quick, options.rounds or (3 if options.quick else 7))
+    found = measure(options.quick, options.only, options.rounds or (5 if options.quick else 7))
     print_all(found)
-    target = options.json or (None if options.quick else RESULTS)
-    if target:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(found, indent=1) + "\n")
+    path = options.json or (None if options.quick or options.only else RESULTS)
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ STYLE = {
 
 
 def save(figure: Any, name: str) -> None:
-    """One SVG, without the date and the version of what drew it."""
+    """Write one SVG, without a date and without the version of matplotlib."""
     figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     plt.close(figure)
 
@@ -61,26 +61,8 @@ def calls(found: dict[str, Any]) -> None:
     save(figure, "calls")
 
 
-def server(found: dict[str, Any]) -> None:
-    """What one script and one strict call cost the server."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    rows = {name: row["median_us"] for name, row in found["server"].items()}
-    ordered = sorted(rows.items(), key=lambda item: -item[1])
-    mine = ("no-op", "call: nopanic-redis", "call: two bare EVALSHA")
-    axes.barh(
-        [name for name, _ in ordered],
-        [value for _, value in ordered],
-        color=[PEER if name in mine else OURS for name, _ in ordered],
-    )
-    for place, (_, value) in enumerate(ordered):
-        axes.text(value + 0.4, place, f"{value:.3g}", va="center", color=FRAME)
-    axes.set_title("server time: one script, or one strict call", loc="left")
-    axes.set_xlabel("microseconds, INFO commandstats")
-    save(figure, "server")
-
-
 def commands(found: dict[str, Any]) -> None:
-    """How often Redis is asked."""
+    """The commands that each client sends."""
     figure, axes = plt.subplots(figsize=(8, 3.5), layout="constrained")
     rows = found["commands"]["sync"] | found["commands"]["asyncio"]
     ordered = sorted(rows.items(), key=lambda item: -item[1]["closed success"])
@@ -89,7 +71,7 @@ def commands(found: dict[str, Any]) -> None:
     axes.barh(names, values, color=[OURS if name.startswith("pybreaker_redis") else PEER for name in names])
     for place, value in enumerate(values):
         axes.text(value + 20, place, f"{value:,.0f}", va="center", color=FRAME)
-    axes.set_title("commands sent to Redis per 1,000 successful calls in a row", loc="left")
+    axes.set_title("commands sent to Redis per 1,000 successful calls, one after the other", loc="left")
     save(figure, "commands")
 
 
@@ -118,11 +100,11 @@ def fleet(found: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Whatever there is a JSON for."""
+    """Draw the charts of each JSON that exists."""
     with matplotlib.rc_context(STYLE):
         if (path := RESULTS / "bench.json").exists():
             found = json.loads(path.read_text())
-            for draw in (calls, server, commands):
+            for draw in (calls, commands):
                 draw(found)
         if (path := RESULTS / "fleet.json").exists():
             fleet(json.loads(path.read_text()))

@@ -1,9 +1,9 @@
 """What does a fleet cost its Redis, and how fast does it stop calling, for which lease?
 
-Every instance has a view of its own (pybreaker_redis._view.View) and sends the requests that a breaker sends, one
-per lease, over pipelined connections. It is never idle: one that does not call costs nothing. After a healthy while
-one instance reports the failures that trip; the others hear of it when their lease ends. That is the slowest way:
-an instance whose own calls fail hears of the trip in the reply to its first report.
+Every instance has its own view (pybreaker_redis._view.View) and sends the requests of a breaker, one per lease, over
+pipelined connections. No instance is ever idle: an idle one would cost nothing. After a healthy period one instance
+reports the failures that trip the breaker. The others learn of the trip when their lease ends. That is the slowest
+way: a failing instance learns of a trip from the reply to its own report.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from typing import Any
 
 import redis
 
-from pybreaker_redis import _protocol, _scripts
+from pybreaker_redis import _protocol
 from pybreaker_redis._view import View
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire import commands
+from pybreaker_redis.wire.sync import Server
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "fleet.json"
 LEASES = (0.1, 0.5, 1.0)
 SIZES = (10, 30, 100, 300, 1000, 3000, 10_000)
-CALLS_PER_SECOND = 10.0  # of one instance, to turn its delay into calls
+CALLS_PER_SECOND = 10.0  # of one instance; turns its delay into calls
 BATCH = 128  # requests in one pipeline
-LONGEST_WAIT = 6.0  # seconds for the whole fleet to hear of a trip
+LONGEST_WAIT = 6.0  # seconds for the whole fleet to learn of a trip
 OWN_CONNECTIONS = 200
 SAFE_LOAD = 0.6  # of a core, for sizing
 
@@ -48,23 +50,23 @@ class Instance:
         self.learned = 0.0
 
     def request(self) -> bytes:
-        """What a breaker sends when its lease has ended: the successes gathered meanwhile."""
+        """The report at the end of a lease: the successes gathered meanwhile."""
         self.view.gather(self.view.seen.generation)
         return _protocol.encode({**self.common, **self.view.take()})
 
     def adopt(self, reply: bytes, sent: float, now: float) -> None:
-        """Take the reply; note when it first said open."""
+        """Take over the reply, and note when it first said open."""
         self.view.adopt(_protocol.decode(reply), sent, now)
         if not self.learned and self.view.seen.state == "open":
             self.learned = now
 
 
 def simulate(pipe: Connection, url: str, name: str, lease: float, numbers: range, begin: float, until: float) -> None:
-    """Run these instances until they all know that it is open; send when each learned, and how many it sent."""
+    """Run these instances until all have learned that the circuit is open, and send when each of them did."""
     connection = redis.Redis.from_url(url).connection_pool.get_connection()
-    words = _scripts._Words(_protocol.keys_of(name))
+    keys = _protocol.keys_of(name)
     instances = [Instance(number, lease) for number in numbers]
-    # spread over the lease, as processes that were started at any time are
+    # spread over the lease, like processes that were started at random times
     queue = collections.deque((begin + lease * i / len(instances), one) for i, one in enumerate(instances))
     missing, late = len(instances), list[float]()
     while missing and (now := monotonic()) < until:
@@ -76,7 +78,7 @@ def simulate(pipe: Connection, url: str, name: str, lease: float, numbers: range
             continue
         sent = monotonic()
         late.append(sent - due[0][0])
-        batch = [words.evalsha("record", one.request()) for _, one in due]
+        batch = [commands.run_encoded("record", keys, one.request()).words for _, one in due]
         connection.send_packed_command(connection.pack_commands(batch))
         for _, one in due:
             known = one.learned
@@ -88,7 +90,7 @@ def simulate(pipe: Connection, url: str, name: str, lease: float, numbers: range
 
 
 def measure(server: EmbeddedServer, lease: float, size: int, seconds: float, processes: int) -> dict[str, Any]:
-    """One fleet: its healthy cost, then how it hears of a trip."""
+    """One fleet: its cost while healthy, then how fast it learns of a trip."""
     control = redis.Redis.from_url(server.url)
     name = f"fleet-{size}-{lease}"
     begin = monotonic() + 0.3
@@ -113,15 +115,15 @@ def measure(server: EmbeddedServer, lease: float, size: int, seconds: float, pro
 
 
 def cost_of_own_connections(server: EmbeddedServer, seconds: float) -> float:
-    """Server microseconds per command when nothing is pipelined: every instance on a connection of its own."""
+    """Server microseconds per command without pipelines: every instance has its own connection."""
     control = redis.Redis.from_url(server.url)
-    words = _scripts._Words(_protocol.keys_of("own-connections"))
+    keys = _protocol.keys_of("own-connections")
     pool = redis.Redis.from_url(server.url, max_connections=OWN_CONNECTIONS).connection_pool
     fleet = [(Instance(number, 0.1), pool.get_connection()) for number in range(OWN_CONNECTIONS)]
     before, end = server_work(control), monotonic() + seconds
     while (sent := monotonic()) < end:
         for one, connection in fleet:
-            connection.send_command(*words.evalsha("record", one.request()))
+            connection.send_command(*commands.run_encoded("record", keys, one.request()).words)
         for one, connection in fleet:
             one.adopt(connection.read_response(), sent, monotonic())
     after = server_work(control)
@@ -138,40 +140,40 @@ def server_work(control: redis.Redis) -> dict[str, float]:
 
 
 def trip(control: redis.Redis, name: str) -> float:
-    """One instance reports five failures in a row; when its reply was there."""
-    words = _scripts._Words(_protocol.keys_of(name))
-    generation = _protocol.decode(control.execute_command(*words.evalsha("acquire", _protocol.encode({}))))[
-        "generation"
-    ]
-    request = _protocol.encode({"generation": generation, "failures": 5})
-    reply = _protocol.decode(control.execute_command(*words.evalsha("record", request)))
+    """Report five failures in a row. Returns when the reply arrived."""
+    keys = _protocol.keys_of(name)
+
+    def run(script: str, request: dict[str, Any]) -> dict[str, Any]:
+        return _protocol.decode(control.execute_command(*commands.run(script, keys, request).words))
+
+    reply = run("record", {"generation": run("acquire", {})["generation"], "failures": 5})
     assert reply["state"] == "open", reply
     return monotonic()
 
 
 def row(lease: float, size: int, spent: dict[str, float], delays: list[float | None]) -> dict[str, Any]:
     """The figures of one fleet."""
-    heard = [max(delay, 0.0) for delay in delays if delay is not None]
+    waits = [max(delay, 0.0) for delay in delays if delay is not None]
     commands = spent["commands"] / spent["at"]
     return {
         "lease": lease,
         "instances": size,
         "commands_per_second": commands,
-        "asked_per_second": size / lease,
+        "due_per_second": size / lease,
         "server_cpu": spent["cpu"] / spent["at"],
         "server_us_per_command": spent["cpu"] / max(spent["commands"], 1) * 1e6,
         "script_us_per_command": spent["script"] / max(spent["commands"], 1) * 1e6,
         "server_cpu_per_instance_us": spent["cpu"] / spent["at"] / size * 1e6,
-        "all_reject_seconds": max(heard) if len(heard) == size else None,
-        "median_reject_seconds": statistics.median(heard) if heard else None,
-        "not_heard": size - len(heard),
-        "let_through": sum(heard) * CALLS_PER_SECOND,
+        "all_reject_seconds": max(waits) if len(waits) == size else None,
+        "median_reject_seconds": statistics.median(waits) if waits else None,
+        "never_rejected": size - len(waits),
+        "let_through": sum(waits) * CALLS_PER_SECOND,
         "kept_up": commands >= 0.9 * size / lease,
     }
 
 
 def sizing(cost: float) -> dict[str, Any]:
-    """Instances times breakers that one Redis core carries, when a command costs so many microseconds."""
+    """Instances times breakers that one Redis core carries. cost: microseconds of a command."""
     return {
         "server_us_per_command": cost,
         "safe_load": SAFE_LOAD,
@@ -180,19 +182,19 @@ def sizing(cost: float) -> dict[str, Any]:
 
 
 def print_all(found: dict[str, Any]) -> None:
-    """The table, and what it means."""
-    print(f"{'lease':>5} {'instances':>9} {'commands/s':>10} {'asked':>8} {'CPU %':>6} {'us/command':>10}", end="")
+    """The table, and the sizes that follow from it."""
+    print(f"{'lease':>5} {'instances':>9} {'commands/s':>10} {'due':>8} {'CPU %':>6} {'us/command':>10}", end="")
     print(f" {'us/s/instance':>13} {'median s':>8} {'all s':>6} {'let through':>11}")
     for one in found["rows"]:
         last = "-" if one["all_reject_seconds"] is None else f"{one['all_reject_seconds']:.3f}"
         median = "-" if one["median_reject_seconds"] is None else f"{one['median_reject_seconds']:.3f}"
         print(
             f"{one['lease']:>5g} {one['instances']:>9,} {one['commands_per_second']:>10,.0f}"
-            f" {one['asked_per_second']:>8,.0f} {one['server_cpu'] * 100:>6.1f} {one['server_us_per_command']:>10.1f}"
+            f" {one['due_per_second']:>8,.0f} {one['server_cpu'] * 100:>6.1f} {one['server_us_per_command']:>10.1f}"
             f" {one['server_cpu_per_instance_us']:>13.1f} {median:>8} {last:>6} {one['let_through']:>11,.0f}"
             + ("" if one["kept_up"] else "  (did not keep up)")
         )
-    print("CPU, us/command: requests that are due together are pipelined, which spares the server reads and writes")
+    print("CPU, us/command: requests that are due together are pipelined, which saves the server reads and writes")
     size = found["sizing"]
     print(f"\nlet through: after the trip, in the whole fleet, at {CALLS_PER_SECOND:g} calls per second and instance")
     cost = f"{size['server_us_per_command']:.1f} us of server CPU per command on a connection of its own"
@@ -212,10 +214,10 @@ def main() -> None:
     rows = []
     with EmbeddedServer() as server:
         control = redis.Redis.from_url(server.url)
-        for script in _scripts.SCRIPTS:
-            control.script_load(_scripts.compose(script))
+        server_of_scripts = Server(control, 1.0)
+        for script in ("acquire", "record"):  # loads them
+            server_of_scripts.run(script, _protocol.keys_of("first"), {"generation": 0} if script == "record" else {})
         version = control.info("server").get("valkey_version") or control.info("server")["redis_version"]
-        control.execute_command("EVALSHA", _scripts.sha1("snapshot"), 3, *_protocol.keys_of("first"), b"{}")
         cost = cost_of_own_connections(server, seconds)
         for lease in LEASES:
             for size in sizes:

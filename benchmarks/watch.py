@@ -25,12 +25,12 @@ class Boom(Exception):
 
 
 def fail() -> None:
-    """The service, dead."""
+    """A dead service."""
     raise Boom
 
 
 def work(url: str, watched: bool, parent: Connection) -> None:
-    """A process that calls all the time: tells when it is first rejected, then when it is admitted again."""
+    """A process that calls all the time. It sends when it is first rejected, and when it is admitted again."""
     breaker = CircuitBreaker("watched" if watched else "plain", redis=url, policy=POLICY)
     if watched:
         watch = breaker.watch(30)
@@ -65,9 +65,9 @@ def measure(url: str, watched: bool, processes: int, rounds: int) -> dict[str, A
         with contextlib.suppress(Boom):
             breaker.call(fail)
         tripped = time.monotonic()
-        heard = [ours.recv() - tripped for ours, _ in pipes]
-        waits += heard
-        lasts.append(max(heard))
+        delays = [ours.recv() - tripped for ours, _ in pipes]
+        waits += delays
+        lasts.append(max(delays))
         breaker.reset()
         for ours, _ in pipes:
             ours.recv()
@@ -87,7 +87,7 @@ def measure(url: str, watched: bool, processes: int, rounds: int) -> dict[str, A
 
 
 def main() -> None:
-    """Both, one after the other on one server, and a table."""
+    """Measure both, one after the other on one server, and print a table."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--processes", type=int, default=8)
     options.add_argument("--rounds", type=int, default=60)

@@ -1,4 +1,4 @@
-"""Workers on one queue: while the circuit is open a job goes back, and its worker pauses for as long as it is told."""
+"""Workers on one queue: while the circuit is open, a worker puts its job back and pauses for `retry_after`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def work(breaker: AsyncCircuitBreaker, jobs: asyncio.Queue[int]) -> None:
 
 async def main() -> None:
     with serve() as url:
-        # while a probe runs, others are told to wait until its slot would be free: probe_timeout at the most
+        # while a probe runs, retry_after is the time until its slot is free again: at most probe_timeout
         policy = Policy(failure_threshold=4, reset_timeout=0.05, max_reset_timeout=0.1, jitter=0.2, probe_timeout=0.2)
         breaker = AsyncCircuitBreaker("converter", redis=url, policy=policy)
         await breaker.reset()
@@ -52,7 +52,7 @@ async def main() -> None:
             for worker in workers:
                 worker.cancel()
         print(f"{counts['done']} jobs done, {counts['failed']} calls failed, {counts['rejected']} rejected")
-        print(f"the breaker is {await breaker.state}")
+        print(f"the breaker is {breaker.state}")
         await breaker.close()
 
 

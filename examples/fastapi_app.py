@@ -1,6 +1,6 @@
-"""A web application that answers 503 with Retry-After while a service behind it is known to be down.
+"""A web application that answers 503 with Retry-After while the circuit of its search service is open.
 
-uvicorn fastapi_app:app   (REDIS_URL names the server that all instances share; without it: memory)
+Run it with `uvicorn fastapi_app:app`. All instances share the server in REDIS_URL; without it, each decides for itself.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ app = FastAPI(lifespan=lifespan)
 
 @app.exception_handler(CircuitOpenError)
 async def reject(request: Request, error: CircuitOpenError) -> JSONResponse:
-    wait = max(math.ceil(error.retry_after), 1)  # whole seconds; a probe's turn comes a little later for some
+    wait = max(math.ceil(error.retry_after), 1)  # the header takes whole seconds
     return JSONResponse({"error": f"{error.name} is not available"}, 503, {"Retry-After": str(wait)})
 
 
@@ -46,7 +46,7 @@ async def fail(request: Request, error: httpx.HTTPError) -> JSONResponse:
 
 async def ask(query: str) -> object:
     answer = await backend.get("/search", params={"q": query})
-    if answer.status_code >= 500:  # a 4xx is an answer to us, not a failure of theirs
+    if answer.status_code >= 500:  # a 4xx is our mistake, not a failure of the service
         answer.raise_for_status()
     return answer.json()
 

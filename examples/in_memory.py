@@ -1,4 +1,4 @@
-"""A circuit breaker for one process: the same rules, no server."""
+"""A circuit breaker for one process: the same rules without a server."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import time
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Policy
 
 
-def tell(event: Event) -> None:
-    if event.kind == "state_change":
-        print(f"{event.old} -> {event.new}: {event.reason}")
+def show(event: Event) -> None:
+    print(f"{event.old} -> {event.new}: {event.reason}")
 
 
-breaker = CircuitBreaker("mail", policy=Policy(failure_threshold=3, reset_timeout=0.5), listeners=[tell])
+breaker = CircuitBreaker("mail", policy=Policy(failure_threshold=3, reset_timeout=0.5), listeners=[show])
 working = False
 
 

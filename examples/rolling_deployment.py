@@ -1,8 +1,7 @@
-"""Instances are replaced one by one by a version with another policy; what the old ones learned, the new ones know.
+"""Instances are replaced one by one with a version that has another policy; the new ones know of an earlier trip.
 
-The state is Redis', the policy is each instance's own: while both versions run, each reports under its own, and the
-breaker trips by that of the instance whose report reaches it. A value that must change for all at once is set for the
-fleet, by set_policy().
+The state is in Redis, but each instance brings its own policy. While both versions run, each report is judged by the
+policy of the instance that sends it. To change a value for all instances at once, use set_policy().
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ def down() -> None:
 
 
 def serve_requests(version: str, url: str, pipe: Connection) -> None:
-    """One instance: works on what comes, and on its way out reports what it has gathered (close())."""
+    """One instance: handles requests. The end of the `with` block reports the gathered successes."""
     config = Config(services={"database": VERSIONS[version]}, redis_url=url)
     with CircuitBreakerManager.with_redis(config) as manager:
         manager.get_state("database")
@@ -42,7 +41,7 @@ def serve_requests(version: str, url: str, pipe: Connection) -> None:
 
 
 class Instance:
-    """An instance, seen from outside."""
+    """An instance in a process of its own, as the deployment sees it."""
 
     def __init__(self, version: str, url: str) -> None:
         self.version = version
@@ -73,9 +72,9 @@ def main() -> None:
         fleet.append(Instance("v2", url))
         print("two of v2, the second just started:", *(instance.ask("work") for instance in fleet))
         operator.get_or_create("database").reset()
-        fresh = Instance("v2", url)
-        print("after the repair:", fresh.ask("work"))
-        for instance in (*fleet, fresh):
+        fleet.append(Instance("v2", url))
+        print("after the repair:", fleet[-1].ask("work"))
+        for instance in fleet:
             instance.stop()
 
 

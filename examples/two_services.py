@@ -1,4 +1,4 @@
-"""Two services, in processes of their own, call the same third one: when it dies for one, both leave it alone."""
+"""Two services call the same third one: when it fails for one of them, both stop calling it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def pay(amount: int) -> str:
 
 
 def orders(url: str) -> None:
-    """Busy: meets the failure, and trips the breaker that both services share."""
+    """A busy service: its calls fail, and trip the breaker that both services share."""
     with CircuitBreakerManager.with_redis(Config(services=CONFIG, redis_url=url)) as manager:
         for amount in range(5):
             try:
@@ -28,14 +28,14 @@ def orders(url: str) -> None:
 
 
 def invoices(url: str) -> None:
-    """Calls once in a while, and would need three time-outs of its own to find out."""
+    """A quiet service: by itself it would need three time-outs to find out."""
     with CircuitBreakerManager.with_redis(Config(services=CONFIG, redis_url=url)) as manager:
         while manager.get_state("payments") == "closed":
             time.sleep(0.05)
         try:
             manager.call("payments", pay, 7)
         except CircuitOpenError as error:
-            print(f"invoices: rejected without a try, again in {error.retry_after:.0f} s", flush=True)
+            print(f"invoices: rejected at once, retry in {error.retry_after:.0f} s", flush=True)
 
 
 def main() -> None:

@@ -1,42 +1,43 @@
 --[[
-These outcomes happened under generation G (and probe P): counts them once, and trips or closes the breaker.
+Counts outcomes of calls once, and trips or closes the circuit.
 
-KEYS     circuit_breaker:{name}:state, {circuit_breaker:{name}:state}:history, {circuit_breaker:{name}:state}:policy
-         ({name} stands for the name; only the outer braces of the last two are typed)
-ARGV[1]  the request, JSON or msgpack; the reply comes in the same encoding.
-           generation  (integer)  from the reply of acquire; needed
+KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circuit_breaker:NAME:state}:policy
+         NAME is the name of the breaker; the braces are part of the keys.
+ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
+           generation  (integer)  from the reply of acquire; required
            successes   (count)    counted first
-           failures    (count)    counted after them
-           slow        (count)    calls that took slow_call_duration: of those above, or of the pending ones
-           pending     (count)    calls that are slow already and still run: a call each, its outcome to follow
-           counted     (count)    of the successes and failures those that were reported as pending before
-           probe       (integer)  slot from acquire; with neither success, failure nor slow the slot is given back
-           A report with none of these renews the TTL; under generation 0 it fails where the server takes no
-           writes.
-           policy, instance, encoding  as for acquire
-Reply      applied (bool: false when the generation is not the current one or the slot is gone); the rest as acquire
-           replies: state, generation, failure_count, success_count, retry_after_ms, ramp_left_ms, forced, override,
-           warning, transition {...} if THIS call caused one
-Errors     BADREQUEST field: what is wrong. Nothing was changed.
+           failures    (count)    counted after the successes
+           slow        (count)    calls that took slow_call_duration or longer, ended or pending
+           pending     (count)    calls that are slow and still run. Each counts as a call now; its outcome is reported later.
+           counted     (count)    of the successes and failures, those that were reported as pending before
+           probe       (integer)  slot from the reply of acquire. Without successes, failures and slow, the slot is
+                                  given back.
+           policy, instance       as for acquire
+         A report with no counts and no probe renews the TTL. With generation 0 it also checks that the server accepts
+         writes.
+Reply      applied    (bool)  false if the generation has ended or the slot has expired
+           state, generation, failure_count, success_count, retry_after_ms, ramp_left_ms, forced, override, warning,
+           transition  as acquire replies
+Errors     BADREQUEST field: problem. Nothing was changed.
 
   redis-cli EVALSHA $RECORD 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"generation":1733500795000,"failures":1}'
 ]]
-local request, problem = breaker.request({generation = 'stamp', successes = 'count', failures = 'count',
-  slow = 'count', pending = 'count', counted = 'count', probe = 'stamp'})
-if request and not request.generation then problem = 'BADREQUEST generation: is needed' end
+local request, problem = breaker.request({generation = LARGEST, successes = 1e9, failures = 1e9,
+  slow = 1e9, pending = 1e9, counted = 1e9, probe = LARGEST})
+if request and not request.generation then problem = 'BADREQUEST generation: is required' end
 if problem then return redis.error_reply(problem) end
 
 local document = breaker.load(request)
 local applied = breaker.record(document, request)
 
 local empty = not (request.successes or request.failures or request.slow or request.probe)
-if empty and not document.fresh then
+if empty and not document.is_new then
   document.unchanged = not document.outlived
-  -- so a client asks whether the server takes writes: a full one renews a TTL all the same, but this needs room
+  -- A full server accepts PEXPIRE but refuses SETRANGE: this checks that it takes writes.
   if request.generation == 0 then redis.call('SETRANGE', KEYS[1], 0, '') end
 end
-if applied or empty or document.fresh then breaker.save(document, request) end
+if applied or empty or document.is_new then breaker.save(document, request) end
 local reply = breaker.reply(document, request)
 reply.applied = applied
 return request.encode(reply)

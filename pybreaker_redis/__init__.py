@@ -1,12 +1,13 @@
 """A circuit breaker that lives in Redis and is shared by every process that guards the same service."""
 
 from ._async import AsyncCircuitBreaker, AsyncPermit, AsyncWatch
+from ._config import Config
 from ._errors import CircuitBreakerError, CircuitOpenError, ConfigError, PermitError, PolicyError, RedisUnavailableError
-from ._manager import AsyncCircuitBreakerManager, CircuitBreakerManager, Config
+from ._events import Counts, Event
+from ._manager import AsyncCircuitBreakerManager, CircuitBreakerManager
 from ._policy import Policy
 from ._protocol import HistoryEntry, Snapshot
 from ._sync import CircuitBreaker, Permit, Watch
-from ._view import Event
 
 __all__ = [
     "AsyncCircuitBreaker",
@@ -19,6 +20,7 @@ __all__ = [
     "CircuitOpenError",
     "Config",
     "ConfigError",
+    "Counts",
     "Event",
     "HistoryEntry",
     "Permit",

@@ -1,4 +1,4 @@
-"""The breaker for asyncio: the decisions of _core over awaited connections."""
+"""The breaker for asyncio: carries out the decisions of _core over asyncio connections."""
 
 from __future__ import annotations
 
@@ -6,33 +6,33 @@ import asyncio
 import contextlib
 import functools
 import inspect
-import sys
-import types
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
 from time import monotonic
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeAlias, TypeVar, cast
 
-from ._core import BasePermit, BreakerCore, Exceptions
-from ._errors import CircuitOpenError
-from ._fallback import OnRedisFailure
-from ._policy import Policy
-from ._protocol import HistoryEntry, Snapshot, State
-from ._scripts import AsyncRedisEngine, forget_ended, leave_to_parent
-from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
-from ._view import Event, Flight, Outcome
-from ._watch import AsyncSubscription, BaseWatch
+from ._classify import FAILURE, IGNORED, SUCCESS
+from ._core import BreakerCore
+from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
+from ._events import Event, Listener, Notices
+from ._fallback import InMemory
+from ._permit import SETTLED, BasePermit, warns_if_lost
+from ._protocol import Ask, HistoryEntry, Snapshot, Steps, check_history_count, history_entries
+from ._view import Seen, Verdict
+from .wire.aio import async_server_of, forget_ended, leave_to_parent
+from .wire.options import ASYNCIO, REDIS_ERRORS
+from .wire.subscription import AsyncSubscription, BaseWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T")
-_Teller = Callable[[Event], Awaitable[None]]
-_USE_SYNC = "is no coroutine function: the asyncio breaker awaits what it guards, use CircuitBreaker"
+_IfLost: TypeAlias = Callable[[T], Coroutine[Any, Any, None]]
+_USE_SYNC = "is not a coroutine function, so AsyncCircuitBreaker cannot await it: use CircuitBreaker"
 
 
 class AsyncGuarded(Protocol[P, R_co]):
-    """A decorated function: same signature, and its breaker as `.breaker`."""
+    """A decorated function: it keeps its signature, and has its breaker as `.breaker`."""
 
     breaker: AsyncCircuitBreaker
 
@@ -40,40 +40,83 @@ class AsyncGuarded(Protocol[P, R_co]):
 
 
 class AsyncPermit(BasePermit):
-    """The right to one call, to be settled once: await success(), failure(exc) or release()."""
+    """The right to one call, and the `async with` block of that call. Like Permit, with methods to be awaited."""
 
     __slots__ = ()
 
     async def success(self) -> None:
-        """The call succeeded. Raises PermitError when the permit was settled before."""
-        await self._breaker._drive(self._settle(Outcome.SUCCESS, None))
+        """Count the call as a success. Raises PermitError if the permit is settled."""
+        await self._breaker._drive(self._settle(SUCCESS, None))
 
-    async def failure(self, exception: BaseException | None = None) -> None:
-        """The call failed. Raises PermitError when the permit was settled before."""
-        await self._breaker._drive(self._settle(Outcome.FAILURE, exception))
+    async def failure(self, error: BaseException | None = None) -> None:
+        """Count the call as a failure. error: for on_call. Raises PermitError if the permit is settled."""
+        await self._breaker._drive(self._settle(FAILURE, error))
 
     async def release(self) -> None:
-        """The call counts as nothing; a probe's slot is given back. Raises PermitError like the others."""
-        await self._breaker._drive(self._settle(Outcome.IGNORED, None))
+        """Count the call as nothing, and free the slot of a probe. Raises PermitError if the permit is settled."""
+        await self._breaker._drive(self._settle(IGNORED, None))
 
-    ignore = release
+    async def __aenter__(self) -> Self:
+        self._enter()
+        return self
+
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
+        if error is None and stage != SETTLED and self._tick is not None:
+            self._tick()
+            return
+        self.end()
+        if stage != SETTLED:
+            await self._breaker._drive(self._breaker._report_end(self, error))
+
+
+class Acquiring:
+    """The result of acquire(): await it for the permit, or use it as an `async with` block."""
+
+    __slots__ = ("_breaker", "_permit", "_used")
+
+    def __init__(self, breaker: AsyncCircuitBreaker) -> None:
+        self._breaker = breaker
+        self._used = False
+
+    def __await__(self) -> Generator[Any, Any, AsyncPermit]:
+        if self._used:  # two tasks that share one would settle each other's call
+            raise PermitError(f"acquire() of circuit breaker {self._breaker.name!r} is for one call: call it again")
+        self._used = True
+        return self._breaker._acquire().__await__()
+
+    async def __aenter__(self) -> AsyncPermit:
+        self._permit = await self
+        return await self._permit.__aenter__()
+
+    async def __aexit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        await self._permit.__aexit__(kind, error, traceback)
+
+    if not TYPE_CHECKING:  # hidden from type checkers, which report a missing await themselves
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            raise PermitError(
+                f"acquire() of circuit breaker {self._breaker.name!r} was not awaited:"
+                " `permit = await breaker.acquire()`, or `async with breaker.acquire() as permit:`"
+            )
 
 
 class AsyncWatch(BaseWatch):
-    """A breaker's share in a subscription, in the loop that made it."""
+    """A breaker's membership in a subscription of the running event loop; also an `async with` block."""
 
     def _key(self) -> tuple[object, ...]:
         return *super()._key(), asyncio.get_running_loop()
 
     def _open(self) -> AsyncSubscription:
-        breaker: Any = self._breaker
-        return AsyncSubscription(breaker._redis.subscriber, breaker._prefix)
+        return AsyncSubscription(*self._subscription())
 
     async def close(self) -> None:
-        """Leave the subscription; the breaker's own lease holds again."""
+        """Leave the subscription. The breaker returns to its own lease."""
         self._leave()
 
-    async def __aenter__(self) -> AsyncWatch:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -81,74 +124,53 @@ class AsyncWatch(BaseWatch):
 
 
 class AsyncCircuitBreaker(BreakerCore):
-    """CircuitBreaker for asyncio: the same arguments and methods, awaitable, and the same shared state.
+    """CircuitBreaker for asyncio: takes the same arguments, with a redis.asyncio client; its methods are awaited.
 
-    redis: a redis.asyncio client (Redis, RedisCluster, Sentinel master), a URL, or None for this process alone.
-    listeners: callables that take one Event; what they return is awaited where it can be.
-
-    It may be made outside of a running loop and be used in several, one after the other or at once.
-    Cancellation of a call is neither success nor failure, and gives a probe's slot back.
+    Listeners may be coroutine functions. One breaker may serve several event loops, even at the same time, and may be
+    created before any of them runs. A cancelled call counts as neither success nor failure, and frees its probe's slot.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        redis: Any = None,
-        policy: Policy | None = None,
-        lease: float = 0.1,
-        failures: Exceptions = Exception,
-        ignore: Exceptions = (),
-        is_failure: Callable[[Any], bool] | None = None,
-        listeners: Iterable[Callable[[Event], object]] = (),
-        on_redis_failure: OnRedisFailure = "local",
-        prefix: str = "circuit_breaker",
-        encoding: Literal["json", "msgpack"] = "json",
-        redis_timeout: float = 0.25,
-    ) -> None:
-        super().__init__(
-            name,
-            redis=redis,
-            policy=policy,
-            lease=lease,
-            failures=failures,
-            ignore=ignore,
-            is_failure=is_failure,
-            listeners=listeners,
-            on_redis_failure=on_redis_failure,
-            prefix=prefix,
-            encoding=encoding,
-            redis_timeout=redis_timeout,
-        )
-        self._redis = None if redis is None else AsyncRedisEngine(redis, self.keys, redis_timeout)
+    _permit: type[AsyncPermit] = AsyncPermit
+    _warning_permit = warns_if_lost(AsyncPermit)
+    _kind, _server_of = ASYNCIO, staticmethod(async_server_of)
 
     def _start_process(self) -> None:
         super()._start_process()
-        self._beside: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]
-        self._beside = weakref.WeakKeyDictionary()
+        self._tasks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]
+        self._tasks = weakref.WeakKeyDictionary()
         self._refreshing: weakref.WeakKeyDictionary[
             asyncio.AbstractEventLoop, tuple[asyncio.Task[None], asyncio.Event]
         ] = weakref.WeakKeyDictionary()
 
     def _after_fork(self) -> None:
-        leave_to_parent(self._beside)
+        leave_to_parent(self._tasks)
         super()._after_fork()
-        if self._redis is not None:
-            self._redis.forget()
 
     # Calls
 
     async def call(self, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """await func(*args, **kwargs), guarded. Raises CircuitOpenError when rejected, else what func raises.
+        """Await func(*args, **kwargs), guarded. Raises CircuitOpenError if rejected, else the exceptions of func.
 
-        TypeError when func gives nothing to await.
+        Raises TypeError if the result of func cannot be awaited.
         """
-        return await self._guard(func)(*args, **kwargs)
+        seen, now = self._view.seen, monotonic()
+        if now >= seen.closed_until:
+            return await self._call_with_permit(func, args, kwargs, now)
+        try:
+            result = await func(*args, **kwargs)
+        except BaseException as error:
+            await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
+            raise
+        if self._only_counts:
+            seen.tick()
+        elif (rest := self._judge(result, seen, now)) is not None:
+            await rest
+        return result
 
     def __call__(self, func: Callable[P, R]) -> AsyncGuarded[P, R]:
-        """Decorate a coroutine function, or an async generator function, which is guarded over its whole iteration.
+        """Decorate a coroutine function, or an async generator function, whose whole iteration is then guarded.
 
-        Raises TypeError for another function.
+        Raises TypeError for any other function.
         """
         guarded: Any
         if inspect.isasyncgenfunction(inspect.unwrap(func)):
@@ -165,45 +187,57 @@ class AsyncCircuitBreaker(BreakerCore):
         return cast("AsyncGuarded[P, R]", guarded)
 
     def _guard(self, func: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
-        view, quiet = self._view, self._quiet
+        """call() bound to one function, which saves attribute look-ups."""
+        view, only_counts = self._view, self._only_counts
 
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
             if now >= seen.closed_until:
-                return await self._slow_call(func, args, kwargs, now)
+                return await self._call_with_permit(func, args, kwargs, now)
             try:
                 result = await func(*args, **kwargs)
-            except BaseException as exception:
-                await self._drive(self._report_exception(exception, Flight(seen.generation, None, now)))
+            except BaseException as error:
+                await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
-            if quiet:
-                seen.counter.tick()
-            else:
-                await self._drive(self._report_result(result, Flight(seen.generation, None, now)))
+            if only_counts:
+                seen.tick()
+            elif (rest := self._judge(result, seen, now)) is not None:
+                await rest
             return result
 
         return guarded
 
-    async def _slow_call(self, func: Callable[..., Awaitable[R]], args: Any, kwargs: Any, now: float) -> R:
+    async def _call_with_permit(self, func: Callable[..., Awaitable[R]], args: Any, kwargs: Any, now: float) -> R:
+        """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
         seen = self._view.seen
-        if self._silent and now < seen.open_until:
+        if now < seen.open_until and not self._notices.on_call:
+            self._notices.count("rejected")
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        if now < seen.timed_until:
-            flight = self._view.take_off(seen.generation, None, now)
-        else:
-            flight = await self._drive(self._admit(), self._give_back)
-            self._begin(flight)
+        permit = self._admitted(seen.generation) if now < seen.timed_until else await self._admit(now)
+        permit.begin()
         try:
             result = await func(*args, **kwargs)
-        except BaseException as exception:
-            await self._drive(self._report_exception(exception, flight))
+        except BaseException as error:
+            await self._drive(self._report_end(permit, error))
             raise
-        if not (self._quiet and self._view.lands_well(flight)):
-            await self._drive(self._report_result(result, flight))
+        finally:
+            permit.end()
+        if self._every_result_succeeds and self._finish(permit):
+            await self._deliver()
+        else:
+            await self._drive(self._report_result(permit, result))
         return result
 
+    def _judge(self, result: Any, seen: Seen, now: float) -> Awaitable[None] | None:
+        """Count a call that the view admitted, where the fast path does not apply. Returns what has to be awaited."""
+        if not self._every_result_succeeds:
+            return self._drive(self._report_result(self._permit(self, seen.generation, now), result))
+        seen.tick()
+        self._notices.call_ended(SUCCESS, seen.generation)
+        return self._start_delivery(iter(self._notices.next, None))
+
     async def _iterate(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
-        flight = await self._drive(self._admit(), self._give_back)
+        permit = await self._admit(monotonic())
         try:
             async with contextlib.aclosing(generator):
                 item = await anext(generator)
@@ -212,223 +246,247 @@ class AsyncCircuitBreaker(BreakerCore):
                         sent = yield item
                     except GeneratorExit:
                         raise
-                    except BaseException as exception:
-                        item = await generator.athrow(exception)
+                    except BaseException as error:
+                        item = await generator.athrow(error)
                     else:
                         item = await generator.asend(sent)
         except StopAsyncIteration:
-            await self._drive(self._report(Outcome.SUCCESS, flight))
-        except BaseException as exception:
-            await self._drive(self._report_exception(exception, flight))
-            raise
-
-    async def acquire(self) -> AsyncPermit:
-        """A permit for one call, to be settled once. Raises CircuitOpenError when rejected."""
-        return AsyncPermit(self, await self._drive(self._admit(), self._give_back))
-
-    def __aenter__(self) -> Coroutine[Any, Any, AsyncPermit]:
-        return self._enter(sys._getframe(1))
-
-    async def _enter(self, frame: types.FrameType) -> AsyncPermit:
-        permit = await self.acquire()
-        self._enter_block(frame, permit)
-        return permit
-
-    def __aexit__(
-        self, kind: type[BaseException] | None, exception: BaseException | None, traceback: types.TracebackType | None
-    ) -> Coroutine[Any, Any, None]:
-        return self._drive(self._leave_block(sys._getframe(1), exception))
-
-    def _running(self) -> object:
-        task = asyncio.current_task()
-        return task and weakref.ref(task)  # a task would keep its loop alive
-
-    # The shell
-
-    async def _drive(self, steps: Steps[T], if_lost: Callable[[T], Steps[None]] | None = None) -> T:
-        """Carry out what the decision code asks for, and give what it returns.
-
-        What talks to Redis goes on to its end beside a caller that is cancelled meanwhile, then if_lost(result) too.
-        """
-        try:
-            step = next(steps)
-            while isinstance(step, Refresh):
-                await self._refresh(step.wait)
-                step = steps.send(None)
-        except StopIteration as end:
-            return cast(T, end.value)
-        waiter: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._spawn(self._finish(steps, step, waiter, if_lost))
-        try:
-            return await waiter
-        except asyncio.CancelledError:
-            # the cancellation may also come between the result and our waking up
-            if if_lost is not None and not waiter.cancelled() and waiter.exception() is None:
-                self._spawn(self._carry_out(if_lost(waiter.result())))
-            raise
-
-    async def _finish(
-        self, steps: Steps[T], step: Step, waiter: asyncio.Future[T], if_lost: Callable[[T], Steps[None]] | None
-    ) -> None:
-        try:
-            result = await self._carry_out(steps, step)
+            await self._drive(self._report(permit, SUCCESS))
         except BaseException as error:
-            if not waiter.done():
-                waiter.set_exception(error)
-            return
-        if not waiter.done():
-            waiter.set_result(result)
-        elif if_lost is not None:
-            await self._carry_out(if_lost(result))
+            await self._drive(self._report_end(permit, error))
+            raise
 
-    async def _carry_out(self, steps: Steps[T], step: Step | None = None, tell: _Teller | None = None) -> T:
-        tell = tell or self._tell
+    def acquire(self) -> Acquiring:
+        """A permit for one call: await it, or use it as the `async with` block of that call.
+
+        Either raises CircuitOpenError if the call is rejected.
+        """
+        return Acquiring(self)
+
+    async def _acquire(self) -> AsyncPermit:
+        seen, now = self._view.seen, monotonic()
+        if now < seen.closed_until:
+            tick = seen.tick if self._only_counts else None
+            return self._permit(self, seen.generation, now, None, tick)
+        return cast(AsyncPermit, await self._admit(now))
+
+    # Carrying out the decisions
+
+    async def _admit(self, began: float) -> BasePermit:
         try:
-            step = step or next(steps)
+            answer = self._consult(began)
+            while not isinstance(answer, BasePermit):
+                if answer is Verdict.ASK:
+                    return await self._drive(self._ask(), self._give_back)
+                await self._refresh(wait=answer is Verdict.WAIT)
+                answer = self._consult(began, refreshed=True)
+        except BaseException:
+            await self._deliver()
+            raise
+        return await self._deliver_then(answer, self._give_back)
+
+    async def _drive(self, steps: Steps[T] | None, if_lost: _IfLost[T] | None = None) -> T:
+        """Carry out the steps, deliver their events, and return their result.
+
+        An exchange with Redis completes even if the caller is cancelled. Then if_lost(result) runs.
+        """
+        if steps is None:
+            await self._deliver()
+            return cast(T, None)
+        try:
+            ask = next(steps)
+        except StopIteration as end:
+            return await self._deliver_then(cast(T, end.value), if_lost)
+        except BaseException:
+            await self._deliver()
+            raise
+        task = self._spawn(self._run_to_end(steps, ask, self._notices.take()))
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            # of this task; perhaps after the result, but before this task woke up
+            if if_lost is not None and not task.cancelled():
+                self._spawn(_pass_on(task, if_lost))
+            raise
+
+    async def _deliver_then(self, result: T, if_lost: _IfLost[T] | None) -> T:
+        """Deliver the events, then return the result. If the caller is cancelled meanwhile, if_lost(result) runs."""
+        try:
+            await self._deliver()
+        except BaseException:
+            if if_lost is not None:
+                self._spawn(if_lost(result))
+            raise
+        return result
+
+    async def _run_to_end(self, steps: Steps[T], ask: Ask | None = None, events: list[Event] | None = None) -> T:
+        """Carry out the steps, and deliver their events. ask: already taken from the steps. events: already pending."""
+        events = events or []
+        try:
+            return await self._carry_out(steps, ask, events)
+        finally:
+            await self._deliver(events)
+
+    async def _carry_out(self, steps: Steps[T], ask: Ask | None, events: list[Event]) -> T:
+        """Carry out the steps. Adds their events, and those of no other task, to `events`."""
+        try:
+            ask = ask or next(steps)
             while True:
+                events += self._notices.take()
                 try:
-                    result = await self._perform(step, tell)
+                    reply = await self._redis.run(ask.name, self.keys, ask.request)
                 except BaseException as error:
-                    step = steps.throw(error)
+                    ask = steps.throw(error)
                 else:
-                    step = steps.send(result)
+                    ask = steps.send(reply)
         except StopIteration as end:
             return cast(T, end.value)
+        finally:
+            events += self._notices.take()
 
-    async def _perform(self, step: Step, tell: _Teller) -> Any:
-        if isinstance(step, Ask):
-            return await self._redis.run(step.name, step.request)
-        if isinstance(step, Refresh):
-            return await self._refresh(step.wait)
-        if isinstance(step, Tell):
-            return await tell(step.event)
-        if isinstance(step, ReadHistory):
-            return await self._redis.history(step.entries)
-        return self._spawn(self._carry_out(step.steps))
+    def _in_background(self, steps: Steps[None]) -> None:
+        self._spawn(self._run_to_end(steps))
 
     async def _refresh(self, wait: bool) -> None:
-        """Single flight: one task asks, beside all calls; the callers wait for it, or go on."""
+        """Renew the view, one task at a time. wait: return only once it is renewed, by this task or another."""
         loop = asyncio.get_running_loop()
         running = self._refreshing.get(loop)
         if running is None:
-            ended, task = asyncio.Event(), self._spawn(self._carry_out(self._renew(), tell=self._tell_beside))
+            ended, task = asyncio.Event(), self._spawn(self._renew_view())
             running = self._refreshing[loop] = task, ended
             task.add_done_callback(functools.partial(self._refreshed, ended, loop))
         task, ended = running
         if wait:
             await ended.wait()
-            await task  # raises what went wrong, instead of asking for ever
+            await task  # raises the error of a failed refresh, which the caller would otherwise repeat for ever
+
+    async def _renew_view(self) -> None:
+        events: list[Event] = []
+        try:
+            await self._carry_out(self._renew(), None, events)
+        finally:
+            if events:  # in a task of their own: callers wait for this one, but must not wait for listeners
+                self._spawn(self._deliver(events))
 
     def _refreshed(self, ended: asyncio.Event, loop: asyncio.AbstractEventLoop, _: object) -> None:
         ended.set()
-        self._refreshing.pop(loop, None)  # it would hold the loop
+        self._refreshing.pop(loop, None)  # the task in it would keep the loop alive
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         loop = asyncio.get_running_loop()
-        beside = self._beside.get(loop)
-        if beside is None:
-            forget_ended(self._beside)
+        tasks = self._tasks.get(loop)
+        if tasks is None:
+            forget_ended(self._tasks)
             forget_ended(self._refreshing)
-            beside = self._beside[loop] = set()
+            tasks = self._tasks[loop] = set()
         task = loop.create_task(coroutine)
-        beside.add(task)  # the loop itself keeps a weak reference only
-        task.add_done_callback(beside.discard)
+        tasks.add(task)  # the loop keeps only a weak reference
+        task.add_done_callback(tasks.discard)
         return task
 
-    def _give_back(self, flight: Flight) -> Steps[None]:
-        """The caller was cancelled while it asked: the slot that it may have got is not used."""
-        return self._report(Outcome.IGNORED, flight)
+    async def _give_back(self, permit: BasePermit) -> None:
+        """Free the slot of a probe whose caller was cancelled before it had the permit."""
+        if (steps := self._report(permit, IGNORED)) is not None:
+            await self._run_to_end(steps)
+        else:
+            await self._deliver()
 
-    async def _tell_beside(self, event: Event) -> None:
-        """Nobody who waits for a refresh waits for a listener, which may call this breaker itself."""
-        self._spawn(self._tell(event))
+    async def _deliver(self, events: list[Event] | None = None) -> None:
+        """Call the listeners of each event, one after the other, to the end even if the caller is cancelled."""
+        rest = self._start_delivery(iter(self._notices.next, None) if events is None else iter(events))
+        if rest is not None:
+            await rest
 
-    async def _tell(self, event: Event) -> None:
-        for listener in self._listeners:
-            try:
-                told = listener(event)
-                if inspect.isawaitable(told):
-                    await told
-            except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or task.cancelling():
-                    raise
-                self._listener_failed(listener)  # something of its own was cancelled
-            except Exception:
-                self._listener_failed(listener)
+    def _start_delivery(self, events: Iterator[Event]) -> Awaitable[None] | None:
+        """Call the plain listeners. Returns what has to be awaited from the first awaitable listener on."""
+        notices = self._notices
+        calls = ((listener, event) for event in events for listener in notices.receivers(event))
+        for listener, event in calls:
+            result = notices.call(listener, event)
+            if inspect.isawaitable(result):
+                # all of them now: another task of this thread must not take what is left
+                return asyncio.shield(self._spawn(_call_the_rest(notices, listener, result, iter(list(calls)))))
+        return None
 
-    # Looking and steering
-
-    @property
-    def state(self) -> Coroutine[Any, Any, State]:
-        """The state: from the view while it is fresh, else from Redis."""
-        return self._drive(self._state())
+    # State and operator actions
 
     async def snapshot(self) -> Snapshot:
-        """Everything that Redis knows of this breaker now; of the local engine while Redis is down."""
+        """Read the whole state from Redis; while Redis is down, from this process's local engine."""
         return await self._drive(self._snapshot())
 
     async def force_open(self, duration: float | None = None) -> None:
-        """Reject every call of the fleet for duration seconds (default and most: 30 days), then probe.
-
-        Raises RedisUnavailableError; PolicyError for a duration out of range.
-        """
+        """See CircuitBreaker.force_open."""
         await self._drive(self._command("force_open", duration))
 
     async def force_closed(self, duration: float | None = None) -> None:
-        """Admit every call of the fleet and count nothing for duration seconds (default and most: 30 days).
-
-        Raises RedisUnavailableError; PolicyError for a duration out of range.
-        """
+        """See CircuitBreaker.force_closed."""
         await self._drive(self._command("force_closed", duration))
 
-    async def clear_override(self) -> None:
-        """End a forced state: forced open goes on with a probe, forced closed as closed.
-
-        Raises RedisUnavailableError.
-        """
-        await self._drive(self._command("clear_override"))
+    async def clear_forced(self) -> None:
+        """See CircuitBreaker.clear_forced."""
+        await self._drive(self._command("clear_forced"))
 
     async def reset(self) -> None:
-        """Close, with all counts and overrides gone; outcomes of calls that run now will not count.
-
-        Raises RedisUnavailableError.
-        """
+        """See CircuitBreaker.reset."""
         await self._drive(self._command("reset"))
 
     async def watch(self, lease: float = 30.0) -> AsyncWatch:
-        """Subscribe to what other instances do, so that the view may be `lease` seconds old and still be right.
-
-        Every breaker of this loop that watches the same server shares one subscription, held by one task. While it
-        stands, a trip is in the view as soon as it is published, listeners are told of every transition (source
-        "watch"), and commands are sent once per lease (per tenth of the window where a rate can trip). When it is
-        lost the breaker's own short lease holds, at once, until it stands again. To be ended by close(), or by an
-        async with block. Raises PolicyError for a breaker without Redis, or a lease out of range.
-        """
+        """See CircuitBreaker.watch. All breakers of this event loop share one subscription, held by one task."""
         return self._watch_with(AsyncWatch, lease)
 
     async def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
-        """Overrule fields of the policy (see Policy) for the whole fleet, on top of those set before.
-
-        Every instance obeys from its next script call on. duration: seconds after which all of them end; None: they
-        hold until clear_policy(). Raises PolicyError; RedisUnavailableError.
-        """
+        """See CircuitBreaker.set_policy."""
         await self._drive(self._command("set_policy", duration, fields))
 
     async def clear_policy(self) -> None:
-        """End what set_policy() set: every instance goes by its own policy again. Raises RedisUnavailableError."""
+        """See CircuitBreaker.clear_policy."""
         await self._drive(self._command("clear_policy"))
 
     async def history(self, count: int = 100) -> list[HistoryEntry]:
-        """The last transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
-        return await self._drive(self._history(count))
+        """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
+        check_history_count(count)
+        if isinstance(self._engine, InMemory):
+            return history_entries(self._engine.history(count))
+        try:
+            return history_entries(await self._redis.history(self.keys, count))
+        except REDIS_ERRORS as error:
+            raise RedisUnavailableError(f"the history could not be read: {error}") from error
 
     async def flush(self) -> None:
-        """Report the successes gathered so far now."""
+        """Report the gathered successes to Redis now."""
         await self._drive(self._flush())
 
     async def close(self) -> None:
-        """Flush, and close this loop's connections; a later call opens new ones."""
+        """Report the gathered successes, and close this loop's connections; a later call opens new ones."""
         await self.flush()
         if self._redis is not None:
             await self._redis.close()
+
+
+async def _pass_on(task: asyncio.Task[T], if_lost: _IfLost[T]) -> None:
+    """Hand the result of a task to if_lost(), if there is one."""
+    with contextlib.suppress(Exception):
+        result = await task
+        await if_lost(result)
+
+
+async def _call_the_rest(
+    notices: Notices, listener: Listener, result: Awaitable[Any], calls: Iterator[tuple[Listener, Event]]
+) -> None:
+    """Await the result of a listener, then call and await the listeners after it."""
+    while True:
+        try:
+            if inspect.isawaitable(result):
+                await result
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            notices.failed(listener)  # the listener's own work was cancelled
+        except Exception:
+            notices.failed(listener)
+        following = next(calls, None)
+        if following is None:
+            return
+        listener, event = following
+        result = notices.call(listener, event)

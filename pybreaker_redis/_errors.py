@@ -1,4 +1,4 @@
-"""The one tree of errors that this package raises."""
+"""The errors of this package, in one tree."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ class CircuitBreakerError(Exception):
 
 
 class PolicyError(CircuitBreakerError, ValueError):
-    """A name, policy or option that makes no sense; nothing was changed."""
+    """A name, policy field or option has an invalid value. Nothing was changed."""
 
 
 class ConfigError(CircuitBreakerError, ValueError):
-    """A configuration that cannot be read or makes no sense; the message names its file, the field and the reason."""
+    """A configuration cannot be read, or has an invalid value. The message names the file, the field and the reason."""
 
 
 class PermitError(CircuitBreakerError, RuntimeError):
-    """A permit was settled a second time."""
+    """A permit was entered or settled twice, or acquire() of an asyncio breaker was not awaited."""
 
 
 class RedisUnavailableError(CircuitBreakerError):
-    """An operator's action could not reach Redis; it was not carried out locally instead."""
+    """An operator's action or history() could not reach Redis. Nothing was done locally instead."""
 
 
 class CircuitOpenError(CircuitBreakerError):
-    """The call was rejected; the protected function did not run.
+    """The call was rejected, and the guarded function did not run.
 
-    Attributes: name; state ("open", "half_open", or "closed" where a ramp holds the call back); retry_after,
-    seconds until a call may be admitted: while open until the next probe, in half_open until the nearest probe's
-    slot is free again at the latest, thus up to probe_timeout.
+    name: the breaker's. state: "open", "half_open", or "closed" during the ramp after a recovery. retry_after: seconds
+    until a call may be admitted. While open, until the next probe; while half open, until the next slot expires, so at
+    most probe_timeout; during a ramp, until it ends.
     """
 
     def __init__(self, name: str, state: str, retry_after: float) -> None:

@@ -1,48 +1,27 @@
-"""What a dead Redis means, in one layer: a local engine takes over, and Redis is tried again beside the calls."""
+"""Outages of Redis: a local engine takes over, and Redis is retried in the background."""
 
 from __future__ import annotations
 
-import itertools
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Mapping
 from time import monotonic
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
 
 from ._errors import RedisUnavailableError
-from ._memory import Document, MemoryEngine, clock_ms
-from ._protocol import Reply, Request, State
-from ._scripts import REDIS_ERRORS
-from ._steps import Ask, Beside, ReadHistory, Steps
+from ._events import Notices
+from ._memory import LocalEngine, MemoryEngine
+from ._protocol import Ask, Reply, Request, State, Steps
+from .wire.options import REDIS_ERRORS
 
 OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0
-_local_generations = itertools.count(2)  # FixedEngine has -1
+_OUTCOMES = ("successes", "failures", "slow", "pending", "counted", "probe")
 
 
 def patience(redis_timeout: float) -> float:
-    """Seconds; longer than any one exchange with Redis, its connecting included."""
+    """Seconds after which any exchange with Redis has ended, connecting included."""
     return LONGEST_PAUSE + 10 * redis_timeout
-
-
-class LocalEngine(MemoryEngine):
-    """Protects one process while Redis is down; its own generations are below zero, so Redis never takes them."""
-
-    source = "local"
-    fleet_generation = 0  # beside which it is kept, where an instance fails alone
-
-    @property
-    def state(self) -> State:
-        """As of the last request."""
-        return self._document.state if self._document else "closed"
-
-    @property
-    def generation(self) -> int:
-        """As of the last request."""
-        return self._document.generation if self._document else 0
-
-    def next_generation(self, document: Document) -> int:
-        return -next(_local_generations)
 
 
 class FixedEngine:
@@ -54,6 +33,7 @@ class FixedEngine:
         self._state, self._retry_after_ms = state, retry_after_ms
 
     def run(self, name: str, request: Request) -> Reply:
+        """The same reply to every script call."""
         return {
             "admitted": self._state == "closed",
             "applied": False,
@@ -66,17 +46,19 @@ class FixedEngine:
         }
 
     def after_fork(self) -> None:
-        """Nothing is kept."""
+        """Nothing to do: it keeps no state."""
 
 
-class AloneEngine:
-    """For redis=None: the state machine of this process, and no other."""
+class InMemory:
+    """The engine for redis=None: the state machine runs in this process."""
 
-    alone = True
+    is_down = False
 
     def __init__(self) -> None:
-        self._memory = MemoryEngine(alone=True)
+        self._memory = MemoryEngine(quorum_of_one=True)
         self.after_fork = self._memory.after_fork
+        self.history = self._memory.history
+        self.local = self._memory.run
 
     def run(self, name: str, request: Request) -> Steps[Reply]:
         """The reply of the script called name."""
@@ -85,124 +67,108 @@ class AloneEngine:
 
     command = run
 
-    def own(self, name: str, request: Request) -> Reply | None:
-        """The reply of the engine in this process, None where Redis decides."""
-        return self._memory.run(name, request)
 
-    def history(self, count: int) -> Steps[list[dict[str, Any]]]:
-        """The newest transitions, newest first."""
-        return self._memory.history(count)
-        yield
+class Owner(Protocol):
+    """A breaker, as far as its Fallback uses it."""
+
+    _notices: Notices
+
+    def _last_known(self) -> LocalEngine: ...
+    def _redis_down(self, error: BaseException) -> None: ...
+    def _redis_up(self) -> None: ...
+    def _in_background(self, steps: Steps[None]) -> None: ...
 
 
-class FallbackEngine:
-    """Redis while it answers, else a local engine that starts from what was last known.
+class Fallback:
+    """Asks Redis while it answers, else a local engine, which starts from the last known state.
 
-    mode: what to do without Redis. last_known: makes the local engine. on_down, on_up: told once for each outage.
-    on_script: told of each script call, with the seconds that it took and the error it ended with.
+    mode: the breaker's on_redis_failure. The owner is notified once of each outage.
     """
 
-    def __init__(
-        self,
-        mode: OnRedisFailure,
-        redis_timeout: float,
-        last_known: Callable[[], LocalEngine],
-        on_down: Callable[[BaseException], Steps[None]],
-        on_up: Callable[[], Steps[None]],
-        on_script: Callable[[str, float, BaseException | None], None],
-    ) -> None:
+    def __init__(self, owner: Owner, mode: OnRedisFailure, redis_timeout: float) -> None:
+        self._owner = owner
         self._mode = mode
         self._patience = patience(redis_timeout)
-        self._last_known = last_known
-        self._on_down, self._on_up, self._on_script = on_down, on_up, on_script
         self._local: LocalEngine | FixedEngine | None = None
         self._retry_at = 0.0
-        self._trying = False  # or the last try was given up
+        self._trying = False  # stays true when a retry was abandoned
         self._pause = FIRST_PAUSE
         self._lock = threading.RLock()
 
     def after_fork(self) -> None:
-        """Locks of the parent may be held by a thread that does not exist here, nor does one that tries again."""
+        """In a child: replace the lock, which a thread of the parent may hold. The next call retries Redis."""
         self._lock = threading.RLock()
         self._retry_at, self._trying = 0.0, False
         if self._local is not None:
             self._local.after_fork()
 
     @property
-    def alone(self) -> bool:
+    def is_down(self) -> bool:
         """Whether Redis is down and this process decides for itself."""
         return self._local is not None
 
     def run(self, name: str, request: Request) -> Steps[Reply]:
-        """The reply of Redis or of the local engine; raises nothing of redis-py."""
+        """The reply of Redis or of the local engine. Raises no error of redis-py."""
         local = self._local
         if local is None:
             try:
-                reply = yield from self._ask(name, _reportable(request))
+                reply = yield from self._ask(name, _without_local_outcomes(request))
             except REDIS_ERRORS as error:
-                local = yield from self._go_down(error)
+                local = self._go_down(error)
             else:
                 reply["source"] = "redis"
                 return reply
         elif self._claim_retry():
-            given_up, self._trying = self._trying, True
-            if not given_up:
-                yield Beside(self._try_again(request))  # no call waits for a server that is known to be down
-            else:  # but loops may always end before a try beside their calls does
+            abandoned, self._trying = self._trying, True
+            if not abandoned:
+                self._owner._in_background(self._try_again(request))  # no call waits for a server known to be down
+            else:  # short event loops may always end before a retry in the background does
                 yield from self._try_again(request)
                 if self._local is None:
                     return (yield from self.run(name, request))
         return local.run(name, request)
 
-    def own(self, name: str, request: Request) -> Reply | None:
-        """The reply of the engine in this process, None where Redis decides."""
+    def local(self, name: str, request: Request) -> Reply | None:
+        """The reply of the local engine, as a plain call; None while Redis decides."""
         local = self._local
         return None if local is None else local.run(name, request)
 
     def command(self, name: str, request: Request) -> Steps[Reply]:
-        """An operator's action: by Redis or not at all. Raises RedisUnavailableError."""
+        """Carry out an operator's action in Redis, or not at all. Raises RedisUnavailableError."""
         try:
             reply = yield from self._ask(name, request)
-            reply["source"] = "redis"
-            return reply
         except REDIS_ERRORS as error:
             raise RedisUnavailableError(f"{request['action']} was not carried out: {error}") from error
-
-    def history(self, count: int) -> Steps[list[dict[str, Any]]]:
-        """The newest transitions from Redis, newest first. Raises RedisUnavailableError."""
-        try:
-            entries: list[dict[str, Any]] = yield ReadHistory(count)
-        except REDIS_ERRORS as error:
-            raise RedisUnavailableError(f"the history could not be read: {error}") from error
-        return entries
+        reply["source"] = "redis"
+        return reply
 
     def _ask(self, name: str, request: Request) -> Steps[Reply]:
         began = monotonic()
         try:
             reply: Reply = yield Ask(name, request)
         except REDIS_ERRORS as error:
-            self._on_script(name, monotonic() - began, error)
+            self._owner._notices.script_ran(name, monotonic() - began, error)
             raise
-        self._on_script(name, monotonic() - began, None)
+        self._owner._notices.script_ran(name, monotonic() - began, None)
         return reply
 
-    def _go_down(self, error: BaseException) -> Steps[LocalEngine | FixedEngine]:
+    def _go_down(self, error: BaseException) -> LocalEngine | FixedEngine:
         with self._lock:
-            if self._local is not None:  # another caller found out first
+            if self._local is not None:  # another caller noticed first
                 return self._local
             self._local = local = self._make_local()
             self._pause = FIRST_PAUSE
             self._retry_at = monotonic() + self._next_pause()
-        yield from self._on_down(error)
+        self._owner._redis_down(error)
         return local
 
     def _make_local(self) -> LocalEngine | FixedEngine:
         if self._mode == "local":
-            return self._last_known()
+            return self._owner._last_known()
         return FixedEngine(self._mode, round(LONGEST_PAUSE * 1000))
 
     def _claim_retry(self) -> bool:
-        """Whether this caller is the one to try; if it dies over that, another may after some time."""
+        """Whether this caller is to retry Redis. If it never finishes, another caller may claim the retry later."""
         now = monotonic()
         if now < self._retry_at:
             return False
@@ -217,39 +183,22 @@ class FallbackEngine:
         return pause * random.uniform(0.75, 1.25)
 
     def _try_again(self, request: Request) -> Steps[None]:
-        """An empty report under no generation needs room: a server that answers but takes no writes is not back yet."""
-        common: Request = {key: request[key] for key in ("instance", "policy", "encoding") if key in request}
+        """Retry Redis: it must accept a write, not merely answer."""
+        common: Request = {key: request[key] for key in ("instance", "policy") if key in request}
         try:
             yield from self._ask("record", {**common, "generation": 0})
         except REDIS_ERRORS:
             self._trying, self._retry_at = False, monotonic() + self._next_pause()
         except BaseException:
-            self._retry_at = 0.0  # it was cancelled
+            self._retry_at = 0.0  # cancelled: leave the retry to the next caller
             raise
         else:
             self._trying, self._local = False, None
-            yield from self._on_up()
+            self._owner._redis_up()
 
 
-def _reportable(request: Request) -> Request:
-    """The request without what happened under a local generation, which Redis does not know."""
+def _without_local_outcomes(request: Mapping[str, Any]) -> Request:
+    """Drop the outcomes of a local generation, which Redis does not know."""
     if request.get("generation", 0) >= 0:
-        return request
-    kept = {
-        k: v for k, v in request.items() if k not in ("successes", "failures", "slow", "pending", "counted", "probe")
-    }
-    return {**kept, "generation": 0}
-
-
-def document_for(state: State, generation: int, failure_count: int, open_for: float) -> Document:
-    """A local engine's start from a view; open_for: seconds that the circuit stays open."""
-    now = clock_ms()
-    return Document(
-        # the slots of a local half_open are none of Redis'
-        generation=generation if state == "closed" and generation else -next(_local_generations),
-        state=state,
-        failure_count=failure_count,
-        opened_at=None if state == "closed" else now // 1000,
-        open_until_ms=now + max(round(open_for * 1000), 0),
-        fresh=False,
-    )
+        return dict(request)
+    return {**{key: value for key, value in request.items() if key not in _OUTCOMES}, "generation": 0}

@@ -1,74 +1,35 @@
-"""One breaker for each service, by one configuration: their policies, and the client and subscription they share."""
+"""One breaker for each service, all from one configuration, with one client and one subscription."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
-from typing import Any, Generic, Literal, ParamSpec, Self, TypeAlias, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeAlias, TypeVar
 
 from ._async import AsyncCircuitBreaker, AsyncWatch
-from ._clients import async_client_from_url, client_from_url
-from ._core import BreakerCore, Exceptions, _check_options
-from ._errors import ConfigError, PolicyError
-from ._fallback import OnRedisFailure
+from ._classify import Exceptions
+from ._config import Config
+from ._core import BreakerCore
+from ._errors import ConfigError
+from ._events import Event
 from ._policy import Policy
-from ._protocol import State, keys_of
+from ._protocol import State
 from ._sync import CircuitBreaker
-from ._view import Event
+from .wire.url import async_client_from_url, client_from_url
 
 P = ParamSpec("P")
 R = TypeVar("R")
 B = TypeVar("B", bound=BreakerCore)
-DEFAULT_POLICY = Policy(failure_threshold=10, reset_timeout=2.0, error_rate_threshold=0.5)
 _PASSING = Policy(failure_threshold=10**9, enforce=False)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Config:
-    """What a manager goes by. pybreaker_redis.config reads one from a file, a dict and the environment.
-
-    enabled: False passes every call straight through. services: the policy of each service; defaults: of a service
-    that is not among them. redis_url: of the server that with_redis() shares the state through; redis_options: of
-    its client, as redis.Redis takes them, where the URL does not give them. watch: the lease, in seconds, while one
-    subscription for all breakers stands; None: no subscription. The others are those of CircuitBreaker.
-
-    Raises PolicyError for a value that makes no sense.
-    """
-
-    enabled: bool = True
-    defaults: Policy = DEFAULT_POLICY
-    services: Mapping[str, Policy] = dataclasses.field(default_factory=dict)
-    redis_url: str = "redis://localhost:6379"
-    redis_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # it may hold a password
-    watch: float | None = 30.0
-    lease: float = 0.1
-    on_redis_failure: OnRedisFailure = "local"
-    redis_timeout: float = 0.25
-    prefix: str = "circuit_breaker"
-    encoding: Literal["json", "msgpack"] = "json"
-
-    def __post_init__(self) -> None:
-        _check_options(self.lease, self.on_redis_failure, self.encoding, self.redis_timeout)
-        if self.watch is not None and not 0 < self.watch <= 3600:
-            raise PolicyError(f"watch must be None, or above 0 and at most 3600 seconds, not {self.watch!r}")
-        for service, policy in {"defaults": self.defaults, **self.services}.items():
-            keys_of(service, self.prefix)
-            if not isinstance(policy, Policy):
-                raise PolicyError(f"the policy of {service!r} must be a Policy, not {policy!r}")
-
-    def policy_of(self, service: str) -> Policy:
-        """The policy of a service."""
-        return self.services.get(service, self.defaults)
 
 
 Source: TypeAlias = Config | Mapping[str, Any] | str | os.PathLike[str]
 
 
 class ManagerCore(Generic[B]):
-    """Configuration and breakers of a manager; the shells add the I/O."""
+    """The configuration and breakers of a manager; the shells add the I/O."""
 
     _breaker_type: Callable[..., B]
     _client_from_url: Callable[..., Any]
@@ -81,6 +42,7 @@ class ManagerCore(Generic[B]):
         ignore: Exceptions = (),
         is_failure: Callable[[Any], bool] | None = None,
         listeners: Iterable[Callable[[Event], object]] = (),
+        on_call: Iterable[Callable[[Event], object]] = (),
     ) -> None:
         self.config = _config_from(config)
         self._hooks: dict[str, Any] = {
@@ -88,23 +50,23 @@ class ManagerCore(Generic[B]):
             "ignore": ignore,
             "is_failure": is_failure,
             "listeners": tuple(listeners),
+            "on_call": tuple(on_call),
         }
         self._client: Any = None
-        self._owns_client = False
         self._breakers: dict[str, B] = {}
 
     @classmethod
     def with_redis(cls, config: Source | None = None, *, redis: Any = None, **hooks: Any) -> Self:
-        """A manager whose breakers are shared through Redis: at config's URL, or by a client that is given.
+        """Create a manager that shares its breakers through Redis.
 
-        redis: a redis-py client; for the asyncio manager a redis.asyncio one. Raises ConfigError; PolicyError.
+        redis: a redis-py client (redis.asyncio for the asyncio manager); None connects to the configuration's
+        redis_url. hooks: as for the constructor. Raises ConfigError; PolicyError.
         """
         manager = cls(config, **hooks)
         manager._share(redis)
         return manager
 
     def _share(self, client: Any) -> None:
-        self._owns_client = client is None
         url, options = self.config.redis_url, self.config.redis_options
         self._client = type(self)._client_from_url(url, **options) if client is None else client
 
@@ -112,13 +74,13 @@ class ManagerCore(Generic[B]):
         return f"<{type(self).__name__} {sorted(self._breakers)}>"
 
     def get_or_create(self, service: str) -> B:
-        """The breaker of a service, one and the same for all callers; made at the first request, without any I/O.
+        """The breaker of a service, the same for all callers. The first call creates it, without I/O.
 
-        Raises PolicyError for a service whose name cannot be a key.
+        Raises PolicyError if the name of the service cannot be part of a key.
         """
         breaker = self._breakers.get(service)
         if breaker is None:
-            # without a lock, which a fork might inherit locked: of several that are made, the first one stays
+            # no lock, which a forked child could inherit locked: if several threads create a breaker, the first stays
             breaker = self._breakers.setdefault(service, self._make(service))
         if self._client is not None and self.config.enabled and self.config.watch is not None:
             self._subscribe(breaker, self.config.watch)
@@ -135,16 +97,15 @@ class ManagerCore(Generic[B]):
             on_redis_failure=config.on_redis_failure,
             redis_timeout=config.redis_timeout,
             prefix=config.prefix,
-            encoding=config.encoding,
             **self._hooks,
         )
 
     def _subscribe(self, breaker: B, lease: float) -> None:
-        """Let the breaker share the subscription, unless it does already."""
+        """Let the breaker join the shared subscription, unless it has joined."""
         raise NotImplementedError
 
     def _all(self) -> Iterator[tuple[str, B]]:
-        """The breakers of the services in the configuration and of those that were used."""
+        """The breakers of every service that is configured or was used."""
         for service in sorted({*self.config.services, *self._breakers}):
             yield service, self.get_or_create(service)
 
@@ -158,47 +119,46 @@ class ManagerCore(Generic[B]):
 
 
 class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
-    """The circuit breakers of this process, one for each service it calls.
+    """The circuit breakers of this process, one for each service that it calls.
 
-    CircuitBreakerManager(config) keeps them in memory, with_redis(config) shares them with every other process.
+    CircuitBreakerManager(config) keeps them in memory; with_redis(config) shares them with every other process.
     config: a Config, or what pybreaker_redis.config.load() takes (a path, a dict), or None for the defaults.
-    failures, ignore, is_failure, listeners: as for CircuitBreaker, for all of them.
+    failures, ignore, is_failure, listeners, on_call: as for CircuitBreaker, for every breaker.
 
-    Making one needs no server. While Redis does not answer, each breaker protects this process by the same rules and
-    has logged one warning. Raises ConfigError; PolicyError.
+    Construction needs no server. While Redis is down, each breaker logs one warning and applies the same rules in this
+    process. Raises ConfigError; PolicyError.
     """
 
     _breaker_type = CircuitBreaker
     _client_from_url = staticmethod(client_from_url)
 
     def call(self, service: str, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """func(*args, **kwargs), guarded by the breaker of the service.
+        """Call func(*args, **kwargs), guarded by the breaker of the service.
 
-        Raises CircuitOpenError when it is rejected, else what func raises.
+        Raises CircuitOpenError if rejected, else the exceptions of func.
         """
         if not self.config.enabled:
             return func(*args, **kwargs)
         return self.get_or_create(service).call(func, *args, **kwargs)
 
     def get_state(self, service: str) -> State:
-        """The state of a service's breaker: from its view while that is fresh, else from Redis."""
-        return self.get_or_create(service).state
+        """The state of a service: from its breaker's view while that is fresh, else from Redis."""
+        breaker = self.get_or_create(service)
+        return breaker._drive(breaker._fresh_state())
 
     def get_all_states(self) -> dict[str, State]:
-        """The states of the services in the configuration and of those that were used; as last known without Redis."""
+        """The state of every service that is configured or was used. While Redis is down: the last known state."""
         states: dict[str, State] = {}
         down = False
         for service, breaker in self._all():
-            states[service] = breaker._view.seen.state if down else breaker.state
-            down = down or (self._client is not None and breaker._engine.alone)  # one time-out is enough
+            states[service] = breaker.state if down else breaker._drive(breaker._fresh_state())
+            down = down or breaker._engine.is_down  # one time-out is enough
         return states
 
     def close(self) -> None:
-        """Report what was gathered, and close subscription and connections; a later call opens new ones."""
+        """Report the gathered successes, and close subscription and connections; a later call opens new ones."""
         for breaker in self._unsubscribe():
             breaker.close()
-        if self._owns_client:
-            self._client.close()
 
     def __enter__(self) -> CircuitBreakerManager:
         return self
@@ -212,44 +172,43 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
 
 
 class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
-    """CircuitBreakerManager for asyncio: the same arguments and methods, awaitable but for get_or_create().
+    """CircuitBreakerManager for asyncio: takes the same arguments; all methods but get_or_create() are awaited.
 
-    It may be made outside of a running loop, and be used in several.
+    One manager may serve several event loops, and may be created before any of them runs.
     """
 
     _breaker_type = AsyncCircuitBreaker
     _client_from_url = staticmethod(async_client_from_url)
 
     async def call(self, service: str, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """await func(*args, **kwargs), guarded by the breaker of the service.
+        """Await func(*args, **kwargs), guarded by the breaker of the service.
 
-        Raises CircuitOpenError when it is rejected, else what func raises.
+        Raises CircuitOpenError if rejected, else the exceptions of func.
         """
         if not self.config.enabled:
             return await func(*args, **kwargs)
         return await self.get_or_create(service).call(func, *args, **kwargs)
 
     async def get_state(self, service: str) -> State:
-        """The state of a service's breaker: from its view while that is fresh, else from Redis."""
-        return await self.get_or_create(service).state
+        """The state of a service: from its breaker's view while that is fresh, else from Redis."""
+        breaker = self.get_or_create(service)
+        return await breaker._drive(breaker._fresh_state())
 
     async def get_all_states(self) -> dict[str, State]:
-        """The states of the services in the configuration and of those that were used; as last known without Redis."""
+        """The state of every service that is configured or was used. While Redis is down: the last known state."""
         states: dict[str, State] = {}
         down = False
         for service, breaker in self._all():
-            states[service] = breaker._view.seen.state if down else await breaker.state
-            down = down or (self._client is not None and breaker._engine.alone)  # one time-out is enough
+            states[service] = breaker.state if down else await breaker._drive(breaker._fresh_state())
+            down = down or breaker._engine.is_down  # one time-out is enough
         return states
 
     async def close(self) -> None:
-        """Report what was gathered, and close this loop's subscription and connections."""
+        """Report the gathered successes, and close this loop's subscription and connections."""
         for breaker in self._unsubscribe():
             await breaker.close()
         if self._client is not None:
             self._joined.clear()
-        if self._owns_client:
-            await self._client.aclose()
 
     async def __aenter__(self) -> AsyncCircuitBreakerManager:
         return self

@@ -1,4 +1,4 @@
-"""When a breaker trips and how it recovers."""
+"""When a breaker trips and how it recovers: the only declaration of the policy fields in Python."""
 
 from __future__ import annotations
 
@@ -9,152 +9,204 @@ from typing import Any, NamedTuple
 from ._errors import PolicyError
 
 LONGEST = 365 * 86400.0
+_KINDS = {"count": "an integer", "seconds": "a number of seconds", "number": "a number", "flag": "true or false"}
 
 
-class _Field(NamedTuple):
-    """kind: "count", "seconds" (`<field>_ms` in the scripts), "number" or "flag". optional: None is "off"."""
+class Rule(NamedTuple):
+    """What a policy field accepts and means.
+
+    kind: "count", "seconds" (`<field>_ms` in the scripts), "number" or "flag". optional: None turns the rule off; the
+    scripts write 0. on_success: the field may matter to a report of only successes, which must therefore carry it.
+    """
 
     kind: str
     least: float
     most: float
+    meaning: str
     optional: bool = False
+    on_success: bool = True
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise PolicyError unless the value is valid for the field called name."""
+        if value is None and self.optional:
+            return
+        if self.kind == "flag":
+            fits = isinstance(value, bool)
+        else:
+            types = int if self.kind == "count" else (int, float)
+            # NaN fails both comparisons
+            fits = isinstance(value, types) and not isinstance(value, bool) and self.least <= value <= self.most
+        if not fits:
+            bounds = "" if self.kind == "flag" else f" from {self.least:g} to {self.most:g}"
+            none = " or None" if self.optional else ""
+            raise PolicyError(f"{name} must be {_KINDS[self.kind]}{bounds}{none}, not {value!r}")
+
+    def to_request(self, value: Any) -> int | float | bool:
+        """Convert a value of Policy to the scripts' units."""
+        if self.kind == "flag":
+            return bool(value)
+        if self.kind == "seconds":
+            return round((value or 0) * 1000)
+        return int(value) if self.kind == "count" else float(value or 0)
+
+    def from_request(self, value: Any) -> Any:
+        """Convert a value in the scripts' units to one of Policy."""
+        if self.optional and value == 0:
+            return None
+        return value / 1000 if self.kind == "seconds" else value
 
 
-_FIELDS: dict[str, _Field] = {
-    "failure_threshold": _Field("count", 1, 10**9),
-    "reset_timeout": _Field("seconds", 0.001, LONGEST),
-    "success_threshold": _Field("count", 1, 10**9),
-    "half_open_max_calls": _Field("count", 1, 1000),
-    "probe_timeout": _Field("seconds", 0.001, LONGEST),
-    "error_rate_threshold": _Field("number", 1e-9, 1, optional=True),
-    "minimum_calls": _Field("count", 1, 10**9),
-    "window": _Field("seconds", 0.01, LONGEST),
-    "slow_call_duration": _Field("seconds", 0.001, LONGEST, optional=True),
-    "slow_call_rate_threshold": _Field("number", 1e-9, 1, optional=True),
-    "backoff_multiplier": _Field("number", 1, 1000),
-    "max_reset_timeout": _Field("seconds", 0.001, LONGEST, optional=True),
-    "jitter": _Field("number", 0, 1),
-    "quorum": _Field("count", 1, 100),
-    "ttl": _Field("seconds", 1, LONGEST),
-    "ramp_up": _Field("seconds", 0, LONGEST),
-    "enforce": _Field("flag", 0, 1),
-}
-_KINDS = {"count": "an integer", "seconds": "a number of seconds", "number": "a number", "flag": "true or false"}
+def _field(kind: str, default: Any, least: float, most: float, meaning: str, *, on_success: bool = True) -> Any:
+    rule = Rule(kind, least, most, meaning, optional=default is None, on_success=on_success)
+    return dataclasses.field(default=default, metadata={"rule": rule})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Policy:
-    """The rules of one breaker; checked when built. Durations are in seconds, exact to a millisecond.
+    """When a breaker trips and how it recovers. Immutable. Durations are in seconds, exact to a millisecond.
 
-    failure_threshold: failures in a row that trip a closed breaker.
-    reset_timeout: how long it stays open before a probe may run.
-    success_threshold: probe successes that close it again.
-    half_open_max_calls: probes in flight at a time, in the whole fleet.
-    probe_timeout: after this a probe that never reported gives its slot back.
-    error_rate_threshold: share of failed calls in the window, 0 to 1, that trips it. None: no such rule.
-    minimum_calls: calls in the window before a rate is looked at.
-    window: length of the sliding window, kept in ten buckets: a call counts for 0.9 to 1 window.
-    slow_call_duration: a call that takes this long or longer is slow. None: no call is.
-    slow_call_rate_threshold: share of slow calls in the window, 0 to 1, that trips it; a slow probe then opens
-        it again. None: no such rule.
-    backoff_multiplier: each trip in a row opens it this much longer; the row ends when it was closed for as long
-        as it would open for next.
-    max_reset_timeout: where the growth of the open time ends. None: 365 days.
-    jitter: share of the open time, 0 to 1, up to which a trip adds to it.
-    quorum: distinct instances that must have reported failures (in the row or the window) for the fleet to trip.
-        An instance that fails below the quorum opens for itself alone.
-    ttl: how long Redis keeps the state after the last write.
-    ramp_up: after a recovery, seconds over which the share of admitted calls grows to all. 0: all at once.
-    enforce: False is shadow mode: all is counted, told and kept as ever, but every call is admitted.
-
-    Raises PolicyError for a value out of range or of the wrong type.
+    Raises PolicyError for a value of the wrong type or out of range.
     """
 
-    failure_threshold: int = 5
-    reset_timeout: float = 30.0
-    success_threshold: int = 1
-    half_open_max_calls: int = 1
-    probe_timeout: float = 30.0
-    error_rate_threshold: float | None = None
-    minimum_calls: int = 20
-    window: float = 60.0
-    slow_call_duration: float | None = None
-    slow_call_rate_threshold: float | None = None
-    backoff_multiplier: float = 1.0
-    max_reset_timeout: float | None = None
-    jitter: float = 0.0
-    quorum: int = 1
-    ttl: float = 3600.0
-    ramp_up: float = 0.0
-    enforce: bool = True
+    failure_threshold: int = _field(
+        "count", 5, 1, 10**9, "Failures in a row, across the fleet, that trip a closed breaker.", on_success=False
+    )
+    reset_timeout: float = _field(
+        "seconds", 30.0, 0.001, LONGEST, "How long the circuit stays open before a probe may run."
+    )
+    success_threshold: int = _field("count", 1, 1, 10**9, "Successful probes that close the circuit.", on_success=False)
+    half_open_max_calls: int = _field(
+        "count", 1, 1, 1000, "Probes that may run at the same time, across the fleet.", on_success=False
+    )
+    probe_timeout: float = _field(
+        "seconds",
+        30.0,
+        0.001,
+        LONGEST,
+        "How long a probe may hold its slot without reporting.",
+        on_success=False,
+    )
+    error_rate_threshold: float | None = _field(
+        "number",
+        None,
+        1e-9,
+        1,
+        "Share of failed calls in the window, 0 to 1, that trips the breaker. None turns this rule off.",
+    )
+    minimum_calls: int = _field("count", 20, 1, 10**9, "Calls that must be in the window before a rate counts.")
+    window: float = _field(
+        "seconds",
+        60.0,
+        0.01,
+        LONGEST,
+        "Length of the sliding window. It moves by a tenth at a time, so a call counts for 0.9 to 1 window.",
+    )
+    slow_call_duration: float | None = _field(
+        "seconds",
+        None,
+        0.001,
+        LONGEST,
+        "A call that takes this long or longer counts as slow. None: calls are not timed.",
+        on_success=False,
+    )
+    slow_call_rate_threshold: float | None = _field(
+        "number",
+        None,
+        1e-9,
+        1,
+        "Share of slow calls in the window, 0 to 1, that trips the breaker. A slow probe then reopens it."
+        " None turns this rule off.",
+    )
+    backoff_multiplier: float = _field(
+        "number",
+        1.0,
+        1,
+        1000,
+        "Each further trip in a row makes the open period this many times longer. Back-off resets once the breaker has"
+        " stayed closed for as long as its next open period would last.",
+    )
+    max_reset_timeout: float | None = _field(
+        "seconds", None, 0.001, LONGEST, "Longest open period under back-off. None: 365 days.", on_success=False
+    )
+    jitter: float = _field(
+        "number", 0.0, 0, 1, "Each open period is lengthened by up to this share of it, 0 to 1.", on_success=False
+    )
+    quorum: int = _field(
+        "count",
+        1,
+        1,
+        100,
+        "Instances that must have failed, in the run of failures or in the window, before the fleet trips. Below the"
+        " quorum, a failing instance opens the circuit for itself only.",
+    )
+    ttl: float = _field(
+        "seconds",
+        3600.0,
+        1,
+        LONGEST,
+        "How long Redis keeps the state after the last write, or until the state itself ends if that is later.",
+    )
+    ramp_up: float = _field(
+        "seconds",
+        0.0,
+        0,
+        LONGEST,
+        "How long the share of admitted calls takes to grow from a tenth to all after a recovery.",
+    )
+    enforce: bool = _field(
+        "flag",
+        True,
+        0,
+        1,
+        "False is shadow mode: the breaker counts, trips and notifies, but admits every call.",
+        on_success=False,
+    )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            _check(field.name, getattr(self, field.name))
+        for name, rule in RULES.items():
+            rule.check(name, getattr(self, name))
         if self.slow_call_rate_threshold is not None and self.slow_call_duration is None:
-            raise PolicyError("slow_call_rate_threshold needs slow_call_duration, which says what is slow")
+            raise PolicyError("slow_call_rate_threshold needs slow_call_duration: without it no call counts as slow")
 
     def to_request(self) -> dict[str, Any]:
-        """The fields that differ from the defaults, as the scripts take them (milliseconds, 0 for None)."""
-        given = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
-        return {request_field(name): request_value(name, value) for name, value in given.items()}
+        """The fields that differ from the defaults, in the scripts' units."""
+        given = ((name, getattr(self, name)) for name in RULES)
+        return {request_field(name): RULES[name].to_request(value) for name, value in given if value != DEFAULTS[name]}
 
     def with_override(self, override: Mapping[str, Any] | None) -> Policy:
-        """This policy under the fields that an operator set for the fleet (as the scripts give them)."""
+        """This policy with a policy override: fields that an operator set for the fleet, in the scripts' units."""
         if not override:
             return self
-        fields = {f.name: request_field(f.name) for f in dataclasses.fields(self)}
-        given = {name: override[field] for name, field in fields.items() if field in override}
-        # made without the check: the server has checked each field, and the operator's word is final
+        # unchecked: Redis has checked each field, and two fields that do not fit must not break every call of the fleet
         policy = object.__new__(Policy)
-        for name in fields:
-            value = _from_request(name, given[name]) if name in given else getattr(self, name)
+        for name, rule in RULES.items():
+            field = request_field(name)
+            value = rule.from_request(override[field]) if field in override else getattr(self, name)
             object.__setattr__(policy, name, value)
         return policy
 
 
+RULES: dict[str, Rule] = {field.name: field.metadata["rule"] for field in dataclasses.fields(Policy)}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Policy)}
+Policy.__doc__ = f"{Policy.__doc__}\n" + "\n".join(f"    {name}: {rule.meaning}" for name, rule in RULES.items())
+
+
 def override_request(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of a policy as control.lua takes them. Raises PolicyError for an unknown field or a bad value."""
+    """Policy fields in the form that control.lua takes. Raises PolicyError for an unknown field or a bad value."""
     if not fields:
-        raise PolicyError("name at least one field of the policy to set")
+        raise PolicyError("name at least one policy field to set")
     for name, value in fields.items():
-        if name not in _FIELDS:
-            raise PolicyError(f"{name} is no field of a policy; there are {', '.join(_FIELDS)}")
-        _check(name, value)
-    return {request_field(name): request_value(name, value) for name, value in fields.items()}
+        if name not in RULES:
+            raise PolicyError(f"{name} is not a policy field; the fields are {', '.join(RULES)}")
+        RULES[name].check(name, value)
+    return {request_field(name): RULES[name].to_request(value) for name, value in fields.items()}
 
 
 def request_field(name: str) -> str:
-    """The name under which the scripts know a policy field."""
-    return f"{name}_ms" if _FIELDS[name].kind == "seconds" else name
+    """The name of a policy field in the scripts."""
+    return f"{name}_ms" if RULES[name].kind == "seconds" else name
 
 
-def request_value(name: str, value: Any) -> int | float | bool:
-    """A policy value in the scripts' units; None is 0."""
-    kind = _FIELDS[name].kind
-    if kind == "flag":
-        return bool(value)
-    if kind == "seconds":
-        return round((value or 0) * 1000)
-    return int(value) if kind == "count" else float(value or 0)
-
-
-def _from_request(name: str, value: Any) -> Any:
-    field = _FIELDS[name]
-    if field.optional and value == 0:
-        return None
-    return value / 1000 if field.kind == "seconds" else value
-
-
-def _check(name: str, value: Any) -> None:
-    kind, least, most, optional = _FIELDS[name]
-    if value is None and optional:
-        return
-    if kind == "flag":
-        fits = isinstance(value, bool)
-    else:
-        right_type = isinstance(value, int if kind == "count" else (int, float)) and not isinstance(value, bool)
-        fits = right_type and least <= value <= most  # which NaN is not either
-    if not fits:
-        bounds = "" if kind == "flag" else f" from {least:g} to {most:g}"
-        raise PolicyError(f"{name} must be {_KINDS[kind]}{bounds}{' or None' if optional else ''}, not {value!r}")
+def default_request() -> dict[str, Any]:
+    """The default of every field, in the scripts' units."""
+    return {request_field(name): rule.to_request(DEFAULTS[name]) for name, rule in RULES.items()}

@@ -1,23 +1,42 @@
-"""Keys and requests out, replies in: pure functions between the client and the scripts."""
+"""The keys, requests and replies of the scripts. No I/O."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from collections.abc import Generator, Iterable
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 import msgpack
 
 from ._errors import PolicyError
 from ._policy import LONGEST, Policy, request_field
 
+T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
 Request: TypeAlias = dict[str, Any]
 Reply: TypeAlias = dict[str, Any]
 
+
+class Ask(NamedTuple):
+    """A step of the decision code: run a script on Redis. The shell sends back the Reply, or throws the error."""
+
+    name: str
+    request: Request
+
+
+Steps: TypeAlias = Generator[Ask, Any, T]
+
+
+class NotSent(asyncio.CancelledError):
+    """A call was cancelled before its command was sent, so no server has executed it."""
+
+
 COUNTS = ("failure_count", "success_count", "calls", "failures", "slow")
 LONGEST_NAME = 512
 LONGEST_OVERRIDE = 30 * 86400.0
-LONGEST_MS, EXACT = round(LONGEST * 1000), 90_000_000_000_000  # the limits of breaker.lua, by its names
+LONGEST_MS, EXACT = round(LONGEST * 1000), 90_000_000_000_000  # the limits of lua/model.lua
 
 
 class Keys(NamedTuple):
@@ -32,7 +51,7 @@ def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
     """The keys of the breaker called name.
 
     Raises PolicyError when name or prefix is empty, has braces (they would split the keys over cluster
-    slots), is no valid text, or is longer than 512 bytes.
+    slots), cannot be written as UTF-8, or is longer than 512 bytes.
     """
     for what, text in (("name", name), ("prefix", prefix)):
         _check_text(what, text)
@@ -40,9 +59,15 @@ def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
     return Keys(state, f"{{{state}}}:history", f"{{{state}}}:policy")
 
 
+def state_pattern(prefix: str) -> str:
+    """The glob pattern of all state keys, which are also the channels."""
+    escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in prefix)
+    return f"{escaped}:*:state"
+
+
 def _check_text(what: str, text: object) -> None:
     if not isinstance(text, str) or not text:
-        raise PolicyError(f"{what} must be a text that is not empty, not {text!r}")
+        raise PolicyError(f"{what} must be a non-empty string, not {text!r}")
     if "{" in text or "}" in text:
         raise PolicyError(f"{what} must not contain braces, which Redis Cluster reads as a hash tag: {text!r}")
     try:
@@ -59,7 +84,7 @@ def encode(request: Request) -> bytes:
 
 
 def decode(reply: bytes) -> Reply:
-    """What a script replied to an encoded request."""
+    """A script's reply to an encoded request."""
     return msgpack.unpackb(reply)  # type: ignore[no-any-return]
 
 
@@ -67,16 +92,16 @@ def decode(reply: bytes) -> Reply:
 class Snapshot:
     """The state of a breaker at one moment.
 
-    retry_after: seconds until a rejected call may be admitted, None where calls are admitted.
-    last_failure_time, opened_at: unix seconds or None. generation: 0 when nothing is stored.
-    forced_until: unix seconds at which the override ends. trips: in a row. calls, failures, slow: in the window,
-    0 where none is kept. failure_rate, slow_rate: shares of the calls, None without calls.
+    retry_after: seconds until a rejected call may be admitted; None while calls are admitted.
+    last_failure_time, opened_at: unix seconds, or None. generation: 0 if nothing is stored. forced: "open" or "closed"
+    while an operator forces the state, until forced_until (unix seconds). trips: in a row. calls, failures, slow:
+    counts of the window, 0 without one. failure_rate, slow_rate: shares of the calls, None without calls.
     health: 0 (open) to 100 = state (closed 100, half_open 50, open 0) x (1 - failures) x (1 - slow_rate / 2)
     x 4 / (4 + trips), where failures is the failure rate or, if greater, failure_count / failure_threshold.
-    reporters: the instances that failed last, with unix seconds (kept for a quorum).
-    policy: in force. policy_sources: where each of its fields comes from: "default", "client" or "override".
-    isolated: whether this instance alone is open, below the quorum.
-    source: "redis", "memory" (redis=None) or "local" (Redis is down, this process protects itself).
+    reporters: the last failure of each instance in unix seconds; kept for a quorum.
+    policy: the one in force. policy_sources: the source of each field: "default", "client" or "override".
+    isolated: whether the circuit is open for this instance only, below the quorum.
+    source: "redis", "memory" (redis=None) or "local" (Redis is down).
     """
 
     name: str
@@ -151,10 +176,10 @@ def seconds(milliseconds: int | None) -> float | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One transition. time: unix seconds, on the server's clock; the counts are those that caused it.
+    """One transition. time: unix seconds on the server's clock. The counts are those just before it.
 
     reason: "failure_threshold", "error_rate", "slow_rate", "timeout", "probe_failed", "probe_slow",
-    "probe_succeeded", "forced" or "reset". calls, failures, slow: of the window, None where none was kept.
+    "probe_succeeded", "forced" or "reset". calls, failures, slow: of the window, None without one.
     """
 
     time: float
@@ -194,16 +219,23 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
     )
 
 
-def sound_history_entry(fields: dict[str, Any]) -> HistoryEntry | None:
-    """The same, or None for what another program wrote."""
-    try:
-        return history_entry(fields)
-    except (KeyError, ValueError):
-        return None
+def history_entries(found: Iterable[dict[str, Any]]) -> list[HistoryEntry]:
+    """The transitions in a stream. Skips entries that another program wrote."""
+    entries = []
+    for fields in found:
+        with contextlib.suppress(KeyError, ValueError):
+            entries.append(history_entry(fields))
+    return entries
+
+
+def check_history_count(count: object) -> None:
+    """Raise PolicyError unless this is a valid number of entries."""
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise PolicyError(f"count must be an integer of at least 1, not {count!r}")
 
 
 def reply_from_message(message: dict[str, Any], policy: Policy) -> Reply:
-    """A published transition as a reply. Raises KeyError, TypeError, ValueError or OverflowError."""
+    """A published transition as a reply. Raises KeyError, TypeError, ValueError or OverflowError if malformed."""
     state, generation, wait_ms = message["to"], int(message["generation"]), float(message.get("retry_after_ms", 0))
     if not {state, message["from"]} <= {*get_args(State)} or not isinstance(message["reason"], str):
         raise ValueError(f"no transition: {message!r}")

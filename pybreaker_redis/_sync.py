@@ -1,37 +1,38 @@
-"""The breaker for threads: the decisions of _core over blocking connections."""
+"""The breaker for threads: carries out the decisions of _core over blocking connections."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import inspect
-import sys
 import threading
 import types
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from time import monotonic
-from typing import Any, Literal, ParamSpec, Protocol, TypeVar, cast
+from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
-from ._core import BasePermit, BreakerCore, Exceptions
-from ._errors import CircuitOpenError, PolicyError
-from ._fallback import OnRedisFailure, patience
-from ._policy import Policy
-from ._protocol import HistoryEntry, Snapshot, State
-from ._scripts import RedisEngine
-from ._steps import Ask, ReadHistory, Refresh, Step, Steps, Tell
-from ._view import Event, Flight, Outcome, Verdict
-from ._watch import BaseWatch
+from ._classify import FAILURE, IGNORED, SUCCESS
+from ._core import BreakerCore
+from ._errors import CircuitOpenError, RedisUnavailableError
+from ._fallback import InMemory, patience
+from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
+from ._protocol import HistoryEntry, Snapshot, Steps, check_history_count, history_entries
+from ._view import Seen, Verdict
+from .wire.options import BLOCKING, REDIS_ERRORS
+from .wire.subscription import BaseWatch, Subscription
+from .wire.sync import server_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 T = TypeVar("T")
 _SUSPENDED = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType})
-_USE_ASYNC = "is a coroutine function: the sync breaker cannot await it, use AsyncCircuitBreaker"
+_new = object.__new__
+_USE_ASYNC = "is a coroutine function, which CircuitBreaker cannot await: use AsyncCircuitBreaker"
 
 
 class Guarded(Protocol[P, R_co]):
-    """A decorated function: same signature, and its breaker as `.breaker`."""
+    """A decorated function: it keeps its signature, and has its breaker as `.breaker`."""
 
     breaker: CircuitBreaker
 
@@ -39,33 +40,55 @@ class Guarded(Protocol[P, R_co]):
 
 
 class Permit(BasePermit):
-    """The right to one call, to be settled once: success(), failure(exc) or release()."""
+    """The right to one call, and the `with` block of that call.
+
+    A `with breaker.acquire() as permit:` block counts as a success, or by its exception as the breaker's options say.
+    Call permit.failure(error) or permit.release() inside to overrule that. For callbacks, use no block, and call
+    success(), failure(error) or release() once; a second call raises PermitError.
+    """
 
     __slots__ = ()
 
     def success(self) -> None:
-        """The call succeeded. Raises PermitError when the permit was settled before."""
-        self._breaker._drive(self._settle(Outcome.SUCCESS, None))
+        """Count the call as a success. Raises PermitError if the permit is settled."""
+        self._breaker._drive(self._settle(SUCCESS, None))
 
-    def failure(self, exception: BaseException | None = None) -> None:
-        """The call failed. Raises PermitError when the permit was settled before."""
-        self._breaker._drive(self._settle(Outcome.FAILURE, exception))
+    def failure(self, error: BaseException | None = None) -> None:
+        """Count the call as a failure. error: for on_call. Raises PermitError if the permit is settled."""
+        self._breaker._drive(self._settle(FAILURE, error))
 
     def release(self) -> None:
-        """The call counts as nothing; a probe's slot is given back. Raises PermitError like the others."""
-        self._breaker._drive(self._settle(Outcome.IGNORED, None))
+        """Count the call as nothing, and free the slot of a probe. Raises PermitError if the permit is settled."""
+        self._breaker._drive(self._settle(IGNORED, None))
 
-    ignore = release
+    def __enter__(self) -> Self:
+        if self._stage == ADMITTED and self._tick is not None:
+            self._stage = ENTERED
+            return self
+        self._enter()
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
+        if error is None and stage != SETTLED and (tick := self._tick) is not None:
+            tick()
+            return
+        self.end()
+        if stage != SETTLED:
+            self._breaker._drive(self._breaker._report_end(self, error))
 
 
 class Watch(BaseWatch):
-    """A breaker's share in a subscription."""
+    """A breaker's membership in a subscription; also a `with` block."""
+
+    def _open(self) -> Subscription:
+        return Subscription(*self._subscription())
 
     def close(self) -> None:
-        """Leave the subscription; the breaker's own lease holds again."""
+        """Leave the subscription. The breaker returns to its own lease."""
         self._leave()
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -73,79 +96,59 @@ class Watch(BaseWatch):
 
 
 class CircuitBreaker(BreakerCore):
-    """One circuit breaker, shared through Redis by every process that uses the same name.
+    """A circuit breaker, shared through Redis by every process that uses the same name.
 
-    name: of the guarded service. redis: a redis-py client (Redis, RedisCluster, Sentinel master), a URL, or
-    None for this process alone. policy: when it trips and recovers. lease: seconds for which a reply of
-    Redis is good without asking again; 0 asks before and reports after every call. failures: exception
-    types that count as failures. ignore: those that count as nothing. is_failure: a predicate on results.
-    listeners: callables that take one Event. on_redis_failure: "local" protects this process by the same
-    rules, "open" rejects, "closed" admits. redis_timeout: seconds for connecting to Redis, and for each reply.
-    encoding: of the stored document, "json" or "msgpack".
+    name: the guarded service. Breakers of one name share one state.
+    redis: a redis-py client (Redis, RedisCluster, Sentinel master), a URL, or None to keep the state in this process.
+    policy: when the breaker trips and how it recovers. None: Policy().
+    lease: seconds for which calls may rely on a reply from Redis. 0: each call asks before and reports after.
+    failures: exception types that count as failures. Any other exception counts as success: the service did answer.
+    ignore: exception types that count as neither success nor failure.
+    is_failure: a function of the result. A call counts as a failure if it returns true.
+    listeners: callables that receive an Event for each transition and each outage of Redis.
+    on_call: callables that receive an Event for every call: success, failure, ignored or rejected.
+    on_redis_failure: what to do while Redis is down. "local" applies the same rules in this process, "open" rejects
+        every call, "closed" admits every call.
+    prefix: the first part of every key in Redis.
+    redis_timeout: seconds to wait for a connection to Redis, and for each reply.
 
-    Constructing one needs no server and writes nothing. Raises PolicyError for an option that makes no sense.
+    Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """
 
-    def __init__(
-        self,
-        name: str,
-        *,
-        redis: Any = None,
-        policy: Policy | None = None,
-        lease: float = 0.1,
-        failures: Exceptions = Exception,
-        ignore: Exceptions = (),
-        is_failure: Callable[[Any], bool] | None = None,
-        listeners: Iterable[Callable[[Event], object]] = (),
-        on_redis_failure: OnRedisFailure = "local",
-        prefix: str = "circuit_breaker",
-        encoding: Literal["json", "msgpack"] = "json",
-        redis_timeout: float = 0.25,
-    ) -> None:
-        super().__init__(
-            name,
-            redis=redis,
-            policy=policy,
-            lease=lease,
-            failures=failures,
-            ignore=ignore,
-            is_failure=is_failure,
-            listeners=listeners,
-            on_redis_failure=on_redis_failure,
-            prefix=prefix,
-            encoding=encoding,
-            redis_timeout=redis_timeout,
-        )
-        for listener in self._listeners:
-            if inspect.iscoroutinefunction(listener):
-                raise PolicyError(f"listener {listener!r} {_USE_ASYNC}")
-        self._redis = None if redis is None else RedisEngine(redis, self.keys, redis_timeout)
-        self._patience = patience(redis_timeout)
+    _permit: type[Permit] = Permit
+    _warning_permit = warns_if_lost(Permit)
+    _kind, _server_of = BLOCKING, staticmethod(server_of)
 
     def _start_process(self) -> None:
         super()._start_process()
         self._refreshing = threading.RLock()
 
-    def _after_fork(self) -> None:
-        super()._after_fork()
-        if self._redis is not None:
-            self._redis.close()
-
     # Calls
 
     def call(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """func(*args, **kwargs), guarded. Raises CircuitOpenError when rejected, else what func raises.
+        """Call func(*args, **kwargs), guarded. Raises CircuitOpenError if rejected, else the exceptions of func.
 
-        A generator that func returns is guarded over its whole iteration; a coroutine is a TypeError.
+        If func returns a generator, its whole iteration is guarded. Raises TypeError if func returns a coroutine.
         """
-        return self._guard(func)(*args, **kwargs)
+        seen, now = self._view.seen, monotonic()
+        if now >= seen.closed_until:
+            return self._call_with_permit(func, args, kwargs, now)
+        try:
+            result = func(*args, **kwargs)
+        except BaseException as error:
+            self._drive(self._report_end(self._permit(self, seen.generation, now), error))
+            raise
+        if self._only_counts and type(result) not in _SUSPENDED:
+            seen.tick()
+            return result
+        return self._judge(func, result, seen, now)
 
     def __call__(self, func: Callable[P, R]) -> Guarded[P, R]:
         """Decorate func. Raises TypeError for a coroutine function."""
         if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
             raise TypeError(f"{func!r} {_USE_ASYNC}")
-        if not callable(func):  # as a classmethod is that is decorated before it is bound
-            raise TypeError(f"{func!r} cannot be called")
+        if not callable(func):  # a classmethod object, for example: it is callable only once it is bound
+            raise TypeError(f"{func!r} is not callable: decorate a function")
         if inspect.isgeneratorfunction(func):
 
             def guarded(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -158,48 +161,60 @@ class CircuitBreaker(BreakerCore):
         return cast("Guarded[P, R]", guarded)
 
     def _guard(self, func: Callable[P, R]) -> Callable[P, R]:
-        view, quiet = self._view, self._quiet
+        """call() bound to one function, which saves attribute look-ups."""
+        view, only_counts = self._view, self._only_counts
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
             if now >= seen.closed_until:
-                return self._slow_call(func, args, kwargs, now)
+                return self._call_with_permit(func, args, kwargs, now)
             try:
                 result = func(*args, **kwargs)
-            except BaseException as exception:
-                self._drive(self._report_exception(exception, Flight(seen.generation, None, now)))
+            except BaseException as error:
+                self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
-            if quiet and type(result) not in _SUSPENDED:
-                seen.counter.tick()
+            if only_counts and type(result) not in _SUSPENDED:
+                seen.tick()
                 return result
-            return self._settle_result(func, result, Flight(seen.generation, None, now))
+            return self._judge(func, result, seen, now)
 
         return guarded
 
-    def _slow_call(self, func: Callable[..., R], args: Any, kwargs: Any, now: float) -> R:
+    def _call_with_permit(self, func: Callable[..., R], args: Any, kwargs: Any, now: float) -> R:
+        """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
         seen = self._view.seen
-        if self._silent and now < seen.open_until:
+        if now < seen.open_until and not self._notices.on_call:
+            self._notices.count("rejected")
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        if now < seen.timed_until:
-            flight = self._view.take_off(seen.generation, None, now)
-        else:
-            flight = self._drive(self._admit())
-            self._begin(flight)
+        permit = self._admitted(seen.generation) if now < seen.timed_until else self._admit(now)
+        permit.begin()
         try:
             result = func(*args, **kwargs)
-        except BaseException as exception:
-            self._drive(self._report_exception(exception, flight))
+        except BaseException as error:
+            self._drive(self._report_end(permit, error))
             raise
-        if self._quiet and type(result) not in _SUSPENDED and self._view.lands_well(flight):
-            return result
-        return self._settle_result(func, result, flight)
+        finally:
+            permit.end()
+        return self._settle_result(func, result, permit)
 
-    def _settle_result(self, func: Any, result: R, flight: Flight) -> R:
+    def _judge(self, func: Any, result: R, seen: Seen, now: float) -> R:
+        """Count a result of the fast path that is_failure or on_call must see, or that must still be iterated."""
+        if not self._every_result_succeeds or type(result) in _SUSPENDED:
+            return self._settle_result(func, result, self._permit(self, seen.generation, now))
+        seen.tick()
+        self._notices.call_ended(SUCCESS, seen.generation)
+        self._deliver()
+        return result
+
+    def _settle_result(self, func: Any, result: R, permit: BasePermit) -> R:
         if type(result) not in _SUSPENDED:
-            self._drive(self._report_result(result, flight))
+            if self._every_result_succeeds and self._finish(permit):
+                self._deliver()
+            else:
+                self._drive(self._report_result(permit, result))
             return result
         # nothing has run yet: a generator asks for its own permit when it starts
-        self._drive(self._report(Outcome.IGNORED, flight))
+        self._drive(self._report(permit, IGNORED))
         if isinstance(result, types.GeneratorType):
             return cast(R, self._iterate(result))
         if isinstance(result, types.CoroutineType):
@@ -207,160 +222,174 @@ class CircuitBreaker(BreakerCore):
         raise TypeError(f"{func!r} {_USE_ASYNC}")
 
     def _iterate(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        flight = self._drive(self._admit())
+        permit = self._admit(monotonic())
         try:
             result = yield from generator
-        except BaseException as exception:
-            self._drive(self._report_exception(exception, flight))
+        except BaseException as error:
+            self._drive(self._report_end(permit, error))
             raise
-        self._drive(self._report_result(result, flight))
+        self._drive(self._report_result(permit, result))
         return result
 
     def acquire(self) -> Permit:
-        """A permit for one call, to be settled once. Raises CircuitOpenError when rejected."""
-        return Permit(self, self._drive(self._admit()))
+        """A permit for one call, which is also its `with` block. Raises CircuitOpenError if the call is rejected."""
+        seen, now = self._view.seen, monotonic()
+        if now < seen.closed_until:
+            permit = _new(self._permit)  # calling the class would take half as long again
+            permit._breaker = self
+            permit._stage = ADMITTED
+            permit._tick = seen.tick if self._only_counts else None
+            permit.generation = seen.generation
+            permit.started = now
+            permit.probe = permit.pending_since = None
+            return permit
+        return cast(Permit, self._admit(now))
 
-    def __enter__(self) -> Permit:
-        permit = self.acquire()
-        self._enter_block(sys._getframe(1), permit)
-        return permit
+    # Carrying out the decisions
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exception: BaseException | None, traceback: types.TracebackType | None
-    ) -> None:
-        self._drive(self._leave_block(sys._getframe(1), exception))
-
-    def _running(self) -> int:
-        return threading.get_ident()
-
-    # The shell
-
-    def _drive(self, steps: Steps[T], tell: Callable[[Event], None] | None = None) -> T:
-        """Carry out what the decision code asks for, and give what it returns. tell: instead of the listeners."""
-        tell = tell or self._tell
+    def _admit(self, began: float) -> BasePermit:
         try:
-            step = next(steps)
+            answer = self._consult(began)
+            while not isinstance(answer, BasePermit):
+                if answer is Verdict.ASK:
+                    return self._drive(self._ask())
+                self._refresh(wait=answer is Verdict.WAIT)
+                answer = self._consult(began, refreshed=True)
+            return answer
+        finally:
+            self._deliver()
+
+    @overload
+    def _drive(self, steps: Steps[T]) -> T: ...
+    @overload
+    def _drive(self, steps: None) -> None: ...
+    @overload
+    def _drive(self, steps: Steps[T] | None) -> T | None: ...
+
+    def _drive(self, steps: Steps[T] | None) -> T | None:
+        """Carry out the steps, deliver their events, and return their result."""
+        try:
+            return None if steps is None else self._carry_out(steps)
+        finally:
+            self._deliver()
+
+    def _carry_out(self, steps: Steps[T]) -> T:
+        try:
+            ask = next(steps)
             while True:
                 try:
-                    result = self._perform(step, tell)
+                    reply = self._redis.run(ask.name, self.keys, ask.request)
                 except BaseException as error:
-                    step = steps.throw(error)
+                    ask = steps.throw(error)
                 else:
-                    step = steps.send(result)
+                    ask = steps.send(reply)
         except StopIteration as end:
             return cast(T, end.value)
 
-    def _perform(self, step: Step, tell: Callable[[Event], None]) -> Any:
-        if isinstance(step, Ask):
-            return self._redis.run(step.name, step.request)
-        if isinstance(step, Refresh):
-            return self._refresh(step.wait)
-        if isinstance(step, Tell):
-            return tell(step.event)
-        if isinstance(step, ReadHistory):
-            return self._redis.history(step.entries)
-        with contextlib.suppress(RuntimeError):  # no thread can start: at the interpreter's end, or at a limit
-            threading.Thread(target=self._drive, args=(step.steps,), name="pybreaker_redis-retry", daemon=True).start()
-        return None
+    def _in_background(self, steps: Steps[None]) -> None:
+        with contextlib.suppress(RuntimeError):  # no thread can start: the interpreter exits, or a limit is reached
+            threading.Thread(target=self._drive, args=(steps,), name="pybreaker_redis-retry", daemon=True).start()
 
     def _refresh(self, wait: bool) -> None:
-        """Single flight: one thread asks; the others wait for it, or go on."""
-        lock, began, later = self._refreshing, monotonic(), list[Event]()
-        if not lock.acquire(timeout=self._patience if wait else 0):
+        """Renew the view, one thread at a time. wait: return only once it is renewed, by this thread or another."""
+        lock, began = self._refreshing, monotonic()
+        if not lock.acquire(timeout=patience(self._redis_timeout) if wait else 0):
             if not wait:
                 return
-            # longer than any refresh: an exception of a signal handler can hit its thread before it comes to `try`
+            # held longer than any refresh takes: a signal handler raised in its thread between the lock and `try`
             if self._refreshing is lock:
                 self._refreshing = threading.RLock()
             return self._refresh(wait)
         try:
-            # from when this thread came: a reply that is older than the lease was still worth the wait
+            # judged at this thread's arrival: the reply it waited for serves it even if its lease is over by now
             if self._view.decide(self._view.seen, began) in (Verdict.REFRESH, Verdict.WAIT):
-                self._drive(self._renew(), later.append)
+                self._carry_out(self._renew())
         finally:
-            lock.release()
-        for event in later:  # nobody waits for a listener, which may call this breaker itself
-            self._tell(event)
+            lock.release()  # before the events are delivered: a listener may be slow, or call this breaker
 
-    def _tell(self, event: Event) -> None:
-        for listener in self._listeners:
-            try:
-                listener(event)
-            except Exception:
-                self._listener_failed(listener)
+    def _deliver(self) -> None:
+        notices = self._notices
+        while (event := notices.next()) is not None:
+            for listener in notices.receivers(event):
+                try:
+                    listener(event)
+                except Exception:
+                    notices.failed(listener)
 
-    # Looking and steering
-
-    @property
-    def state(self) -> State:
-        """The state: from the view while it is fresh, else from Redis."""
-        return self._drive(self._state())
+    # State and operator actions
 
     def snapshot(self) -> Snapshot:
-        """Everything that Redis knows of this breaker now; of the local engine while Redis is down."""
+        """Read the whole state from Redis; while Redis is down, from this process's local engine."""
         return self._drive(self._snapshot())
 
     def force_open(self, duration: float | None = None) -> None:
-        """Reject every call of the fleet for duration seconds (default and most: 30 days), then probe.
+        """Reject every call of the fleet, then probe. duration: seconds; default and maximum: 30 days.
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
         self._drive(self._command("force_open", duration))
 
     def force_closed(self, duration: float | None = None) -> None:
-        """Admit every call of the fleet and count nothing for duration seconds (default and most: 30 days).
+        """Admit every call of the fleet, and count nothing. duration: seconds; default and maximum: 30 days.
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
         self._drive(self._command("force_closed", duration))
 
-    def clear_override(self) -> None:
-        """End a forced state: forced open goes on with a probe, forced closed as closed.
+    def clear_forced(self) -> None:
+        """End a forced state. After force_open the next call probes; after force_closed the circuit stays closed.
 
         Raises RedisUnavailableError.
         """
-        self._drive(self._command("clear_override"))
+        self._drive(self._command("clear_forced"))
 
     def reset(self) -> None:
-        """Close, with all counts and overrides gone; outcomes of calls that run now will not count.
+        """Close the circuit, and drop all counts and any forced state. Calls that are running will not count.
 
         Raises RedisUnavailableError.
         """
         self._drive(self._command("reset"))
 
     def watch(self, lease: float = 30.0) -> Watch:
-        """Subscribe to what other instances do, so that the view may be `lease` seconds old and still be right.
+        """Subscribe to the transitions of other instances, so that the view may be `lease` seconds old.
 
-        Every breaker of this process that watches the same server shares one subscription, held by one thread. While
-        it stands, a trip is in the view as soon as it is published, listeners are told of every transition (source
-        "watch"), and commands are sent once per lease (per tenth of the window where a rate can trip). When it is
-        lost the breaker's own short lease holds, at once, until it stands again. To be ended by close(), or by a
-        with block. Raises PolicyError for a breaker without Redis, or a lease out of range.
+        All breakers of this process that watch the same server share one subscription, held by one thread. While it
+        stands, a trip is in the view as soon as it is published, listeners receive every transition (source "watch"),
+        and a healthy breaker sends one command per lease (per tenth of the window if the policy has a rate). While it
+        is lost, the breaker's own short lease holds. End it with close(), or use it as a `with` block.
+
+        Raises PolicyError for a breaker without Redis, or a lease out of range.
         """
         return self._watch_with(Watch, lease)
 
     def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
-        """Overrule fields of the policy (see Policy) for the whole fleet, on top of those set before.
+        """Set a policy override for the whole fleet: fields of Policy, added to those set before.
 
-        Every instance obeys from its next script call on. duration: seconds after which all of them end; None: they
-        hold until clear_policy(). Raises PolicyError; RedisUnavailableError.
+        Every instance obeys from its next script call on. duration: seconds until the whole policy override ends;
+        None: until clear_policy(). Raises PolicyError; RedisUnavailableError.
         """
         self._drive(self._command("set_policy", duration, fields))
 
     def clear_policy(self) -> None:
-        """End what set_policy() set: every instance goes by its own policy again. Raises RedisUnavailableError."""
+        """End the policy override: every instance follows its own policy again. Raises RedisUnavailableError."""
         self._drive(self._command("clear_policy"))
 
     def history(self, count: int = 100) -> list[HistoryEntry]:
-        """The last transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
-        return self._drive(self._history(count))
+        """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
+        check_history_count(count)
+        if isinstance(self._engine, InMemory):
+            return history_entries(self._engine.history(count))
+        try:
+            return history_entries(self._redis.history(self.keys, count))
+        except REDIS_ERRORS as error:
+            raise RedisUnavailableError(f"the history could not be read: {error}") from error
 
     def flush(self) -> None:
-        """Report the successes gathered so far now."""
+        """Report the gathered successes to Redis now."""
         self._drive(self._flush())
 
     def close(self) -> None:
-        """Flush, and close the connections; a later call opens new ones."""
+        """Report the gathered successes, and close the connections; a later call opens new ones."""
         self.flush()
         if self._redis is not None:
             self._redis.close()

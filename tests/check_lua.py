@@ -1,4 +1,4 @@
-"""Checks the Lua: all of it is Lua 5.1 and touches no globals but those of a Redis script.
+"""Checks the Lua: it is Lua 5.1, touches only the globals of a Redis script, and its functions are short.
 
 `python tests/check_lua.py`; the list of globals is the one in .luacheckrc.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ SERVER = {"redis", "cjson", "cmsgpack", "KEYS", "ARGV"}
 LIBRARIES = {"math", "string", "table", "bit", "struct"}
 FUNCTIONS = {"pairs", "ipairs", "next", "select", "unpack", "tonumber", "tostring", "type", "setmetatable", "rawget"}
 GLOBALS = SERVER | LIBRARIES | FUNCTIONS | {"error", "pcall", "assert"}
-SHARED = "breaker"  # the local that breaker.lua makes; a global only to a file compiled alone
+SHARED = {"breaker", "LARGEST", "LONGEST_MS"}  # locals of model.lua; globals only to a file that is compiled alone
+LONG, MOST_LONG = 20, 0.08  # lines of a function, and the share of functions that may be longer
 GETGLOBAL, SETGLOBAL = 5, 7
 BOOLEAN, NUMBER, STRING = 1, 3, 4
 
@@ -89,18 +91,30 @@ def problems(name: str, source: str, extra: frozenset[str] = frozenset()) -> lis
     return found
 
 
+def lengths(source: str) -> list[tuple[str, int]]:
+    """(name, lines) of each function that begins in column 0; functions within it count as its lines."""
+    found = re.finditer(r"^(?:local )?function (?:breaker\.)?(\w+)\(.*?^end$", source, re.MULTILINE | re.DOTALL)
+    return [(match[1], match[0].count("\n") + 1) for match in found]
+
+
 def main() -> int:
     """0 when everything is in order, else 1 with one line per problem."""
-    from pybreaker_redis._scripts import SCRIPTS, compose
+    from pybreaker_redis.wire.scripts import SCRIPTS, compose
 
     files = [path for folder in ("lua", "tests/lua") for path in sorted((ROOT / folder).glob("*.lua"))]
     found = []
     for path in files:
         name = path.relative_to(ROOT).as_posix()
-        found += problems(name, path.read_text(encoding="utf-8"), frozenset({SHARED}))
+        found += problems(name, path.read_text(encoding="utf-8"), frozenset(SHARED))
     for script in SCRIPTS:
         found += problems(f"composed {script}.lua", compose(script))
     checked = len(files) + len(SCRIPTS)
+    functions = [one for path in files for one in lengths(path.read_text(encoding="utf-8"))]
+    long = [f"{name} ({lines})" for name, lines in functions if lines > LONG]
+    share = len(long) / len(functions)
+    if share > MOST_LONG:
+        found.append(f"more than {MOST_LONG:.0%} of the functions are longer than {LONG} lines")
+    print(f"{len(functions)} functions, {share:.1%} longer than {LONG} lines: {', '.join(long)}")
     print(*found, f"{checked} Lua sources checked, {len(found)} problems", sep="\n")
     return 1 if found else 0
 

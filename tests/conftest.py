@@ -22,8 +22,8 @@ from redis.exceptions import NoScriptError
 from pybreaker_redis import CircuitBreaker
 from pybreaker_redis._memory import MemoryEngine
 from pybreaker_redis._protocol import Keys, decode, encode, keys_of
-from pybreaker_redis._scripts import compose
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.scripts import compose
 
 START_MS = 1_700_000_000_000
 FROZEN_CLOCK = (pathlib.Path(__file__).parent / "lua" / "frozen_clock.lua").read_text()
@@ -109,7 +109,7 @@ class LuaEngine:
 def on_frozen_clock(name: str) -> str:
     """The script called name on the clock of the tests."""
     script = compose(name)
-    cut = script.rindex("--[[")  # where breaker.lua ends: each file has one such head
+    cut = script.rindex("--[[")  # where the library ends: each file has one such head
     return script[:cut] + FROZEN_CLOCK + script[cut:]
 
 
@@ -142,7 +142,7 @@ def memory_machine() -> Machine:
 
 @pytest.fixture(params=["lua", "lua-json", "memory"])
 def machine(request: pytest.FixtureRequest, client: redis.Redis) -> Machine:
-    """The state machine in Lua (both encodings) and in Python."""
+    """The state machine in Lua (requests in both forms) and in Python."""
     if request.param == "memory":
         return memory_machine()
     return lua_machine(client, use_json=request.param == "lua-json")

@@ -14,8 +14,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pybreaker_redis._protocol import decode
-
 JOURNAL = ("--appendonly", "yes", "--appendfsync", "no", "--auto-aof-rewrite-percentage", "0")
 REASONS = {
     ("closed", "open"): {"failure_threshold", "error_rate", "slow_rate"},
@@ -102,8 +100,8 @@ def read(client: Any, key: bytes) -> tuple[Any, list[Fields], int]:
 
 
 def document_of(stored: bytes) -> Fields:
-    """A stored document, in either encoding."""
-    document: Fields = json.loads(stored) if stored[:1] == b"{" else decode(stored)
+    """A stored document."""
+    document: Fields = json.loads(stored)
     return document
 
 

@@ -23,8 +23,9 @@ from conftest import wait_until
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, PermitError, Policy
 from pybreaker_redis import PolicyError as Refused
-from pybreaker_redis._scripts import SCRIPTS, compose
+from pybreaker_redis._permit import _probes
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.scripts import SCRIPTS, compose
 
 Make = Callable[..., AsyncCircuitBreaker]
 PATIENT: dict[str, Any] = {"redis_timeout": 20.0}
@@ -93,12 +94,15 @@ async def half_open(make: Make, **options: Any) -> AsyncCircuitBreaker:
     """A breaker whose next call is a probe; its slot would be held for an hour."""
     breaker = make(policy=PROBING, **{**STRICT, **options})
     await (await breaker.acquire()).failure()
-
-    async def due() -> bool:
-        return (await breaker.snapshot()).retry_after == 0
-
-    await true(due)
+    await half_open_now(breaker)
     return breaker
+
+
+async def half_open_now(breaker: AsyncCircuitBreaker) -> None:
+    """Return when the time of the open circuit is over."""
+    async with asyncio.timeout(60):
+        while breaker.state != "half_open":
+            await asyncio.sleep(0.001)
 
 
 async def failed_once(make: Make, **options: Any) -> AsyncCircuitBreaker:
@@ -126,6 +130,37 @@ async def slot_is_free(breaker: AsyncCircuitBreaker) -> None:
         return seen.state == "half_open" and not seen.probes_in_flight
 
     await true(free)
+
+
+WAYS = ["call", "decorator", "acquire", "block", "generator"]
+
+
+async def one_call(breaker: AsyncCircuitBreaker, way: str, func: Callable[[], Awaitable[Any]]) -> None:
+    """One call of the function, guarded in one of the ways."""
+    if way == "call":
+        await breaker.call(func)
+    elif way == "decorator":
+        decorated: Any = breaker(func)
+        await decorated()
+    elif way == "block":
+        async with breaker.acquire():
+            await func()
+    elif way == "acquire":
+        permit = await breaker.acquire()
+        try:
+            await func()
+        except BaseException as error:
+            await (permit.failure(error) if isinstance(error, Boom) else permit.release())
+            raise
+        await permit.success()
+    else:
+
+        @breaker
+        async def stream() -> AsyncIterator[Any]:
+            yield await func()
+
+        async for _ in stream():
+            pass
 
 
 # Calls
@@ -159,7 +194,7 @@ def test_trips_and_rejects(make: Make, lease: float) -> None:
         for _ in range(3):
             with pytest.raises(Boom):
                 await breaker.call(boom)
-        assert await breaker.state == "open"
+        assert (await breaker.snapshot()).state == "open"
         with pytest.raises(CircuitOpenError) as caught:
             await breaker.call(forever, started)
         assert (caught.value.name, caught.value.state) == ("discovery", "open")
@@ -178,7 +213,7 @@ def test_success_ends_a_run_of_failures(make: Make) -> None:
             with pytest.raises(Boom):
                 await breaker.call(boom)
             await breaker.call(fine)
-        assert await breaker.state == "closed"
+        assert (await breaker.snapshot()).state == "closed"
 
     asyncio.run(main())
 
@@ -189,7 +224,7 @@ def test_recovers(make: Make) -> None:
     async def main() -> None:
         breaker = await half_open(make)
         assert await breaker.call(fine) == "fine"
-        assert await breaker.state == "closed"
+        assert (await breaker.snapshot()).state == "closed"
 
     asyncio.run(main())
 
@@ -237,30 +272,139 @@ def test_calling_a_lambda(make: Make) -> None:
 
 
 def test_block(make: Make) -> None:
-    """A block counts as a call, and permit.failure() and ignore() overrule its end."""
+    """A permit's block counts as a call, and its failure() and release() overrule the block's end."""
 
     async def main() -> None:
         breaker = make(**STRICT)
         with pytest.raises(Boom):
-            async with breaker:
+            async with breaker.acquire():
                 await boom()
         assert await failures(breaker) == 1
-        async with breaker as permit:
+        async with breaker.acquire() as permit:
             await permit.failure(Boom())
         assert await failures(breaker) == 2
         with contextlib.suppress(Boom):
-            async with breaker as permit:
-                await permit.ignore()
+            async with breaker.acquire() as permit:
+                await permit.release()
                 await boom()
         assert await failures(breaker) == 2
-        async with breaker:
-            pass
+        async with await breaker.acquire() as permit:
+            assert not permit.settled
+        assert permit.settled
         assert await failures(breaker) == 0
 
     asyncio.run(main())
 
 
-@pytest.mark.parametrize("end", ["success", "failure", "release", "ignore"])
+@pytest.mark.parametrize("lease", [0, 60])
+@pytest.mark.parametrize("end", ["success", "failure", "release", "block"])
+def test_a_settled_permit_has_no_block(make: Make, end: str, lease: float) -> None:
+    """A permit whose call has ended can neither be entered nor settled, and counts once."""
+
+    async def main() -> None:
+        breaker = make(lease=lease, **PATIENT)
+        permit = await breaker.acquire()
+        if end == "block":
+            async with permit:
+                pass
+        else:
+            await getattr(permit, end)()
+        before = breaker.counts
+        with pytest.raises(PermitError, match="already settled"):
+            async with permit:
+                pytest.fail("it ran")
+        with pytest.raises(PermitError, match="already settled"):
+            await permit.failure()
+        assert breaker.counts == before
+        assert sum(before) == 1
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("probing", [False, True])
+def test_a_block_within_itself(make: Make, probing: bool) -> None:
+    """A permit that is entered is not entered again, and its own block goes on."""
+
+    async def main() -> None:
+        breaker = await half_open(make) if probing else make(**STRICT)
+        async with breaker.acquire() as permit:
+            with pytest.raises(PermitError, match="already entered"):
+                async with permit:
+                    pytest.fail("it ran")
+            assert not permit.settled
+        assert permit.settled
+        assert (await breaker.snapshot()).state == "closed"
+
+    asyncio.run(main())
+
+
+def test_nested_blocks(make: Make) -> None:
+    """Nested blocks of one breaker end with their own permits."""
+
+    async def main() -> None:
+        breaker = make(**STRICT)
+        with contextlib.suppress(Boom):
+            async with breaker.acquire() as outer:
+                async with breaker.acquire() as inner:
+                    pass
+                assert (inner.settled, outer.settled) == (True, False)
+                await boom()
+        assert outer.settled
+        assert await failures(breaker) == 1
+
+    asyncio.run(main())
+
+
+def test_block_rejects(make: Make) -> None:
+    """A rejected block does not run, and a later one counts as ever."""
+
+    async def main() -> None:
+        breaker = make(policy=ONE, **STRICT)
+        await (await breaker.acquire()).failure()
+        with pytest.raises(CircuitOpenError):
+            async with breaker.acquire():
+                pytest.fail("it ran")
+        with pytest.raises(CircuitOpenError):
+            await breaker.acquire()
+        await breaker.reset()
+        with pytest.raises(Boom):
+            async with breaker.acquire():
+                await boom()
+        assert (await breaker.snapshot()).state == "open"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("name", ["success", "failure", "release", "settled", "probe", "generation", "started"])
+def test_an_acquire_that_was_not_awaited(make: Make, name: str) -> None:
+    """Using acquire() as if it were the permit says that it has to be awaited, and counts nothing."""
+    breaker = make(**STRICT)
+    with pytest.raises(PermitError, match=r"'discovery' was not awaited: `permit = await breaker.acquire\(\)`"):
+        getattr(breaker.acquire(), name)
+    assert sum(breaker.counts) == 0
+
+
+@pytest.mark.parametrize("first", ["await", "block"])
+@pytest.mark.parametrize("second", ["await", "block"])
+def test_an_acquire_is_for_one_call(make: Make, first: str, second: str) -> None:
+    """What acquire() returns asks when it is awaited or entered, not before, and once."""
+
+    async def main() -> None:
+        breaker = await half_open(make)
+        asking = breaker.acquire()
+        assert await probes(breaker) == 0
+        async with await asking if first == "await" else asking as permit:
+            assert await probes(breaker) == 1
+            with pytest.raises(PermitError, match="is for one call"):
+                await (asking if second == "await" else asking.__aenter__())
+            assert not permit.settled
+        assert permit.settled
+        assert (await breaker.snapshot()).state == "closed"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("end", ["success", "failure", "release"])
 def test_second_settle(make: Make, end: str) -> None:
     """A permit is settled once, however it was."""
 
@@ -268,8 +412,8 @@ def test_second_settle(make: Make, end: str) -> None:
         permit = await make(**STRICT).acquire()
         await getattr(permit, end)()
         assert permit.settled
-        for again in ("success", "failure", "release", "ignore"):
-            with pytest.raises(PermitError, match="settled before"):
+        for again in ("success", "failure", "release"):
+            with pytest.raises(PermitError, match="already settled"):
                 await getattr(permit, again)()
 
     asyncio.run(main())
@@ -282,12 +426,12 @@ def test_blocks_of_many_tasks(make: Make) -> None:
         breaker = make(policy=Policy(failure_threshold=100), lease=60, **PATIENT)
 
         async def work(number: int) -> None:
-            async with breaker as permit:
+            async with breaker.acquire() as permit:
                 await asyncio.sleep(0.001 * (number % 3))
                 if number % 2:
                     await permit.failure()
                 else:
-                    await permit.ignore()
+                    await permit.release()
 
         await asyncio.gather(*(work(number) for number in range(40)))
         assert await failures(breaker) == 20
@@ -296,36 +440,157 @@ def test_blocks_of_many_tasks(make: Make) -> None:
 
 
 def test_exit_stack(make: Make) -> None:
-    """An AsyncExitStack enters and leaves a breaker like an async with statement."""
+    """An AsyncExitStack enters and leaves a permit like an async with statement."""
 
     async def main() -> None:
         breaker = make(**STRICT)
         with contextlib.suppress(Boom):
             async with contextlib.AsyncExitStack() as stack:
-                await stack.enter_async_context(breaker)
+                await stack.enter_async_context(breaker.acquire())
                 await boom()
         assert await failures(breaker) == 1
 
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("error", [None, Boom()])
+def test_exit_of_a_permit_that_was_never_entered(make: Make, error: Boom | None) -> None:
+    """The exit of a permit settles it, entered or not: as a probe, and while the circuit is closed."""
+
+    async def main() -> None:
+        breaker = await half_open(make)
+        with contextlib.suppress(Boom):
+            async with contextlib.AsyncExitStack() as stack:
+                stack.push_async_exit(permit := await breaker.acquire())
+                if error is not None:
+                    raise error
+        seen = await breaker.snapshot()
+        assert (permit.settled, seen.state) == (True, "open" if error else "closed")
+        breaker = make("fast", lease=3600, **PATIENT)
+        for _ in range(2):
+            permit = await breaker.acquire()
+            await permit.__aexit__(None, error, None)
+        assert breaker.counts[:3] == ((0, 0, 2) if error else (2, 0, 0))
+
+    asyncio.run(main())
+
+
 def test_delegated_block(make: Make) -> None:
-    """A class that enters the breaker in its own __aenter__ and leaves it in its own __aexit__ guards its block."""
+    """A class that enters a permit in its own __aenter__ and leaves it in its own __aexit__ guards its block."""
 
     async def main() -> None:
         breaker = make(**STRICT)
 
         class Session:
             async def __aenter__(self) -> None:
-                await breaker.__aenter__()
+                self._permit = await breaker.acquire().__aenter__()
 
             async def __aexit__(self, *exception: Any) -> None:
-                await breaker.__aexit__(*exception)
+                await self._permit.__aexit__(*exception)
 
         with pytest.raises(Boom):
             async with Session():
                 await boom()
         assert await failures(breaker) == 1
+
+    asyncio.run(main())
+
+
+async def collected(permits: list[Any]) -> None:
+    """Drop them, and whatever the loop still has of them."""
+    permits.clear()
+    await asyncio.sleep(0)
+    gc.collect()
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+@pytest.mark.parametrize("probing", [False, True])
+def test_a_lost_permit_warns(make: Make, probing: bool, lease: float) -> None:
+    """A permit that nobody settled says so when it is collected."""
+
+    async def main() -> None:
+        breaker = await half_open(make, lease=lease) if probing else make(lease=lease, **PATIENT)
+        permits = [await breaker.acquire()]
+        with pytest.warns(ResourceWarning, match="a permit of circuit breaker 'discovery' was lost: end its call with"):
+            await collected(permits)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_way_to_guard_loses_a_permit(make: Make, monkeypatch: pytest.MonkeyPatch, way: str, lease: float) -> None:
+    """Successes, failures, cancellations, rejections, probes and shadow mode all settle what they acquire."""
+    lost: list[Any] = []
+    monkeypatch.setattr("sys.unraisablehook", lost.append)  # a warning that is an error cannot leave __del__
+    options: dict[str, Any] = {"ignore": Answer, "lease": lease, **PATIENT}
+    shadow = Policy(failure_threshold=1, enforce=False)
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    async def main() -> None:
+        breakers = [make("closed", **options), await half_open(make, **options)]
+        for name, policy in {"shadow": shadow, "enforced": ONE, "slow": Policy(slow_call_duration=60)}.items():
+            breakers.append(make(name, policy=policy, **options))
+        breakers.append(make("judged", is_failure=lambda _: 1 / 0 > 1, **options))
+        outcomes: list[Any] = [fine, boom, *map(raising, (Answer(), SystemError()))]
+        for breaker in breakers:
+            for func in outcomes * 2:
+                with contextlib.suppress(Boom, Answer, SystemError, ZeroDivisionError, CircuitOpenError):
+                    await one_call(breaker, way, func)
+            for pause in (0, 0, 0.001):  # cancelled before it asks, while it asks, and while it runs
+                task = asyncio.create_task(one_call(breaker, way, hang))
+                await asyncio.sleep(pause)
+                task.cancel()
+                await asyncio.wait([task])
+            await breaker.close()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "a permit", ResourceWarning)
+        asyncio.run(main())
+        gc.collect()
+    assert [one for one in lost if "permit" in str(one.exc_value)] == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_probes_leave_no_marks(way: str) -> None:
+    """8,000 probes in one task leave nothing behind in its context."""
+
+    async def main() -> None:
+        breaker = AsyncCircuitBreaker("marks", policy=Policy(failure_threshold=1, success_threshold=10**6))
+        await breaker.force_open(0.001)
+        await half_open_now(breaker)
+        for _ in range(8000):
+            await one_call(breaker, way, nothing)
+            assert len(_probes.get()) == 0
+        assert (await breaker.snapshot()).state == "half_open"
+        assert breaker.counts.successes == 8000
+
+    asyncio.run(main())
+
+
+async def nothing() -> None:
+    """A call that waits for nothing."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_breakers_that_ran_a_probe_are_freed(make: Make, way: str) -> None:
+    """200 breakers that each ran a probe in one task are freed once they are dropped."""
+
+    async def main() -> None:
+        breakers = [make(f"dropped-{number}", **STRICT) for number in range(200)]
+        for breaker in breakers:
+            await breaker.force_open(0.001)
+        for breaker in breakers:
+            await half_open_now(breaker)
+            await one_call(breaker, way, nothing)
+            assert breaker.state == "closed"
+        dropped = [weakref.ref(breaker) for breaker in breakers]
+        del breakers, breaker
+        await asyncio.sleep(0)  # the loop lets go of the tasks that ended
+        gc.collect()
+        assert [one for one in dropped if one() is not None] == []
 
     asyncio.run(main())
 
@@ -355,7 +620,7 @@ def test_is_failure(make: Make, lease: float) -> None:
     async def main() -> None:
         breaker = make(is_failure=bool, policy=ONE, lease=lease, **PATIENT)
         assert await breaker.call(fine) == "fine"
-        assert await breaker.state == "open"
+        assert (await breaker.snapshot()).state == "open"
 
     asyncio.run(main())
 
@@ -402,7 +667,7 @@ def test_cancelled_probe(make: Make, way: str) -> None:
         started = asyncio.Event()
 
         async def block() -> None:
-            async with breaker:
+            async with breaker.acquire():
                 await forever(started)
 
         task = asyncio.create_task(block() if way == "block" else breaker.call(forever, started))
@@ -438,13 +703,16 @@ def test_cancelled_while_it_asks(own_server: EmbeddedServer, way: str) -> None:
             started.set()
             yield
 
+        async def acquire() -> None:
+            await (await breaker.acquire()).success()
+
         async def block() -> None:
-            async with breaker:
+            async with breaker.acquire():
                 started.set()
 
         ask: dict[str, Callable[[], Any]] = {
             "call": lambda: breaker.call(forever, started),
-            "acquire": breaker.acquire,
+            "acquire": acquire,
             "block": block,
             "generator": lambda: anext(breaker(stream)()),
         }
@@ -464,7 +732,104 @@ def test_cancelled_while_it_asks(own_server: EmbeddedServer, way: str) -> None:
         await slot_is_free(breaker)
         assert not started.is_set()
         await breaker.call(fine)
-        assert await breaker.state == "closed"
+        assert (await breaker.snapshot()).state == "closed"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("shadow", [False, True])
+def test_cancelled_while_a_listener_runs(make: Make, way: str, shadow: bool) -> None:
+    """A caller that is cancelled while a listener keeps it waiting leaves no slot taken and no permit behind."""
+
+    async def main() -> None:
+        reached, release = asyncio.Event(), asyncio.Event()
+
+        async def listener(event: Event) -> None:
+            if (event.kind, event.new) == (("rejected", None) if shadow else ("state_change", "half_open")):
+                reached.set()
+                await release.wait()
+
+        policy = Policy(failure_threshold=1, reset_timeout=3600 if shadow else 0.001, enforce=not shadow)
+        breaker = make(policy=policy, listeners=[listener], on_call=[listener], **STRICT)
+        await (await breaker.acquire()).failure()
+
+        async def given_up() -> bool:
+            return breaker.counts.ignored == 1
+
+        if not shadow:
+            await half_open_now(breaker)
+        task = asyncio.create_task(one_call(breaker, way, fine))
+        await reached.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        release.set()
+        await true(given_up)
+        if not shadow:
+            await slot_is_free(breaker)
+
+    asyncio.run(main())
+    gc.collect()
+
+
+def test_a_cancelled_caller_takes_no_event_with_it(make: Make) -> None:
+    """A caller is cancelled while a listener keeps it waiting: all listeners of all events are still called."""
+
+    async def main() -> None:
+        reached, release = asyncio.Event(), asyncio.Event()
+        received: list[tuple[str, str]] = []
+
+        async def slow(event: Event) -> None:
+            if event.kind == "failure":
+                reached.set()
+                await release.wait()
+            received.append(("slow", event.kind))
+
+        def plain(event: Event) -> None:
+            received.append(("plain", event.kind))
+
+        async def all_received() -> bool:
+            return len(received) == 4
+
+        breaker = make(policy=ONE, listeners=[slow, plain], on_call=[slow, plain], **STRICT)
+        task = asyncio.create_task(breaker.call(boom))
+        await reached.wait()
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, Boom):
+            await task
+        release.set()
+        await true(all_received)
+        assert received == [(who, kind) for kind in ("failure", "state_change") for who in ("slow", "plain")]
+
+    asyncio.run(main())
+
+
+def test_events_of_a_call_are_not_delivered_by_another(server: EmbeddedServer) -> None:
+    """One task ends its call while the failure of another one is on its way to Redis, and delivers only its own."""
+
+    async def main() -> None:
+        delivered: list[tuple[str, asyncio.Task[Any] | None]] = []
+
+        def listener(event: Event) -> None:
+            delivered.append((event.kind, asyncio.current_task()))
+
+        async def fail_at_once() -> None:
+            raise Boom
+
+        async def succeed_at_once() -> None: ...
+
+        breaker = AsyncCircuitBreaker("whose", redis=server.url, lease=3600, on_call=[listener], **PATIENT)
+        await breaker.call(succeed_at_once)
+        delivered.clear()
+        tasks = [asyncio.create_task(breaker.call(work)) for work in (fail_at_once, succeed_at_once)]
+        await asyncio.wait(tasks)
+        by = dict(delivered)
+        assert (len(delivered), by["success"]) == (2, tasks[1])
+        assert by["failure"] is not tasks[1]
+        with pytest.raises(Boom):
+            await tasks[0]
+        await breaker.close()
 
     asyncio.run(main())
 
@@ -546,7 +911,26 @@ def test_generator_success(make: Make) -> None:
         await anext(generator)
         assert await probes(breaker) == 1
         assert [item async for item in generator] == [None, "last"]
-        assert await breaker.state == "closed"
+        assert (await breaker.snapshot()).state == "closed"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+def test_generator_counts(make: Make, lease: float) -> None:
+    """A decorated generator is one call: a success, a failure, or ignored when it is abandoned."""
+
+    async def main() -> None:
+        breaker = make(lease=lease, **PATIENT)
+        guarded = breaker(numbers)
+        assert len([item async for item in guarded()]) == 3
+        with contextlib.suppress(Boom):
+            assert not [item async for item in guarded(Boom())]
+        abandoned = guarded()
+        await anext(abandoned)
+        await abandoned.aclose()
+        guarded()  # never started
+        assert breaker.counts == (1, 0, 1, 1, 0)
 
     asyncio.run(main())
 
@@ -613,8 +997,13 @@ def test_one_probe_among_tasks(make: Make) -> None:
 
     async def main() -> None:
         breaker = await half_open(make)
-        permits = await asyncio.gather(*(breaker.acquire() for _ in range(100)), return_exceptions=True)
-        assert sum(not isinstance(permit, CircuitOpenError) for permit in permits) == 1
+
+        async def ask() -> Any:
+            return await breaker.acquire()
+
+        found = await asyncio.gather(*(ask() for _ in range(100)), return_exceptions=True)
+        [permit] = [one for one in found if not isinstance(one, CircuitOpenError)]
+        await permit.success()
 
     asyncio.run(main())
 
@@ -622,9 +1011,10 @@ def test_one_probe_among_tasks(make: Make) -> None:
 def test_a_busy_loop_is_no_outage(server: EmbeddedServer, client: redis.Redis) -> None:
     """A loop that is blocked for longer than redis_timeout does not take Redis for dead."""
     events: list[str] = []
+    note = [lambda event: events.append(event.kind)]
 
     async def main() -> None:
-        breaker = on(server)(lease=0, redis_timeout=0.25, listeners=[lambda event: events.append(event.kind)])
+        breaker = on(server)(lease=0, redis_timeout=0.25, listeners=note, on_call=note)
         await breaker.call(fine)
         for _ in range(3):
             task = asyncio.create_task(breaker.call(fine))
@@ -636,6 +1026,85 @@ def test_a_busy_loop_is_no_outage(server: EmbeddedServer, client: redis.Redis) -
 
     asyncio.run(main())
     assert events == ["success"] * 4
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+@pytest.mark.parametrize("way", WAYS)
+def test_counts_of_tasks(make: Make, way: str, lease: float) -> None:
+    """Every call of many tasks is counted once, cancelled ones as ignored."""
+
+    async def main() -> None:
+        breaker = make(policy=Policy(failure_threshold=1000), lease=lease, **PATIENT)
+
+        async def hang() -> None:
+            hanging.append(True)
+            await asyncio.Event().wait()
+
+        hanging: list[bool] = []
+        calls = [asyncio.create_task(one_call(breaker, way, func)) for func in [fine, boom] * 20]
+        hung = [asyncio.create_task(one_call(breaker, way, hang)) for _ in range(5)]
+        await asyncio.wait(calls)
+
+        async def all_hang() -> bool:
+            return len(hanging) == 5
+
+        await true(all_hang)
+        for task in hung:
+            task.cancel()
+        await asyncio.wait(hung)
+        assert breaker.counts == (20, 0, 20, 5, 0)
+        await breaker.force_open()
+        with pytest.raises(CircuitOpenError):
+            await one_call(breaker, way, fine)
+        assert breaker.counts == (20, 0, 20, 5, 1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+def test_calls_within_a_probe_are_counted(make: Make, lease: float) -> None:
+    """A call that is part of a probe is counted in this process, and the probe's own outcome decides."""
+
+    async def main() -> None:
+        breaker = await half_open(make, lease=lease)
+        before = breaker.counts
+        async with breaker.acquire() as probe:
+            assert probe.probe is not None
+            await breaker.call(fine)
+            with pytest.raises(Boom):
+                await breaker.call(boom)
+            async with breaker.acquire() as inner:
+                assert (inner.probe, inner.generation) == (None, None)
+            assert (await breaker.snapshot()).state == "half_open"
+        assert (await breaker.snapshot()).state == "closed"
+        assert breaker.counts == before._replace(successes=before.successes + 3, failures=before.failures + 1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("lease", [0, 60])
+def test_counts_in_a_forked_child(make: Make, lease: float) -> None:
+    """A child counts its own calls from zero, and leaves the parent's counts as they were."""
+    breaker = make(lease=lease, policy=Policy(failure_threshold=10), **PATIENT)
+
+    async def use() -> None:
+        await breaker.call(fine)
+        with pytest.raises(Boom):
+            await breaker.call(boom)
+        await breaker.close()
+
+    asyncio.run(use())
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            first = breaker.counts
+            asyncio.run(breaker.call(fine))
+            code = 0 if (first, breaker.counts) == ((0, 0, 0, 0, 0), (1, 0, 0, 0, 0)) else 2
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert breaker.counts == (1, 0, 1, 0, 0)
 
 
 # Loops
@@ -653,7 +1122,7 @@ def test_made_outside_of_loops(make: Make) -> None:
                 await breaker.close()
 
         asyncio.run(main())
-    assert asyncio.run(breaker.state) == "open"  # type: ignore[arg-type]
+    assert asyncio.run(breaker.snapshot()).state == "open"
 
 
 def test_two_loops_at_once(make: Make) -> None:
@@ -684,9 +1153,9 @@ def test_uvloop(make: Make) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        async with breaker:
+        async with breaker.acquire():
             assert await probes(breaker) == 1
-        assert await breaker.state == "closed"
+        assert (await breaker.snapshot()).state == "closed"
         await breaker.close()
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -709,28 +1178,37 @@ def test_nothing_is_left_in_the_loop(make: Make) -> None:
 
 
 def test_listeners(make: Make) -> None:
-    """Listeners of both kinds hear of each outcome; those that are async are awaited before the call returns."""
-    heard: list[tuple[str, Event]] = []
+    """Plain listeners and coroutine functions receive each event; the latter are awaited before the call returns."""
+    received: list[tuple[str, Event]] = []
+    changes: list[str] = []
+    calls: list[str] = []
 
     def plain(event: Event) -> None:
-        heard.append(("plain", event))
+        received.append(("plain", event))
 
     async def awaited(event: Event) -> None:
         await asyncio.sleep(0.005)
-        heard.append(("awaited", event))
+        received.append(("awaited", event))
 
     async def main() -> AsyncCircuitBreaker:
-        breaker = make(listeners=[awaited, plain], policy=ONE, ignore=Answer, **STRICT)
+        breaker = make(
+            listeners=[awaited, plain, lambda event: changes.append(event.kind)],
+            on_call=[awaited, plain, lambda event: calls.append(event.kind)],
+            policy=ONE,
+            ignore=Answer,
+            **STRICT,
+        )
         await breaker.call(fine)
-        assert [who for who, _ in heard] == ["awaited", "plain"]
+        assert [who for who, _ in received] == ["awaited", "plain"]
         for kind, function in ((Answer, raising(Answer())), (Boom, boom), (CircuitOpenError, fine)):
             with pytest.raises(kind):
                 await breaker.call(function)
         return breaker
 
     breaker = asyncio.run(main())
-    events = [event for who, event in heard if who == "awaited"]
-    assert events == [event for who, event in heard if who == "plain"]
+    events = [event for who, event in received if who == "awaited"]
+    assert events == [event for who, event in received if who == "plain"]
+    assert (changes, calls) == (["state_change"], ["success", "ignored", "failure", "rejected"])
     assert [event.kind for event in events] == ["success", "ignored", "failure", "state_change", "rejected"]
     assert {(event.breaker, event.instance) for event in events} == {("discovery", breaker.instance)}
     assert isinstance(events[1].exception, Answer)
@@ -743,18 +1221,24 @@ def test_listeners(make: Make) -> None:
 
 def test_listener_that_raises(make: Make, caplog: pytest.LogCaptureFixture) -> None:
     """An exception in a listener, awaited or not, is logged, and breaks nothing."""
-    heard: list[Event] = []
+    received: list[Event] = []
 
     def plain(event: Event) -> None:
         raise Boom
 
-    assert asyncio.run(make(listeners=[plain, boom, heard.append], **STRICT).call(fine)) == "fine"
-    assert [event.kind for event in heard] == ["success"]
-    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 2
+    async def main() -> None:
+        both = [plain, boom, received.append]
+        breaker = make(listeners=both, on_call=both, **STRICT)
+        assert await breaker.call(fine) == "fine"
+        await breaker.force_open()
+
+    asyncio.run(main())
+    assert [event.kind for event in received] == ["success", "state_change"]
+    assert [record.levelno for record in caplog.records] == [logging.ERROR] * 4
 
 
 def test_listener_that_calls(make: Make) -> None:
-    """A listener may await the breaker that tells it."""
+    """A listener may await the breaker that notifies it."""
     states: list[str] = []
 
     async def listener(event: Event) -> None:
@@ -777,16 +1261,16 @@ def test_steering(make: Make) -> None:
     async def main() -> None:
         breaker = make(policy=ONE, **STRICT)
         await breaker.force_open(1000)
-        assert (await breaker.state, (await breaker.snapshot()).forced) == ("open", "open")
+        assert ((await breaker.snapshot()).state, (await breaker.snapshot()).forced) == ("open", "open")
         with pytest.raises(CircuitOpenError):
             await breaker.call(fine)
-        await breaker.clear_override()
+        await breaker.clear_forced()
         await breaker.call(fine)
         await breaker.force_closed()
         with pytest.raises(Boom):
             await breaker.call(boom)
         await breaker.reset()
-        assert (await breaker.state, (await breaker.snapshot()).forced) == ("closed", None)
+        assert ((await breaker.snapshot()).state, (await breaker.snapshot()).forced) == ("closed", None)
         entries = await breaker.history()
         assert [entry.reason for entry in entries] == ["reset", "forced", "probe_succeeded", "timeout", "forced"]
         assert await breaker.history(1) == entries[:1]
@@ -826,7 +1310,7 @@ def test_flush(make: Make) -> None:
 def test_shared_with_the_sync_breaker(server: EmbeddedServer, client: redis.Redis) -> None:
     """Both breakers share the state of one name."""
     CircuitBreaker("shared", redis=client, policy=ONE, **STRICT).acquire().failure()
-    assert asyncio.run(on(server)("shared", **STRICT).state) == "open"  # type: ignore[arg-type]
+    assert asyncio.run(on(server)("shared", **STRICT).snapshot()).state == "open"
 
 
 @pytest.mark.parametrize("wrong", [1, object(), redis.Redis()])
@@ -837,7 +1321,7 @@ def test_wrong_clients(wrong: Any) -> None:
 
 
 def test_client(server: EmbeddedServer, client: redis.Redis) -> None:
-    """A redis.asyncio client serves, is left as it was, and may be used beside the breaker."""
+    """A redis.asyncio client serves, is left as it was, and may be used by others too."""
 
     async def main() -> None:
         given = redis.asyncio.Redis.from_url(server.url, decode_responses=True)
@@ -942,12 +1426,12 @@ def test_a_listener_whose_own_future_was_cancelled(server: EmbeddedServer) -> No
             if event.kind == "success":
                 await gone
 
-        breaker = AsyncCircuitBreaker("listener", redis=server.url, policy=PROBING, listeners=[listener], **PATIENT)
+        breaker = AsyncCircuitBreaker("listener", redis=server.url, policy=PROBING, on_call=[listener], **PATIENT)
         with pytest.raises(Boom):
             await breaker.call(fail_once)
         await asyncio.sleep(0.01)
         await breaker.call(asyncio.sleep, 0)
-        assert await breaker.state == "closed"
+        assert (await breaker.snapshot()).state == "closed"
         await breaker.close()
 
     async def fail_once() -> None:

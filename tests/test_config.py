@@ -112,7 +112,7 @@ def test_defaults_are_under_each_service() -> None:
     given["services"]["c"] = {"error_rate_threshold": None}
     config = load({"circuit_breaker": given})
     assert (config.policy_of("a").quorum, config.policy_of("a").reset_timeout) == (2, 5)
-    assert config.policy_of("b") == config.policy_of("unheard of") == config.defaults
+    assert config.policy_of("b") == config.policy_of("not listed") == config.defaults
     assert config.policy_of("c").error_rate_threshold is None
 
 
@@ -132,16 +132,16 @@ def test_environment_goes_first(monkeypatch: pytest.MonkeyPatch, tmp_path: pathl
 
 
 def test_a_bad_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
-    """A bad value of a variable is told with the variable's name, not with the file's."""
+    """A bad value of a variable is reported with the name of the variable, not of the file."""
     (tmp_path / "g.yaml").write_text(GATEWAY)
     monkeypatch.setenv("CIRCUIT_BREAKER_ENABLED", "perhaps")
     monkeypatch.setenv("REDIS_URL", "http://user:secret@h")
-    told = refused(tmp_path / "g.yaml").splitlines()
-    assert [line.partition(": ")[0] for line in told] == [
+    message = refused(tmp_path / "g.yaml").splitlines()
+    assert [line.partition(": ")[0] for line in message] == [
         "CIRCUIT_BREAKER_ENABLED in the environment",
         "REDIS_URL in the environment",
     ]
-    assert "secret" not in "".join(told)
+    assert "secret" not in "".join(message)
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,7 @@ def test_a_bad_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Pa
         ({"circuit_breaker": {"services": {"{a}": {}}}}, "circuit_breaker", "braces"),
         ({"circuit_breaker": {"defaults": {"quorum": 1.5}}}, "defaults.quorum", "an integer"),
         ({"circuit_breaker": {"enabled": "perhaps"}}, "circuit_breaker.enabled", "boolean"),
+        ({"circuit_breaker": {"encoding": "json"}}, "circuit_breaker.encoding", "unknown field"),
         ({"circuit_breaker": {"leese": 1}}, "circuit_breaker.leese", "did you mean lease?"),
         ({"circuit_breaker": {"lease": -1}}, "circuit_breaker", "lease must be"),
         ({"circuit_breaker": {"on_redis_failure": "x"}}, "circuit_breaker.on_redis_failure", "'local', 'open'"),
@@ -170,16 +171,16 @@ def test_refused(source: dict[str, Any], path: str, reason: str, tmp_path: pathl
     """What makes no sense is refused with the file, the path in it and the reason, from a dict and from a file."""
     file = tmp_path / "gateway.json"
     file.write_text(json.dumps(source))
-    for told, where in ((refused(source), "the configuration"), (refused(file), str(file))):
-        assert told.startswith(f"{where}: ")
-        assert f"{path}: " in told
-        assert reason in told
+    for message, where in ((refused(source), "the configuration"), (refused(file), str(file))):
+        assert message.startswith(f"{where}: ")
+        assert f"{path}: " in message
+        assert reason in message
 
 
-def test_every_problem_is_told_at_once() -> None:
-    """All that is wrong is told in one go, a line each."""
-    told = refused({**services(quorum=0, jitter=2, x=1), "redis": {"pool_size": 0}})
-    assert len(told.splitlines()) == 4
+def test_every_problem_is_reported_at_once() -> None:
+    """All problems are reported in one go, a line each."""
+    message = refused({**services(quorum=0, jitter=2, x=1), "redis": {"pool_size": 0}})
+    assert len(message.splitlines()) == 4
 
 
 @pytest.mark.parametrize(
@@ -198,9 +199,9 @@ def test_files_that_are_none(name: str, text: str | bytes | None, reason: str, t
     path = tmp_path / name
     if text is not None:
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    told = refused(path)
-    assert told.startswith(f"{path}: ")
-    assert reason in told
+    message = refused(path)
+    assert message.startswith(f"{path}: ")
+    assert reason in message
 
 
 def test_a_password_is_not_shown() -> None:
@@ -212,6 +213,6 @@ def test_a_password_is_not_shown() -> None:
 
 def test_breaker_options_arrive() -> None:
     """The options of every breaker may stand in the configuration too."""
-    config = load({"circuit_breaker": {"lease": 1, "prefix": "cb", "encoding": "msgpack", "watch": None}})
-    assert (config.lease, config.prefix, config.encoding, config.watch) == (1.0, "cb", "msgpack", None)
+    config = load({"circuit_breaker": {"lease": 1, "prefix": "cb", "watch": None}})
+    assert (config.lease, config.prefix, config.watch) == (1.0, "cb", None)
     assert CircuitBreaker("x", prefix=config.prefix).keys.state == "cb:x:state"

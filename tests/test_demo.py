@@ -1,4 +1,4 @@
-"""The demo, as a person or a CI job starts it: what it prints, its exit code, and that nothing stays behind."""
+"""The demo, as a person or a CI job starts it: its output, its exit code, and that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from typing import Any
 import pytest
 import redis
 from conftest import wait_until
+from demo import crew, plan, proof
+from demo.__main__ import main
+from demo.crew import Crew
+from demo.proof import promises
+from demo.runs import Run
+from demo.screens import Live, Moment
+from demo.workers import Tally
 
-from pybreaker_redis import Event, HistoryEntry, Policy, _demo
-from pybreaker_redis.__main__ import _demo_alone, main
-from pybreaker_redis._demo import Crew, Live, Moment, Run, Tally, promises
+from pybreaker_redis import Event, HistoryEntry, Policy
 from pybreaker_redis.embedded import EmbeddedServer
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MARK = "PYBREAKER_REDIS_TEST_DEMO"
-HURRY = "from pybreaker_redis._demo import SCRIPTS;"
-TO_THE_THIRD_RUN = (
-    f"{HURRY} SCRIPTS['none'] = SCRIPTS['private'] = (('dead', 0.1),); SCRIPTS['shared'] = (('dead', 5),);"
-)
+HURRY = "from demo.plan import PHASES;"
+TO_THE_THIRD_RUN = f"{HURRY} PHASES['none'] = PHASES['private'] = (('dead', 0.1),); PHASES['shared'] = (('dead', 5),);"
 HALF_AS_LONG = (
-    f"{HURRY} SCRIPTS.update({{guard: [(phase, lasts if phase == 'repaired' else lasts / 2) for phase, lasts in script]"
-    " for guard, script in SCRIPTS.items()});"
+    f"{HURRY} PHASES.update({{guard: [(phase, lasts if phase == 'repaired' else lasts / 2) for phase, lasts in phases]"
+    " for guard, phases in PHASES.items()});"
 )
 needs_proc = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
@@ -42,19 +46,19 @@ class Demo:
         self.mark = f"{MARK}={secrets.token_hex(8)}"
         # a test run in the background may ignore SIGINT, which children inherit
         program = f"{before}import signal, runpy; signal.signal(signal.SIGINT, signal.default_int_handler);"
-        program += "runpy.run_module('pybreaker_redis', run_name='__main__', alter_sys=True)"
+        program += "runpy.run_module('demo', run_name='__main__', alter_sys=True)"
         kept = {name: value for name, value in os.environ.items() if name != "REDIS_URL"}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", program, "demo", *arguments],
+            [sys.executable, "-c", program, *arguments],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**kept, **dict([self.mark.split("=")]), **environment},
+            env={**kept, "PYTHONPATH": str(EXAMPLES), **dict([self.mark.split("=")]), **environment},
             start_new_session=True,
         )
 
     def read_until(self, text: str) -> None:
-        """Read lines as they come."""
+        """Read lines up to one with this text."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if text in line:
@@ -62,16 +66,16 @@ class Demo:
         raise AssertionError(f"{text!r} was never printed")
 
     def interrupt(self) -> None:
-        """What a terminal does on Ctrl-C: SIGINT to the whole foreground group."""
+        """Send SIGINT to the whole foreground group, as a terminal does on Ctrl-C."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def end(self) -> tuple[int, str, str]:
-        """Exit code, output and errors."""
+        """Wait for the end; exit code, output and errors."""
         output, errors = self.process.communicate(timeout=60)
         return self.process.returncode, output, errors
 
     def living(self) -> list[str]:
-        """The processes that it left."""
+        """The ids of its processes that still run."""
         return [path.parent.name for path in Path("/proc").glob("[0-9]*/environ") if self._is_ours(path)]
 
     def _is_ours(self, path: Path) -> bool:
@@ -98,7 +102,7 @@ def start() -> Iterator[Callable[..., Demo]]:
 
 
 def figures(pattern: str, output: str) -> tuple[int, ...]:
-    """The integers that the one line with this pattern has."""
+    """The integers in the one line that has this pattern."""
     (found,) = re.findall(pattern, output)
     return tuple(map(int, found))
 
@@ -106,7 +110,7 @@ def figures(pattern: str, output: str) -> tuple[int, ...]:
 @needs_proc
 @pytest.mark.parametrize("before", [HALF_AS_LONG, pytest.param("", marks=pytest.mark.long)], ids=["hurried", "whole"])
 def test_the_whole_demo_in_a_pipe(before: str, start: Callable[..., Demo]) -> None:
-    """It ends by itself with 0, every promise holds, its figures agree, and no process is left."""
+    """It ends by itself with 0, every promise holds, its figures agree, and no process remains."""
     demo = start(before=before)
     code, output, errors = demo.end()
     assert (code, errors) == (0, ""), output
@@ -121,7 +125,7 @@ def test_the_whole_demo_in_a_pipe(before: str, start: Callable[..., Demo]) -> No
     assert probes == half_open == run.count("open -> half_open") < private_probes
     assert run.count("closed -> open (failure_threshold)") == 1
     assert run.count("half_open -> closed (probe_succeeded)") == 1
-    table = [line.split() for line in output.splitlines() if line.startswith(tuple(_demo.GUARDS.values()))]
+    table = [line.split() for line in output.splitlines() if line.startswith(tuple(plan.GUARDS.values()))]
     assert [int(row[-4]) for row in table[1:]] == [private, shared]
     assert [int(row[-2]) for row in table[1:]] == [4, 1]
     wait_until(lambda: not demo.living())
@@ -145,7 +149,7 @@ def test_ctrl_c_ends_everything(start: Callable[..., Demo], client: redis.Redis,
 @needs_proc
 @pytest.mark.parametrize("how", ["Ctrl-C", "SIGTERM", "SIGKILL"])
 def test_an_early_end_leaves_nothing(how: str, start: Callable[..., Demo]) -> None:
-    """However it ends while its processes start, none of them stays, nor does its server."""
+    """However it ends while its processes start, none of them remains, nor does its server."""
     demo = start("--plain")
     demo.read_until("processes call")
     if how == "Ctrl-C":
@@ -156,18 +160,6 @@ def test_an_early_end_leaves_nothing(how: str, start: Callable[..., Demo]) -> No
     assert code == {"Ctrl-C": 130, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL}[how]
     assert "Traceback" not in errors
     wait_until(lambda: not demo.living())
-
-
-def test_without_the_extra_or_a_server(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nor does the program without its extra, which is the demo alone, do more than say so."""
-    monkeypatch.delenv("REDIS_URL", raising=False)
-    monkeypatch.setenv("PYBREAKER_REDIS_SERVER", "/nowhere/redis-server")
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert _demo_alone(["demo", "--plain", "--workers", "2"]) == 2
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert "/nowhere/redis-server" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -198,48 +190,29 @@ def test_a_closed_pipe(start: Callable[..., Demo]) -> None:
     assert demo.process.wait(30) == 141
 
 
-def exit_code(program: Callable[[list[str]], int], *arguments: str) -> int:
-    """What the program returns, or exits with."""
-    try:
-        return program([*arguments])
-    except SystemExit as left:
-        return int(left.code or 0)
-
-
-PROGRAMS = pytest.mark.parametrize("program", [main, _demo_alone], ids=["with the extra", "without"])
-
-
-@PROGRAMS
-def test_no_command_prints_help(program: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]) -> None:
-    """`python -m pybreaker_redis` alone shows what there is, and is an error."""
-    assert exit_code(program) == 2
-    assert "demo" in capsys.readouterr().err
-
-
-@PROGRAMS
 @pytest.mark.parametrize("workers", ["1", "33", "x"])
-def test_worker_count_out_of_range(
-    program: Callable[[list[str]], int], workers: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A number of workers that proves nothing, or that this machine would not carry, is refused."""
-    assert exit_code(program, "demo", "--workers", workers) == 2
+def test_worker_count_out_of_range(workers: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """One worker proves nothing and 33 may be too many for this machine: the message names the option."""
+    with pytest.raises(SystemExit) as left:
+        main(["--workers", workers])
+    assert left.value.code == 2
     assert "--workers" in capsys.readouterr().err
 
 
 def test_a_process_that_does_not_answer(monkeypatch: pytest.MonkeyPatch, server: EmbeddedServer) -> None:
-    """A process of the demo that hangs ends it with an error, and every process is gone, also the one that hangs."""
-    monkeypatch.setattr(_demo, "PATIENCE", 0.3)
-    with Crew(2, server.url, "demo-hangs", Policy()) as crew:
-        pids = [process.pid for process in crew._processes]
+    """A process that hangs ends the demo with an error, and every process is gone, the hung one too."""
+    monkeypatch.setattr(crew, "PATIENCE", 0.3)
+    with Crew(2, server.url, "demo-hangs", Policy()) as started:
+        pids = [process.pid for process in started._processes]
         os.kill(pids[0], signal.SIGSTOP)
         with pytest.raises(RuntimeError, match=r"has not answered for 0\.3 s"):
-            crew.ready()
+            started.ready()
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
 
 
-# Promises: made-up results in which all hold, and then one that does not at a time
+# Promises: made-up results in which all hold, then results in which one does not
 
 MOVES: list[tuple[Any, Any]] = [
     ("closed", "open"),
@@ -252,11 +225,11 @@ MOVES: list[tuple[Any, Any]] = [
 
 @dataclasses.dataclass
 class Figures:
-    """What promises() looks at, in the shape in which a test changes it."""
+    """The figures that promises() checks, in a form that a test can change."""
 
     hits: dict[str, int] = dataclasses.field(default_factory=lambda: {"none": 500, "private": 40, "shared": 12})
     moves: list[tuple[Any, Any]] = dataclasses.field(default_factory=lambda: list(MOVES))
-    told: list[tuple[Any, Any]] = dataclasses.field(default_factory=lambda: list(MOVES))
+    notified: list[tuple[Any, Any]] = dataclasses.field(default_factory=lambda: list(MOVES))
     private_trips: int = 4
     private_probes: int = 24
     probes: int = 2
@@ -266,40 +239,42 @@ class Figures:
     state: str = "closed"
 
     def held(self) -> list[bool]:
-        """Of each promise."""
+        """Whether each promise held."""
         runs = {
             "none": Run(self.hits["none"], self._tallies(), {}),
-            "private": Run(self.hits["private"], self._tallies(probes=self.private_probes, told=self._private()), {}),
-            "shared": Run(self.hits["shared"], self._tallies(probes=self.probes, told=self._shared()), BEGAN),
+            "private": Run(
+                self.hits["private"], self._tallies(probes=self.private_probes, transitions=self._private()), {}
+            ),
+            "shared": Run(self.hits["shared"], self._tallies(probes=self.probes, transitions=self._shared()), BEGAN),
         }
         history = [HistoryEntry(0.0, old, new, "", 1 + n, 0, 0, "") for n, (old, new) in enumerate(self.moves)]
         return [promise.held for promise in promises(runs, history, self.state)]
 
-    def _tallies(self, probes: int = 0, told: list[Any] | None = None) -> tuple[Tally, ...]:
-        """Four workers, of which the first made all probes and was told everything, and the last is the slowest."""
+    def _tallies(self, probes: int = 0, transitions: list[Any] | None = None) -> tuple[Tally, ...]:
+        """Four workers: the first made all probes and got all notifications, the last is the slowest."""
         early = {"rejecting_since": 100.06, "answering_since": 103.10}
         tallies = [Tally(number, 1000 + number, **early) for number in range(1, 5)]
-        tallies[0].probes, tallies[0].told = probes, told or []
+        tallies[0].probes, tallies[0].transitions = probes, transitions or []
         tallies[-1].rejecting_since, tallies[-1].answering_since = self.rejecting, self.answering
         return tuple(tallies)
 
     def _shared(self) -> list[Any]:
-        return [told_event(self.tripped + n, old, new, 1 + n) for n, (old, new) in enumerate(self.told)]
+        return [notification(self.tripped + n, old, new, 1 + n) for n, (old, new) in enumerate(self.notified)]
 
     def _private(self) -> list[Any]:
-        return [told_event(50.0, "closed", "open", n) for n in range(self.private_trips)]
+        return [notification(50.0, "closed", "open", n) for n in range(self.private_trips)]
 
 
 BEGAN = {"dead": 100.0, "repaired": 103.0}
 
 
-def told_event(at: float, old: Any, new: Any, generation: int) -> tuple[float, Event]:
-    """What a worker keeps of a transition that it was told."""
+def notification(at: float, old: Any, new: Any, generation: int) -> tuple[float, Event]:
+    """A transition as a worker stores it."""
     return at, Event("state_change", "demo", "me", old=old, new=new, reason="r", generation=generation)
 
 
 def test_promises_that_hold() -> None:
-    """The results from which the next test departs."""
+    """The results that the next test varies hold."""
     assert Figures().held() == [True] * 7
 
 
@@ -310,7 +285,7 @@ def test_promises_that_hold() -> None:
         (0, {"hits": {"none": 500, "private": 100, "shared": 23}}),  # the most is 4 * 4 + 1 + 3 + 2 probes = 22
         (0, {"hits": {"none": 40, "private": 40, "shared": 12}}),
         (0, {"hits": {"none": 500, "private": 40, "shared": 0}}),
-        (1, {"moves": [*MOVES, ("closed", "open")], "told": [*MOVES, ("closed", "open")]}),
+        (1, {"moves": [*MOVES, ("closed", "open")], "notified": [*MOVES, ("closed", "open")]}),
         (1, {"private_trips": 3}),
         (2, {"tripped": 99.9}),
         (3, {"rejecting": 101.2}),
@@ -318,8 +293,8 @@ def test_promises_that_hold() -> None:
         (4, {"probes": 3}),
         (4, {"probes": 1}),
         (4, {"private_probes": 2}),
-        (5, {"told": MOVES[:-1]}),
-        (5, {"told": [*MOVES, ("half_open", "closed")]}),
+        (5, {"notified": MOVES[:-1]}),
+        (5, {"notified": [*MOVES, ("half_open", "closed")]}),
         (6, {"answering": 104.6}),
         (6, {"answering": None}),
         (6, {"state": "open"}),
@@ -332,28 +307,31 @@ def test_a_promise_that_does_not_hold(broken: int, changes: dict[str, Any]) -> N
 
 def test_no_trip_at_all() -> None:
     """A breaker that never opened keeps no promise that is about opening."""
-    held = Figures(moves=[], told=[], probes=0, rejecting=None, hits={"none": 500, "private": 40, "shared": 490}).held()
+    held = Figures(
+        moves=[], notified=[], probes=0, rejecting=None, hits={"none": 500, "private": 40, "shared": 490}
+    ).held()
     assert held[:5] == [False] * 5
 
 
 def test_a_broken_promise_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One promise that did not hold: FAILED in its line, and exit code 1."""
-    monkeypatch.setattr(_demo, "SCRIPTS", dict.fromkeys(_demo.GUARDS, (("dead", 0.2), ("repaired", 0.2))))
-    monkeypatch.setattr(_demo, "ANSWERING_WITHIN", -1.0)
+    """A promise that does not hold has FAILED in its line, and the exit code is 1."""
+    for guard in plan.GUARDS:
+        monkeypatch.setitem(plan.PHASES, guard, (("dead", 0.2), ("repaired", 0.2)))
+    monkeypatch.setattr(proof, "ANSWERING_WITHIN", -1.0)
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert main(["demo", "--plain", "--workers", "2"]) == 1
+        assert main(["--plain", "--workers", "2"]) == 1
     finally:
         signal.signal(signal.SIGTERM, before)
     assert re.search(r"^FAILED  .*after repair", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_table_on_a_terminal() -> None:
-    """Each process has a row, the shared state and the transitions stand below."""
+    """Each process has a line; the shared state and the transitions are below."""
     console = pytest.importorskip("rich.console").Console(file=io.StringIO(), width=100, force_terminal=True)
     live = pytest.importorskip("rich.live").Live(console=console, auto_refresh=False)
-    tally = Tally(1, 4711, calls=62, failed=3, rejected=20, probes=1, sees="half_open")
-    tally.told.append(told_event(0.0, "closed", "open", 1))
+    tally = Tally(1, 4711, calls=62, failed=3, rejected=20, probes=1, state="half_open")
+    tally.transitions.append(notification(0.0, "closed", "open", 1))
     with live:
         Live(live).show(Moment("shared", "dead", 0.5, [tally], "open, probe in 0.3 s"))
         live.refresh()
@@ -361,4 +339,4 @@ def test_the_table_on_a_terminal() -> None:
     assert "run 3 of 3: one shared breaker" in shown
     assert re.search(r"1: 4711 │\s+62 │\s+42 │\s+3 │\s+20 │\s+1 │ half_open", shown)
     assert "the breaker: open, probe in 0.3 s" in shown
-    assert "closed -> open (r), told to 1" in shown
+    assert "closed -> open (r), notified process 1" in shown

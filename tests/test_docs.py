@@ -16,7 +16,7 @@ import shutil
 import signal
 import subprocess
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,8 +26,9 @@ from conftest import wait_until
 from test_instrumentation import cluster_of_one
 
 import pybreaker_redis
-from pybreaker_redis._scripts import SCRIPTS, compose
+from pybreaker_redis._policy import DEFAULTS, RULES
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.scripts import SCRIPTS, compose
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -224,7 +225,7 @@ def prepare_readme(server: EmbeddedServer, block: Block) -> None:
         breaker = pybreaker_redis.CircuitBreaker("discovery", redis=server.url, lease=0, redis_timeout=20)
         for _ in range(5):
             breaker.acquire().failure()
-        wait_until(lambda: breaker.state == "open")
+        wait_until(lambda: breaker.snapshot().state == "open")
 
 
 def test_few_blocks_are_not_run() -> None:
@@ -235,12 +236,57 @@ def test_few_blocks_are_not_run() -> None:
     assert len(marked) == len(NOT_RUN.findall(text))
 
 
+def readme_section(name: str) -> str:
+    """A marked section of README, which pages of the documentation include."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, section = text.partition(f"[start:{name}] -->\n")
+    section, _, _ = section.partition(f"<!-- --8<-- [end:{name}]")
+    return section
+
+
+def default_shown(value: Any) -> str:
+    """A default as a table shows it."""
+    if isinstance(value, type):
+        return f"`{value.__name__}`"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f"`{json.dumps(value)}`" if isinstance(value, str) else f"`{value}`" if value in (None, ()) else str(value)
+
+
+def table(heading: str, rows: list[tuple[str, str, str]]) -> str:
+    """A table of names, defaults and meanings."""
+    lines = [f"| {heading} | default | meaning |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| `{name}` | {default} | {meaning} |" for name, default, meaning in rows), ""])
+
+
+def policy_table() -> str:
+    """The fields of Policy, from their one declaration."""
+    return table("`Policy`", [(name, default_shown(DEFAULTS[name]), rule.meaning) for name, rule in RULES.items()])
+
+
+def options_table() -> str:
+    """The options of a breaker, from the constructor's signature and the docstring of the class."""
+    docstring = inspect.getdoc(pybreaker_redis.CircuitBreaker) or ""
+    meanings = dict(re.findall(r"^(\w+): (.+(?:\n(?!\w+: |\n).+)*)", docstring, flags=re.MULTILINE))
+    options = inspect.signature(pybreaker_redis.CircuitBreaker).parameters.values()
+    rows = []
+    for one in options:
+        default = "required" if one.default is one.empty else default_shown(one.default)
+        meaning = " ".join(meanings[one.name].split())
+        rows.append((one.name, default, meaning[0].upper() + meaning[1:]))
+    return table("option", rows)
+
+
+@pytest.mark.parametrize(("section", "generate"), [("policy", policy_table), ("options", options_table)])
+def test_tables_are_those_of_the_code(section: str, generate: Callable[[], str]) -> None:
+    """README's tables of policy fields and options are generated: on a difference, paste the table printed here."""
+    expected = generate()
+    assert readme_section(section) == expected, f"between the marks of {section!r} README must have\n\n{expected}"
+
+
 def table_of_faults() -> list[list[str]]:
     """The cells of each row of README's table of faults."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    _, _, table = text.partition("[start:faults] -->\n")
-    table, _, _ = table.partition("<!-- --8<-- [end:faults]")
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()[2:]]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in readme_section("faults").splitlines()[2:]]
 
 
 def named_tests(text: str, default: str = "") -> list[tuple[str, str]]:

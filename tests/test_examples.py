@@ -1,4 +1,4 @@
-"""The examples do what they say, on a real server."""
+"""Every example runs, and prints what its docstring promises, on a real server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
 
 
 def run(name: str, url: str) -> str:
-    """What an example prints."""
+    """The output of an example."""
     environment = {**os.environ, "REDIS_URL": url}
     command = [sys.executable, str(EXAMPLES / name)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
@@ -30,17 +30,18 @@ def run(name: str, url: str) -> str:
 
 
 def test_every_example_is_run() -> None:
-    """None is forgotten here, nor in the list."""
-    ours = pathlib.Path(__file__).read_text()
+    """Each example has a test here and a line in the list; the demo has its own tests."""
+    ours, listed = pathlib.Path(__file__).read_text(), (EXAMPLES / "README.md").read_text()
     for path in EXAMPLES.glob("*.py"):
         assert path.name in ours
-        assert path.name in (EXAMPLES / "README.md").read_text()
+        assert path.name in listed
+    assert "demo" in listed
 
 
 def test_in_memory() -> None:
     """in_memory.py: three failures, three rejections, a recovery."""
-    told = run("in_memory.py", "redis://127.0.0.1:1")
-    assert re.sub(r"0\.\d s", "a while", told).splitlines() == [
+    output = run("in_memory.py", "redis://127.0.0.1:1")
+    assert re.sub(r"0\.\d s", "a while", output).splitlines() == [
         "failed: the mail server is down",
         "failed: the mail server is down",
         "closed -> open: failure_threshold",
@@ -53,36 +54,36 @@ def test_in_memory() -> None:
 
 
 def test_two_services(server: EmbeddedServer, client: redis.Redis) -> None:
-    """two_services.py: one meets the failure, the other one is spared it."""
-    told = run("two_services.py", server.url).splitlines()
-    assert [line for line in told if line.startswith("orders")] == [
+    """two_services.py: one service meets the failure, the other is rejected at once."""
+    output = run("two_services.py", server.url).splitlines()
+    assert [line for line in output if line.startswith("orders")] == [
         *["orders: payments does not answer"] * 3,
         *["orders: rejected"] * 2,
     ]
-    assert any(re.fullmatch(r"invoices: rejected without a try, again in (29|30) s", line) for line in told)
-    assert told[-1] == "payments is open"
+    assert any(re.fullmatch(r"invoices: rejected at once, retry in (29|30) s", line) for line in output)
+    assert output[-1] == "payments is open"
 
 
 def test_asyncio_workers(server: EmbeddedServer, client: redis.Redis) -> None:
-    """asyncio_workers.py: every job is done in the end, 20 calls failed, many more were spared."""
-    told = run("asyncio_workers.py", server.url)
-    found = re.search(r"^40 jobs done, 20 calls failed, (\d+) rejected\nthe breaker is closed$", told, re.MULTILINE)
+    """asyncio_workers.py: every job gets done; 20 calls failed, and many more were rejected."""
+    output = run("asyncio_workers.py", server.url)
+    found = re.search(r"^40 jobs done, 20 calls failed, (\d+) rejected\nthe breaker is closed$", output, re.MULTILINE)
     assert found
     assert int(found[1]) > 20
 
 
 def test_rolling_deployment(server: EmbeddedServer, client: redis.Redis) -> None:
-    """rolling_deployment.py: a trip under one version rejects in the other, and in an instance that starts later."""
-    told = dict(line.split(": ") for line in run("rolling_deployment.py", server.url).splitlines())
-    assert told["two of v1"] == told["one of each"] == "answered answered"
-    dying = told["the database dies"].split()
+    """rolling_deployment.py: a trip by one version also rejects in the other, and in instances that start later."""
+    output = dict(line.split(": ") for line in run("rolling_deployment.py", server.url).splitlines())
+    assert output["two of v1"] == output["one of each"] == "answered answered"
+    dying = output["the database dies"].split()
     assert dying in (["failed"] * count + ["rejected"] * (6 - count) for count in (3, 4, 5))
-    assert told["two of v2, the second just started"] == "rejected rejected"
-    assert told["after the repair"] == "answered"
+    assert output["two of v2, the second just started"] == "rejected rejected"
+    assert output["after the repair"] == "answered"
 
 
 class Backend(BaseHTTPRequestHandler):
-    """A search service that is asked for its status."""
+    """A search service that answers with a status of the test's choice."""
 
     status = 200
 
@@ -92,12 +93,12 @@ class Backend(BaseHTTPRequestHandler):
         self.wfile.write(b'{"hits": 1}')
 
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Print nothing."""
 
 
 @pytest.fixture
 def backend() -> Iterator[str]:
-    """A running one; its URL."""
+    """The URL of a running one."""
     Backend.status = 200
     with HTTPServer(("127.0.0.1", 0), Backend) as service:
         threading.Thread(target=service.serve_forever, daemon=True).start()
@@ -108,7 +109,7 @@ def backend() -> Iterator[str]:
 def test_fastapi_app(
     backend: str, server: EmbeddedServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fastapi_app.py: 200, then 502 for what fails, then 503 with Retry-After, without a call of the service."""
+    """fastapi_app.py: 200; 502 for a failed call; 503 with Retry-After, without a call, while the circuit is open."""
     testing = pytest.importorskip("fastapi.testclient", reason="needs fastapi and httpx")
     monkeypatch.setenv("REDIS_URL", server.url)
     monkeypatch.setenv("SEARCH_URL", backend)

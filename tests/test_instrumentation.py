@@ -10,6 +10,7 @@ import os
 import pathlib
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -101,32 +102,52 @@ def opentelemetry(**options: Any) -> tuple[OpenTelemetryMetrics, Callable[[], Sa
 # The fast path
 
 
-def test_successes_of_an_instrument_stay_on_the_fast_path(client: redis.Redis) -> None:
-    """A thousand successes within a lease are all exported, but the listener is told of none of them."""
-    told: list[Event] = []
+def test_calls_of_an_instrument_stay_on_the_fast_path(client: redis.Redis) -> None:
+    """A thousand successes and rejections are all exported, but the listener receives none of them."""
+    received: list[Event] = []
 
     class Noting(PrometheusMetrics):
         def __call__(self, event: Event) -> None:
-            told.append(event)
+            received.append(event)
 
     metrics = Noting(registry=None)
-    breaker = CircuitBreaker("discovery", redis=client, lease=60, listeners=[metrics], **PATIENT)
+    breaker = CircuitBreaker("discovery", redis=client, lease=60, policy=ONE, listeners=[metrics], **PATIENT)
     for _ in range(1001):
         breaker.call(int)
-    assert metrics.read().breakers[0].calls["success"] == 1001
-    assert {event.kind for event in told} <= {"success"}
-    assert len(told) <= 1  # the first one found no view
+    fail(breaker)
+    for _ in range(7):
+        with pytest.raises(CircuitOpenError):
+            breaker.call(int)
+    calls = {"success": 1001, "slow": 0, "failure": 1, "ignored": 0, "rejected": 7}
+    assert metrics.read().breakers[0].calls == calls
+    assert [event.kind for event in received] == ["state_change"]
 
 
-def test_another_listener_hears_of_every_success(client: redis.Redis) -> None:
-    """An instrument does not silence the listeners beside it."""
-    told: list[Event] = []
+def test_an_observer_of_calls_receives_every_success(client: redis.Redis) -> None:
+    """An instrument does not silence an `on_call` next to it."""
+    received: list[Event] = []
     metrics, scrape = prometheus()
-    breaker = CircuitBreaker("discovery", redis=client, lease=60, listeners=[metrics, told.append], **PATIENT)
+    breaker = CircuitBreaker(
+        "discovery", redis=client, lease=60, listeners=[metrics], on_call=[received.append], **PATIENT
+    )
     for _ in range(5):
         breaker.call(int)
-    assert len(told) == 5
+    assert [event.kind for event in received] == ["success"] * 5
     assert scrape()["calls_total", ("discovery", "success")] == 5
+
+
+def test_an_instrument_as_an_observer_of_calls_counts_nothing_twice(client: redis.Redis) -> None:
+    """Metrics that are given as `on_call` too export the same numbers."""
+    metrics, scrape = prometheus()
+    breaker = CircuitBreaker(
+        "discovery", redis=client, lease=60, policy=ONE, listeners=[metrics], on_call=[metrics], **PATIENT
+    )
+    breaker.call(int)
+    fail(breaker)
+    found = scrape()
+    assert found["calls_total", ("discovery", "success")] == 1
+    assert found["calls_total", ("discovery", "failure")] == 1
+    assert found["transitions_total", ("discovery", "closed", "open", "failure_threshold", "redis")] == 1
 
 
 @pytest.mark.parametrize("lease", [0, 0.02, 60])
@@ -155,17 +176,18 @@ def test_successes_across_a_transition(client: redis.Redis) -> None:
     assert scrape()["calls_total", ("discovery", "success")] == 10
 
 
-def test_rejections_are_told_to_those_that_count_them(client: redis.Redis) -> None:
-    """With metrics every rejection is counted; a listener that only logs leaves them on the fast path."""
+def test_rejections_are_counted_whoever_listens(client: redis.Redis) -> None:
+    """With metrics every rejection is counted, next to a logger or an `on_call` too; only `on_call` receives it."""
     metrics, scrape = prometheus()
-    for listeners, silent in (([metrics], False), ([LoggingListener()], True), ([], True)):
-        breaker = CircuitBreaker("discovery", redis=client, lease=60, listeners=listeners, **PATIENT)
+    received: list[Event] = []
+    for listeners, on_call in (([metrics], []), ([metrics, LoggingListener()], []), ([metrics], [received.append])):
+        breaker = CircuitBreaker("discovery", redis=client, lease=60, listeners=listeners, on_call=on_call, **PATIENT)
         breaker.force_open()
-        assert breaker._silent is silent
         for _ in range(3):
             with pytest.raises(CircuitOpenError):
                 breaker.call(int)
-    assert scrape()["calls_total", ("discovery", "rejected")] == 3
+    assert scrape()["calls_total", ("discovery", "rejected")] == 9
+    assert [event.kind for event in received] == ["rejected"] * 3
 
 
 # What is exported
@@ -251,20 +273,38 @@ def test_asyncio(client: redis.Redis, server: EmbeddedServer, meter: Any) -> Non
     assert found["state", ("discovery", "open")] == 1
 
 
+def test_a_signal_handler_that_calls_amid_a_scrape(meter: Any) -> None:
+    """A handler trips a breaker and scrapes while its thread holds the locks of a scrape: no deadlock."""
+    metrics, scrape = meter()
+    breaker = CircuitBreaker("discovery", policy=ONE, listeners=[metrics])
+    found: list[Samples] = []
+
+    def interrupted_scrape() -> None:
+        with metrics._reading, metrics._counting, getattr(metrics, "_sharing", contextlib.nullcontext()):
+            fail(breaker)
+            found.append(by_prometheus_names(scrape()))
+
+    thread = threading.Thread(target=interrupted_scrape, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found
+    assert found[0]["transitions_total", ("discovery", "closed", "open", "failure_threshold", "memory")] == 1
+
+
 def test_in_memory(meter: Any) -> None:
     """A breaker without Redis is read from its own engine; it has no view, and no fallback."""
     metrics, scrape = meter()
-    breaker = CircuitBreaker("alone", policy=ONE, listeners=[metrics])
+    breaker = CircuitBreaker("in memory", policy=ONE, listeners=[metrics])
     breaker.call(int)
     fail(breaker)
     found = by_prometheus_names(scrape())
-    assert found["calls_total", ("alone", "success")] == 1
-    assert (found["state", ("alone", "open")], found["health_score", ("alone",)]) == (1, 0)
-    assert found["fallback_active", ("alone",)] == 0
+    assert found["calls_total", ("in memory", "success")] == 1
+    assert (found["state", ("in memory", "open")], found["health_score", ("in memory",)]) == (1, 0)
+    assert found["fallback_active", ("in memory",)] == 0
     assert not [name for name, _ in found if name.startswith(("view_age", "script"))]
 
 
-def test_without_a_client_the_state_is_what_was_last_heard(client: redis.Redis, meter: Any) -> None:
+def test_without_a_client_the_state_is_what_was_last_read(client: redis.Redis, meter: Any) -> None:
     """Metrics that have no Redis ask nobody, and leave out what only Redis knows."""
     metrics, scrape = meter()
     breaker = CircuitBreaker("discovery", redis=client, lease=60, policy=ONE, listeners=[metrics], **PATIENT)
@@ -287,7 +327,7 @@ def test_two_breakers_of_one_name_are_one_series(client: redis.Redis, meter: Any
 
 
 def test_a_transition_of_another_process_is_counted_there(client: redis.Redis) -> None:
-    """What a watching breaker hears of is no transition of its own, so that a sum over processes is right."""
+    """What a watching breaker learns of others is no transition of its own, so a sum over processes is right."""
     metrics, scrape = prometheus()
     breaker = CircuitBreaker("discovery", redis=client, listeners=[metrics], **PATIENT)
     breaker.call(int)
@@ -451,8 +491,9 @@ def test_span_events(client: redis.Redis) -> None:
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     tracer = provider.get_tracer("test")
+    spans = OpenTelemetrySpans()
     breaker = CircuitBreaker(
-        "discovery", redis=client, lease=60, policy=ONE, listeners=[OpenTelemetrySpans()], **PATIENT
+        "discovery", redis=client, lease=60, policy=ONE, listeners=[spans], on_call=[spans], **PATIENT
     )
     breaker.call(int)  # outside of any span
     with tracer.start_as_current_span("request"):
@@ -470,6 +511,20 @@ def test_span_events(client: redis.Redis) -> None:
     assert 0 < float(str(rejection.attributes["circuit_breaker.retry_after"])) <= 3600
 
 
+def test_span_events_of_a_listener_leave_out_rejections(client: redis.Redis) -> None:
+    """Spans that are given as `listeners` only have transitions, and rejections stay on the fast path."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    breaker = CircuitBreaker("discovery", redis=client, policy=ONE, listeners=[OpenTelemetrySpans()], **PATIENT)
+    with provider.get_tracer("test").start_as_current_span("request"):
+        fail(breaker)
+        with pytest.raises(CircuitOpenError):
+            breaker.call(int)
+    (span,) = exporter.get_finished_spans()
+    assert [event.name for event in span.events] == ["circuit_breaker.state_change"]
+
+
 def test_span_events_on_asyncio(server: EmbeddedServer, client: redis.Redis) -> None:
     """The span of the awaiting task gets the event."""
     exporter = InMemorySpanExporter()
@@ -477,10 +532,11 @@ def test_span_events_on_asyncio(server: EmbeddedServer, client: redis.Redis) -> 
     provider.add_span_processor(SimpleSpanProcessor(exporter))
 
     async def run() -> None:
-        breaker = AsyncCircuitBreaker("discovery", redis=server.url, listeners=[OpenTelemetrySpans()], **PATIENT)
+        spans = OpenTelemetrySpans()
+        breaker = AsyncCircuitBreaker("discovery", redis=server.url, listeners=[spans], on_call=[spans], **PATIENT)
         await breaker.force_open()
         with provider.get_tracer("test").start_as_current_span("request"), contextlib.suppress(CircuitOpenError):
-            async with breaker:
+            async with breaker.acquire():
                 pass
         await breaker.close()
 
@@ -543,8 +599,8 @@ def test_log_records_through_structlog(client: redis.Redis) -> None:
     breaker = CircuitBreaker("discovery", redis=client, policy=ONE, listeners=[LoggingListener(logger)], **PATIENT)
     fail(breaker)
     (line,) = lines
-    told = json.loads(line)
-    assert (told["event"], told["level"], told["breaker"], told["new_state"]) == (
+    logged = json.loads(line)
+    assert (logged["event"], logged["level"], logged["breaker"], logged["new_state"]) == (
         "circuit_breaker.state_change",
         "warning",
         "discovery",

@@ -85,11 +85,10 @@ def use(client: redis.Redis, **options: Any) -> CircuitBreaker:
     return breaker
 
 
-@pytest.mark.parametrize("encoding", ["json", "msgpack"])
-def test_a_real_server(encoding: str) -> None:
-    """What a breaker leaves on a server, in either encoding, passes with its slots, and not with one less."""
+def test_a_real_server() -> None:
+    """What a breaker leaves on a server passes with its slots, and not with one less."""
     with EmbeddedServer(args=JOURNAL) as server, redis.Redis.from_url(server.url) as client:
-        use(client, encoding=encoding)
+        use(client)
         journal = journal_in(server.directory).read_bytes()
         transitions = check_histories(client, 2)
         assert transitions == 8

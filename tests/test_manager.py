@@ -125,16 +125,22 @@ def test_disabled(client: redis.Redis, shared: bool) -> None:
 
 
 def test_hooks_of_all_breakers(make_manager: Callable[..., CircuitBreakerManager], client: redis.Redis) -> None:
-    """Listeners and the classification of outcomes are given to the manager once."""
-    told: list[Event] = []
+    """Listeners, on_call and the classification of outcomes are given to the manager once."""
+    changes: list[Event] = []
+    calls: list[Event] = []
     manager = CircuitBreakerManager.with_redis(
-        Config(defaults=ONE, redis_timeout=20), redis=client, listeners=[told.append], ignore=KeyError
+        Config(defaults=ONE, redis_timeout=20),
+        redis=client,
+        listeners=iter([changes.append]),
+        on_call=iter([calls.append]),
+        ignore=KeyError,
     )
     with manager:
         with pytest.raises(KeyError):
             manager.call("a", {}.__getitem__, 1)
         trip(manager, "b")
-    assert [(e.breaker, e.new) for e in told if e.kind == "state_change"] == [("b", "open")]
+    assert [(event.breaker, event.kind, event.new) for event in changes] == [("b", "state_change", "open")]
+    assert [(event.breaker, event.kind) for event in calls] == [("a", "ignored"), ("b", "failure")]
 
 
 # Through Redis
@@ -208,7 +214,7 @@ def test_without_redis(url: str, caplog: pytest.LogCaptureFixture) -> None:
             manager.call("discovery", boom)
         assert manager.get_all_states() == {"discovery": "open"}
         assert manager.get_or_create("discovery").snapshot().source == "local"
-    mine = [r for r in caplog.records if "does not answer, this process goes on alone" in r.getMessage()]
+    mine = [r for r in caplog.records if "does not answer; this process continues on its own" in r.getMessage()]
     assert [r.levelno for r in mine] == [logging.WARNING]
 
 
@@ -237,7 +243,6 @@ def test_names_that_cannot_be_keys() -> None:
     [
         ({"lease": -1}, "lease"),
         ({"on_redis_failure": "maybe"}, "on_redis_failure"),
-        ({"encoding": "xml"}, "encoding"),
         ({"prefix": ""}, "prefix"),
         ({"services": {"a": {"quorum": 1}}}, "must be a Policy"),
         ({"watch": 0}, "watch"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import logging
 import socket
@@ -18,6 +19,7 @@ from conftest import stopped, wait_until
 
 from pybreaker_redis import (
     AsyncCircuitBreaker,
+    AsyncPermit,
     CircuitBreaker,
     CircuitOpenError,
     Policy,
@@ -45,22 +47,28 @@ def boom() -> None:
 
 
 class OnLoop:
-    """An AsyncCircuitBreaker that is used from outside of its loop, which runs as long as a call lasts."""
+    """An AsyncCircuitBreaker or its permit, used from outside of its loop, which runs as long as a call lasts."""
 
-    def __init__(self, breaker: AsyncCircuitBreaker, runner: asyncio.Runner) -> None:
-        self._breaker, self._runner = breaker, runner
+    def __init__(self, used: AsyncCircuitBreaker | AsyncPermit, runner: asyncio.Runner) -> None:
+        self._used, self._runner = used, runner
 
     def call(self, func: Callable[[], Any]) -> Any:
         async def awaited() -> Any:
             return func()
 
-        return self._runner.run(self._breaker.call(awaited))
+        return self._run(self._used.call, awaited)  # type: ignore[union-attr]
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(self._breaker, name)
-        if inspect.iscoroutine(found):
-            return self._runner.run(found)
-        return (lambda *args: self._runner.run(found(*args))) if inspect.iscoroutinefunction(found) else found
+        found = getattr(self._used, name)
+        return functools.partial(self._run, found) if callable(found) else found
+
+    def _run(self, method: Callable[..., Any], *args: Any) -> Any:
+        async def awaited() -> Any:
+            result = method(*args)
+            return await result if inspect.isawaitable(result) else result
+
+        result = self._runner.run(awaited())
+        return OnLoop(result, self._runner) if isinstance(result, AsyncPermit) else result
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -127,7 +135,7 @@ def slammer() -> Iterator[Slammer]:
 
 
 def listening() -> tuple[list[str], list[Callable[[Any], None]]]:
-    """The kinds heard of Redis, and the listeners that hear them."""
+    """The kinds of events of Redis so far, and the listeners that note them."""
     kinds: list[str] = []
     return kinds, [lambda event: kinds.append(event.kind) if event.kind.startswith("redis") else None]
 
@@ -153,7 +161,7 @@ def test_constructor_needs_no_server(make: Make, dead_url: str, slammer: Slammer
     assert slammer.count == 0
 
 
-def check_told_once(breaker: Any, kinds: list[str], caplog: pytest.LogCaptureFixture) -> None:
+def check_notified_once(breaker: Any, kinds: list[str], caplog: pytest.LogCaptureFixture) -> None:
     """50 calls without a server succeed, with one warning and one event among them."""
     assert [breaker.call(fine) for _ in range(50)] == ["fine"] * 50
     assert kinds == ["redis_error"]
@@ -161,20 +169,20 @@ def check_told_once(breaker: Any, kinds: list[str], caplog: pytest.LogCaptureFix
     assert "'discovery': Redis does not answer" in warning
 
 
-def test_told_once(make: Make, dead_url: str, caplog: pytest.LogCaptureFixture) -> None:
-    """An outage from the very first call on is no caller's, and is told once."""
+def test_notified_once(make: Make, dead_url: str, caplog: pytest.LogCaptureFixture) -> None:
+    """An outage from the very first call on reaches no caller, and is notified once."""
     kinds, listeners = listening()
-    check_told_once(make(dead_url, lease=0, listeners=listeners), kinds, caplog)
+    check_notified_once(make(dead_url, lease=0, listeners=listeners), kinds, caplog)
 
 
-def test_told_once_with_a_lease(make: Make, dead_url: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_notified_once_with_a_lease(make: Make, dead_url: str, caplog: pytest.LogCaptureFixture) -> None:
     """The same where the first call refreshes the view."""
     kinds, listeners = listening()
-    check_told_once(make(dead_url, listeners=listeners), kinds, caplog)
+    check_notified_once(make(dead_url, listeners=listeners), kinds, caplog)
 
 
 def test_local_protection(make: Make, dead_url: str) -> None:
-    """Alone a process trips by the same rules, and rejects with the right wait."""
+    """Without Redis a process trips by the same rules, and rejects with the right wait."""
     breaker = make(dead_url, lease=0, policy=Policy(failure_threshold=3, reset_timeout=3600))
     for _ in range(3):
         with pytest.raises(Boom):
@@ -188,13 +196,13 @@ def test_local_protection(make: Make, dead_url: str) -> None:
 
 
 def test_local_recovery(make: Make, dead_url: str) -> None:
-    """Alone a process probes and recovers by itself."""
+    """Without Redis a process probes and recovers by itself."""
     breaker = make(dead_url, lease=0, policy=Policy(failure_threshold=1, reset_timeout=0.001))
     with pytest.raises(Boom):
         breaker.call(boom)
     wait_until(lambda: breaker.snapshot().retry_after == 0)
     assert breaker.call(fine) == "fine"
-    assert breaker.state == "closed"
+    assert breaker.snapshot().state == "closed"
 
 
 def test_mode_open(make: Make, dead_url: str) -> None:
@@ -217,14 +225,14 @@ def test_mode_closed(make: Make, dead_url: str) -> None:
 
 
 @pytest.mark.parametrize("called", [False, True])
-def test_operators_are_told(make: Make, dead_url: str, called: bool) -> None:
+def test_operators_get_an_error(make: Make, dead_url: str, called: bool) -> None:
     """Commands and the history fail without Redis, and nothing is done locally instead."""
     breaker = make(dead_url, lease=0, policy=Policy(failure_threshold=2))
     if called:
         with pytest.raises(Boom):
             breaker.call(boom)
     before = breaker.snapshot()
-    commands = (breaker.force_open, breaker.force_closed, breaker.clear_override, breaker.reset, breaker.history)
+    commands = (breaker.force_open, breaker.force_closed, breaker.clear_forced, breaker.reset, breaker.history)
     for command in commands:
         with pytest.raises(RedisUnavailableError) as caught:
             command()
@@ -238,7 +246,7 @@ def test_operators_are_told(make: Make, dead_url: str, called: bool) -> None:
 def test_a_call_tries_once(make: Make, slammer: Slammer) -> None:
     """A call that finds no server has tried to connect once."""
     for count in range(1, 6):
-        make(slammer.url, lease=0).acquire()
+        make(slammer.url, lease=0).acquire().release()
         assert slammer.count == count
 
 
@@ -259,7 +267,7 @@ def test_a_given_client_is_left_alone(make: Make, shell: str, slammer: Slammer) 
     before, retry, retries = dict(pool.connection_kwargs), given.get_retry(), given.get_retry()._retries
     assert retries > 1
     for count in range(1, 6):
-        make(given, lease=0).acquire()
+        make(given, lease=0).acquire().release()
         assert slammer.count == count
     assert pool.connection_kwargs == before
     assert given.connection_pool is pool
@@ -270,7 +278,7 @@ def test_a_given_client_is_left_alone(make: Make, shell: str, slammer: Slammer) 
 
 
 def test_hung_server(make: Make, own_server: EmbeddedServer, caplog: pytest.LogCaptureFixture) -> None:
-    """While the server hangs one call waits for it; the others send nothing. It is back by itself, told once."""
+    """While the server hangs one call waits for it; the others send nothing. It is back by itself, notified once."""
     kinds, listeners = listening()
     breaker = make(own_server.url, lease=0, policy=MANY, redis_timeout=0.25, listeners=listeners)
     with redis.Redis.from_url(own_server.url) as client:
@@ -296,7 +304,7 @@ def test_hung_server(make: Make, own_server: EmbeddedServer, caplog: pytest.LogC
 
 
 def test_the_state_of_redis_counts_again(make: Make, own_server: EmbeddedServer) -> None:
-    """What was tripped locally is closed again when Redis is back, which never heard of it."""
+    """What was tripped locally is closed again when Redis is back, which never knew of it."""
     breaker = make(own_server.url, lease=0, policy=Policy(failure_threshold=2, reset_timeout=3600), redis_timeout=0.25)
     breaker.call(fine)
     wait_until(lambda: back(breaker))

@@ -1,4 +1,4 @@
-"""What is installed finds its Lua: the wheel built from the sdist, and an editable install."""
+"""An installed package finds its Lua: the wheel built from the sdist, and an editable install."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import zipfile
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SCRIPTS = {f"{name}.lua" for name in ("breaker", "acquire", "record", "control", "snapshot")}
+LUA = {path.name for path in (ROOT / "lua").glob("*.lua")}
 
 USE_IT = """
 import os, pathlib, sys
@@ -75,32 +75,33 @@ def use(environment: pathlib.Path, home: pathlib.Path) -> None:
 
 
 def test_wheel_holds_the_package_and_its_lua_only(built: pathlib.Path) -> None:
-    """The wheel has every script once, py.typed, and nothing that is only for development."""
+    """The wheel has every Lua file once, py.typed, and nothing that is only for development."""
     (wheel,) = built.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     lua = [name for name in names if name.endswith(".lua")]
-    assert sorted(lua) == sorted(f"pybreaker_redis/lua/{script}" for script in SCRIPTS)
+    assert sorted(lua) == sorted(f"pybreaker_redis/lua/{script}" for script in LUA)
+    assert {"acquire.lua", "record.lua", "control.lua", "snapshot.lua"} < LUA
     assert "pybreaker_redis/py.typed" in names
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"pybreaker_redis"}
-    assert not any("__pycache__" in name or "test" in name for name in names)
+    assert not any(word in name for name in names for word in ("__pycache__", "test", "demo", "example"))
 
 
 def test_wheel_holds_the_same_lua_as_the_checkout(built: pathlib.Path) -> None:
-    """No script in the wheel is a stale copy."""
+    """No Lua file in the wheel is a stale copy."""
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        for script in SCRIPTS:
+        for script in LUA:
             packed = archive.read(f"pybreaker_redis/lua/{script}")
             assert packed == (ROOT / "lua" / script).read_bytes(), script
 
 
-def test_sdist_holds_what_make_test_needs(built: pathlib.Path) -> None:
-    """Somebody who has the sdist alone can build, test and lint."""
+def test_sdist_holds_what_make_needs(built: pathlib.Path) -> None:
+    """With the sdist alone one can build, test, lint and run the demo and the examples."""
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    wanted = {f"lua/{script}" for script in SCRIPTS} | {
+    wanted = {f"lua/{script}" for script in LUA} | {
         "pyproject.toml",
         "Makefile",
         "README.md",
@@ -109,6 +110,8 @@ def test_sdist_holds_what_make_test_needs(built: pathlib.Path) -> None:
         ".luacheckrc",
         ".ci/run",
         "benchmarks/README.md",
+        "examples/README.md",
+        "examples/demo/__main__.py",
         "tests/test_packaging.py",
         "tests/typing/api.py",
         "tests/check_lua.py",
@@ -117,13 +120,13 @@ def test_sdist_holds_what_make_test_needs(built: pathlib.Path) -> None:
 
 
 def test_installed_wheel_works_outside_the_checkout(built: pathlib.Path, environment: pathlib.Path) -> None:
-    """The wheel built from the sdist runs its own scripts; the checkout is out of its reach."""
+    """The wheel built from the sdist runs its own scripts; it cannot see the checkout."""
     (wheel,) = built.glob("*.whl")
     install(environment, wheel)
     use(environment, environment)
 
 
 def test_editable_install_runs_the_scripts_of_the_checkout(environment: pathlib.Path) -> None:
-    """An editable install uses the checkout's package and finds the lua/ beside it."""
+    """An editable install uses the checkout's package and its lua/."""
     install(environment, "--editable", ROOT)
     use(environment, ROOT)

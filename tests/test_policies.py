@@ -1,9 +1,11 @@
-"""Rules beyond failures in a row, as a user of both breakers sees them: live policy, slow calls, ramp, quorum."""
+"""Both breakers as a user sees them: live policy, slow calls, ramp, quorum, and what a process knows by itself."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import inspect
 import json
 import threading
@@ -24,6 +26,7 @@ from pybreaker_redis import (
     PolicyError,
     RedisUnavailableError,
 )
+from pybreaker_redis._slow import SlowCalls
 from pybreaker_redis._view import View
 from pybreaker_redis.embedded import EmbeddedServer
 
@@ -39,6 +42,10 @@ class Boom(Exception):
     """A failure of the guarded service."""
 
 
+class Skipped(Exception):
+    """An exception that counts as nothing."""
+
+
 def fine() -> str:
     """A call that succeeds."""
     return "fine"
@@ -47,6 +54,11 @@ def fine() -> str:
 def boom() -> None:
     """A call that fails."""
     raise Boom
+
+
+def skip() -> None:
+    """A call that counts as nothing."""
+    raise Skipped
 
 
 def doze() -> None:
@@ -75,13 +87,16 @@ class Driven:
 
     def block(self, func: Callable[[], Any]) -> None:
         async def enter() -> None:
-            async with self._inner:
+            async with self._inner.acquire():
                 func()
 
         self._runner.run(enter())
 
     def acquire(self) -> Driven:
-        return Driven(self._runner.run(self._inner.acquire()), self._runner)
+        async def acquire() -> Any:
+            return await self._inner.acquire()
+
+        return Driven(self._runner.run(acquire()), self._runner)
 
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._inner, name)
@@ -99,7 +114,7 @@ class Plain(CircuitBreaker):
         return self(func)
 
     def block(self, func: Callable[[], Any]) -> None:
-        with self:
+        with self.acquire():
             func()
 
 
@@ -153,8 +168,8 @@ def succeeds(breaker: Any) -> bool:
     return False
 
 
-def told(events: list[Event], source: str) -> list[tuple[Any, ...]]:
-    """The state changes that were told with this source."""
+def changes(events: list[Event], source: str) -> list[tuple[Any, ...]]:
+    """The state changes that were notified with this source."""
     return [(one.old, one.new, one.reason) for one in events if (one.kind, one.source) == ("state_change", source)]
 
 
@@ -196,12 +211,22 @@ def test_slow_calls_are_measured_from_a_live_policy_on(make: Make) -> None:
     breaker.call(doze)
     assert breaker.snapshot().slow == 0
     operator.set_policy(slow_call_duration=QUICK, slow_call_rate_threshold=1, minimum_calls=2)
-    breaker.call(fine)  # hears of it
+    breaker.call(fine)  # reads it
     breaker.call(doze)
     assert (breaker.snapshot().slow, breaker.state) == (1, "closed")
     operator.set_policy(slow_call_rate_threshold=0.3)
     breaker.call(doze)
     assert (breaker.state, breaker.history()[0].reason) == ("open", "slow_rate")
+
+
+def test_a_failing_call_reads_a_live_policy_in_its_reply(make: Make) -> None:
+    """Under a long lease the reply to a failure brings slow_call_duration, and the next call is measured."""
+    operator, breaker = make(**STRICT), make(policy=Policy(failure_threshold=MANY), lease=LONG, **PATIENT)
+    breaker.call(fine)
+    operator.set_policy(slow_call_duration=QUICK)
+    fail(breaker)
+    breaker.call(doze)
+    assert breaker.counts.slow == 1
 
 
 def test_ramp_is_set_live(make: Make) -> None:
@@ -238,7 +263,7 @@ def test_snapshot_of_a_policy(make_any: Make) -> None:
 
 
 def test_a_policy_with_an_end(make_any: Make) -> None:
-    """With a duration the policy ends by itself, for the instances that heard of it too."""
+    """With a duration the policy ends by itself, for the instances that had read it too."""
     breaker = make_any(policy=Policy(failure_threshold=100), **STRICT)
     breaker.set_policy(duration=0.2, failure_threshold=50)
     assert breaker.snapshot().policy.failure_threshold == 50
@@ -260,11 +285,11 @@ def test_a_policy_for_a_breaker_that_nobody_used(make_any: Make, lease: float) -
 
 @pytest.mark.parametrize("lease", [0, LONG])
 def test_a_failure_after_a_cleared_nothing(make_any: Make, lease: float) -> None:
-    """Nor is a failure lost after clear_policy or clear_override on a breaker that nobody used."""
+    """A failure is not lost after clear_policy or clear_forced on a breaker that nobody used."""
     breaker = make_any(policy=Policy(failure_threshold=2), lease=lease, **PATIENT)
     breaker.clear_policy()
     fail(breaker)
-    breaker.clear_override()
+    breaker.clear_forced()
     fail(breaker)
     assert breaker.snapshot().state == "open"
 
@@ -298,7 +323,7 @@ def test_policies_that_make_no_sense(make_any: Make, fields: dict[str, Any]) -> 
     """They are refused with the name of the field, and nothing changes."""
     breaker = make_any(**STRICT)
     breaker.set_policy(window=20)
-    with pytest.raises(PolicyError, match=list(fields)[-1] if fields else "at least one field"):
+    with pytest.raises(PolicyError, match=list(fields)[-1] if fields else "at least one policy field"):
         breaker.set_policy(**fields)
     assert breaker.snapshot().policy == Policy(window=20)
     if fields and "color" not in fields:
@@ -322,7 +347,7 @@ def test_a_slow_rate_needs_a_duration() -> None:
 
 
 def test_policies_need_redis(shell: Make, own_server: EmbeddedServer) -> None:
-    """Without Redis an operator's policy is not set for this instance alone, but refused."""
+    """Without Redis an operator's policy is refused: it is not set for this instance only."""
     breaker = shell(own_server.url, lease=0)
     with stopped(own_server):
         with pytest.raises(RedisUnavailableError, match="set_policy was not carried out"):
@@ -366,8 +391,8 @@ def recovered_a_minute_ago(make: Make, client: redis.Redis, **fields: Any) -> An
         ({"reset_timeout": 1, "backoff_multiplier": 1000, "max_reset_timeout": 50}, 0),
     ],
 )
-def test_successes_end_no_row_early(make: Make, client: redis.Redis, fields: dict[str, Any], trips: int) -> None:
-    """Reports of successes end a row of trips by this breaker's policy, and by no other."""
+def test_successes_end_no_back_off_early(make: Make, client: redis.Redis, fields: dict[str, Any], trips: int) -> None:
+    """Reports of successes end a run of trips by this breaker's policy, and by no other."""
     breaker = recovered_a_minute_ago(make, client, **fields)
     for _ in range(3):
         breaker.call(fine)
@@ -391,10 +416,10 @@ def test_successes_end_no_ramp_early(make: Make, client: redis.Redis) -> None:
 
 @pytest.mark.parametrize("lease", [0, LONG])
 def test_shadow_mode(make_any: Make, lease: float) -> None:
-    """In shadow mode it trips, tells and remembers, but every call runs; its outcome then counts for nothing."""
+    """In shadow mode it trips, notifies and remembers, but every call runs; its outcome then counts for nothing."""
     events: list[Event] = []
     policy = Policy(failure_threshold=2, reset_timeout=LONG, enforce=False)
-    breaker = make_any(policy=policy, lease=lease, listeners=[events.append], **PATIENT)
+    breaker = make_any(policy=policy, lease=lease, listeners=[events.append], on_call=[events.append], **PATIENT)
     fail(breaker, 5)
     assert [breaker.call(fine) for _ in range(3)] == ["fine"] * 3
     seen = breaker.snapshot()
@@ -406,27 +431,39 @@ def test_shadow_mode(make_any: Make, lease: float) -> None:
         ("closed", "open", "failure_threshold")
     ]
     assert len([event for event in events if event.kind == "state_change"]) == 1
+    assert (breaker.counts.failures, breaker.counts.successes, breaker.counts.rejected) == (5, 3, 6)
+
+
+def the_probe(breaker: Any) -> Any:
+    """A probe's permit, or None where the next call is not one."""
+    permit = breaker.acquire()
+    if permit.probe is not None:
+        return permit
+    permit.release()
+    return None
 
 
 @pytest.mark.parametrize("lease", [0, 0.001])
 def test_shadow_mode_recovers(make_any: Make, lease: float) -> None:
-    """In shadow mode probes close the circuit as ever, with other calls running beside them."""
+    """In shadow mode probes close the circuit as ever, with other calls running at the same time."""
     policy = Policy(failure_threshold=1, reset_timeout=0.01, enforce=False)
     breaker = make_any(policy=policy, lease=lease, **PATIENT)
     fail(breaker)
-    probe = wait_until(lambda: (permit := breaker.acquire()).probe and permit)
+    probe = wait_until(lambda: the_probe(breaker))
     assert breaker.call(fine) == "fine"
-    assert breaker.acquire().probe is None
+    other = breaker.acquire()
+    assert (other.probe, other.generation) == (None, None)
+    other.failure()
     assert breaker.snapshot().state == "half_open"
     probe.success()
     assert breaker.snapshot().state == "closed"
 
 
 def test_an_enforced_rejection_says_so(make_any: Make) -> None:
-    """A rejection that is no shadow is told as enforced."""
+    """A rejection outside of shadow mode is notified as enforced."""
     events: list[Event] = []
     policy = Policy(failure_threshold=1, reset_timeout=LONG)
-    breaker = make_any(policy=policy, listeners=[events.append], **STRICT)
+    breaker = make_any(policy=policy, on_call=[events.append], **STRICT)
     fail(breaker)
     rejects(breaker)
     assert [event.enforced for event in events if event.kind == "rejected"] == [True]
@@ -449,6 +486,9 @@ def way_of(name: str) -> Callable[[Any, Callable[[], Any]], Any]:
         except Boom as error:
             permit.failure(error)
             raise
+        except Skipped:
+            permit.release()
+            raise
         permit.success()
 
     ways: dict[str, Any] = {
@@ -466,7 +506,7 @@ def test_slow_calls_are_measured(make_any: Make, way: str, lease: float) -> None
     """Slow successes and slow failures trip it however a call is guarded; quick ones are only calls."""
     events: list[Event] = []
     guard = way_of(way)
-    breaker = make_any(policy=SLOW, lease=lease, listeners=[events.append], **PATIENT)
+    breaker = make_any(policy=SLOW, lease=lease, on_call=[events.append], **PATIENT)
     guard(breaker, fine)
     guard(breaker, fine)
     guard(breaker, doze)
@@ -476,11 +516,12 @@ def test_slow_calls_are_measured(make_any: Make, way: str, lease: float) -> None
     entry = breaker.history()[0]
     assert (entry.reason, entry.calls, entry.failures, entry.slow) == ("slow_rate", 4, 1, 2)
     assert [event.slow for event in events if event.kind in ("success", "failure")] == [False, False, True, True]
+    assert tuple(breaker.counts) == (3, 1, 1, 0, 0)
     with pytest.raises(CircuitOpenError):
         guard(breaker, fine)
 
 
-def test_without_listeners_slow_calls_are_measured_too(make_any: Make) -> None:
+def test_without_on_call_slow_calls_are_measured_too(make_any: Make) -> None:
     """The fast path measures as well."""
     breaker = make_any(policy=SLOW, lease=LONG, **PATIENT)
     for _ in range(3):
@@ -490,13 +531,15 @@ def test_without_listeners_slow_calls_are_measured_too(make_any: Make) -> None:
     breaker.flush()
     seen = breaker.snapshot()
     assert (seen.state, breaker.history()[0].slow) == ("open", 3)
+    assert (breaker.counts.successes, breaker.counts.slow) == (6, 3)
 
 
 def test_slowness_is_not_measured_unless_wanted(make_any: Make) -> None:
     """Without slow_call_duration events do not say whether a call was slow."""
     events: list[Event] = []
-    breaker = make_any(listeners=[events.append], **STRICT)
-    breaker.call(fine)
+    breaker = make_any(on_call=[events.append], **STRICT)
+    breaker.call(doze)
+    assert breaker.counts.slow == 0
     assert [event.slow for event in events] == [None]
 
 
@@ -512,7 +555,7 @@ def test_slow_probe_opens_again(make_any: Make, way: str) -> None:
 
 
 @pytest.mark.parametrize("lease", [0, 0.001])
-def test_a_call_in_flight_is_slow(make_any: Make, lease: float) -> None:
+def test_a_running_call_is_slow(make_any: Make, lease: float) -> None:
     """Calls that hang past slow_call_duration are counted by other calls while they hang, and trip the circuit."""
     policy = Policy(slow_call_duration=QUICK, slow_call_rate_threshold=1e-9, minimum_calls=1, reset_timeout=LONG)
     breaker = make_any(policy=policy, lease=lease, **PATIENT)
@@ -526,7 +569,7 @@ def test_a_call_in_flight_is_slow(make_any: Make, lease: float) -> None:
 
 
 @pytest.mark.parametrize("lease", [0, 0.001])
-def test_a_call_in_flight_counts_once(make_any: Make, lease: float) -> None:
+def test_a_running_call_counts_once(make_any: Make, lease: float) -> None:
     """After its end a call that was seen as slow before is still one call and one slow call."""
     policy = Policy(failure_threshold=MANY, slow_call_duration=QUICK, slow_call_rate_threshold=1)
     breaker = make_any(policy=policy, lease=lease, **PATIENT)
@@ -606,14 +649,24 @@ def test_a_hanging_task_is_seen(server: EmbeddedServer, client: redis.Redis) -> 
     asyncio.run(main())
 
 
+@dataclasses.dataclass(eq=False)
+class Call:
+    """What slow calls need of a permit."""
+
+    started: float
+    pending_since: float | None = None
+
+
 @pytest.mark.parametrize(("window", "pending"), [(3600.0, True), (0.02, False)])
 def test_a_call_that_hung_for_a_window_counts_anew(window: float, pending: bool) -> None:
     """What was reported as pending has left the window by then: its end is a slow call of now, not the end of one."""
-    view = View(0.1, Policy(slow_call_duration=0.001, slow_call_rate_threshold=1.0, window=window))
-    flight = view.take_off(1, None, time.monotonic() - 1)
-    assert view.overdue() == [flight]
-    time.sleep(0.02)
-    assert view.land(flight) == (True, pending)
+    policy = Policy(slow_call_duration=0.001, slow_call_rate_threshold=1.0, window=window)
+    slow_calls, call = SlowCalls(View(0.1, policy)), Call(started=time.monotonic() - 1)
+    slow_calls.began(call)
+    assert slow_calls.overdue() == [call]
+    assert call.pending_since is not None
+    call.pending_since -= 0.02
+    assert slow_calls.ended(call) == (True, pending)
 
 
 # Ramp
@@ -641,9 +694,9 @@ def test_ramp_holds_back(make_any: Make, lease: float) -> None:
 
 @pytest.mark.parametrize("lease", [0, 0.005])
 def test_ramp_rejections(make_any: Make, lease: float) -> None:
-    """A call that is held back is told that the circuit is closed, and when all calls are admitted."""
+    """The rejection of a call that is held back says that the circuit is closed, and when all calls are admitted."""
     events: list[Event] = []
-    breaker = ramping(make_any, LONG, lease=lease, listeners=[events.append], **PATIENT)
+    breaker = ramping(make_any, LONG, lease=lease, on_call=[events.append], **PATIENT)
     errors = []
     while len(errors) < 20:
         try:
@@ -687,17 +740,17 @@ def test_no_ramp_in_shadow_mode(make_any: Make) -> None:
 
 # Quorum
 
-ALONE = Policy(failure_threshold=3, quorum=2, reset_timeout=LONG)
+TWO = Policy(failure_threshold=3, quorum=2, reset_timeout=LONG)
 SHORT = Policy(failure_threshold=3, quorum=2, reset_timeout=0.02)
 LEASES = pytest.mark.parametrize("lease", [0, 0.005])
 
 
 @LEASES
 def test_an_instance_that_fails_alone(make: Make, lease: float) -> None:
-    """It opens for itself, the fleet stays closed, and the two are told apart."""
+    """It opens for itself, the fleet stays closed, and events and snapshots keep the two apart."""
     events: list[Event] = []
-    sick = make(policy=ALONE, lease=lease, listeners=[events.append], **PATIENT)
-    healthy = make(policy=ALONE, lease=lease, **PATIENT)
+    sick = make(policy=TWO, lease=lease, listeners=[events.append], **PATIENT)
+    healthy = make(policy=TWO, lease=lease, **PATIENT)
     fail(sick, 3)
     for _ in range(3):
         error = rejects(sick)
@@ -708,8 +761,8 @@ def test_an_instance_that_fails_alone(make: Make, lease: float) -> None:
         time.sleep(0.006)  # the view of before is too old by now
     seen = sick.snapshot()
     assert (seen.state, seen.isolated, list(seen.reporters)) == ("closed", True, [sick.instance])
-    assert told(events, "isolated") == [("closed", "open", "failure_threshold")]
-    assert told(events, "redis") == []
+    assert changes(events, "isolated") == [("closed", "open", "failure_threshold")]
+    assert changes(events, "redis") == []
     assert sick.history() == []
 
 
@@ -725,7 +778,7 @@ def test_an_isolated_instance_recovers_alone(make: Make, lease: float) -> None:
     probe.success()
     assert sick.call(fine) == "fine"
     assert (sick.state, sick.snapshot().isolated) == ("closed", False)
-    assert told(events, "isolated") == [
+    assert changes(events, "isolated") == [
         ("closed", "open", "failure_threshold"),
         ("open", "half_open", "timeout"),
         ("half_open", "closed", "probe_succeeded"),
@@ -752,17 +805,17 @@ def test_an_isolated_probe_that_fails(make: Make, lease: float) -> None:
     fail(sick)
     wait_until(lambda: acquired(sick)).failure()
     assert 15 < rejects(sick).retry_after <= 20
-    assert told(events, "isolated")[-1] == ("half_open", "open", "probe_failed")
+    assert changes(events, "isolated")[-1] == ("half_open", "open", "probe_failed")
     assert sick.snapshot().state == "closed"
 
 
 @LEASES
 def test_a_fleet_that_opens_ends_the_isolation(make: Make, lease: float) -> None:
     """When the quorum is reached the fleet's state counts for everybody, and so does its recovery."""
-    sick, other = (make(policy=ALONE, lease=lease, **PATIENT) for _ in range(2))
+    sick, other = (make(policy=TWO, lease=lease, **PATIENT) for _ in range(2))
     fail(sick, 3)
     assert sick.snapshot().isolated
-    fail(other, 1)  # the quorum, and the threshold in the fleet's row
+    fail(other, 1)  # the quorum, and the threshold in the fleet's run of failures
     assert other.snapshot().state == "open"
     wait_until(lambda: not succeeds(sick) and not sick.snapshot().isolated)
     assert sick.state == "open"
@@ -775,7 +828,7 @@ def test_a_fleet_that_opens_ends_the_isolation(make: Make, lease: float) -> None
 @pytest.mark.parametrize("by", ["itself", "another"])
 def test_an_operator_ends_the_isolation(make: Make, lease: float, action: str, by: str) -> None:
     """Forced closed or reset, by whomever, an isolated instance admits calls again."""
-    sick, other = (make(policy=ALONE, lease=lease, **PATIENT) for _ in range(2))
+    sick, other = (make(policy=TWO, lease=lease, **PATIENT) for _ in range(2))
     fail(sick, 3)
     rejects(sick)
     getattr(sick if by == "itself" else other, action)()
@@ -799,9 +852,9 @@ def test_an_isolated_instance_forced_open(make: Make, lease: float) -> None:
 
 @LEASES
 @pytest.mark.parametrize("fields", [{"enforce": False}, {"quorum": 1}])
-def test_an_isolated_instance_hears_of_policies(make: Make, lease: float, fields: dict[str, Any]) -> None:
+def test_policies_reach_an_isolated_instance(make: Make, lease: float, fields: dict[str, Any]) -> None:
     """A policy that another instance sets reaches one that is isolated, before its own open time is over."""
-    sick, operator = (make(policy=ALONE, lease=lease, **PATIENT) for _ in range(2))
+    sick, operator = (make(policy=TWO, lease=lease, **PATIENT) for _ in range(2))
     fail(sick, 3)
     rejects(sick)
     operator.set_policy(**fields)
@@ -822,14 +875,14 @@ def test_isolation_by_a_live_policy(make: Make, lease: float) -> None:
 
 
 def test_isolation_in_shadow_mode(make: Make) -> None:
-    """In shadow mode an instance that fails alone is told of as isolated, and admits every call."""
+    """In shadow mode an instance that fails alone is notified as isolated, and admits every call."""
     events: list[Event] = []
     policy = Policy(failure_threshold=2, quorum=2, reset_timeout=LONG, enforce=False)
-    sick = make(policy=policy, listeners=[events.append], **STRICT)
+    sick = make(policy=policy, listeners=[events.append], on_call=[events.append], **STRICT)
     fail(sick, 5)
     assert sick.call(fine) == "fine"
     assert sick.snapshot().isolated
-    assert told(events, "isolated") == [("closed", "open", "failure_threshold")]
+    assert changes(events, "isolated") == [("closed", "open", "failure_threshold")]
     assert {event.enforced for event in events if event.kind == "rejected"} == {False}
 
 
@@ -849,7 +902,7 @@ def test_isolation_by_a_rate(make: Make) -> None:
 
 def test_an_outage_while_isolated(shell: Make, own_server: EmbeddedServer) -> None:
     """An isolated instance goes on rejecting while Redis hangs, and is served by the fleet's state after that."""
-    sick = shell(own_server.url, policy=ALONE, lease=0, redis_timeout=0.3)
+    sick = shell(own_server.url, policy=TWO, lease=0, redis_timeout=0.3)
     fail(sick, 3)
     with stopped(own_server):
         assert rejects(sick).retry_after > 3000
@@ -861,11 +914,151 @@ def test_an_outage_while_isolated(shell: Make, own_server: EmbeddedServer) -> No
 
 def test_no_quorum_for_one(shell: Make) -> None:
     """Without Redis there is nobody to wait for: the quorum is one, and it is simply open."""
-    breaker = shell(None, policy=ALONE, lease=0)
+    breaker = shell(None, policy=TWO, lease=0)
     fail(breaker, 3)
     seen = breaker.snapshot()
     assert (seen.state, seen.isolated, breaker.state) == ("open", False, "open")
     assert breaker.history()[0].reason == "failure_threshold"
+
+
+# What a process knows by itself
+
+
+@pytest.mark.parametrize("lease", [0, LONG])
+@pytest.mark.parametrize("observed", [False, True])
+@pytest.mark.parametrize("way", ["call", "decorator", "block", "permit"])
+def test_counts_of_every_way(make_any: Make, way: str, observed: bool, lease: float) -> None:
+    """However a call is guarded, it is counted once, by its outcome; on_call receives as many events."""
+    calls: list[Event] = []
+    changes: list[Event] = []
+    options = {"on_call": [calls.append], "listeners": [changes.append]} if observed else {}
+    policy = Policy(failure_threshold=MANY, slow_call_duration=QUICK)
+    guard, breaker = way_of(way), make_any(policy=policy, ignore=Skipped, lease=lease, **options, **PATIENT)
+    assert breaker.counts == (0, 0, 0, 0, 0)
+    for func in (fine, fine, doze, boom, boom, boom, skip, fine):
+        with contextlib.suppress(Boom, Skipped):
+            guard(breaker, func)
+    assert breaker.counts == (4, 1, 3, 1, 0)
+    breaker.force_open()
+    for _ in range(2):
+        with pytest.raises(CircuitOpenError):
+            guard(breaker, fine)
+    counts = breaker.counts
+    assert counts == (4, 1, 3, 1, 2)
+    assert (counts.successes, counts.slow, counts.failures, counts.ignored, counts.rejected) == counts
+    if observed:
+        kinds = [event.kind for event in calls]
+        found = [kinds.count(kind) for kind in ("success", "failure", "ignored", "rejected")]
+        assert found == [4, 3, 1, 2]
+        assert len([event for event in calls if event.kind == "success" and event.slow]) == 1
+        assert [event.kind for event in changes] == ["state_change"]
+
+
+@pytest.mark.parametrize("lease", [0, 0.001, LONG])
+def test_counts_only_grow(make_any: Make, lease: float) -> None:
+    """Over trips, probes, recoveries, forced states, resets and reports the counts never fall, and miss no call."""
+    breaker = make_any(policy=Policy(failure_threshold=2, reset_timeout=0.01), lease=lease, **PATIENT)
+    calls, before = 0, breaker.counts
+
+    def call(func: Callable[[], Any]) -> bool:
+        nonlocal calls, before
+        calls += 1
+        try:
+            breaker.call(func)
+        except CircuitOpenError:
+            admitted = False
+        except Boom:
+            admitted = True
+        else:
+            admitted = True
+        now = breaker.counts
+        assert all(new >= old for new, old in zip(now, before, strict=True))
+        assert now.successes + now.failures + now.ignored + now.rejected == calls
+        before = now
+        return admitted
+
+    forced_open = functools.partial(breaker.force_open, 0.02)
+    for steer in (breaker.flush, breaker.reset, breaker.force_closed, breaker.clear_forced, forced_open):
+        for func in (fine, boom, fine, boom, boom):
+            call(func)
+        wait_until(lambda: call(fine))  # a probe, where it tripped
+        call(boom)
+        steer()
+        call(fine)
+    assert min(before.successes, before.failures) > 0
+
+
+def test_counts_in_an_outage(shell: Make, own_server: EmbeddedServer) -> None:
+    """What happens while Redis hangs is counted too."""
+    breaker = shell(own_server.url, policy=Policy(failure_threshold=2), lease=0, redis_timeout=0.3)
+    breaker.call(fine)
+    with stopped(own_server):
+        breaker.call(fine)
+        fail(breaker, 2)
+        rejects(breaker)
+    assert breaker.counts == (2, 0, 2, 0, 1)
+
+
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_state_never_asks(make_any: Make, client: redis.Redis, lease: float) -> None:
+    """`state` and `counts` send no command, whatever the state, and however old the view."""
+    breaker = make_any(policy=Policy(failure_threshold=1, reset_timeout=0.01), lease=lease, **PATIENT)
+
+    def known() -> str:
+        client.config_resetstat()
+        found = breaker.state
+        assert sum(breaker.counts) >= 0
+        assert set(client.info("commandstats")) <= {"cmdstat_config|resetstat", "cmdstat_info"}
+        assert isinstance(found, str)
+        return found
+
+    assert known() == "closed"
+    breaker.call(fine)
+    assert known() == "closed"
+    fail(breaker)
+    assert known() in ("open", "half_open")
+    assert wait_until(lambda: known() == "half_open")
+    breaker.call(fine)
+    assert known() == "closed"
+
+
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_state_is_open_for_as_long_as_calls_are_rejected(make_any: Make, lease: float) -> None:
+    """An open circuit is "open" while it rejects, and "half_open" as soon as the time is over."""
+    breaker = make_any(policy=Policy(failure_threshold=1, reset_timeout=LONG), lease=lease, **PATIENT)
+    fail(breaker)
+    assert breaker.state == "open"
+    assert rejects(breaker).state == "open"
+    breaker.reset()
+    assert breaker.call(fine) == "fine"
+    breaker.force_open(0.05)
+    wait_until(lambda: breaker.state != "open")
+    assert breaker.state == "half_open"
+    assert breaker.snapshot().retry_after == 0
+    assert breaker.call(fine) == "fine"
+    assert breaker.state == "closed"
+
+
+def test_state_after_the_time_of_an_open_circuit() -> None:
+    """A reply that said open is half open from the end of its time on, not a moment later."""
+    view, now = View(LONG), time.monotonic()
+    reply = {"state": "open", "generation": 1, "failure_count": 1, "retry_after_ms": 1000}
+    view.adopt(reply, now, now)
+    assert view.state == "open"
+    view.adopt({**reply, "generation": 2}, now - 1.0, now - 1.0)
+    assert view.state == "half_open"
+    view.drop()
+    assert view.state == "half_open"
+
+
+def test_state_of_another_process_is_unknown(make: Make) -> None:
+    """A new breaker says closed until it has asked, and then what it read."""
+    fail(make(policy=Policy(failure_threshold=1, reset_timeout=LONG), **STRICT))
+    other = make(**STRICT)
+    assert other.state == "closed"
+    assert other.snapshot().state == "open"
+    rejects(other)
+    assert other.state == "open"
 
 
 # History
@@ -903,10 +1096,10 @@ def test_history_of_every_rule(make_any: Make) -> None:
     assert breaker.history(2) == entries[::-1][:2]
 
 
-def test_garbage_under_the_policy_key_is_told_once(
+def test_garbage_under_the_policy_key_is_logged_once(
     make: Make, client: redis.Redis, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What stays odd is logged once, not with every call; once it was mended it is told anew."""
+    """Garbage is logged once, not with every call; after it was mended, new garbage is logged again."""
     breaker = make(**STRICT)
     for _ in range(2):
         client.set(breaker.keys.policy, "garbage")
@@ -914,6 +1107,6 @@ def test_garbage_under_the_policy_key_is_told_once(
             assert breaker.call(fine) == "fine"
         breaker.clear_policy()
         breaker.call(fine)
-    told = [record.getMessage() for record in caplog.records if "corrupt_policy" in record.getMessage()]
-    assert len(told) == 2
-    assert all(breaker.keys.policy in message for message in told)
+    logged = [record.getMessage() for record in caplog.records if "corrupt_policy" in record.getMessage()]
+    assert len(logged) == 2
+    assert all(breaker.keys.policy in message for message in logged)

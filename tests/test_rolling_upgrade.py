@@ -1,14 +1,12 @@
 """Two versions of the scripts on one server at once: during a rolling upgrade both work on the same documents.
 
-old_scripts/ holds the scripts of an earlier version, which knew runs of failures and probes, but no window, back-off,
-quorum, ramp or live policy. Its stored document has the same version number, 1.
+The other version is a copy of the scripts with one comment changed, so that it has other SHAs and nothing else.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import pathlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -19,16 +17,15 @@ from conftest import wait_until
 
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Policy
 from pybreaker_redis._protocol import Keys, keys_of
-from pybreaker_redis._scripts import compose
+from pybreaker_redis.wire.scripts import SCRIPTS, compose
 
-OLD = pathlib.Path(__file__).parent / "old_scripts"
 Run = Callable[..., dict[str, Any]]
 PATIENT: dict[str, Any] = {"lease": 0, "redis_timeout": 20.0}
 
 
 def old_script(name: str) -> str:
-    """What a process of the earlier version loads."""
-    return "".join((OLD / f"{part}.lua").read_text(encoding="utf-8") for part in ("breaker", name))
+    """What a process of the other version loads."""
+    return compose(name).replace("--[[\n", "--[[ The other version.\n", 1)
 
 
 def runner(client: redis.Redis, keys: Keys, text_of: Callable[[str], str], instance: str) -> Run:
@@ -45,6 +42,11 @@ def runner(client: redis.Redis, keys: Keys, text_of: Callable[[str], str], insta
 def old(client: redis.Redis) -> Run:
     """A process that has not been upgraded yet."""
     return runner(client, keys_of("discovery"), old_script, "old")
+
+
+def test_the_versions_are_two() -> None:
+    """Each script of the other version has a text, and so a SHA, of its own."""
+    assert all(old_script(name) != compose(name) for name in SCRIPTS)
 
 
 def boom() -> None:
@@ -113,26 +115,26 @@ def test_overrides_hold_for_both(client: redis.Redis, old: Run) -> None:
     breaker = CircuitBreaker("discovery", redis=client, **PATIENT)
     breaker.force_open(60)
     assert old("acquire")["forced"] == "open"
-    old("control", action="clear_override")
+    old("control", action="clear_forced")
     assert breaker.snapshot().forced is None
     old("control", action="force_open", duration_ms=60_000)
     with pytest.raises(CircuitOpenError):
         breaker.call(int)
 
 
-def test_what_the_old_version_does_not_know_is_lost_or_ignored(client: redis.Redis, old: Run) -> None:
-    """A write of the old version drops the window; it reads no policy override. The row of failures is never lost."""
+def test_both_keep_the_window_and_obey_the_override(client: redis.Redis, old: Run) -> None:
+    """A write of either version keeps the window of the other, and both obey one policy override."""
     policy = Policy(failure_threshold=10, error_rate_threshold=0.9, minimum_calls=10)
     breaker = CircuitBreaker("discovery", redis=client, policy=policy, **PATIENT)
     fail(breaker)
     fail(breaker)
-    breaker.set_policy(failure_threshold=3)
+    breaker.set_policy(failure_threshold=4)
     assert breaker.snapshot().calls == 2
-    reported = old("record", generation=old("acquire")["generation"], failures=1, policy={"failure_threshold": 10})
+    reported = old("record", generation=old("acquire")["generation"], failures=1, policy=policy.to_request())
     assert (reported["state"], reported["failure_count"]) == ("closed", 3)
-    assert (breaker.snapshot().calls, breaker.snapshot().failure_count) == (0, 3)
-    fail(breaker)
-    assert breaker.state == "open"  # the new version obeys the override with its next failure
+    assert (breaker.snapshot().calls, breaker.snapshot().failure_count) == (3, 3)
+    reported = old("record", generation=old("acquire")["generation"], failures=1, policy=policy.to_request())
+    assert (reported["state"], breaker.snapshot().state) == ("open", "open")
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -152,7 +154,7 @@ def test_random_sequences_of_both(client: redis.Redis, seed: int) -> None:
             if reply["admitted"]:
                 permits.append(reply)
         elif action == "control" and chance.random() < 0.2:
-            reply = run("control", action=chance.choice(["reset", "force_open", "clear_override"]), policy=policy)
+            reply = run("control", action=chance.choice(["reset", "force_open", "clear_forced"]), policy=policy)
         elif permits and action != "control":
             permit = permits.pop(chance.randrange(len(permits)))
             outcome = {"successes": 1} if action == "success" else {"failures": 1}

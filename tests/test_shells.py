@@ -57,11 +57,26 @@ def test_block_methods(sync: type, other: type) -> None:
 
 @pytest.mark.parametrize(("sync", "other"), PAIRS)
 def test_awaited(sync: type, other: type) -> None:
-    """What is a method of the sync shell is a coroutine function in the other one."""
+    """Every method that a shell defines is plain in the sync one and a coroutine function in the other."""
     for name in public(sync):
         if inspect.isfunction(getattr(sync, name)) and name not in dir(sync.__mro__[1]):
-            assert inspect.iscoroutinefunction(getattr(other, name)), name
+            # acquire() returns an object to be awaited, or to be entered as a block
+            assert inspect.iscoroutinefunction(getattr(other, name)) == (name != "acquire"), name
             assert not inspect.iscoroutinefunction(getattr(sync, name)), name
+
+
+@pytest.mark.parametrize("shell", [CircuitBreaker, AsyncCircuitBreaker])
+def test_no_block_of_the_breaker(shell: type) -> None:
+    """A permit is the block of a call; a breaker has none of its own."""
+    for name in ("__enter__", "__exit__", "__aenter__", "__aexit__"):
+        assert not hasattr(shell, name)
+
+
+@pytest.mark.parametrize("shell", [CircuitBreaker, AsyncCircuitBreaker])
+def test_what_a_process_knows_is_a_property(shell: type) -> None:
+    """`state` and `counts` are plain properties in both shells, for they ask nobody."""
+    assert isinstance(inspect.getattr_static(shell, "state"), property)
+    assert isinstance(inspect.getattr_static(shell, "counts"), property)
 
 
 @pytest.mark.parametrize(("sync", "other"), PAIRS)

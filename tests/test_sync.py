@@ -5,21 +5,36 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import contextvars
 import gc
 import inspect
+import itertools
 import json
 import logging
+import os
 import pickle
+import threading
+import types
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgpack
 import pytest
 import redis
 from conftest import wait_until
 
-from pybreaker_redis import CircuitBreaker, CircuitBreakerError, CircuitOpenError, Event, PermitError, Policy
+from pybreaker_redis import (
+    AsyncCircuitBreaker,
+    CircuitBreaker,
+    CircuitBreakerError,
+    CircuitOpenError,
+    Event,
+    PermitError,
+    Policy,
+)
 from pybreaker_redis import PolicyError as Refused
+from pybreaker_redis._permit import _probes
 from pybreaker_redis.embedded import EmbeddedServer
 
 Make = Callable[..., CircuitBreaker]
@@ -54,7 +69,7 @@ def half_open(make: Make, **options: Any) -> CircuitBreaker:
     """A breaker whose next call is a probe; its slot would be held for an hour."""
     breaker = make(policy=PROBING, **{**STRICT, **options})
     breaker.acquire().failure()
-    wait_until(lambda: breaker.snapshot().retry_after == 0)
+    wait_until(lambda: breaker.state == "half_open")
     return breaker
 
 
@@ -67,6 +82,35 @@ def counts(breaker: CircuitBreaker) -> tuple[Any, ...]:
 def failures(breaker: CircuitBreaker) -> int:
     """The failures in a row."""
     return breaker.snapshot().failure_count
+
+
+WAYS = ["call", "decorator", "acquire", "block", "generator"]
+
+
+def one_call(breaker: CircuitBreaker, way: str, func: Callable[[], Any]) -> None:
+    """One call of the function, guarded in one of the ways."""
+    if way == "call":
+        breaker.call(func)
+    elif way == "decorator":
+        breaker(func)()
+    elif way == "block":
+        with breaker.acquire():
+            func()
+    elif way == "acquire":
+        permit = breaker.acquire()
+        try:
+            func()
+        except BaseException as error:
+            permit.failure(error) if isinstance(error, Boom) else permit.release()
+            raise
+        permit.success()
+    else:
+
+        @breaker
+        def stream() -> Iterator[Any]:
+            yield func()
+
+        list(stream())
 
 
 # Calls
@@ -89,7 +133,7 @@ def test_trips_and_rejects(make_breaker: Make, lease: float) -> None:
     for _ in range(3):
         with pytest.raises(Boom):
             breaker.call(boom)
-    assert breaker.state == "open"
+    assert breaker.snapshot().state == "open"
     with pytest.raises(CircuitOpenError):
         breaker.call(ran.append, 1)
     assert ran == []
@@ -103,14 +147,14 @@ def test_success_ends_a_run_of_failures(make_breaker: Make, lease: float) -> Non
         with pytest.raises(Boom):
             breaker.call(boom)
         breaker.call(int)
-    assert breaker.state == "closed"
+    assert breaker.snapshot().state == "closed"
 
 
 def test_recovers(make_breaker: Make) -> None:
     """After reset_timeout a probe runs, and its success closes the circuit."""
     breaker = half_open(make_breaker)
     assert breaker.call(int) == 0
-    assert breaker.state == "closed"
+    assert breaker.snapshot().state == "closed"
 
 
 def test_probe_fails(make_breaker: Make) -> None:
@@ -184,80 +228,125 @@ def test_open_error_of_the_fast_path(make_breaker: Make) -> None:
 def test_open_error_in_half_open(make_breaker: Make) -> None:
     """With all slots taken a rejection tells when the nearest one ends."""
     breaker = half_open(make_breaker)
-    breaker.acquire()
+    probe = breaker.acquire()
     with pytest.raises(CircuitOpenError) as caught:
         breaker.acquire()
     assert caught.value.state == "half_open"
     assert 3000 < caught.value.retry_after <= 3600
+    probe.release()
 
 
 # Blocks and permits
 
 
 def test_block(make_breaker: Make) -> None:
-    """A block counts as a call: an exception out of it is a failure, its end a success."""
+    """A permit's block counts as a call: an exception out of it is a failure, its end a success."""
     breaker = make_breaker(**STRICT)
-    with contextlib.suppress(Boom), breaker as permit:
+    permit = breaker.acquire()
+    with contextlib.suppress(Boom), permit as entered:
+        assert entered is permit
         assert not permit.settled
         raise Boom
     assert permit.settled
     assert failures(breaker) == 1
-    with breaker:
+    with breaker.acquire():
         pass
     assert failures(breaker) == 0
 
 
 def test_block_rejects(make_breaker: Make) -> None:
-    """A rejected block does not run, and leaves nothing for a later one to end."""
+    """A rejected block does not run, and a later one counts as ever."""
     breaker = make_breaker(policy=ONE, **STRICT)
     breaker.acquire().failure()
-    with pytest.raises(CircuitOpenError), breaker:
+    with pytest.raises(CircuitOpenError), breaker.acquire():
         pytest.fail("it ran")
     breaker.reset()
-    with pytest.raises(Boom), breaker:
+    with pytest.raises(Boom), breaker.acquire():
         raise Boom
-    assert breaker.state == "open"
+    assert breaker.snapshot().state == "open"
 
 
 def test_failure_inside_a_block(make_breaker: Make) -> None:
     """permit.failure() in a block overrules its good end."""
     breaker = make_breaker(**STRICT)
-    with breaker as permit:
+    with breaker.acquire() as permit:
         permit.failure(Boom())
     assert failures(breaker) == 1
 
 
-def test_ignore_inside_a_block(make_breaker: Make) -> None:
-    """permit.ignore() in a block overrules the exception that ends it."""
+def test_success_inside_a_block(make_breaker: Make) -> None:
+    """permit.success() in a block overrules the exception that ends it."""
     breaker = make_breaker(**STRICT)
     breaker.acquire().failure()
-    with contextlib.suppress(Boom), breaker as permit:
-        permit.ignore()
+    with contextlib.suppress(Boom), breaker.acquire() as permit:
+        permit.success()
         raise Boom
-    with breaker as permit:
-        permit.ignore()
+    assert failures(breaker) == 0
+
+
+def test_release_inside_a_block(make_breaker: Make) -> None:
+    """permit.release() in a block overrules the exception that ends it."""
+    breaker = make_breaker(**STRICT)
+    breaker.acquire().failure()
+    with contextlib.suppress(Boom), breaker.acquire() as permit:
+        permit.release()
+        raise Boom
+    with breaker.acquire() as permit:
+        permit.release()
     assert failures(breaker) == 1
 
 
 def test_nested_blocks(make_breaker: Make) -> None:
     """Nested blocks of one breaker end with their own permits."""
     breaker = make_breaker(**STRICT)
-    with contextlib.suppress(Boom), breaker as outer:
-        with breaker as inner:
+    with contextlib.suppress(Boom), breaker.acquire() as outer:
+        with breaker.acquire() as inner:
             pass
         assert (inner.settled, outer.settled) == (True, False)
         raise Boom
     assert failures(breaker) == 1
 
 
-@pytest.mark.parametrize("end", ["success", "failure", "release", "ignore"])
+@pytest.mark.parametrize("lease", [0, 60])
+@pytest.mark.parametrize("end", ["success", "failure", "release", "block"])
+def test_a_settled_permit_has_no_block(make_breaker: Make, end: str, lease: float) -> None:
+    """A permit whose call has ended can neither be entered nor settled, and counts once."""
+    breaker = make_breaker(lease=lease, **PATIENT)
+    permit = breaker.acquire()
+    if end == "block":
+        with permit:
+            pass
+    else:
+        getattr(permit, end)()
+    before = breaker.counts
+    with pytest.raises(PermitError, match="already settled"), permit:
+        pytest.fail("it ran")
+    with pytest.raises(PermitError, match="already settled"):
+        permit.failure()
+    assert breaker.counts == before
+    assert sum(before) == 1
+
+
+@pytest.mark.parametrize("probing", [False, True])
+def test_a_block_within_itself(make_breaker: Make, probing: bool) -> None:
+    """A permit that is entered is not entered again, and its own block goes on."""
+    breaker = half_open(make_breaker) if probing else make_breaker(**STRICT)
+    with breaker.acquire() as permit:
+        with pytest.raises(PermitError, match="entered"), permit:
+            pytest.fail("it ran")
+        assert not permit.settled
+    assert permit.settled
+    assert breaker.snapshot().state == "closed"
+
+
+@pytest.mark.parametrize("end", ["success", "failure", "release"])
 def test_second_settle(make_breaker: Make, end: str) -> None:
     """A permit is settled once, however it was."""
     permit = make_breaker(**STRICT).acquire()
     getattr(permit, end)()
     assert permit.settled
-    for again in ("success", "failure", "release", "ignore"):
-        with pytest.raises(PermitError, match="settled before"):
+    for again in ("success", "failure", "release"):
+        with pytest.raises(PermitError, match="already settled"):
             getattr(permit, again)()
 
 
@@ -277,7 +366,7 @@ def test_released_probe(make_breaker: Make) -> None:
     breaker = half_open(make_breaker)
     breaker.acquire().release()
     assert breaker.snapshot().probes_in_flight == 0
-    breaker.acquire()
+    breaker.acquire().release()
 
 
 def test_interleaved_blocks(make_breaker: Make) -> None:
@@ -285,7 +374,7 @@ def test_interleaved_blocks(make_breaker: Make) -> None:
     breaker = make_breaker(**STRICT)
 
     def work() -> Iterator[Any]:
-        with breaker as permit:
+        with breaker.acquire() as permit:
             yield permit
 
     first, second = work(), work()
@@ -299,25 +388,40 @@ def test_interleaved_blocks(make_breaker: Make) -> None:
 
 
 def test_exit_stack(make_breaker: Make) -> None:
-    """An ExitStack enters and leaves a breaker like a with statement."""
+    """An ExitStack enters and leaves a permit like a with statement."""
     breaker = make_breaker(**STRICT)
     with contextlib.suppress(Boom), contextlib.ExitStack() as stack:
-        permit = stack.enter_context(breaker)
+        permit = stack.enter_context(breaker.acquire())
         raise Boom
     assert permit.settled
     assert failures(breaker) == 1
 
 
+@pytest.mark.parametrize("error", [None, Boom()])
+def test_exit_of_a_permit_that_was_never_entered(make_breaker: Make, error: Boom | None) -> None:
+    """The exit of a permit settles it, entered or not: as a probe, and while the circuit is closed."""
+    breaker = half_open(make_breaker)
+    with contextlib.suppress(Boom), contextlib.ExitStack() as stack:
+        stack.push(permit := breaker.acquire())
+        if error is not None:
+            raise error
+    assert (permit.settled, breaker.snapshot().state) == (True, "open" if error else "closed")
+    breaker = make_breaker("fast", lease=3600, **PATIENT)
+    for _ in range(2):
+        breaker.acquire().__exit__(None, error, None)
+    assert breaker.counts[:3] == ((0, 0, 2) if error else (2, 0, 0))
+
+
 def test_delegated_block(make_breaker: Make) -> None:
-    """A class that enters the breaker in its own __enter__ and leaves it in its own __exit__ guards its block."""
+    """A class that enters a permit in its own __enter__ and leaves it in its own __exit__ guards its block."""
     breaker = make_breaker(**STRICT)
 
     class Session:
         def __enter__(self) -> None:
-            breaker.__enter__()
+            self._permit = breaker.acquire().__enter__()
 
         def __exit__(self, *exception: Any) -> None:
-            breaker.__exit__(*exception)
+            self._permit.__exit__(*exception)
 
     with pytest.raises(Boom), Session():
         raise Boom
@@ -330,12 +434,104 @@ def test_context_manager_function(make_breaker: Make) -> None:
 
     @contextlib.contextmanager
     def connected() -> Iterator[None]:
-        with breaker:
+        with breaker.acquire():
             yield
 
     with pytest.raises(Boom), connected():
         raise Boom
     assert failures(breaker) == 1
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+@pytest.mark.parametrize("probing", [False, True])
+def test_a_lost_permit_warns(make_breaker: Make, probing: bool, lease: float) -> None:
+    """A permit that nobody settled says so when it is collected."""
+    breaker = half_open(make_breaker, lease=lease) if probing else make_breaker(lease=lease, **PATIENT)
+    permits = [breaker.acquire()]
+    with pytest.warns(ResourceWarning, match="a permit of circuit breaker 'discovery' was lost: end its call with"):
+        permits.clear()
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+@pytest.mark.parametrize("way", WAYS)
+def test_no_way_to_guard_loses_a_permit(
+    make_breaker: Make, monkeypatch: pytest.MonkeyPatch, way: str, lease: float
+) -> None:
+    """Successes, failures, interruptions, rejections, probes and shadow mode all settle what they acquire."""
+    lost: list[Any] = []
+    monkeypatch.setattr("sys.unraisablehook", lost.append)  # a warning that is an error cannot leave __del__
+    options: dict[str, Any] = {"ignore": Answer, "lease": lease, **PATIENT}
+    shadow = Policy(failure_threshold=1, enforce=False)
+    breakers = [make_breaker("closed", **options), half_open(make_breaker, **options)]
+    for name, policy in {"shadow": shadow, "enforced": ONE, "slow": Policy(slow_call_duration=60)}.items():
+        breakers.append(make_breaker(name, policy=policy, **options))
+    breakers.append(make_breaker("judged", is_failure=boom, **options))
+    outcomes = [int, boom, *map(raising, (Answer(), KeyboardInterrupt()))]
+    if way == "call":  # which refuses the coroutine, and guards the generator
+        outcomes += [coroutine_function, numbers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "a permit", ResourceWarning)
+        for breaker in breakers:
+            for func in outcomes * 2:
+                with contextlib.suppress(Boom, Answer, KeyboardInterrupt, TypeError, CircuitOpenError):
+                    one_call(breaker, way, func)
+            breaker.close()
+        gc.collect()
+    assert lost == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_probes_leave_no_marks(way: str) -> None:
+    """8,000 probes in one thread leave nothing behind in its context."""
+    breaker = CircuitBreaker("marks", policy=Policy(failure_threshold=1, success_threshold=10**6, ttl=3600))
+    breaker.force_open(0.001)
+    wait_until(lambda: breaker.state == "half_open")
+    for _ in range(8000):
+        one_call(breaker, way, int)
+        assert len(_probes.get()) == 0
+    assert breaker.snapshot().state == "half_open"
+    assert breaker.counts.successes == 8000
+
+
+def test_blocks_that_end_in_another_context_leave_no_marks() -> None:
+    """Whatever the context that a probe's block is left in, the marks of ended probes do not pile up."""
+    breaker = CircuitBreaker("marks", policy=Policy(failure_threshold=1, success_threshold=10**6))
+    breaker.force_open(0.001)
+    wait_until(lambda: breaker.state == "half_open")
+    for _ in range(100):
+        permit = breaker.acquire().__enter__()
+        contextvars.copy_context().run(permit.__exit__, None, None, None)
+        assert len(_probes.get()) <= 1
+    assert breaker.counts.successes == 100
+    outer, inner = breaker.acquire().__enter__(), breaker.acquire()
+    assert inner.probe is None  # part of the probe that runs
+    inner.release()
+    outer.__exit__(None, None, None)
+    assert len(_probes.get()) == 0
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_breakers_that_ran_a_probe_are_freed(make_breaker: Make, way: str) -> None:
+    """200 breakers that each ran a probe in this thread are freed once they are dropped."""
+    breakers = [make_breaker(f"dropped-{number}", **STRICT) for number in range(200)]
+    for breaker in breakers:
+        breaker.force_open(0.001)
+    for breaker in breakers:
+        wait_until(lambda of=breaker: of.state == "half_open")
+        one_call(breaker, way, int)
+        assert breaker.state == "closed"
+    dropped = [weakref.ref(breaker) for breaker in breakers]
+    del breakers, breaker
+    gc.collect()
+    assert [one for one in dropped if one() is not None] == []
+
+
+@pytest.mark.parametrize("shell", [CircuitBreaker, AsyncCircuitBreaker])
+def test_no_closure_for_a_call(shell: Any) -> None:
+    """call() defines no function of its own, for that would be made anew in every call."""
+    for method in (shell.call, shell._call_with_permit, shell.acquire):
+        assert not method.__code__.co_cellvars
+        assert not [one for one in method.__code__.co_consts if isinstance(one, types.CodeType)]
 
 
 # What counts as what
@@ -357,7 +553,7 @@ def test_answer_of_a_probe_closes(make_breaker: Make) -> None:
     breaker = half_open(make_breaker, failures=Boom)
     with pytest.raises(Answer):
         breaker.call(raising(Answer()))
-    assert breaker.state == "closed"
+    assert breaker.snapshot().state == "closed"
 
 
 @pytest.mark.parametrize("ignore", [Answer, (KeyError, Answer)])
@@ -368,7 +564,7 @@ def test_ignored_exceptions(make_breaker: Make, ignore: Any) -> None:
     before = counts(breaker)
     with pytest.raises(Answer):
         breaker.call(raising(Answer()))
-    with pytest.raises(Answer), breaker:
+    with pytest.raises(Answer), breaker.acquire():
         raise Answer
     assert counts(breaker) == before
 
@@ -394,7 +590,7 @@ def test_cancelled_probe(make_breaker: Make, kind: type[BaseException]) -> None:
     for _ in range(3):
         with pytest.raises(kind):
             breaker.call(raising(kind()))
-        with pytest.raises(kind), breaker:
+        with pytest.raises(kind), breaker.acquire():
             raise kind
     assert counts(breaker)[0] == "half_open"
     assert breaker.snapshot().probes_in_flight == 0
@@ -414,7 +610,7 @@ def test_is_failure_with_a_lease(make_breaker: Make) -> None:
     breaker = make_breaker(is_failure=bool, policy=Policy(failure_threshold=3), lease=60, **PATIENT)
     for _ in range(3):
         breaker.call(lambda: 1)
-    assert breaker.state == "open"
+    assert breaker.snapshot().state == "open"
 
 
 @pytest.mark.parametrize("lease", [0, 60])
@@ -488,7 +684,22 @@ def test_generator_success(make_breaker: Make, way: str) -> None:
     next(generator)
     assert (breaker.snapshot().state, breaker.snapshot().probes_in_flight) == ("half_open", 1)
     list(generator)
-    assert breaker.state == "closed"
+    assert breaker.snapshot().state == "closed"
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+def test_generator_counts(make_breaker: Make, lease: float) -> None:
+    """A decorated generator is one call: a success, a failure, or ignored when it is abandoned."""
+    breaker = make_breaker(lease=lease, **PATIENT)
+    guarded = breaker(numbers)
+    list(guarded())
+    with pytest.raises(Boom):
+        list(guarded(Boom()))
+    abandoned = guarded()
+    next(abandoned)
+    abandoned.close()
+    guarded()  # never started
+    assert breaker.counts == (1, 0, 1, 1, 0)
 
 
 def test_generator_result_is_judged(make_breaker: Make) -> None:
@@ -574,9 +785,17 @@ def test_coroutine_as_a_probe(make_breaker: Make, function: Any) -> None:
 
 
 def test_events(make_breaker: Make) -> None:
-    """Listeners are told of each outcome and transition with the fields of its kind, and of nothing else."""
+    """Listeners receive the transitions and on_call every call, each event with the fields of its kind."""
     events: list[Event] = []
-    breaker = make_breaker(listeners=[events.append], policy=ONE, ignore=Answer, **STRICT)
+    changes: list[Event] = []
+    calls: list[Event] = []
+    breaker = make_breaker(
+        listeners=[events.append, changes.append],
+        on_call=[events.append, calls.append],
+        policy=ONE,
+        ignore=Answer,
+        **STRICT,
+    )
     breaker.call(int)
     with pytest.raises(Answer):
         breaker.call(raising(answer := Answer()))
@@ -585,6 +804,8 @@ def test_events(make_breaker: Make) -> None:
     with pytest.raises(CircuitOpenError):
         breaker.call(int)
     assert [event.kind for event in events] == ["success", "ignored", "failure", "state_change", "rejected"]
+    assert [event.kind for event in changes] == ["state_change"]
+    assert [event.kind for event in calls] == ["success", "ignored", "failure", "rejected"]
     assert {(event.breaker, event.instance) for event in events} == {("discovery", breaker.instance)}
     success, ignored, failed, change, rejected = events
     assert (success.exception, ignored.exception, failed.exception) == (None, answer, failure)
@@ -598,9 +819,10 @@ def test_events(make_breaker: Make) -> None:
 
 
 def test_events_on_the_fast_path(make_breaker: Make) -> None:
-    """With a long lease listeners hear as much."""
+    """With a long lease both kinds of listeners receive as much."""
     kinds: list[str] = []
-    breaker = make_breaker(listeners=[lambda event: kinds.append(event.kind)], policy=ONE, lease=600, **PATIENT)
+    note = [lambda event: kinds.append(event.kind)]
+    breaker = make_breaker(listeners=note, on_call=note, policy=ONE, lease=600, **PATIENT)
     for function in (int, int, boom, int, int):
         with contextlib.suppress(Boom, CircuitOpenError):
             breaker.call(function)
@@ -610,12 +832,45 @@ def test_events_on_the_fast_path(make_breaker: Make) -> None:
 def test_listener_that_raises(make_breaker: Make, caplog: pytest.LogCaptureFixture) -> None:
     """An exception in a listener is logged, and reaches neither the call nor the next listener."""
     kinds: list[str] = []
-    breaker = make_breaker(listeners=[boom, lambda event: kinds.append(event.kind)], **STRICT)
+    both = [boom, lambda event: kinds.append(event.kind)]
+    breaker = make_breaker(listeners=both, on_call=both, **STRICT)
     assert breaker.call(int) == 0
-    assert kinds == ["success"]
-    [record] = [record for record in caplog.records if record.levelno == logging.ERROR]
-    assert "'discovery'" in record.getMessage()
-    assert record.exc_info is not None
+    breaker.force_open()
+    assert kinds == ["success", "state_change"]
+    records = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert len(records) == 2
+    assert all("'discovery'" in record.getMessage() and record.exc_info for record in records)
+
+
+def test_listener_that_ends_the_program(make_breaker: Make) -> None:
+    """A listener raises SystemExit, which reaches the caller: later events are delivered by the next call."""
+    changes: list[str | None] = []
+
+    def stop(event: Event) -> None:
+        if event.kind == "failure":
+            raise SystemExit
+
+    breaker = make_breaker(policy=ONE, listeners=[lambda event: changes.append(event.new)], on_call=[stop], **STRICT)
+    with pytest.raises(SystemExit):
+        breaker.call(boom)
+    with pytest.raises(CircuitOpenError):
+        breaker.call(int)
+    assert changes == ["open"]
+
+
+def test_listener_that_calls_again(make_breaker: Make) -> None:
+    """A listener of a failure resets the circuit that it has opened: events arrive in the order they happened."""
+    changes: list[str | None] = []
+
+    def restart(event: Event) -> None:
+        if event.kind == "failure":
+            breaker.reset()
+
+    breaker = make_breaker(policy=ONE, listeners=[lambda event: changes.append(event.new)], on_call=[restart], **STRICT)
+    with pytest.raises(Boom):
+        breaker.call(boom)
+    assert breaker.snapshot().state == "closed"
+    assert changes == ["open", "closed"]
 
 
 def test_coroutine_listener(make_breaker: Make) -> None:
@@ -623,8 +878,9 @@ def test_coroutine_listener(make_breaker: Make) -> None:
 
     async def listener(event: Event) -> None: ...
 
-    with pytest.raises(Refused, match="AsyncCircuitBreaker"):
-        make_breaker(listeners=[listener])
+    for option in ("listeners", "on_call"):
+        with pytest.raises(Refused, match="AsyncCircuitBreaker"):
+            make_breaker(**{option: [listener]})
 
 
 def test_transition_is_logged(make_breaker: Make, caplog: pytest.LogCaptureFixture) -> None:
@@ -636,6 +892,83 @@ def test_transition_is_logged(make_breaker: Make, caplog: pytest.LogCaptureFixtu
     ]
 
 
+# Counts
+
+
+def test_counts_under_threads() -> None:
+    """Eight threads count every call, and whoever reads meanwhile sees the counts grow."""
+    breaker = CircuitBreaker("counted", lease=60, policy=Policy(failure_threshold=10**6))
+    seen = [breaker.counts]
+
+    def work(_: int) -> None:
+        for number in range(1000):
+            with contextlib.suppress(Boom):
+                one_call(breaker, WAYS[number % 5], boom if number % 10 < 5 else int)
+            if number % 50 == 0:
+                with reading:
+                    seen.append(breaker.counts)
+
+    reading = threading.Lock()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert breaker.counts == (4000, 0, 4000, 0, 0)
+    assert all(new >= old for one, other in itertools.pairwise(seen) for old, new in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+@pytest.mark.parametrize("way", WAYS)
+def test_calls_that_outlast_transitions_are_counted(make_breaker: Make, way: str, lease: float) -> None:
+    """The success of a call counts in this process, however many transitions happened while it ran."""
+    breaker = make_breaker(lease=lease, **PATIENT)
+    breaker.call(int)
+
+    def long() -> None:
+        for _ in range(3):
+            breaker.force_open()
+            breaker.reset()
+            breaker.call(int)
+
+    one_call(breaker, way, long)
+    assert breaker.counts == (5, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("lease", [0, 60])
+def test_calls_within_a_probe_are_counted(make_breaker: Make, lease: float) -> None:
+    """A call that is part of a probe is counted in this process, and the probe's own outcome decides."""
+    breaker = half_open(make_breaker, lease=lease)
+    before = breaker.counts
+    with breaker.acquire() as probe:
+        assert probe.probe is not None
+        breaker.call(int)
+        with pytest.raises(Boom):
+            breaker.call(boom)
+        with breaker.acquire() as inner:
+            assert (inner.probe, inner.generation) == (None, None)
+        assert breaker.snapshot().state == "half_open"
+    assert breaker.snapshot().state == "closed"
+    assert breaker.counts == before._replace(successes=before.successes + 3, failures=before.failures + 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("lease", [0, 60])
+def test_counts_in_a_forked_child(make_breaker: Make, lease: float) -> None:
+    """A child counts its own calls from zero, and leaves the parent's counts alone."""
+    breaker = make_breaker(lease=lease, policy=Policy(failure_threshold=10), **PATIENT)
+    for func in (int, int, boom):
+        with contextlib.suppress(Boom):
+            breaker.call(func)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            first = breaker.counts
+            breaker.call(int)
+            code = 0 if (first, breaker.counts) == ((0, 0, 0, 0, 0), (1, 0, 0, 0, 0)) else 2
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    assert breaker.counts == (2, 0, 1, 0, 0)
+
+
 # Looking and steering
 
 
@@ -644,7 +977,7 @@ def test_force_open(make_breaker: Make) -> None:
     breaker = make_breaker(**STRICT)
     breaker.force_open(1000)
     seen = breaker.snapshot()
-    assert (breaker.state, seen.forced) == ("open", "open")
+    assert (breaker.snapshot().state, seen.forced) == ("open", "open")
     assert seen.retry_after is not None
     assert 900 < seen.retry_after <= 1000
     with pytest.raises(CircuitOpenError):
@@ -657,7 +990,7 @@ def test_force_open_ends(make_breaker: Make) -> None:
     breaker.force_open(0.001)
     wait_until(lambda: breaker.snapshot().retry_after == 0)
     assert breaker.call(int) == 0
-    assert (breaker.state, breaker.snapshot().forced) == ("closed", None)
+    assert (breaker.snapshot().state, breaker.snapshot().forced) == ("closed", None)
 
 
 def test_force_closed(make_breaker: Make) -> None:
@@ -672,16 +1005,16 @@ def test_force_closed(make_breaker: Make) -> None:
     assert seen.forced_until is not None
 
 
-def test_clear_override(make_breaker: Make) -> None:
-    """clear_override() ends a forced state: open goes on with a probe, closed as closed."""
+def test_clear_forced(make_breaker: Make) -> None:
+    """clear_forced() ends a forced state: open goes on with a probe, closed as closed."""
     breaker = make_breaker(policy=ONE, **STRICT)
     breaker.force_closed()
-    breaker.clear_override()
-    assert (breaker.state, breaker.snapshot().forced) == ("closed", None)
+    breaker.clear_forced()
+    assert (breaker.snapshot().state, breaker.snapshot().forced) == ("closed", None)
     breaker.force_open()
-    breaker.clear_override()
+    breaker.clear_forced()
     assert breaker.call(int) == 0
-    assert breaker.state == "closed"
+    assert breaker.snapshot().state == "closed"
 
 
 def test_reset(make_breaker: Make) -> None:
@@ -690,9 +1023,9 @@ def test_reset(make_breaker: Make) -> None:
     running = breaker.acquire()
     breaker.acquire().failure()
     breaker.reset()
-    assert (breaker.state, failures(breaker)) == ("closed", 0)
+    assert (breaker.snapshot().state, failures(breaker)) == ("closed", 0)
     running.failure()
-    assert (breaker.state, failures(breaker)) == ("closed", 0)
+    assert (breaker.snapshot().state, failures(breaker)) == ("closed", 0)
 
 
 def test_steering_ends_a_view(make_breaker: Make) -> None:
@@ -785,8 +1118,8 @@ def test_source(client: redis.Redis) -> None:
     assert CircuitBreaker("here", **STRICT).snapshot().source == "memory"
 
 
-def test_state_of_a_fresh_view(client: redis.Redis) -> None:
-    """`state` goes by the view while the lease lasts; snapshot() asks."""
+def test_state_is_what_was_read(client: redis.Redis) -> None:
+    """`state` is what this process last read; snapshot() asks."""
     held = CircuitBreaker("held", redis=client, lease=600, **PATIENT)
     held.call(int)
     CircuitBreaker("held", redis=client, policy=ONE, **STRICT).force_open()
@@ -800,8 +1133,8 @@ def test_shared_through_redis(client: redis.Redis, server: Any) -> None:
     """Two breakers of one name share their state, made from a client or a URL; another name does not."""
     one = CircuitBreaker("shared", redis=client, policy=ONE, **STRICT)
     one.acquire().failure()
-    assert CircuitBreaker("shared", redis=server.url, **STRICT).state == "open"
-    assert CircuitBreaker("other", redis=server.url, **STRICT).state == "closed"
+    assert CircuitBreaker("shared", redis=server.url, **STRICT).snapshot().state == "open"
+    assert CircuitBreaker("other", redis=server.url, **STRICT).snapshot().state == "closed"
 
 
 def test_client_that_decodes(server: Any, client: redis.Redis) -> None:
@@ -827,15 +1160,6 @@ def test_document_is_json(client: redis.Redis) -> None:
     assert json.loads(raw)["state"] == "open"
     assert client.exists("{pre:plain:state}:history") == 1
     assert client.keys("circuit_breaker*") == []
-
-
-def test_document_is_msgpack(client: redis.Redis) -> None:
-    """With encoding="msgpack" it is msgpack, which breakers of either encoding read."""
-    breaker = CircuitBreaker("packed", redis=client, encoding="msgpack", policy=ONE, **STRICT)
-    breaker.acquire().failure()
-    raw: Any = client.get(breaker.keys.state)
-    assert msgpack.unpackb(raw)["state"] == "open"
-    assert CircuitBreaker("packed", redis=client, **STRICT).state == "open"
 
 
 def test_corrupt_document(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
@@ -868,8 +1192,6 @@ def test_bad_names(make_breaker: Make, name: Any) -> None:
         ("redis_timeout", 0),
         ("redis_timeout", float("inf")),
         ("redis_timeout", None),
-        ("encoding", "yaml"),
-        ("encoding", None),
         ("on_redis_failure", "half_open"),
         ("on_redis_failure", None),
     ],
@@ -977,11 +1299,11 @@ def test_a_reply_from_before_the_view_was_dropped(server: EmbeddedServer) -> Non
     breaker = CircuitBreaker("overtaken", redis=server.url, **PATIENT)
     run, other = breaker._redis.run, CircuitBreaker("overtaken", redis=server.url, **PATIENT)
 
-    def late(name: str, request: Any) -> Any:
-        reply = run(name, request)
+    def late(*asked: Any) -> Any:
+        reply = run(*asked)
         breaker._redis.run = run
         other.force_open(3000)
-        breaker._watched(3600)  # as the subscription's thread does when it stands
+        breaker._subscribed(3600)  # as the subscription's thread does when it stands
         return reply
 
     breaker._redis.run = late
@@ -989,6 +1311,22 @@ def test_a_reply_from_before_the_view_was_dropped(server: EmbeddedServer) -> Non
         breaker.call(int)
     with pytest.raises(CircuitOpenError):
         breaker.call(int)
+
+
+def test_a_call_reported_slow_before_its_override_ended_counts_once(make_breaker: Make) -> None:
+    """A call was reported as slow while it ran; durations are no longer measured at its end: it is one call."""
+    rate = Policy(failure_threshold=10**6, error_rate_threshold=0.9, minimum_calls=10**6, window=3600)
+    breaker = make_breaker(policy=rate, **STRICT)
+    breaker.set_policy(slow_call_duration=0.001)
+    permit = breaker.acquire()
+    others = 0
+    while not breaker.snapshot().slow:
+        breaker.call(int)
+        others += 1
+    breaker.clear_policy()
+    permit.failure()
+    seen = breaker.snapshot()
+    assert (seen.calls, seen.failures) == (others + 1, 1)
 
 
 def test_a_circuit_that_another_program_opened(client: redis.Redis, server: EmbeddedServer) -> None:
@@ -1030,15 +1368,15 @@ def test_a_user_without_xadd_leaves_the_history(client: redis.Redis, server: Emb
     client.acl_deluser("scribe")
 
 
-def test_the_end_of_an_override_reaches_whoever_watches(server: EmbeddedServer) -> None:
-    """clear_override() is no transition, and yet a watched view does not outlast it."""
+def test_the_end_of_a_forced_state_reaches_every_watcher(server: EmbeddedServer) -> None:
+    """clear_forced() is no transition, and yet a watched view does not outlast it."""
     breaker = CircuitBreaker("cleared", redis=server.url, policy=Policy(reset_timeout=0.01), **PATIENT)
     operator = CircuitBreaker("cleared", redis=server.url, policy=Policy(reset_timeout=0.01), **PATIENT)
     with breaker.watch(3600) as watch:
         wait_until(lambda: watch.active)
         operator.force_open()
         wait_until(lambda: breaker.state == "open")
-        operator.clear_override()
+        operator.clear_forced()
 
         def admitted() -> bool:
             with contextlib.suppress(CircuitOpenError):

@@ -1,28 +1,32 @@
-"""Reads any number of breakers: SCAN for their names, one pipelined script call for each, node by node of a cluster."""
+"""Finds and reads any number of breakers: SCAN for their keys, then a pipeline with one script call for each."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
-
-import redis
-from redis.exceptions import NoScriptError
 
 from .. import _protocol
 from .._policy import Policy
-from .._protocol import Keys, Snapshot, keys_of
-from .._scripts import compose, sha1
+from .._protocol import Snapshot, keys_of, state_pattern
 from .._sync import CircuitBreaker
+from ..wire.commands import Command
+from ..wire.options import Endpoint, connecting, endpoint, error_kind, is_cluster
+from ..wire.scripts import sha1
+from ..wire.sync import Connections, server_of
 
 SCAN_COUNT = 1000
-CHUNK = 500  # script calls in one pipeline: bounds what either side keeps
+CHUNK = 500  # script calls in one pipeline: bounds what the client and the server buffer
 TIMEOUT = 5.0
 
 
-class Row(NamedTuple):
-    """One breaker as it is now. stored: whether Redis has anything of it. read_at: on the monotonic clock."""
+class Reading(NamedTuple):
+    """One breaker at the time of reading.
+
+    stored: whether Redis has a document for it. read_at: seconds of the monotonic clock.
+    """
 
     snapshot: Snapshot
     stored: bool
@@ -30,146 +34,182 @@ class Row(NamedTuple):
 
     @property
     def last_change(self) -> float | None:
-        """Unix seconds: a generation is the time at which it began, in milliseconds."""
+        """Unix seconds of the last transition; a generation is the time at which it began, in milliseconds."""
         if self.snapshot.generation:
             return self.snapshot.generation / 1000
         return float(self.snapshot.opened_at) if self.snapshot.opened_at else None
 
     @property
     def retry_after(self) -> float | None:
-        """Seconds from now."""
+        """Seconds from now until a rejected call may be admitted; None where calls are admitted."""
         wait = self.snapshot.retry_after
         return None if wait is None else max(wait - (time.monotonic() - self.read_at), 0.0)
 
 
-def urgency(row: Row) -> tuple[bool, float, str]:
-    """To sort by: what is not closed first, then what changed last."""
-    return row.snapshot.state == "closed", -(row.last_change or 0.0), row.snapshot.name
+def urgency(reading: Reading) -> tuple[bool, float, str]:
+    """A sort key: open and half-open breakers first, then the latest change first."""
+    return reading.snapshot.state == "closed", -(reading.last_change or 0.0), reading.snapshot.name
 
 
 class Fleet:
     """All breakers under one prefix of one server or cluster.
 
-    policy_of: by which health and rates of a breaker are reckoned, where nobody has overruled it for the fleet.
-    warn: is told of a key that cannot be read.
+    client: a redis-py client.
+    policy_of: the policy by which health and rates are judged, except for fields under a policy override.
+    warn: receives a line for each key that cannot be read.
     """
 
     def __init__(
         self, client: Any, prefix: str, policy_of: Callable[[str], Policy], warn: Callable[[str], object]
     ) -> None:
-        self.client, self.prefix = client, prefix
+        self.client, self.server, self.prefix = client, server_of(client, TIMEOUT), prefix
         self._policy_of, self._warn = policy_of, warn
 
     @property
     def clustered(self) -> bool:
-        """Whether it is spread over a cluster."""
-        return isinstance(self.client, redis.RedisCluster)
+        """Whether the fleet's keys are spread over a cluster."""
+        return is_cluster(self.client)
 
     def breaker(self, name: str) -> CircuitBreaker:
-        """One of them, to be steered: every request is sent at once."""
+        """A breaker to steer; it has no lease, so every request goes to Redis at once."""
         policy = self._policy_of(name)
         return CircuitBreaker(
             name, redis=self.client, policy=policy, prefix=self.prefix, lease=0, redis_timeout=TIMEOUT
         )
 
-    def pattern(self, name: str | None = None) -> str:
-        """What SCAN and PSUBSCRIBE match by: one breaker, or all of them."""
-        escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in self.prefix)
-        return f"{escaped}:*:state"
+    def pattern(self) -> str:
+        """The pattern of all state keys, for SCAN, and of all channels, for PSUBSCRIBE."""
+        return state_pattern(self.prefix)
 
     def name_of(self, key: bytes) -> str:
-        """The breaker whose state key, and channel, this is."""
+        """The name of the breaker with this state key, which is also its channel."""
         return key.decode(errors="backslashreplace")[len(self.prefix) + 1 : -len(":state")]
 
-    def rows(self) -> Iterator[list[Row]]:
-        """Every breaker once, in chunks; nothing but their names is kept."""
+    def masters(self) -> list[Connections]:
+        """The connections to each node that serves keys. Raises OSError when no node lists them."""
+        found = self.server.masters()
+        if not found:
+            raise ConnectionError("no node of the cluster lists its slots; a user with ACL rules needs +cluster|slots")
+        return found
+
+    def read_all(self) -> Iterator[list[Reading]]:
+        """Every breaker once, in chunks; only their keys stay in memory."""
         seen: set[bytes] = set()
-        for node in self.nodes():
-            cursor = -1
-            while cursor:
-                cursor, found = node.scan(max(cursor, 0), match=self.pattern(), count=SCAN_COUNT)
-                new = list(dict.fromkeys(key for key in found if key not in seen))  # SCAN may tell a key twice
+        for node in self.masters():
+            for found in self.scan(node):
+                new = list(dict.fromkeys(key for key in found if key not in seen))  # SCAN may return a key twice
                 seen.update(new)
                 for start in range(0, len(new), CHUNK):
-                    yield [row for row in self._read(node, new[start : start + CHUNK]) if row.stored]
+                    yield [reading for reading in self._read(new[start : start + CHUNK]) if reading.stored]
 
-    def read(self, names: Iterable[str]) -> list[Row]:
-        """These breakers, in their order."""
+    def read(self, names: Iterable[str]) -> list[Reading]:
+        """The breakers with these names, in this order; those that cannot be read are left out."""
         keys = [keys_of(name, self.prefix).state.encode() for name in names]
-        if not self.clustered:
-            return [
-                row
-                for start in range(0, len(keys), CHUNK)
-                for row in self._read(self.client, keys[start : start + CHUNK])
-            ]
-        return [row for key in keys for row in self._read(self.node_of(key), [key])]
+        chunks = (keys[start : start + CHUNK] for start in range(0, len(keys), CHUNK))
+        return [reading for chunk in chunks for reading in self._read(chunk)]
 
-    def nodes(self) -> list[Any]:
-        """A client for each master."""
-        self.client.time()  # a server that cannot save refuses PING
-        if not self.clustered:
-            return [self.client]
-        return [self.client.get_redis_connection(node) for node in self.client.get_primaries()]
+    def scan(self, node: Connections) -> Iterator[list[bytes]]:
+        """The state keys on a node, page by page. A key may come twice."""
+        cursor = b"0"
+        while True:
+            page = command("SCAN", cursor, "MATCH", self.pattern(), "COUNT", str(SCAN_COUNT))
+            ((cursor, keys),) = send(node, page)
+            yield keys
+            if cursor == b"0":
+                return
 
-    def node_of(self, key: bytes) -> Any:
-        """The client for the master that has a key."""
-        if not self.clustered:
-            return self.client
-        self.client.time()
-        return self.client.get_redis_connection(self.client.get_node_from_key(key))
+    @contextlib.contextmanager
+    def subscribed(self, names: Sequence[str] = ()) -> Iterator[Callable[[float], tuple[bytes, bytes] | None]]:
+        """Subscribe to the breakers with these names, or to all, for a `with` block.
 
-    def _read(self, node: Any, keys: list[bytes]) -> Iterator[Row]:
+        Gives a function that waits for a notification, so many seconds, and returns its channel and content, or None.
+        """
+        channels = [keys_of(name, self.prefix).state for name in names]
+        words = ("SUBSCRIBE", *channels) if channels else ("PSUBSCRIBE", self.pattern())
+        connection = _connected(self.server.subscriber())
+        try:
+            connection.send_command(*words)
+            for _ in words[1:]:
+                connection.read_response()
+
+            def receive(wait: float) -> tuple[bytes, bytes] | None:
+                if not connection.can_read(wait):
+                    return None
+                kind, *_, channel, content = connection.read_response()
+                return (channel, content) if kind in (b"message", b"pmessage") else None
+
+            yield receive
+        finally:
+            connection.disconnect()
+
+    def _read(self, keys: list[bytes]) -> Iterator[Reading]:
+        names = [self.name_of(key) for key in keys]
         read_at = time.monotonic()
-        replies = self._call(node, keys)
-        if any(isinstance(reply, NoScriptError) for reply in replies):
-            node.script_load(compose("snapshot"))
-            replies = self._call(node, keys)
-        for key, reply in zip(keys, replies, strict=True):
-            name = self.name_of(key)
+        replies = self.server.exchange([self._snapshot(key, name) for key, name in zip(keys, names, strict=True)])
+        for key, name, reply in zip(keys, names, replies, strict=True):
             if isinstance(reply, Exception):
+                if error_kind(reply) in ("connection", "timeout"):  # the node is lost, with all its keys
+                    raise reply
                 self._warn(f"{key!r} cannot be read: {reply}")
                 continue
             content = {**_protocol.decode(reply), "source": "redis"}
-            yield Row(_protocol.snapshot_from(name, content, self._policy_of(name)), content["exists"], read_at)
+            yield Reading(_protocol.snapshot_from(name, content, self._policy_of(name)), content["exists"], read_at)
 
-    def _call(self, node: Any, keys: list[bytes]) -> list[Any]:
-        pipeline = node.pipeline(transaction=False)
-        for key in keys:
-            body = _body(self._policy_of(self.name_of(key)))
-            others = (b"{%b}:%b" % (key, kind) for kind in (b"history", b"policy"))
-            pipeline.execute_command("EVALSHA", sha1("snapshot"), 3, key, *others, body)
-        replies: list[Any] = pipeline.execute(raise_on_error=False)
-        return replies
+    def _snapshot(self, key: bytes, name: str) -> Command:
+        # not by run_encoded(): a key that another program wrote may not be UTF-8
+        keys = (key, *(b"{%b}:%b" % (key, kind) for kind in (b"history", b"policy")))
+        words = (b"EVALSHA", sha1("snapshot").encode(), b"3", *keys, _request(self._policy_of(name)))
+        return Command(key, words, "snapshot")
 
 
 @functools.lru_cache
-def _body(policy: Policy) -> bytes:
+def _request(policy: Policy) -> bytes:
     given = policy.to_request()
     return _protocol.encode({"policy": given} if given else {})
 
 
-def redis_cli(fleet: Fleet, keys: Keys) -> list[str]:
-    """The words that call redis-cli for the server of a breaker; no password, which it takes from REDISCLI_AUTH."""
-    node = fleet.node_of(keys.state.encode())
-    options = node.connection_pool.connection_kwargs
-    words = ["redis-cli"]
-    if "path" in options:
-        words += ["-s", str(options["path"])]
-    else:
-        host, port = _address(node, options)
-        words += ["-h", host, "-p", str(port)]
-    if options.get("username"):
-        words += ["--user", str(options["username"])]
-    if options.get("db"):
-        words += ["-n", str(options["db"])]
-    if "ssl" in node.connection_pool.connection_class.__name__.lower():
-        words += ["--tls", *(["--cacert", options["ssl_ca_certs"]] if options.get("ssl_ca_certs") else [])]
+def command(*words: str | bytes, key: str | bytes = b"") -> Command:
+    """A command that calls no script. key: decides which node of a cluster gets it."""
+    encoded = tuple(word.encode() if isinstance(word, str) else word for word in words)
+    return Command(key.encode() if isinstance(key, str) else key, encoded)
+
+
+def send(node: Connections, *commands: Command) -> list[Any]:
+    """The replies of this very node. Raises the first error among them."""
+    return checked(node.send(commands))
+
+
+def checked(replies: list[Any]) -> list[Any]:
+    """The replies. Raises the first error among them."""
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
+
+
+def place_of(node: Connections) -> Endpoint:
+    """Where a node is. Connects, since a Sentinel names its master only then."""
+    connection = _connected(node.connection())
+    try:
+        return endpoint(connection)
+    finally:
+        connection.disconnect()
+
+
+def _connected(connection: Any) -> Any:
+    with connecting():
+        connection.connect()
+    return connection
+
+
+def redis_cli(fleet: Fleet) -> list[str]:
+    """The words that start redis-cli for the fleet's server. The password is left to REDISCLI_AUTH."""
+    place = place_of(fleet.masters()[0])
+    words = ["redis-cli", *(["-s", place.path] if place.path else ["-h", place.host, "-p", str(place.port)])]
+    if place.username:
+        words += ["--user", place.username]
+    if place.database:
+        words += ["-n", str(place.database)]
+    if place.tls:
+        words += ["--tls", *(["--cacert", place.ca_certs] if place.ca_certs else [])]
     return [*words, "-c"] if fleet.clustered else words
-
-
-def _address(node: Any, options: dict[str, Any]) -> tuple[str, int]:
-    manager = getattr(node.connection_pool, "get_master_address", None)  # of a Sentinel
-    if manager is not None:
-        host, port = manager()
-        return str(host), int(port)
-    return str(options.get("host", "localhost")), int(options.get("port", 6379))

@@ -1,4 +1,4 @@
-"""Listeners that make breakers visible; each is a module of its own, and the first two need their extra.
+"""Ready-made listeners, one module for each tool. The first two need the extra of their name.
 
 prometheus: PrometheusMetrics. otel: OpenTelemetryMetrics, OpenTelemetrySpans. logging: LoggingListener.
 """

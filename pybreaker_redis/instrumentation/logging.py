@@ -1,26 +1,23 @@
-"""One log record for each transition and each loss or return of Redis, made for machines to read."""
+"""One log record for each transition and each outage of Redis, for programs to read."""
 
 from __future__ import annotations
 
 import logging
 from typing import Any
 
-from .._core import Instrument
-from .._view import Event
+from .._events import Event
 
 
-class LoggingListener(Instrument):
-    """A listener that logs with stable event names as messages, and the facts as fields of the record (`extra`).
+class LoggingListener:
+    """A listener that logs stable event names as messages, and the facts as fields of the record (`extra`).
 
-    logger: default the one called `pybreaker_redis.events`.
+    logger: by default the one called `pybreaker_redis.events`.
 
-    `circuit_breaker.state_change` (a warning when it opens, else info; by the one process that caused it) has the
-    fields breaker, old_state, new_state, reason, generation, source, instance and counts. `circuit_breaker.redis_error`
-    (a warning, once for each outage) has breaker, instance and error_type, `circuit_breaker.redis_restored` (info) has
-    breaker and instance. No call and no rejection is ever logged.
+    - `circuit_breaker.state_change`: a warning when the circuit opens, else info; logged by the one process that caused
+      the transition. Fields: breaker, old_state, new_state, reason, generation, source, instance, counts.
+    - `circuit_breaker.redis_error`: a warning, once for each outage. Fields: breaker, instance, error_type.
+    - `circuit_breaker.redis_restored`: info. Fields: breaker, instance.
     """
-
-    rejections = False
 
     def __init__(self, logger: logging.Logger | None = None) -> None:
         self._logger = logger or logging.getLogger("pybreaker_redis.events")

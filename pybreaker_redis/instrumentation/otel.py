@@ -9,19 +9,19 @@ from typing import Any
 from opentelemetry import metrics, trace
 from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
-from .._core import Instrument
-from .._view import Event
-from ._meter import DURATION_BOUNDS, STATES, BreakerReading, Meter, Reading, error_kind
+from .._events import Event
+from ..wire.options import error_kind
+from ._meter import DURATION_BOUNDS, STATES, BreakerReading, Meter, Reading
 
 _SCOPE = "pybreaker_redis"
 _NAME = "circuit_breaker.name"
 
 
 class OpenTelemetryMetrics(Meter):
-    """A listener for any number of breakers, whose instruments read them when the SDK collects.
+    """A listener for any number of breakers. Its instruments read them when the SDK collects.
 
-    redis, timeout: as for PrometheusMetrics; one collection asks for all breakers in one pipeline.
-    meter_provider: default the global one.
+    redis, timeout: as for PrometheusMetrics; a collection reads all breakers in one exchange.
+    meter_provider: by default the global one.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class OpenTelemetryMetrics(Meter):
         self._duration = meter.create_histogram(
             "circuit_breaker.script.duration",
             unit="s",
-            description="Time of a script call, from sending it to its reply or error, as a caller waits for it.",
+            description="Time of a script call, from sending it to its reply or error.",
             explicit_bucket_boundaries_advisory=DURATION_BOUNDS,
         )
         counter, gauge = meter.create_observable_counter, meter.create_observable_gauge
@@ -44,29 +44,40 @@ class OpenTelemetryMetrics(Meter):
         )
         gauge("circuit_breaker.state", [self._reads(_state)], "1", "1 for the present state, 0 for the others.")
         gauge("circuit_breaker.health", [self._reads(_health)], "1", "Health score, 0 (open) to 100.")
-        gauge("circuit_breaker.fallback", [self._reads(_fallback)], "1", "1 while this process goes on without Redis.")
-        gauge("circuit_breaker.view.age", [self._reads(_age)], "s", "Since the request whose reply is the local view.")
+        gauge(
+            "circuit_breaker.fallback", [self._reads(_fallback)], "1", "1 while this process continues without Redis."
+        )
+        gauge(
+            "circuit_breaker.view.age", [self._reads(_age)], "s", "Age of the local view, since its request was sent."
+        )
         counter("circuit_breaker.calls", [self._reads(_calls)], "{call}", "Calls by outcome.")
-        counter("circuit_breaker.transitions", [self._reads(_transitions)], "{transition}", "Made by this process.")
-        counter("circuit_breaker.redis.errors", [self._reads(_errors)], "{error}", "Script calls without an answer.")
+        counter(
+            "circuit_breaker.transitions",
+            [self._reads(_transitions)],
+            "{transition}",
+            "Transitions that this process caused.",
+        )
+        counter(
+            "circuit_breaker.redis.errors", [self._reads(_errors)], "{error}", "Script calls that Redis did not answer."
+        )
 
     def _start_process(self) -> None:
         super()._start_process()
-        self._sharing = threading.Lock()
+        self._sharing = threading.RLock()
         self._shared: Reading | None = None
         self._used: set[object] = set()
 
     def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
         super().script_ran(name, seconds, error)
-        told = {"circuit_breaker.script": name}
+        attributes = {"circuit_breaker.script": name}
         if error is not None:
-            told["error.type"] = error_kind(error)
-        self._duration.record(seconds, told)
+            attributes["error.type"] = error_kind(error)
+        self._duration.record(seconds, attributes)
 
     def _reads(
         self, what: Callable[[Reading], Iterator[Observation]]
     ) -> Callable[[CallbackOptions], Iterable[Observation]]:
-        """A callback. The first that comes a second time begins a new collection; the others share its reading."""
+        """A callback. All callbacks of a collection share one reading; the next begins when one is called again."""
 
         def callback(_: CallbackOptions) -> Iterable[Observation]:
             with self._sharing:
@@ -132,11 +143,14 @@ def _errors(reading: Reading) -> Iterator[Observation]:
         yield Observation(count, {"error.type": kind})
 
 
-class OpenTelemetrySpans(Instrument):
-    """A listener that adds an event to the current span for a rejection, a transition, and the loss or return of Redis.
+class OpenTelemetrySpans:
+    """Adds events to the current span. It has no effect without a recording span.
 
-    A rejection becomes `circuit_breaker.rejected`, a transition `circuit_breaker.state_change`, the others
-    `circuit_breaker.redis_error` and `circuit_breaker.redis_restored`. Nothing happens without a recording span.
+        spans = OpenTelemetrySpans()
+        breaker = CircuitBreaker("discovery", redis=..., listeners=[spans], on_call=[spans])
+
+    As a listener: `circuit_breaker.state_change`, `circuit_breaker.redis_error`, `circuit_breaker.redis_restored`.
+    As an on_call: `circuit_breaker.rejected`.
     """
 
     def __call__(self, event: Event) -> None:

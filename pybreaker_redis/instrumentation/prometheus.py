@@ -18,12 +18,12 @@ class PrometheusMetrics(Meter, Collector):
         metrics = PrometheusMetrics(redis="redis://localhost:6379")
         breaker = CircuitBreaker("discovery", redis=..., listeners=[metrics])
 
-    redis: a blocking redis-py client (Redis, RedisCluster, Sentinel master) or a URL, over which a scrape asks for the
-    state of all breakers in one pipeline, on a connection of its own. Without it, and while Redis is down, a scrape
-    gives the state as this process last heard it, and neither health nor probe slots. registry: where to register.
-    timeout: seconds that a scrape waits for Redis to connect, and to reply; with a dead Redis it ends then.
+    redis: a blocking redis-py client (Redis, RedisCluster, Sentinel master) or a URL, through which a scrape reads all
+    breakers in one exchange. Without it, and while Redis is down, a scrape gives the state that this process last read,
+    and neither health nor probe slots. registry: where to register. timeout: seconds that a scrape waits for Redis to
+    connect, and to reply.
 
-    Successes are read from the breakers, so that a healthy call stays on the fast path.
+    Calls are read from `breaker.counts`, so metrics do not slow down any call.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class PrometheusMetrics(Meter, Collector):
         super()._start_process()
         self._durations = Histogram(
             "circuit_breaker_script_duration_seconds",
-            "Time of a script call, from sending it to its reply or error, as a caller waits for it.",
+            "Time of a script call, from sending it to its reply or error.",
             ["script"],
             registry=None,
             buckets=DURATION_BOUNDS,
@@ -48,7 +48,7 @@ class PrometheusMetrics(Meter, Collector):
         self._durations.labels(name).observe(seconds)
 
     def describe(self) -> Iterator[Metric]:
-        """The names, without asking anybody."""
+        """The names, without reading anything."""
         return self._families(Reading([], {}, {}))
 
     def collect(self) -> Iterator[Metric]:
@@ -68,10 +68,10 @@ class PrometheusMetrics(Meter, Collector):
             "circuit_breaker_probe_slots_in_use", "Probes in flight, in the whole fleet.", labels=breaker
         )
         fallback = GaugeMetricFamily(
-            "circuit_breaker_fallback_active", "1 while this process goes on without Redis.", labels=breaker
+            "circuit_breaker_fallback_active", "1 while this process continues without Redis.", labels=breaker
         )
         age = GaugeMetricFamily(
-            "circuit_breaker_view_age_seconds", "Time since the request whose reply is the local view.", labels=breaker
+            "circuit_breaker_view_age_seconds", "Age of the local view, since its request was sent.", labels=breaker
         )
         for one in reading.breakers:
             for name in STATES:
@@ -84,7 +84,7 @@ class PrometheusMetrics(Meter, Collector):
                     family.add_metric([one.name], value)
         transitions = CounterMetricFamily(
             "circuit_breaker_transitions",
-            "Transitions that a call of this process made; each is counted by one process of the fleet.",
+            "Transitions that this process caused; each is counted by one process of the fleet.",
             labels=["breaker", "from", "to", "reason", "source"],
         )
         for change, count in reading.transitions.items():

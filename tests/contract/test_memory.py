@@ -7,7 +7,7 @@ import time
 
 from conftest import START_MS, Machine, memory_machine
 
-from pybreaker_redis._memory import HISTORY_ENTRIES, Document, MemoryEngine, clock_ms
+from pybreaker_redis._memory import HISTORY_ENTRIES, Document, LocalEngine, MemoryEngine, clock_ms, document_for
 
 POLICY = {"failure_threshold": 1, "reset_timeout_ms": 1000, "backoff_multiplier": 2}
 
@@ -55,7 +55,7 @@ def test_a_policy_ends_by_itself() -> None:
     machine.advance(499)
     assert machine.run("snapshot")["override"] == {"quorum": 2}
     machine.advance(1)
-    assert machine.run("snapshot")["override"] is None
+    assert machine.run("snapshot").get("override") is None
     machine.run("control", action="set_policy", override={"quorum": 3})
     machine.advance(10**9)
     assert machine.run("snapshot")["policy"]["quorum"] == 3
@@ -69,7 +69,7 @@ def test_obey() -> None:
     machine.advance(10**9)
     assert machine.run("snapshot")["override"] == {"quorum": 3}
     engine_of(machine).obey(None)
-    assert machine.run("snapshot")["override"] is None
+    assert machine.run("snapshot").get("override") is None
 
 
 def test_where_it_starts() -> None:
@@ -93,7 +93,7 @@ def test_a_row_of_a_thousand_trips() -> None:
 def test_alone() -> None:
     """One that nobody else reports to trips without a quorum."""
     for alone, state in ((True, "open"), (False, "closed")):
-        engine = MemoryEngine(now_ms=lambda: START_MS, alone=alone)
+        engine = MemoryEngine(now_ms=lambda: START_MS, quorum_of_one=alone)
         policy = {**POLICY, "quorum": 2}
         generation = engine.run("acquire", {"policy": policy})["generation"]
         engine.run("record", {"policy": policy, "generation": generation, "failures": 1})
@@ -110,3 +110,33 @@ def test_after_a_fork() -> None:
     done.join(timeout=10)
     assert not done.is_alive()
     assert engine.history(1) == []
+
+
+def test_a_local_engine_starts_from_the_view() -> None:
+    """It continues in the state that was read last, and its own generations are below zero and never repeat."""
+    now = clock_ms()
+    closed = document_for("closed", generation=7, failure_count=2, open_for=0.0)
+    assert (closed.state, closed.generation, closed.failure_count, closed.opened_at) == ("closed", 7, 2, None)
+    opened = document_for("open", generation=7, failure_count=5, open_for=1.5)
+    assert (opened.state, opened.failure_count, opened.is_new) == ("open", 5, False)
+    assert now // 1000 <= (opened.opened_at or 0) <= clock_ms() // 1000
+    assert now + 1500 <= opened.open_until_ms <= clock_ms() + 1500
+    assert document_for("open", 7, 5, -3.0).open_until_ms <= clock_ms()
+    unknown = document_for("closed", generation=0, failure_count=0, open_for=0.0)
+    generations = [document.generation for document in (opened, unknown, document_for("half_open", 7, 0, 0.0))]
+    assert len({*generations}) == 3
+    assert max(generations) < 0
+
+
+def test_a_local_engine_takes_generations_of_its_own() -> None:
+    """Each of its transitions gets a generation below zero, also without a document to start from."""
+    engine = LocalEngine(document=document_for("closed", 7, 0, 0.0), quorum_of_one=True)
+    assert engine.run("record", {"generation": 7, "failures": 5})["applied"]
+    assert (engine.state, engine.run("snapshot", {})["source"]) == ("open", "local")
+    first = engine.generation
+    engine.run("control", {"action": "reset"})
+    assert (engine.state, engine.generation < 0, engine.generation != first) == ("closed", True, True)
+    fresh = LocalEngine(quorum_of_one=True)
+    assert (fresh.state, fresh.generation) == ("closed", 0)
+    fresh.run("control", {"action": "force_open"})
+    assert fresh.generation < 0

@@ -122,7 +122,7 @@ def shared(books: dict[str, Any]) -> bool:
     return books["source"] == "redis" and books["calls"] > 20
 
 
-def alone(books: dict[str, Any]) -> bool:
+def local(books: dict[str, Any]) -> bool:
     """The process decides for itself, and calls go on."""
     return books["source"] == "local" and books["calls"] > 20
 
@@ -141,13 +141,13 @@ def check_outage(running: Loads, begin: Callable[[], Any], end: Callable[[], Any
     running.until(shared)
     running.say("phase")
     begin()
-    for books in running.until(lambda books: alone(books) and "redis_error" in books["events"]):
+    for books in running.until(lambda books: local(books) and "redis_error" in books["events"]):
         check_bounded(books, waits)
     # the dependency dies as well: each process cuts it off by itself
     running.say("fail")
     for books in running.until(lambda books: books["rejected"] > 20):
         # a thread may have taken along the successes of before, and be overtaken by the failures of the others: they
-        # end that row then, once
+        # end that run of failures then, once
         assert books["ran_before_first_rejection"] <= 2 * THRESHOLD - 1 + LOADS - 1, books
         check_bounded(books, waits)  # those that were under way still wait for theirs
     running.say("work")

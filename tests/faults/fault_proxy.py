@@ -21,7 +21,7 @@ class _Pair:
 
 
 class FaultProxy:
-    """Forwards to 127.0.0.1:port on its own thread, and misbehaves as told.
+    """Forwards to 127.0.0.1:port on its own thread, and misbehaves on order.
 
     Until fine(), for links that are open and for those that come:
     delay(seconds): each reply is later by so much.
@@ -32,7 +32,7 @@ class FaultProxy:
     reset(): every link is cut at once.
 
     For the links that are open now, and for good:
-    cut(): they are cut. half_open(): they lead nowhere any more, and their clients are not told.
+    cut(): they are cut. half_open(): they lead nowhere any more, and their clients do not notice.
     lose_replies(): requests pass, replies vanish.
 
     tls: how to greet clients, who then must speak TLS; the server itself is spoken to without.
@@ -84,7 +84,7 @@ class FaultProxy:
         self._do(self._cut)
 
     def half_open(self) -> None:
-        """Every link that is open now leads nowhere, and its client is not told."""
+        """Every link that is open now leads nowhere, and its client does not notice."""
         self._do(self._half_open)
 
     def lose_replies(self) -> None:

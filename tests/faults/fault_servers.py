@@ -295,6 +295,6 @@ def sentinels() -> Iterator[Sentinels]:
 
 
 def _knows(client: redis.Redis) -> bool:
-    [told] = client.execute_command("SENTINEL", "MASTERS", return_responses=True) or [{}]
-    fields = dict(zip(told[::2], told[1::2], strict=True)) if isinstance(told, list) else told
+    [master] = client.execute_command("SENTINEL", "MASTERS", return_responses=True) or [{}]
+    fields = dict(zip(master[::2], master[1::2], strict=True)) if isinstance(master, list) else master
     return int(fields[b"num-other-sentinels"]) == 2 and int(fields[b"num-slaves"]) == 2

@@ -57,16 +57,15 @@ class Worker:
         self.lock = threading.Lock()
         self.broken = 0
 
-    def hear(self, event: Event) -> None:
-        if event.kind not in ("success", "failure"):
-            with self.lock:
-                kind = f"{event.old}>{event.new}" if event.kind == "state_change" else event.kind
-                self.books.events[f"{event.source}:{kind}" if event.kind == "state_change" else kind] += 1
+    def note(self, event: Event) -> None:
+        kind = f"{event.source}:{event.old}>{event.new}" if event.kind == "state_change" else event.kind
+        with self.lock:
+            self.books.events[kind] += 1
 
     def options(self) -> dict[str, Any]:
         return {
             "policy": Policy(**self.order.get("policy", {})),
-            "listeners": [self.hear],
+            "listeners": [self.note],
             **self.order.get("options", {}),
         }
 
@@ -168,8 +167,8 @@ class Worker:
                 self.books = Books()
             if order == "collect":
                 gc.collect()
-            told = {**vars(self.books), "source": source, "pid": os.getpid(), "memory": _memory_bytes()}
-        print(json.dumps(told), flush=True)
+            books = {**vars(self.books), "source": source, "pid": os.getpid(), "memory": _memory_bytes()}
+        print(json.dumps(books), flush=True)
 
 
 def _memory_bytes() -> int:

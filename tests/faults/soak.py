@@ -159,15 +159,15 @@ def soak(seconds: float, seed: int) -> None:
     ):
         run = Soak(target, proxy, running, random.Random(seed))
         run.find_back()
-        began = told = time.monotonic()
+        began = printed = time.monotonic()
         before = None
         while (now := time.monotonic()) - began < seconds:
             run.next_fault()
             if before is None and now - began > seconds / 5:  # by then all caches and pools are what they will be
                 run.find_back()
                 before = run.memory()
-            if now - told > 10:
-                told = now
+            if now - printed > 10:
+                printed = now
                 print(f"{now - began:5.0f} s  {sum(run.done.values())} faults, {dict(run.totals)}", flush=True)
         run.find_back()
         run.check(before or run.memory(), run.memory())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import wait_until
-from fault_load import LOADS, THRESHOLD, alone, check_bounded, loads, shared
+from fault_load import LOADS, THRESHOLD, check_bounded, loads, local, shared
 from fault_proxy import proxy_to
 from fault_servers import BINARIES, Restartable, binary_of, restartable
 
@@ -50,26 +50,26 @@ def use_everything(target: Restartable, rules: list[str]) -> dict[str, Any]:
         subscription.get_message(timeout=5)
         admin.set(breaker.keys.history, "foreign")
         admin.rpush(breaker.keys.state, "foreign")
-        told: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for _ in range(2):  # the second time with all scripts loaded
-            for step in (breaker.force_open, breaker.clear_override, breaker.reset):
-                told[step.__name__] = outcome(step)
+            for step in (breaker.force_open, breaker.clear_forced, breaker.reset):
+                found[step.__name__] = outcome(step)
             breaker.acquire().success()
             breaker.acquire().failure()
             time.sleep(0.03)
             outcome(lambda: breaker.acquire().success())
-        told["foreign"] = breaker.corrupt_documents
-        told["back"] = comes_back(breaker, admin, "+evalsha" in rules or "+@all" in rules)
-        told["history"] = outcome(lambda: [(entry.old, entry.new) for entry in breaker.history()])
-        told["seen"] = breaker.snapshot().state, breaker.snapshot().source
-        told["lives"] = [admin.pttl(key) > 0 for key in breaker.keys[:2]]
+        found["foreign"] = breaker.corrupt_documents
+        found["back"] = comes_back(breaker, admin, "+evalsha" in rules or "+@all" in rules)
+        found["history"] = outcome(lambda: [(entry.old, entry.new) for entry in breaker.history()])
+        found["seen"] = breaker.snapshot().state, breaker.snapshot().source
+        found["lives"] = [admin.pttl(key) > 0 for key in breaker.keys[:2]]
         admin.publish(breaker.keys.state, "end")
         messages = 0
         while (message := subscription.get_message(timeout=5)) is None or message["data"] != b"end":
             messages += message is not None
-        told["messages"] = messages
-        told["errors"] = len(errors)
-        return told
+        found["messages"] = messages
+        found["errors"] = len(errors)
+        return found
 
 
 def comes_back(breaker: CircuitBreaker, admin: redis.Redis, may: bool) -> bool:
@@ -100,7 +100,7 @@ def test_the_documented_acl_is_enough(kind: str) -> None:
         everything = use_everything(target, ["~*", "&*", "+@all"])
         assert everything["errors"] == 1
         assert everything["back"]
-        assert (everything["messages"], len(everything["history"])) == (12, 10)  # two for overrides that ended
+        assert (everything["messages"], len(everything["history"])) == (12, 10)  # two for forced states that ended
         assert use_everything(target, documented_rules()) == everything
 
 
@@ -174,7 +174,7 @@ def greeting(authority: Any, *names: str) -> ssl.SSLContext:
 
 
 def tls_url(port: int, authority: Any, folder: Path) -> str:
-    """The URL of a client that trusts this authority alone."""
+    """The URL of a client that trusts this authority only."""
     file = folder / "ca.pem"
     authority.cert_pem.write_to_path(str(file))
     return f"rediss://127.0.0.1:{port}?ssl_ca_certs={file}&ssl_check_hostname=true"
@@ -202,7 +202,7 @@ def test_tls_refused(target: Restartable, authority: Any, tmp_path: Path, fault:
         context = greeting(authority, "redis.example")
     with proxy_to(target.port, None if fault == "no TLS at all" else context) as proxy:
         with loads(url=tls_url(proxy.port, authority, tmp_path)) as running:
-            for books in running.until(alone):
+            for books in running.until(local):
                 check_bounded(books)
             running.say("fail")
             for books in running.until(lambda books: books["rejected"] > 20):

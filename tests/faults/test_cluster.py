@@ -17,8 +17,13 @@ from fault_load import TIMEOUT, Loads, check_bounded, check_shared_again, loads,
 from fault_servers import Cluster, Sentinels, cluster, sentinels
 from invariants import check_histories
 from redis.crc import key_slot
+from redis.exceptions import ClusterDownError, MovedError
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy
+from pybreaker_redis._protocol import NotSent
+from pybreaker_redis.wire.commands import Command
+from pybreaker_redis.wire.route import Exchange, Routes
+from pybreaker_redis.wire.url import client_from_url
 
 NAME = "loaded"
 STATE = f"circuit_breaker:{NAME}:state"
@@ -102,7 +107,7 @@ def test_slot_moves(healthy: Cluster) -> None:
     with loads(cluster=("127.0.0.1", healthy.port(0)), name=NAME) as running:
         running.until(shared)
         CircuitBreaker(NAME, redis=healthy.client(), redis_timeout=10).force_closed(60)  # makes a history key as well
-        CircuitBreaker(NAME, redis=healthy.client(), redis_timeout=10).clear_override()
+        CircuitBreaker(NAME, redis=healthy.client(), redis_timeout=10).clear_forced()
         running.say("phase")
         for number in range(2):
             place = (source + number) % 3, (source + number + 1) % 3
@@ -114,7 +119,7 @@ def test_slot_moves(healthy: Cluster) -> None:
 
 
 def test_state_goes_along_with_its_slot(healthy: Cluster) -> None:
-    """Open before its slot moves is open after it. While its keys are torn apart (TRYAGAIN) the process is alone."""
+    """Open before its slot moves is open after it. While its keys are torn apart (TRYAGAIN) the process is local."""
     breaker = CircuitBreaker(
         NAME, redis=healthy.client(), policy=Policy(failure_threshold=1, reset_timeout=3600), redis_timeout=10, lease=0
     )
@@ -206,6 +211,123 @@ def test_cluster_master_lost(how: str) -> None:
         check_failover(running, lambda: lose(lost, how))
         check_old_master_is_back(running, lost, how)
         assert check_histories(formed.client_of_any()) > 0
+
+
+@pytest.mark.long
+def test_cluster_down_for_a_while() -> None:
+    """A master is lost and nobody takes over: all reply CLUSTERDOWN. Once its replica does, all breakers are back."""
+    with cluster() as formed:
+        url = f"redis+cluster://127.0.0.1:{formed.port(0)}"
+        names = [next(name for name in map(str, range(99)) if formed.owner(key(name)) == owner) for owner in range(3)]
+        breakers = [CircuitBreaker(name, redis=url, lease=0) for name in names]
+
+        def all_are(source: str) -> bool:
+            for breaker in breakers:
+                breaker.call(int)
+            return [breaker.snapshot().source for breaker in breakers] == [source] * 3
+
+        wait_until(lambda: all_are("redis"))
+        os.kill(formed.nodes[3].pid, signal.SIGSTOP)
+        os.kill(formed.nodes[0].pid, signal.SIGKILL)
+        wait_until(lambda: all_are("local"))
+        os.kill(formed.nodes[3].pid, signal.SIGCONT)
+        wait_until(lambda: formed.is_whole(but=[0]), 30)
+        wait_until(lambda: all_are("redis"))
+
+
+@pytest.mark.long
+def test_watch_without_the_first_master() -> None:
+    """The node of slot 0 is lost, and no other one takes over: a watch of a breaker elsewhere goes on."""
+    with cluster("--cluster-require-full-coverage", "no") as formed:
+        name = next(name for name in map(str, range(99)) if formed.owner(key(name)) == 1)
+        breaker = CircuitBreaker(name, redis=formed.client())
+        breaker.call(int)
+        with breaker.watch() as watch:
+            wait_until(lambda: watch.active)
+            os.kill(formed.nodes[3].pid, signal.SIGSTOP)
+            os.kill(formed.nodes[0].pid, signal.SIGKILL)
+            wait_until(lambda: "fail" in str(formed.clients[1].cluster("NODES")))
+            wait_until(lambda: watch.active)
+
+
+def key(name: str) -> str:
+    """The key that decides which node holds a breaker."""
+    return f"circuit_breaker:{name}:state"
+
+
+# Routes -----------------------------------------------------------------------------------------
+
+A, B, C, REPLICA = (("127.0.0.1", port) for port in (1, 2, 3, 4))
+COMMAND = Command(STATE.encode(), (b"EVALSHA",))
+
+
+def serving_slots(master: Any, *replicas: Any) -> list[Any]:
+    """The reply to CLUSTER SLOTS while this node and its replicas serve this file's breaker, and B and C the rest."""
+    nodes = [(SLOT, SLOT, [master, *replicas]), (0, SLOT - 1, [B]), (SLOT + 1, 16383, [C])]
+    return [[low, high, *([host.encode(), port] for host, port in listed)] for low, high, listed in nodes]
+
+
+def new_routes() -> Routes:
+    """Routes of a client that was given the address of node A."""
+    return Routes(client_from_url("redis+cluster://127.0.0.1:1"))
+
+
+def travel(steps: Exchange, nodes: dict[Any, Any], slots: list[Any]) -> list[Any]:
+    """Carry out an exchange. nodes: the reply of each to a command; others are lost. slots: the reply to CLUSTER SLOTS.
+
+    Returns the replies to the commands of the exchange.
+    """
+    try:
+        leg = next(steps)
+        while True:
+            if leg.address in nodes:
+                replies = [slots if one.words[0] == b"CLUSTER" else nodes[leg.address] for one in leg.commands]
+                leg = steps.send(replies)
+            else:
+                leg = steps.throw(redis.ConnectionError())
+    except StopIteration as end:
+        return list(end.value)
+
+
+def test_nodes_of_a_cluster_that_was_down_are_not_forgotten() -> None:
+    """The node of the URL is gone, and all others reply CLUSTERDOWN until a replica takes over: it is found."""
+    routes = new_routes()
+    before, after = serving_slots(A, REPLICA), serving_slots(REPLICA)
+    assert travel(routes.exchange([COMMAND]), {A: b"reply"}, before) == [b"reply"]
+    down = ClusterDownError("CLUSTERDOWN the cluster is down")
+    for _ in range(8):
+        travel(routes.exchange([COMMAND]), dict.fromkeys((B, C, REPLICA), down), before)
+    moved = MovedError(f"{SLOT} 127.0.0.1:{REPLICA[1]}")
+    for _ in range(4):  # the lost node is tried in its turn
+        replies = travel(routes.exchange([COMMAND]), {B: moved, C: moved, REPLICA: b"reply"}, after)
+    assert replies == [b"reply"]
+
+
+def test_subscriptions_try_every_node() -> None:
+    """The next subscription is opened to another node, since the one before may be lost."""
+    routes = new_routes()
+    travel(routes.learn_masters(), {A: b""}, serving_slots(A, REPLICA))
+    assert {routes.any_node() for _ in range(4)} == {A, B, C, REPLICA}
+
+
+def test_masters_after_a_failover() -> None:
+    """The node that was asked first is gone: another one is asked, and names the masters that serve now."""
+    routes = new_routes()
+    travel(routes.learn_masters(), {A: b""}, serving_slots(A, REPLICA))
+    assert routes.masters() == [A, B, C]
+    for _ in range(2):
+        travel(routes.learn_masters(), {B: b"", C: b"", REPLICA: b""}, serving_slots(REPLICA))
+    assert routes.masters() == [REPLICA, B, C]
+
+
+def test_a_report_is_executed_though_the_question_after_it_was_not_sent() -> None:
+    """The caller is cancelled before it asks which node serves what: its report is not taken for unsent."""
+    steps = new_routes().exchange([COMMAND])
+    assert next(steps).commands == [COMMAND]
+    assert steps.send([b"reply"]).commands[0].words == (b"CLUSTER", b"SLOTS")
+    with pytest.raises(asyncio.CancelledError) as raised:
+        steps.throw(NotSent())
+    assert raised.type is asyncio.CancelledError
 
 
 # Sentinel ---------------------------------------------------------------------------------------

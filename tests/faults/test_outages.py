@@ -23,11 +23,11 @@ from fault_load import (
     LOADS,
     THRESHOLD,
     TIMEOUT,
-    alone,
     check_bounded,
     check_outage,
     check_shared_again,
     loads,
+    local,
     shared,
 )
 from fault_proxy import FaultProxy, proxy_to
@@ -50,7 +50,7 @@ def target() -> Iterator[Restartable]:
 
 @pytest.fixture
 def proxy(target: Restartable) -> Iterator[FaultProxy]:
-    """A link to it that misbehaves as told."""
+    """A link to it that misbehaves on order."""
     with proxy_to(target.port) as started:
         yield started
 
@@ -77,6 +77,8 @@ def test_an_open_circuit_survives_a_restart_with_data() -> None:
         before = breaker.snapshot()
         target.kill()
         target.start()
+        with target.client() as client:
+            wait_until(lambda: not client.info("persistence")["loading"])
         after = CircuitBreaker("kept", redis=target.url, redis_timeout=20).snapshot()
         assert (after.source, after.state, after.generation) == ("redis", "open", before.generation)
         assert after.retry_after is not None
@@ -219,11 +221,11 @@ def test_the_warning_says_why(proxy: FaultProxy, shell: str, caplog: pytest.LogC
     else:
         asyncio.run(call())
     [warning] = [one.getMessage() for one in caplog.records if one.name == "pybreaker_redis"]
-    assert re.search(r"goes on alone: \w.{5,}", warning)
+    assert re.search(r"continues on its own: \w.{5,}", warning)
 
 
 def test_failures_of_an_outage_are_the_processes_own(target: Restartable) -> None:
-    """Failures during an outage are counted locally alone: on return Redis has what it had, and nothing twice."""
+    """Failures during an outage are counted locally only: on return Redis has what it had, and nothing twice."""
     policy = Policy(failure_threshold=100)
     breaker = CircuitBreaker("own", redis=target.url, policy=policy, lease=0, redis_timeout=TIMEOUT)
     for _ in range(3):
@@ -390,7 +392,7 @@ def test_user_without_evalsha(target: Restartable) -> None:
 def check_never_in(**order: Any) -> None:
     """Redis is never reached: nobody sees an error of it, calls are cut off locally, and nobody waits twice."""
     with loads(**order) as running:
-        for books in running.until(alone):
+        for books in running.until(local):
             check_bounded(books)
             assert books["events"]["redis_error"] == 1
         running.say("fail")

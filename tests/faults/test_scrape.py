@@ -15,7 +15,7 @@ NAMES = [f"s{number}" for number in range(30)]
 
 
 def test_a_scrape_of_a_cluster() -> None:
-    """One pipeline for each node gives all breakers; when a master is lost its replica is found, with MOVED alone."""
+    """One pipeline for each node gives all breakers; MOVED leads to the replica of a lost master."""
     with cluster() as formed:
         metrics = PrometheusMetrics(redis=formed.client(), registry=None)
         breakers = [

@@ -16,8 +16,8 @@ from conftest import START_MS, on_frozen_clock, wait_until
 
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Policy
 from pybreaker_redis._protocol import Keys, decode, encode, history_fields
-from pybreaker_redis._scripts import SCRIPTS
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.scripts import SCRIPTS
 
 SIZE = 100
 SICK = 17  # the number of the sick host
@@ -39,15 +39,15 @@ def boom() -> None:
 class FrozenRedis:
     """What a breaker's own connection is otherwise: here the scripts run on the clock of the tests."""
 
-    def __init__(self, client: redis.Redis, keys: Keys) -> None:
-        self.client, self.keys = client, keys
+    def __init__(self, client: redis.Redis) -> None:
+        self.client = client
         self.sha1 = {name: client.script_load(on_frozen_clock(name)) for name in SCRIPTS}
 
-    def run(self, name: str, request: dict[str, Any]) -> dict[str, Any]:
-        return decode(self.client.evalsha(self.sha1[name], 3, *self.keys, encode(request)))
+    def run(self, name: str, keys: Keys, request: dict[str, Any]) -> dict[str, Any]:
+        return decode(self.client.evalsha(self.sha1[name], 3, *keys, encode(request)))
 
-    def history(self, count: int) -> list[dict[str, Any]]:
-        return history_fields(self.client.xrevrange(self.keys.history, count=count))
+    def history(self, keys: Keys, count: int) -> list[dict[str, Any]]:
+        return history_fields(self.client.xrevrange(keys.history, count=count))
 
     def close(self) -> None:
         """The client is the test's."""
@@ -71,13 +71,13 @@ class SimulatedFleet:
         breaker = CircuitBreaker(
             "fleet", redis=self.client, policy=policy, lease=0, listeners=[self.events[number].append]
         )
-        breaker._redis = FrozenRedis(self.client, breaker.keys)
+        breaker._redis = FrozenRedis(self.client)
         return breaker
 
     def changes(self, number: int) -> list[tuple[Any, ...]]:
-        """The transitions that this instance told."""
-        told = (event for event in self.events[number] if event.kind == "state_change")
-        return [(event.old, event.new, event.source) for event in told]
+        """The transitions that this instance notified."""
+        changes = (event for event in self.events[number] if event.kind == "state_change")
+        return [(event.old, event.new, event.source) for event in changes]
 
     def run(self, milliseconds: int, percent: Callable[[int], float]) -> Iterator[int]:
         """Calls of all instances in turn for so long, of which these percentages fail; the time after each."""
@@ -108,7 +108,7 @@ def simulated(client: redis.Redis) -> SimulatedFleet:
 
 
 def test_scattered_failures_then_a_sick_service(simulated: SimulatedFleet) -> None:
-    """With 1 % failures it stays closed for three windows; with 60 % it opens within one, for everybody, told once."""
+    """With 1 % failures it stays closed for three windows; with 60 % it opens within one, for everybody."""
     for _ in simulated.run(3 * simulated.window_ms, lambda _: 1):
         pass
     breaker = simulated.breakers[0]
@@ -129,11 +129,11 @@ def test_scattered_failures_then_a_sick_service(simulated: SimulatedFleet) -> No
     assert 0 < open_at - began <= simulated.window_ms
     assert simulated.tally == {(number, "rejected"): 1 for number in range(SIZE)}
     assert len(breaker.history()) == 1
-    told = [change for number in range(SIZE) for change in simulated.changes(number)]
-    assert [change for change in told if change[2] == "redis"] == [("closed", "open", "redis")]
+    changes = [change for number in range(SIZE) for change in simulated.changes(number)]
+    assert [change for change in changes if change[2] == "redis"] == [("closed", "open", "redis")]
 
 
-def test_a_rate_alone(simulated: SimulatedFleet) -> None:
+def test_a_rate_only(simulated: SimulatedFleet) -> None:
     """Failures that never come five in a row open it by their rate, within one window of the change."""
     for _ in simulated.run(simulated.window_ms, lambda _: 1):
         pass

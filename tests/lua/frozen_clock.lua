@@ -1,4 +1,4 @@
--- Put between breaker.lua and a script by the tests: the time is what the tests say.
+-- The tests put this between the library and a script, to set the time.
 function breaker.now_ms()
   return tonumber(redis.call('GET', 'test:now_ms'))
 end

@@ -260,7 +260,7 @@ class Frozen:
         self._fields = frozenset(
             (field.name, _hashable(getattr(document, field.name)))
             for field in dataclasses.fields(document)
-            if field.name not in ("change", "fresh", "now")
+            if field.name not in ("change", "is_new", "now")
         )
 
     def __eq__(self, other: object) -> bool:

@@ -28,7 +28,10 @@ from lupa.lua51 import LuaRuntime
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 REPORT = ROOT / "build" / "mutants" / "lua.json"
 COPIES = REPORT.parent / "copies"
-FILES = ("breaker", "acquire", "record", "control", "snapshot")
+# not imported: the workers must import the package of their own copy
+LIBRARY = ("model", "request", "document", "window", "rules")
+SCRIPTS = ("acquire", "record", "control", "snapshot")
+FILES = (*LIBRARY, *SCRIPTS)
 TESTS = ("tests/contract", "tests/scripts", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-k")
 SECONDS = 180  # for one mutant
 LONGEST = 6  # lines of a statement that is removed whole
@@ -90,8 +93,9 @@ SOURCES = {name: (ROOT / "lua" / f"{name}.lua").read_text(encoding="utf-8") for 
 
 
 def compiles_as(file: str, source: str) -> bool:
-    """Whether it is Lua, as Redis would run it."""
-    return bool(LOADS(source + SOURCES["record"] if file == "breaker" else SOURCES["breaker"] + source))
+    """Whether it is Lua, together with the other files."""
+    sources = {**SOURCES, file: source}
+    return bool(LOADS("".join(sources[part] for part in (*LIBRARY, file if file in SCRIPTS else "record"))))
 
 
 def mutants(file: str) -> list[Mutant]:
@@ -136,7 +140,7 @@ class Worker:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         for number, mutant in self._mine.items():
-            path = self._folder / "lua" / f"{mutant.file if mutant else 'breaker'}.lua"
+            path = self._folder / "lua" / f"{mutant.file if mutant else 'model'}.lua"
             whole = path.read_text(encoding="utf-8")
             path.write_text(mutant.source if mutant else whole, encoding="utf-8")
             self._results.put((number, self._verdict(session)))

@@ -1,4 +1,4 @@
-"""Mutation testing of the state machine in Python: mutmut on _memory.py, in a copy of this tree.
+"""Mutation testing of the state machine in Python: mutmut on _rules.py, _window.py and _memory.py, in a copy.
 
 `make mutants`, or alone `python tests/mutation/python_mutants.py`; what is changed and what is run: pyproject.toml.
 """

@@ -1,1 +1,1 @@
-"""Races: a package, so that its conftest.py stands beside that of all tests."""
+"""Races: a package, so that its conftest.py stands next to that of all tests."""

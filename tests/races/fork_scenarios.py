@@ -115,11 +115,14 @@ def busy(url: str) -> object:
 
 def held(url: str, which: str) -> object:
     """Forked at the very moment when another thread holds one of the locks that a call needs."""
-    breaker = CircuitBreaker("fork-held", redis=url, policy=MANY, lease=0.001, **FIRM)
+    policy = Policy(failure_threshold=1_000_000_000, quorum=2 if which == "isolated" else 1)
+    breaker = CircuitBreaker("fork-held", redis=url, policy=policy, lease=0.001, **FIRM)
     breaker.call(fine)
     engine: Any = breaker._engine
+    isolated: Any = breaker._isolation._own
     locks = {
         "engine": engine._lock,
+        "isolated": isolated and isolated._lock,
         "view": breaker._view._lock,
         "refreshing": breaker._refreshing,
     }

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import dis
+import itertools
 import json
 import multiprocessing
 import os
+import pathlib
 import random
+import sys
 import threading
 import time
 import traceback
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -22,10 +27,12 @@ from typing import Any
 
 import redis
 
+import pybreaker_redis
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Permit, Policy
 
 PATIENCE = 60.0  # seconds for what always happens, on however slow a machine
 PARTIES = (2, 4, 8, 16)
+PACKAGE = pathlib.Path(pybreaker_redis.__file__).parent
 FIRM = {"redis_timeout": 30.0}  # a slow machine is no outage
 
 
@@ -71,6 +78,83 @@ def run_threads(count: int, work: Callable[[int], object]) -> None:
         raise errors[0]
 
 
+def interrupted_at(line: int, work: Callable[[], object], other: Callable[[], object]) -> bool:
+    """work(), with other() in a second thread before so many lines of this package; False where work() has fewer."""
+    lines = itertools.count()
+    others: list[threading.Thread] = []
+
+    def trace(frame: types.FrameType, event: str, _: object) -> Any:
+        if PACKAGE not in pathlib.Path(frame.f_code.co_filename).parents:
+            return None
+        if event == "line" and next(lines) == line:
+            others.append(threading.Thread(target=other))
+            others[0].start()
+            others[0].join(0.02)  # not longer: it may need a lock that is held here
+        return trace
+
+    def traced(_: int) -> None:
+        sys.settrace(trace)
+        try:
+            work()
+        finally:
+            sys.settrace(None)
+
+    run_threads(1, traced)
+    for one in others:
+        one.join(PATIENCE)
+        assert not one.is_alive()
+    return bool(others)
+
+
+def signalled_at(
+    place: int, module: types.ModuleType, work: Callable[[], object], handler: Callable[[], object]
+) -> bool:
+    """work(), with handler() at one of the places of a module where a signal may interrupt it; False beyond the last.
+
+    Python handles signals when a function begins, after each call, and when a loop goes round.
+    """
+    places = itertools.count()
+    reached: list[int] = []
+
+    def pass_place() -> None:
+        if next(places) == place:
+            reached.append(place)
+            handler()
+
+    def trace(frame: types.FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename != module.__file__:
+            return None
+        names = [dis.opname[code] for code in frame.f_code.co_code]
+        may_come = False
+
+        def step(frame: types.FrameType, event: str, _: object) -> Any:
+            nonlocal may_come
+            frame.f_trace_opcodes = True  # each time: in Python 3.13 a call resets it
+            if event == "opcode":
+                if may_come:
+                    pass_place()
+                may_come = names[frame.f_lasti] in {"CALL", "CALL_KW", "CALL_FUNCTION_EX", "JUMP_BACKWARD"}
+            return step
+
+        pass_place()
+        return step
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        work()
+    finally:
+        sys.settrace(before)
+    return bool(reached)
+
+
+def make_stale(breaker: CircuitBreaker, leases: float) -> None:
+    """Let the view be as old as that many leases, without waiting for it."""
+    view = breaker._view
+    view.seen.sent = time.monotonic() - leases * view.lease
+    view.seen.closed_until = view.seen.timed_until = view.seen.open_until = float("-inf")
+
+
 @dataclasses.dataclass
 class Station:
     """What a job has besides its arguments."""
@@ -84,11 +168,11 @@ class Station:
         """Wait for all workers of this run."""
         self.barrier.wait(PATIENCE)
 
-    def tell(self, what: Any) -> None:
+    def send(self, what: Any) -> None:
         """A message to the test, before the job's result."""
-        self.line.send(("told", what))
+        self.line.send(("message", what))
 
-    def hear(self) -> Any:
+    def receive(self) -> Any:
         """Wait for a message of the test."""
         assert self.line.poll(PATIENCE), "the test says nothing"
         return self.line.recv()
@@ -121,9 +205,9 @@ class Fleet:
         for line in self.lines[:count]:
             line.send((job.__name__, count, args))
 
-    def heard(self, index: int) -> Any:
+    def message_of(self, index: int) -> Any:
         """The next message of one worker."""
-        return self._receive(index, "told")
+        return self._receive(index, "message")
 
     def say(self, count: int, what: Any = "go") -> None:
         """A message to the first count workers."""
@@ -142,7 +226,7 @@ class Fleet:
     def _receive(self, index: int, expected: str) -> Any:
         assert self.lines[index].poll(PATIENCE), f"worker {index} does not answer"
         kind, value = self.lines[index].recv()
-        if kind != "told":
+        if kind != "message":
             self.pending.discard(index)
         assert kind == expected, f"worker {index}: {value}"
         return value
@@ -194,8 +278,8 @@ def _serve(index: int, barriers: dict[int, Any], stop: Any, line: Connection) ->
 
 
 def fail_together(station: Station, url: str, names: list[str]) -> list[tuple[int, list[str]]]:
-    """One failing call per breaker, all admitted before the first one fails; the transitions told to this caller."""
-    told = []
+    """One failing call per breaker, all admitted before the first one fails; the transitions that this caller made."""
+    made = []
     for name in names:
         events: list[Event] = []
         policy = Policy(failure_threshold=5, reset_timeout=60.0)
@@ -208,8 +292,8 @@ def fail_together(station: Station, url: str, names: list[str]) -> list[tuple[in
         with contextlib.suppress(Boom):
             breaker.call(work)
         changes = [f"{event.old}>{event.new}" for event in events if event.kind == "state_change"]
-        told.append((os.getpid(), changes))
-    return told
+        made.append((os.getpid(), changes))
+    return made
 
 
 def ask_together(station: Station, url: str, names: list[str], half_open_max_calls: int) -> list[Any]:
@@ -237,14 +321,14 @@ def hold_call(station: Station, url: str, name: str, options: dict[str, Any], po
     """One call that ends when the test says how: "success", "failure" or "release"."""
     breaker = CircuitBreaker(name, redis=url, policy=Policy(**policy), **options)
     permit = permit_or_none(breaker)
-    station.tell(permit and (permit.generation, permit.probe))
-    outcome = station.hear()
+    station.send(permit and (permit.generation, permit.probe))
+    outcome = station.receive()
     if isinstance(outcome, list):
         outcome = outcome[station.index]
     if permit is not None:
         getattr(permit, outcome)()
     breaker.flush()
-    return breaker.state
+    return breaker.snapshot().state
 
 
 def probe_again_and_again(station: Station, url: str, name: str, policy: dict[str, Any], probes: int) -> list[Any]:
@@ -297,8 +381,8 @@ def poll_until_admitted(station: Station, url: str, name: str, policy: dict[str,
 
 def poll_until_admitted_after_trip(station: Station, url: str, name: str, policy: dict[str, Any]) -> Any:
     """poll_until_admitted() as soon as the test says that the breaker is open."""
-    station.tell("ready")
-    station.hear()
+    station.send("ready")
+    station.receive()
     return poll_until_admitted(station, url, name, policy)
 
 
@@ -307,7 +391,7 @@ def succeed_until_rejected(station: Station, url: str, name: str, lease: float) 
     breaker = CircuitBreaker(name, redis=url, lease=lease, **FIRM)
     ran = 0
     breaker.call(fine)
-    station.tell("warm")
+    station.send("warm")
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         try:
@@ -324,13 +408,14 @@ def load(station: Station, url: str, name: str, threads: int, share: int, option
         name,
         redis=url,
         policy=Policy(failure_threshold=1_000_000_000),
-        # a listener is called for each outcome, which slows a load down: only where failures matter
         listeners=[lambda event: kinds.append(event.kind)] if share else (),
+        # called for each outcome, which slows a load down: only where failures matter
+        on_call=[lambda event: kinds.append(event.kind)] if share else (),
         **options,
     )
     breaker.call(fine)
     station.meet()
-    station.tell("running")
+    station.send("running")
     began = time.monotonic()
     tally: list[tuple[int, int]] = []
 
@@ -361,7 +446,7 @@ def load(station: Station, url: str, name: str, threads: int, share: int, option
 def fixed_calls(station: Station, url: str, name: str, lease: float, threads: int, calls: int, share: int) -> int:
     """calls per thread, each share-th one failing, then a flush; how many failed."""
     breaker = CircuitBreaker(name, redis=url, policy=Policy(failure_threshold=1_000_000_000), lease=lease, **FIRM)
-    breaker.state  # noqa: B018 connects
+    breaker.snapshot()  # connects
     station.meet()
 
     def work(number: int) -> None:

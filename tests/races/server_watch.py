@@ -12,7 +12,7 @@ from typing import Any
 import redis
 
 from pybreaker_redis._protocol import decode
-from pybreaker_redis._scripts import SCRIPTS, compose, sha1
+from pybreaker_redis.wire.scripts import SCRIPTS, compose, sha1
 
 _ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"a": b"\a", b"b": b"\b"}
 

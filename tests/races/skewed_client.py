@@ -24,4 +24,4 @@ while True:
     except CircuitOpenError as error:
         waits.append(error.retry_after)
 permit.success()
-print(json.dumps({"clock": time.time(), "first": waits[0], "least": min(waits), "state": breaker.state}))
+print(json.dumps({"clock": time.time(), "first": waits[0], "least": min(waits), "state": breaker.snapshot().state}))

@@ -44,7 +44,7 @@ def trip(breaker: CircuitBreaker) -> None:
     for _ in range(breaker.policy.failure_threshold):
         with pytest.raises(jobs.Boom):
             breaker.call(boom)
-    assert breaker.state == "open"
+    assert breaker.snapshot().state == "open"
 
 
 def strict(client: redis.Redis, name: str, **policy: Any) -> CircuitBreaker:
@@ -53,12 +53,12 @@ def strict(client: redis.Redis, name: str, **policy: Any) -> CircuitBreaker:
 
 
 def test_trips_at_exactly_the_fifth_failure(fleet: Fleet, server: EmbeddedServer, client: redis.Redis) -> None:
-    """Of 16 processes failing at once the fifth failure trips, and one process is told that it caused it."""
+    """Of 16 processes failing at once the fifth failure trips, and one process is notified that it caused it."""
     names = [f"fail-{number}" for number in range(8)]
     results = fleet.run(jobs.fail_together, ALL, server.url, names)
-    assert len({pid for told in results for pid, _ in told}) == ALL
+    assert len({pid for made in results for pid, _ in made}) == ALL
     for number, name in enumerate(names):
-        changes = [change for told in results for change in told[number][1]]
+        changes = [change for made in results for change in made[number][1]]
         assert changes == ["closed>open"]
         history = strict(client, name).history()
         assert [(entry.old, entry.new, entry.failure_count) for entry in history] == [("closed", "open", 5)]
@@ -124,7 +124,7 @@ def test_a_dead_probe_frees_its_slot(fleet: Fleet, server: EmbeddedServer, clien
     assert again >= handed_out + 600
     assert document["generation"] == half_open.generation
     assert sum(refusals for refusals, _, _ in results) > 0
-    assert breaker.state == "closed"
+    assert breaker.snapshot().state == "closed"
     assert breaker.call(jobs.fine) == 1
     assert [entry.new for entry in breaker.history()] == ["closed", "half_open", "open"]
 
@@ -137,7 +137,7 @@ def test_stragglers_change_nothing(
 ) -> None:
     """Calls that began before a trip change nothing when they end in open, in half_open or after the next close."""
     fleet.start(jobs.hold_call, 2, server.url, "straggler", {"lease": lease, **FIRM}, {"failure_threshold": 3})
-    assert all(fleet.heard(index) for index in range(2))
+    assert all(fleet.message_of(index) for index in range(2))
     breaker = strict(client, "straggler", failure_threshold=3, reset_timeout=60.0 if where == "open" else 0.02)
     trip(breaker)
     if where != "open":
@@ -161,7 +161,7 @@ def test_open_time_is_exact(fleet: Fleet, server: EmbeddedServer, client: redis.
     breaker = strict(client, "exact", **policy)
     fleet.start(jobs.poll_until_admitted_after_trip, 4, server.url, "exact", policy)
     for index in range(4):
-        fleet.heard(index)
+        fleet.message_of(index)
     breaker.acquire().failure()
     with pytest.raises(CircuitOpenError) as caught:
         breaker.acquire()
@@ -210,7 +210,7 @@ def test_a_trip_reaches_processes_that_only_succeed(fleet: Fleet, server: Embedd
     breaker = strict(client, "seen", failure_threshold=1, reset_timeout=60.0)
     fleet.start(jobs.succeed_until_rejected, 4, server.url, "seen", 0.1)
     for index in range(4):
-        assert fleet.heard(index) == "warm"
+        assert fleet.message_of(index) == "warm"
     generation = breaker.snapshot().generation
     breaker.acquire().failure()
     results = fleet.results(4)
@@ -226,7 +226,7 @@ def test_forced_open_stops_every_process(fleet: Fleet, server: EmbeddedServer, c
     running = [operator.acquire(), operator.acquire()]
     fleet.start(jobs.succeed_until_rejected, 8, server.url, "forced", 0.1)
     for index in range(8):
-        assert fleet.heard(index) == "warm"
+        assert fleet.message_of(index) == "warm"
     operator.force_open(duration=60.0)
     before = client.get(operator.keys.state)
     results = fleet.results(8)
@@ -246,7 +246,7 @@ def test_reset_while_probes_run(fleet: Fleet, server: EmbeddedServer, client: re
     trip(operator)
     wait_until(lambda: operator.snapshot().retry_after == 0)
     fleet.start(jobs.hold_call, 4, server.url, "reset", {"lease": 0, **FIRM}, policy)
-    permits = [fleet.heard(index) for index in range(4)]
+    permits = [fleet.message_of(index) for index in range(4)]
     assert sorted(permit[1] for permit in permits if permit) == [1, 2, 3]
     operator.reset()
     before = client.get(operator.keys.state)
@@ -276,7 +276,7 @@ def test_a_healthy_breaker_sends_one_command_per_lease(
     server_watch.load_scripts(client)
     before = server_watch.commands(client)
     fleet.start(jobs.load, 2, server.url, "quiet", 8, 0, {"lease": 0.1, **FIRM})
-    assert [fleet.heard(index) for index in range(2)] == ["running"] * 2
+    assert [fleet.message_of(index) for index in range(2)] == ["running"] * 2
     time.sleep(1.0)
     fleet.stop.set()
     results = fleet.results(2)

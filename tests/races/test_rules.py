@@ -1,9 +1,11 @@
-"""The races of slow calls in flight, live policy, isolation and subscriptions."""
+"""The races of slow calls that still run, live policy, isolation and subscriptions."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import itertools
 import random
 import threading
@@ -11,14 +13,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import redis
 from conftest import wait_until
+from race_workers import interrupted_at, make_stale
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy
 
 THREADS = 16
 SLOW = Policy(slow_call_duration=0.002, slow_call_rate_threshold=1.0, minimum_calls=10**9, failure_threshold=10**9)
-ALONE = Policy(failure_threshold=3, quorum=2, reset_timeout=0.02, half_open_max_calls=1)
+ISOLATED = Policy(failure_threshold=3, quorum=2, reset_timeout=0.02, half_open_max_calls=1)
 
 
 class Boom(Exception):
@@ -81,6 +85,29 @@ def _call(length: float, failing: bool) -> None:
         raise Boom
 
 
+@pytest.mark.parametrize(("interrupted", "failing"), [("report", True), ("end", False)])
+def test_a_call_that_ends_at_any_line_of_its_report_counts_once(interrupted: str, failing: bool) -> None:
+    """A call ends at each line of the report that finds it slow, and the reverse: it is one call and one slow call."""
+    policy = dataclasses.replace(SLOW, slow_call_duration=10.0)
+    for line in itertools.count():
+        breaker = CircuitBreaker("discovery", policy=policy, lease=60.0)
+        breaker.call(int)
+        permit = breaker.acquire().__enter__()
+        permit.started -= 20.0
+        make_stale(breaker, 3.0)
+        report = functools.partial(breaker.call, int)
+        end = permit.failure if failing else functools.partial(permit.__exit__, None, None, None)
+        reached = interrupted_at(line, *((report, end) if interrupted == "report" else (end, report)))
+        if not reached:
+            if not permit.settled:
+                permit.release()
+            break
+        breaker.flush()
+        seen = breaker.snapshot()
+        assert (seen.calls, seen.failures, seen.slow) == (3, failing, 1), f"line {line}"
+    assert line > 20
+
+
 def test_tasks_that_end_while_they_are_found_slow_count_once(client: redis.Redis) -> None:
     """The same with 500 tasks of one loop."""
     url = "unix://" + client.connection_pool.connection_kwargs["path"]
@@ -115,7 +142,7 @@ def test_a_slow_call_in_flight_is_reported_once(client: redis.Redis) -> None:
     release = threading.Event()
     hung = threading.Thread(target=breaker.call, args=(release.wait,))
     hung.start()
-    time.sleep(0.01)
+    wait_until(lambda: breaker._slow_calls._running)
     in_threads(lambda _: [breaker.call(int) for _ in range(50)])
     wait_until(lambda: breaker.call(int) == 0 and breaker.snapshot().slow >= 1)
     before = breaker.snapshot()
@@ -153,10 +180,10 @@ def test_policies_change_under_load(client: redis.Redis) -> None:
 
 
 def test_threads_of_an_isolated_instance(client: redis.Redis) -> None:
-    """All threads of an instance that fails alone share its isolation: one probe at a time, one notice per change."""
+    """All threads of the only instance that fails share its isolation: one probe at a time, one notice per change."""
     events: list[Event] = []
-    breaker = CircuitBreaker("discovery", redis=client, policy=ALONE, listeners=[events.append])
-    healthy = CircuitBreaker("discovery", redis=client, policy=ALONE)
+    breaker = CircuitBreaker("discovery", redis=client, policy=ISOLATED, listeners=[events.append])
+    healthy = CircuitBreaker("discovery", redis=client, policy=ISOLATED)
     running, most = [0], [0]
     lock = threading.Lock()
 
@@ -212,7 +239,7 @@ def test_join_and_leave_at_once(client: redis.Redis) -> None:
         watch.close()  # type: ignore[union-attr]
 
 
-def test_messages_beside_replies(client: redis.Redis) -> None:
+def test_messages_amid_replies(client: redis.Redis) -> None:
     """While others trip and reset all the time, a watcher's view ends at what is stored, whatever came first."""
     breaker = CircuitBreaker("discovery", redis=client, policy=Policy(failure_threshold=1, reset_timeout=60))
     others = [CircuitBreaker("discovery", redis=client, policy=breaker.policy, lease=0) for _ in range(THREADS)]

@@ -2,20 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import functools
+import itertools
 import threading
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import redis
 import server_watch
 from conftest import stopped, wait_until
-from race_workers import FIRM, PATIENCE, Boom, boom, fine, run_threads
+from race_workers import FIRM, PATIENCE, Boom, boom, fine, interrupted_at, make_stale, run_threads, signalled_at
 
-from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Permit, PermitError, Policy
+from pybreaker_redis import (
+    AsyncCircuitBreaker,
+    CircuitBreaker,
+    CircuitOpenError,
+    Event,
+    Permit,
+    PermitError,
+    Policy,
+    _core,
+    _events,
+)
 from pybreaker_redis._view import Verdict, View
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.commands import Command
+from pybreaker_redis.wire.route import Routes
+from pybreaker_redis.wire.url import client_from_url
 
 MANY = Policy(failure_threshold=1_000_000_000)
 
@@ -23,13 +41,6 @@ MANY = Policy(failure_threshold=1_000_000_000)
 def reply(state: str, generation: int, retry_after_ms: int | None = None) -> dict[str, Any]:
     """What a script replied."""
     return {"state": state, "generation": generation, "failure_count": 0, "retry_after_ms": retry_after_ms}
-
-
-def make_stale(breaker: CircuitBreaker, leases: float) -> None:
-    """Let the view be as old as that many leases, without waiting for it."""
-    view = breaker._view
-    view.seen.sent = time.monotonic() - leases * view.lease
-    view.seen.closed_until = float("-inf")
 
 
 def test_counts_of_32_threads(client: redis.Redis) -> None:
@@ -201,7 +212,7 @@ def test_a_straggling_failure_takes_no_successes_with_it(client: redis.Redis) ->
         breaker.call(fine)
     straggler.failure()
     breaker.acquire().failure()  # the first one after ten successes
-    assert breaker.state == "closed"
+    assert breaker.snapshot().state == "closed"
     assert breaker.snapshot().failure_count == 1
 
 
@@ -235,7 +246,7 @@ def test_forced_closed_counts_nothing(client: redis.Redis) -> None:
 
 
 def test_two_objects_share_through_redis(client: redis.Redis) -> None:
-    """Two breakers of one name in one process count together, and a trip is told to one of them."""
+    """Two breakers of one name in one process count together, and one of them is notified of the trip."""
     events: list[Event] = []
     options: dict[str, Any] = {"policy": Policy(failure_threshold=2), "lease": 0, "listeners": [events.append], **FIRM}
     first, second = (CircuitBreaker("twice", redis=client, **options) for _ in range(2))
@@ -273,7 +284,8 @@ def test_one_probe_among_threads(client: redis.Redis) -> None:
         breaker = CircuitBreaker(f"herd-{lease}", redis=client, policy=policy, lease=lease, **FIRM)
         breaker.acquire().failure()
         wait_until(lambda breaker=breaker: breaker.snapshot().retry_after == 0)
-        time.sleep(0.02)  # the view's own end of the open time is up to one round trip later
+        # the view's own end of the open time is up to one round trip later
+        wait_until(lambda breaker=breaker: breaker.state == "half_open")
         permits: list[Permit] = []
 
         def ask(number: int, breaker: CircuitBreaker = breaker, permits: list[Permit] = permits) -> None:
@@ -284,7 +296,7 @@ def test_one_probe_among_threads(client: redis.Redis) -> None:
         assert sorted(permit.probe for permit in permits) == [1, 2]
         for permit in permits:
             permit.success()
-        assert breaker.state == "closed"
+        assert breaker.snapshot().state == "closed"
 
 
 @pytest.mark.parametrize("outcome", ["success", "failure", "release"])
@@ -303,15 +315,15 @@ def test_a_probe_past_its_deadline_counts_nothing(client: redis.Redis, outcome: 
     before = client.get(first.keys.state)
     getattr(overdue, outcome)()
     assert client.get(first.keys.state) == before
-    assert second.state == "half_open"
+    assert second.snapshot().state == "half_open"
     probe.success()
-    assert second.state == "closed"
+    assert second.snapshot().state == "closed"
 
 
 @pytest.mark.slots(3)
 @pytest.mark.parametrize("outcomes", ["sss", "ssf", "fff", "sfs"])
 def test_probes_that_end_together_make_one_transition(client: redis.Redis, outcomes: str) -> None:
-    """Of probes that end at the same moment one makes the transition and is told; what comes after it is ignored."""
+    """Of probes that end at the same moment one makes the only transition; what comes after it is ignored."""
     for number in range(8):
         events: list[Event] = []
         policy = Policy(failure_threshold=1, reset_timeout=0.01, half_open_max_calls=3, success_threshold=3)
@@ -354,7 +366,7 @@ def test_generations_never_repeat(client: redis.Redis) -> None:
 
 
 def test_a_listener_may_outlast_the_lease_and_call(client: redis.Redis) -> None:
-    """A listener told of a transition during a refresh that is slower than the lease can still use the breaker."""
+    """A listener that outlasts the lease of the view can still use the breaker."""
     called: list[str] = []
 
     def listen(event: Event) -> None:
@@ -365,7 +377,7 @@ def test_a_listener_may_outlast_the_lease_and_call(client: redis.Redis) -> None:
                 breaker.call(fine)
             called.append("called")
 
-    breaker = CircuitBreaker("listener", redis=client, lease=5.0, listeners=[listen], **FIRM)
+    breaker = CircuitBreaker("listener", redis=client, lease=5.0, on_call=[listen], **FIRM)
     breaker.call(fine)
     CircuitBreaker("listener", redis=client).force_open()
     make_stale(breaker, 3.0)
@@ -390,7 +402,7 @@ def test_a_slow_listener_holds_up_its_own_thread_only(client: redis.Redis) -> No
             listening.set()
             go_on.wait(PATIENCE)
 
-    breaker = CircuitBreaker("slow", redis=client, lease=60.0, listeners=[listen], **FIRM)
+    breaker = CircuitBreaker("slow", redis=client, lease=60.0, on_call=[listen], **FIRM)
     breaker.call(fine)
     CircuitBreaker("slow", redis=client).force_open()
     make_stale(breaker, 3.0)
@@ -411,13 +423,83 @@ def test_a_slow_listener_holds_up_its_own_thread_only(client: redis.Redis) -> No
     assert answered
 
 
+def test_events_of_a_refresh_are_delivered_outside_of_its_lock(client: redis.Redis) -> None:
+    """A refresh reports a running call that is slow, and trips: while its listener runs, another thread refreshes."""
+    slow = Policy(slow_call_duration=0.001, slow_call_rate_threshold=1.0, minimum_calls=1, reset_timeout=3600)
+    hang, other_ended = threading.Event(), threading.Event()
+
+    def call() -> None:
+        with contextlib.suppress(CircuitOpenError):
+            breaker.call(fine)
+        other_ended.set()
+
+    def listen(event: Event) -> None:
+        make_stale(breaker, 3.0)
+        threading.Thread(target=call, daemon=True).start()
+        received.append((event.new, event.reason, other_ended.wait(PATIENCE)))
+
+    received: list[tuple[str | None, str | None, bool]] = []
+    breaker = CircuitBreaker("outside", redis=client, policy=slow, lease=60.0, listeners=[listen], **FIRM)
+    hanging = threading.Thread(target=breaker.call, args=(hang.wait, PATIENCE), daemon=True)
+    hanging.start()
+    wait_until(lambda: breaker._slow_calls._running and time.monotonic() - breaker._view.seen.sent > 0.01)
+    make_stale(breaker, 3.0)
+    with pytest.raises(CircuitOpenError):
+        breaker.call(fine)
+    hang.set()
+    hanging.join(PATIENCE)
+    assert received == [("open", "slow_rate", True)]
+
+
+def test_a_transition_is_notified_though_another_thread_adopts_it_first() -> None:
+    """In memory, a second thread calls at any point of the report that closes: each transition is notified once."""
+    probing = Policy(failure_threshold=1, reset_timeout=0.001, probe_timeout=3600)
+    changes: list[Event] = []
+    breaker = CircuitBreaker("adopted", policy=probing, listeners=[changes.append])
+
+    def call(_: int) -> None:
+        with contextlib.suppress(CircuitOpenError):
+            breaker.call(fine)
+
+    for place in itertools.count():
+        changes.clear()
+        breaker.acquire().failure()
+        wait_until(lambda: breaker.state == "half_open")
+        if not signalled_at(place, _core, breaker.acquire().success, functools.partial(run_threads, 1, call)):
+            break
+        assert [event.new for event in changes] == ["open", "half_open", "closed"], f"place {place}"
+    assert place > 3
+
+
+def test_quick_successes_never_decrease() -> None:
+    """While a slow call is being counted, another thread reads a metric that never decreases: successes - slow."""
+    breaker = CircuitBreaker("metric", policy=Policy(failure_threshold=9, slow_call_duration=0.001))
+    read: list[int] = []
+
+    def count(_: int) -> None:
+        read.append(breaker.counts.successes - breaker.counts.slow)
+
+    def slow_call() -> None:
+        breaker.call(time.sleep, 0.002)
+
+    for place in itertools.count():
+        if not signalled_at(place, _events, slow_call, functools.partial(run_threads, 1, count)):
+            break
+    assert place > 3
+    assert breaker.counts[:2] == (place + 1, place + 1)
+    assert read == [0] * place
+
+
+# Blocks ----------------------------------------------------------------------------------------
+
+
 def test_blocks_of_two_generators_in_one_thread(client: redis.Redis) -> None:
     """Two suspended blocks in one thread, left in the order they were entered, each settle their own permit."""
     breaker = CircuitBreaker("blocks", redis=client, policy=MANY, lease=0, **FIRM)
     permits = []
 
-    def block() -> Any:
-        with breaker as permit:
+    def block() -> Iterator[None]:
+        with breaker.acquire() as permit:
             permits.append(permit)
             yield
 
@@ -428,3 +510,90 @@ def test_blocks_of_two_generators_in_one_thread(client: redis.Redis) -> None:
     assert [permit.settled for permit in permits] == [True, False]
     next(second, None)
     assert [permit.settled for permit in permits] == [True, True]
+
+
+@pytest.mark.parametrize("lease", [0, 60.0])
+@pytest.mark.parametrize("ends", ["block", "success"])
+def test_a_permit_settled_by_two_threads_while_its_block_ends(lease: float, ends: str) -> None:
+    """Two threads settle a permit at whichever line of its end in a third one: it counts once, by one of them."""
+    breaker = CircuitBreaker("ending", policy=MANY, lease=lease)
+    breaker.call(fine)
+    refused: list[int] = []
+
+    def try_to(settle: Callable[[], object]) -> None:
+        try:
+            settle()
+        except PermitError:
+            refused.append(1)
+
+    for rounds in itertools.count(1):
+        permit = breaker.acquire().__enter__()
+        end: Callable[[], object] = functools.partial(permit.__exit__, None, None, None)
+        if ends == "success":
+            end = functools.partial(try_to, permit.success)
+        settle = functools.partial(run_threads, 2, lambda _, permit=permit: try_to(permit.failure))
+        reached = interrupted_at(rounds - 1, end, settle)
+        assert permit.settled
+        counts = breaker.counts
+        assert counts.successes + counts.failures == 1 + rounds, f"line {rounds}"
+        if not reached:
+            break
+    assert rounds > 2
+    attempts = 2 * (rounds - 1) if ends == "block" else 3 * (rounds - 1) + 1
+    assert len(refused) == attempts - (counts.failures if ends == "block" else rounds)
+
+
+def test_a_node_is_lost_while_others_turn_out_to_serve() -> None:
+    """One thread loses a cluster's node while another one finds who serves a slot: no error."""
+    routes = Routes(client_from_url("redis+cluster://127.0.0.1:1"))
+
+    def send(key: str, reply: Any) -> None:
+        """One command that a node answers, or is lost with; nobody lists the slots."""
+        steps = routes.exchange([Command(key.encode(), ())])
+        with contextlib.suppress(StopIteration):
+            next(steps)
+            steps.send([reply])
+            steps.throw(redis.ConnectionError())
+
+    for rounds in itertools.count():
+        for number in range(5):
+            send(f"known-{number}", b"reply")
+        lose = functools.partial(send, "lost", redis.ConnectionError())
+        if not interrupted_at(rounds, lose, functools.partial(send, f"new-{rounds}", b"reply")):
+            break
+    assert rounds > 5
+
+
+def test_two_loops_in_two_threads_share_one_asyncio_breaker(server: EmbeddedServer, client: redis.Redis) -> None:
+    """Tasks of two loops use one breaker at once: each event is delivered once, by the loop of its own call."""
+    received: Counter[tuple[int, str, str]] = Counter()
+
+    async def listen(event: Event) -> None:
+        await asyncio.sleep(0)
+        received[threading.get_ident(), event.kind, str(event.exception)] += 1
+
+    breaker = AsyncCircuitBreaker("loops", redis=server.url, policy=MANY, lease=0, on_call=[listen], **FIRM)
+    threads: dict[int, int] = {}
+
+    async def fail(number: int) -> None:
+        raise Boom(number)
+
+    async def one(number: int) -> None:
+        for _ in range(10):
+            with contextlib.suppress(Boom):
+                await breaker.call(fail, number)
+            await breaker.call(asyncio.sleep, 0)
+
+    async def main(number: int) -> None:
+        await asyncio.gather(*(one(number) for _ in range(8)))
+        await breaker.close()
+
+    def work(number: int) -> None:
+        threads[number] = threading.get_ident()
+        asyncio.run(main(number))
+
+    run_threads(2, work)
+    wanted = [(thread, "success", "None") for thread in threads.values()]
+    wanted += [(thread, "failure", str(number)) for number, thread in threads.items()]
+    assert received == dict.fromkeys(wanted, 80)
+    assert breaker.counts[:3] == (160, 0, 160)

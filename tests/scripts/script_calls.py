@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import itertools
 import json
 import math
 import pathlib
@@ -18,7 +17,7 @@ import redis
 from conftest import Machine
 
 from pybreaker_redis._protocol import keys_of
-from pybreaker_redis._scripts import compose
+from pybreaker_redis.wire.scripts import compose
 
 KEYS = keys_of("discovery")
 POLICY = {"failure_threshold": 3, "reset_timeout_ms": 1000, "probe_timeout_ms": 400}
@@ -107,13 +106,13 @@ def server_ms(client: redis.Redis) -> int:
     return seconds * 1000 + microseconds // 1000
 
 
-def story(machine: Machine, encodings: Iterator[str] = itertools.repeat("json")) -> list[dict[str, Any]]:  # noqa: B008
-    """The replies along one path through every script and every transition; each write stored as encodings say."""
+def story(machine: Machine) -> list[dict[str, Any]]:
+    """The replies along one path through every script and every transition."""
     told = []
     policy = {**POLICY, "half_open_max_calls": 2}
 
     def tell(script: str, **request: Any) -> dict[str, Any]:
-        told.append(machine.run(script, policy, encoding=next(encodings), **request))
+        told.append(machine.run(script, policy, **request))
         return told[-1]
 
     tell("snapshot")
@@ -131,7 +130,7 @@ def story(machine: Machine, encodings: Iterator[str] = itertools.repeat("json"))
     tell("record", generation=permit, probe=2, successes=1, instance="b")
     tell("control", action="force_open", duration_ms=500)
     tell("snapshot")
-    tell("control", action="clear_override")
+    tell("control", action="clear_forced")
     tell("acquire")
     tell("control", action="reset")
     tell("record", generation=permit, failures=3)

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from script_calls import CONTRACT, KEYS, POLICY, ask, document, reply_or_error
 
-from pybreaker_redis._scripts import SCRIPTS
+from pybreaker_redis.wire.scripts import SCRIPTS
 
 WORDS = st.sampled_from(["closed", "open", "half_open", "json", "msgpack", "force_open", "reset", "", "x" * 300])
 NUMBERS = st.one_of(
@@ -115,7 +115,7 @@ def test_any_stored_value(client: redis.Redis, value: bytes) -> None:
         ("acquire", {}),
         ("record", {"generation": START_MS, "failures": 1}),
         ("record", {"generation": START_MS, "failures": 1, "probe": 1}),
-        ("control", {"action": "clear_override"}),
+        ("control", {"action": "clear_forced"}),
     ):
         client.set(KEYS.state, value)
         check_reply(ask(client, script, policy=POLICY, **request))

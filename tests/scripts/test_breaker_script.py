@@ -1,4 +1,4 @@
-"""breaker.lua, as every script shows it: codec, requests, expiry, history, messages, generations, keys, clock."""
+"""The library, as every script shows it: codec, requests, expiry, history, messages, generations, keys, clock."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ from script_calls import (
 )
 
 from pybreaker_redis._protocol import keys_of
-from pybreaker_redis._scripts import SCRIPTS, _folder, compose
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.scripts import SCRIPTS, compose, folder
 
 EVERY_SCRIPT = pytest.mark.parametrize("script", SCRIPTS)
 
@@ -73,7 +73,7 @@ def test_pasted_head_line(client: redis.Redis, server: EmbeddedServer, script: s
     shim = tmp_path / "redis-cli"
     shim.write_text(f'#!/bin/sh\nexec {_cli()} -s {server.directory}/r.sock "$@"\n')
     shim.chmod(0o755)
-    head = (_folder() / f"{script}.lua").read_text().split("]]")[0]
+    head = (folder() / f"{script}.lua").read_text().split("]]")[0]
     line = head[head.index("  redis-cli ") :]
     sha1 = {name.upper(): client.script_load(compose(name)) for name in SCRIPTS}
     environment = {**os.environ, **sha1, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
@@ -117,7 +117,7 @@ WRONG_FIELDS: list[tuple[str, dict[Any, Any]]] = [
     ("instance", {"instance": 7}),
     ("instance", {"instance": "x" * 201}),
     ("instance", {"instance": ["a\r\nb"]}),
-    ("encoding", {"encoding": "xml\r\n+OK"}),
+    ("encoding", {"encoding": "json"}),
     ("encoding", {"encoding": True}),
     ("policy", {"policy": 7}),
     ("policy", {"policy": "x"}),
@@ -200,7 +200,7 @@ def test_expiry(client: redis.Redis, ttl_ms: int) -> None:
     check(machine.run("record", policy, generation=permit, probe=2, successes=1), 7_200_000)  # the row of trips
     for action in ("force_open", "force_closed"):
         check(machine.run("control", policy, action=action, duration_ms=86_400_000), 86_400_000)
-    check(machine.run("control", policy, action="clear_override"))
+    check(machine.run("control", policy, action="clear_forced"))
     check(machine.run("control", policy, action="reset"))
 
 
@@ -260,7 +260,7 @@ def test_one_message_and_one_entry(client: redis.Redis) -> None:
         replies = story(machine)
     heard = [message for message in everything if "policy" not in message]
     others = [message["policy"] for message in everything if "policy" in message]
-    assert others == ["clear_override"]  # which is no transition, but has to reach whoever watches
+    assert others == ["clear_forced"]  # which is no transition, but has to reach whoever watches
     caused = [reply["transition"] for reply in replies if reply.get("transition")]
     told = [(change["from"], change["to"], change["reason"], change.get("instance")) for change in heard]
     assert told == [

@@ -21,7 +21,7 @@ from script_calls import (
     picture,
 )
 
-ACTIONS = ["force_open", "force_closed", "clear_override", "reset"]
+ACTIONS = ["force_open", "force_closed", "clear_forced", "reset"]
 
 
 @pytest.mark.parametrize("stored", [False, True])
@@ -44,7 +44,7 @@ def test_action_is_needed(client: redis.Redis) -> None:
             must_refuse(client, "control", body, names="action")
 
 
-@pytest.mark.parametrize("action", ["reset", "clear_override"])
+@pytest.mark.parametrize("action", ["reset", "clear_forced"])
 def test_duration_of_what_lasts_not(client: redis.Redis, action: str) -> None:
     """A duration with an action that has none is refused."""
     must_refuse(client, "control", json.dumps({"action": action, "duration_ms": 5}), names="duration_ms")
@@ -68,7 +68,7 @@ def test_force_open(client: redis.Redis, state: str, duration_ms: int) -> None:
 
 
 @pytest.mark.parametrize("first", ["force_open", "force_closed"])
-@pytest.mark.parametrize("then", ["reset", "clear_override"])
+@pytest.mark.parametrize("then", ["reset", "clear_forced"])
 def test_override_leaves_nothing(client: redis.Redis, first: str, then: str) -> None:
     """After a reset or a clear the document does not mention the override."""
     ask(client, "control", action=first)
@@ -81,7 +81,7 @@ def test_nothing_to_clear(client: redis.Redis, state: str) -> None:
     """Clearing what is not there changes no byte."""
     bring_to(lua_machine(client, "discovery"), state)
     before = picture(client)
-    assert ask(client, "control", action="clear_override")["changed"] is False
+    assert ask(client, "control", action="clear_forced")["changed"] is False
     assert picture(client) == before
 
 
@@ -90,7 +90,7 @@ def test_without_a_document(client: redis.Redis, action: str) -> None:
     """Every action works on a breaker that nobody has used; clearing leaves it unmade."""
     reply = ask(client, "control", action=action)
     assert reply["state"] == ("open" if action == "force_open" else "closed")
-    assert bool(client.exists(KEYS.state)) is reply["changed"] is (action != "clear_override")
+    assert bool(client.exists(KEYS.state)) is reply["changed"] is (action != "clear_forced")
 
 
 @pytest.mark.parametrize("state", ["closed", "open", "half_open"])

@@ -13,7 +13,7 @@ from conftest import lua_machine, wait_until
 from script_calls import DAY_MS, KEYS, NEEDED, POLICY, ask, bodies, call, document, messages, must_refuse, picture, put
 
 from pybreaker_redis._memory import _DEFAULTS
-from pybreaker_redis._scripts import SCRIPTS
+from pybreaker_redis.wire.scripts import SCRIPTS
 
 YEAR_MS = 365 * DAY_MS
 # least, most, and whether it may lie between integers
@@ -242,7 +242,7 @@ def test_garbage_is_ignored(client: redis.Redis, value: bytes) -> None:
         ("acquire", {}),
         ("snapshot", {}),
         ("record", {"generation": generation, "failures": 2}),
-        ("control", {"action": "clear_override"}),
+        ("control", {"action": "clear_forced"}),
     ):
         reply = ask(client, script, policy=POLICY, **request)
         assert (reply["warning"], reply.get("override"), reply["state"]) == ("corrupt_policy", None, "closed")
@@ -271,10 +271,13 @@ def test_a_foreign_key_is_replaced(client: redis.Redis, action: str) -> None:
     assert ask(client, "snapshot").get("override") == override.get("override")
 
 
-def test_an_override_in_msgpack(client: redis.Redis) -> None:
-    """An override that a program stored in msgpack holds like one in JSON, and is added to."""
-    client.set(KEYS.policy, msgpack.packb({"failure_threshold": 1}))
+def test_an_override_of_another_program(client: redis.Redis) -> None:
+    """A policy override that a program stored in JSON holds, and is added to; in msgpack it is corrupt."""
+    client.set(KEYS.policy, json.dumps({"failure_threshold": 1}))
     assert set_policy(client, {"jitter": 1})["override"] == {"failure_threshold": 1, "jitter": 1}
+    client.set(KEYS.policy, msgpack.packb({"failure_threshold": 1}))
+    assert ask(client, "acquire")["warning"] == "corrupt_policy"
+    assert set_policy(client, {"jitter": 1})["override"] == {"jitter": 1}
 
 
 def test_quorum_of_a_document_of_the_contract(client: redis.Redis) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from typing import Any
 
@@ -22,7 +21,6 @@ from script_calls import (
     document,
     picture,
     put,
-    story,
 )
 
 EVERY_STATE = pytest.mark.parametrize("state", ["closed", "open", "half_open"])
@@ -158,11 +156,10 @@ def test_an_open_document_with_half_a_deadline(client: redis.Redis, own: dict[st
     assert machine.run("snapshot")["retry_after_ms"] == (300 if wait is None else wait)
 
 
-@pytest.mark.parametrize("encoding", ["json", "msgpack"])
-def test_unknown_fields(client: redis.Redis, encoding: str) -> None:
+def test_unknown_fields(client: redis.Redis) -> None:
     """Fields that we do not know are no reason to doubt a document."""
     stored = {**_contract("closed", failures=2), "shard": "a", "tags": [1, {"x": None}], "note": None}
-    client.set(KEYS.state, json.dumps(stored) if encoding == "json" else msgpack.packb(stored))
+    client.set(KEYS.state, json.dumps(stored))
     reply = ask(client, "acquire")
     assert (reply["failure_count"], reply.get("warning")) == (2, None)
 
@@ -368,15 +365,13 @@ def test_the_longest_override(client: redis.Redis, state: str) -> None:
         assert machine.run("snapshot").get("forced") == forced
 
 
-@pytest.mark.parametrize(
-    "reporters", [{"a": "soon"}, {1: START_MS}, {"a": START_MS + 60_001}, {"a": -1}, [START_MS], "a"]
-)
+@pytest.mark.parametrize("reporters", [{"a": "soon"}, {"a": START_MS + 60_001}, {"a": -1}, [START_MS], "a"])
 def test_odd_reporters(client: redis.Redis, reporters: Any) -> None:
     """Reporters that make no sense count for no quorum, and do not hold up those that do."""
     machine = lua_machine(client, "discovery")
     policy = {**POLICY, "quorum": 2, "failure_threshold": 1}
     stored = {**_contract("closed"), "version": 1, "generation": START_MS, "reporters": reporters}
-    client.set(KEYS.state, msgpack.packb(stored))
+    client.set(KEYS.state, json.dumps(stored))
     assert machine.run("record", policy, generation=START_MS, failures=1, instance="b")["state"] == "closed"
     assert machine.run("snapshot", policy)["reporters"] == {"b": START_MS}
     assert machine.run("record", policy, generation=START_MS, failures=1, instance="c")["state"] == "open"
@@ -502,46 +497,34 @@ def test_probe_slots_of_any_name(client: redis.Redis, slot: str) -> None:
 
 
 @EVERY_STATE
-def test_either_encoding_stores_the_same(client: redis.Redis, state: str) -> None:
-    """The same fields with the same values are stored in msgpack as in JSON, and nothing beside them."""
-    stored = {}
-    for encoding, load in (("json", json.loads), ("msgpack", msgpack.unpackb)):
+def test_what_is_stored(client: redis.Redis, state: str) -> None:
+    """A document is stored as JSON, whatever the form of the request, and has the fields of its state."""
+    stored = []
+    for use_json in (True, False):
         client.flushall()
-        machine = lua_machine(client, "discovery")
+        machine = lua_machine(client, "discovery", use_json=use_json)
         policy = {**POLICY, "quorum": 2, "error_rate_threshold": 0.9}
         for instance in ("a", "b"):
-            generation = machine.run("acquire", policy, encoding=encoding)["generation"]
+            generation = machine.run("acquire", policy)["generation"]
             counts = {"failures": 1, "slow": 1} if state == "closed" else {"failures": 3}
-            machine.run("record", policy, generation=generation, instance=instance, encoding=encoding, **counts)
+            machine.run("record", policy, generation=generation, instance=instance, **counts)
         if state == "half_open":
             machine.advance(1000)
-            machine.run("acquire", policy, encoding=encoding)
-        text = client.get(KEYS.state)
-        assert (text[:1] == b"{") is (encoding == "json")
-        stored[encoding] = load(text)
-        machine.run("snapshot", policy)
-    assert stored["json"]["state"] == state
-    packed = {"trips": 0, **stored["msgpack"]}
-    assert {"trips": 0, **{name: value for name, value in stored["json"].items() if value is not None}} == packed
+            machine.run("acquire", policy)
+        stored.append(document(client))
+    assert stored[0] == stored[1]
+    own = {
+        "closed": {"window", "reporters", "run_since_ms"},
+        "open": {"trips", "open_until_ms", "open_ms"},
+        "half_open": {"trips", "probes", "probe_seq", "probe_ms"},
+    }
+    assert stored[0].keys() == {*CONTRACT, "version", "generation", *own[state]}
 
 
-def test_stored_encoding_decides_nothing(client: redis.Redis) -> None:
-    """Stored as JSON, as msgpack, or in turn, a document leads to the same replies to either encoding."""
-    told = story(lua_machine(client, "plain"))
-    for name, encodings in (("packed", ["msgpack"]), ("mixed", ["json", "msgpack"])):
-        for use_json in (True, False):
-            machine = lua_machine(client, f"{name}{use_json}", use_json=use_json)
-            assert story(machine, itertools.cycle(encodings)) == told
-
-
-@pytest.mark.parametrize(("encoding", "brace"), [("json", True), ("msgpack", False), (None, True)])
-def test_stored_encoding(client: redis.Redis, encoding: str | None, brace: bool) -> None:
-    """`encoding` says how a write is stored, JSON where it says nothing; what was stored before does not matter."""
-    for before in ("json", "msgpack"):
-        ask(client, "control", action="force_open", encoding=before)
-        assert ask(client, "control", action="force_closed", encoding=encoding)["generation"] > 1
-        assert client.get(KEYS.state).startswith(b"{") is brace
-        assert ask(client, "snapshot")["forced"] == "closed"
+def test_a_document_in_msgpack_is_corrupt(client: redis.Redis) -> None:
+    """There is one stored form: a document in msgpack is replaced like any other garbage."""
+    client.set(KEYS.state, msgpack.packb({**_contract("open", failures=5, opened=START_MS // 1000), "generation": 7}))
+    _goes_on(client, "corrupt_document")
 
 
 # A clock that goes back a little ----------------------------------------------------------------

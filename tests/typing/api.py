@@ -17,6 +17,7 @@ from pybreaker_redis import (
     CircuitBreakerManager,
     CircuitOpenError,
     Config,
+    Counts,
     Event,
     HistoryEntry,
     Permit,
@@ -38,6 +39,8 @@ def on_event(event: Event) -> None:
     assert_type(event.counts, dict[str, int] | None)
     assert_type(event.retry_after, float | None)
     assert_type(event.exception, BaseException | None)
+    assert_type(event.slow, bool | None)
+    assert_type(event.enforced, bool | None)
     if event.kind == "state_change":
         print(event.new)
 
@@ -60,10 +63,10 @@ breaker = CircuitBreaker(
     listeners=[on_event, Collector(), lambda event: event.kind],
     on_redis_failure="open",
     prefix="circuit_breaker",
-    encoding="msgpack",
+    on_call=(on_event, Collector()),
 )
 CircuitBreaker("discovery", on_redis_failure="maybe")  # type: ignore[arg-type]
-CircuitBreaker("discovery", encoding="xml")  # type: ignore[arg-type]
+CircuitBreaker("discovery", on_call=on_event)  # type: ignore[arg-type]
 CircuitBreaker("discovery", redis=None, polcy=Policy())  # type: ignore[call-arg]
 Policy(failure_threshold="5")  # type: ignore[arg-type]
 
@@ -99,29 +102,42 @@ breaker.call(length)  # type: ignore[call-arg]
 
 
 def block() -> int:
-    with breaker as permit:
+    with breaker.acquire() as permit:
         assert_type(permit, Permit)
         permit.failure(OSError("refused"))
-        permit.ignore()
+        permit.release()
     return 1  # a block may end by an exception, but never swallows one: this line is reached
 
 
 def returns_from_a_block() -> int:
-    with breaker:
+    with breaker.acquire():
         return 1
+
+
+def no_block_of_the_breaker() -> None:
+    with breaker:  # type: ignore[attr-defined]
+        pass
 
 
 def two_steps() -> None:
     permit = breaker.acquire()
     assert_type(permit, Permit)
+    assert_type(permit.settled, bool)
+    assert_type(permit.probe, int | None)
+    assert_type(permit.generation, int | None)
+    assert_type(permit.started, float)
     permit.success()
     permit.failure(ValueError())
     permit.failure()
     permit.release()
+    with permit as entered:
+        assert_type(entered, Permit)
 
 
 def looking(count: int) -> None:
     assert_type(breaker.state, State)
+    assert_type(breaker.counts, Counts)
+    assert_type(breaker.counts.slow, int)
     snapshot = breaker.snapshot()
     assert_type(snapshot, Snapshot)
     assert_type(snapshot.name, str)
@@ -145,7 +161,7 @@ def steering() -> None:
     breaker.force_open()
     breaker.force_open(duration=60)
     breaker.force_closed(duration=0.5)
-    breaker.clear_override()
+    breaker.clear_forced()
     breaker.reset()
     breaker.flush()
     breaker.set_policy(reset_timeout=10, enforce=False, duration=60)
@@ -200,24 +216,31 @@ async def awaiting() -> None:
     assert_type(await aio.call(fetch, "x"), list[str])
     async for chunk in stream("x"):
         assert_type(chunk, bytes)
-    async with aio as block:
+    async with aio.acquire() as block:
         assert_type(block, AsyncPermit)
         await block.failure(OSError())
+    async with await aio.acquire() as entered:
+        assert_type(entered, AsyncPermit)
     permit = await aio.acquire()
     assert_type(permit, AsyncPermit)
     await permit.success()
-    assert_type(await aio.state, State)
+    aio.acquire().success()  # type: ignore[attr-defined]
+    assert_type(aio.state, State)
+    assert_type(aio.counts, Counts)
     assert_type(await aio.snapshot(), Snapshot)
     assert_type(await aio.history(count=2), list[HistoryEntry])
     await aio.force_open(duration=60)
     await aio.flush()
     await aio.set_policy(window=10)
+    await aio.clear_forced()
     async with await aio.watch(lease=10) as watch:
         assert_type(watch, AsyncWatch)
     await watch.close()
 
 
-manager = CircuitBreakerManager.with_redis(Config(services={"discovery": Policy()}), listeners=[on_event])
+manager = CircuitBreakerManager.with_redis(
+    Config(services={"discovery": Policy()}), listeners=[on_event], on_call=[on_event]
+)
 assert_type(manager, CircuitBreakerManager)
 assert_type(manager.call("discovery", length, "x", times=2), int)
 manager.call("discovery", length, 1)  # type: ignore[arg-type]

@@ -1,9 +1,8 @@
-"""A redis-py client for a URL: one server, a socket, a Sentinel's master or a cluster. No client connects here."""
+"""A redis-py client for a URL: one server, a socket, a Sentinel's master or a cluster. Connects nothing."""
 
 from __future__ import annotations
 
 import re
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
@@ -14,12 +13,10 @@ import redis.asyncio.retry
 import redis.asyncio.sentinel
 import redis.sentinel
 from redis.backoff import NoBackoff
-from redis.cluster import NodesManager
 from redis.connection import parse_url
-from redis.exceptions import RedisClusterException
 from redis.retry import Retry
 
-from ._errors import PolicyError
+from .._errors import PolicyError
 
 SCHEMES = ("redis", "rediss", "unix", "redis+sentinel", "rediss+sentinel", "redis+cluster", "rediss+cluster")
 _DEFAULT_PORTS = {"sentinel": 26379, "cluster": 6379}
@@ -38,8 +35,18 @@ class Target(NamedTuple):
     sentinel_options: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
 
+class ClusterUrl:
+    """A cluster by some of its nodes, and the options of its connections: all that wire.route needs of a client.
+
+    redis-py's cluster clients are not used: the blocking one connects when it is made.
+    """
+
+    def __init__(self, nodes: list[tuple[str, int]], options: dict[str, Any]) -> None:
+        self.nodes, self.options = nodes, options
+
+
 def client_from_url(url: str, **options: Any) -> Any:
-    """A redis.Redis or redis.RedisCluster for a URL; options: those of redis.Redis that the URL does not give.
+    """A redis.Redis for a URL, or a ClusterUrl. options: those of redis.Redis that the URL does not give.
 
     redis://[[user]:password@]host[:6379][/db][?option=value]        one server; rediss:// for TLS
     unix://[[user]:password@]/path/to/socket[?db=0]                  one server
@@ -52,7 +59,7 @@ def client_from_url(url: str, **options: Any) -> Any:
     once = Retry(NoBackoff(), 0)
     if target.kind == "cluster":
         _checked(url, lambda: redis.Redis(**target.options))
-        return _LateCluster(target.nodes, target.options)
+        return ClusterUrl(target.nodes, target.options)
     if target.kind == "sentinel":
         sentinel = redis.sentinel.Sentinel(target.nodes, sentinel_kwargs={"retry": once, **target.sentinel_options})
         return _checked(url, lambda: sentinel.master_for(target.service, **target.options))
@@ -65,8 +72,7 @@ def async_client_from_url(url: str, **options: Any) -> Any:
     once = redis.asyncio.retry.Retry(NoBackoff(), 0)
     if target.kind == "cluster":
         _checked(url, lambda: redis.asyncio.Redis(**target.options))
-        nodes = [redis.asyncio.cluster.ClusterNode(*node) for node in target.nodes]
-        return redis.asyncio.RedisCluster(startup_nodes=nodes, **target.options)
+        return ClusterUrl(target.nodes, target.options)
     if target.kind == "sentinel":
         own = {"retry": once, **target.sentinel_options}
         sentinel = redis.asyncio.sentinel.Sentinel(target.nodes, sentinel_kwargs=own)
@@ -75,12 +81,12 @@ def async_client_from_url(url: str, **options: Any) -> Any:
 
 
 def _checked(url: str, make: Callable[[], Any]) -> Any:
-    """The client, whose options redis-py knows: else the first call would be a TypeError."""
+    """Make the client. Its options are checked here, since the first call would otherwise raise TypeError."""
     try:
         client = make()
         client.connection_pool.connection_class(**client.connection_pool.connection_kwargs)
     except (TypeError, ValueError, redis.RedisError) as error:
-        raise PolicyError(f"redis is no URL of a server: {without_password(url)!r}: {error}") from error
+        raise PolicyError(f"redis must be the URL of a server, not {without_password(url)!r}: {error}") from error
     return client
 
 
@@ -89,14 +95,15 @@ def parse(url: str, options: dict[str, Any] | None = None) -> Target:
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
-        raise PolicyError(f"redis is no URL of a server: {without_password(url)!r}; it must begin with one of {known}")
+        shown = without_password(url)
+        raise PolicyError(f"redis must be the URL of a server, not {shown!r}: it must begin with one of {known}")
     scheme, _, kind = parts.scheme.partition("+")
     try:
         if not kind:
             return Target("server", [], {**(options or {}), **parse_url(url)})
         return _parse_many(scheme, kind, parts, options or {})
     except ValueError as error:
-        raise PolicyError(f"redis is no URL of a server: {without_password(url)!r}: {error}") from error
+        raise PolicyError(f"redis must be the URL of a server, not {without_password(url)!r}: {error}") from error
 
 
 def _parse_many(scheme: str, kind: str, parts: Any, options: dict[str, Any]) -> Target:
@@ -106,14 +113,14 @@ def _parse_many(scheme: str, kind: str, parts: Any, options: dict[str, Any]) -> 
     if kind == "cluster":
         service, database = "", service
         if database not in ("", "0"):
-            raise ValueError("a cluster has the database 0 only")
+            raise ValueError(f"a cluster has database 0 only, not {database!r}")
     elif not service:
         raise ValueError("the path must name the Sentinels' service, as in redis+sentinel://host:26379/mymaster")
     if database and not database.isdigit():
         raise ValueError(f"the database must be a number, not {database!r}")
     query = parse_qsl(parts.query)
     own = urlencode([(key, value) for key, value in query if not key.startswith("sentinel_")])
-    # redis-py knows the types of the options; its own parser is asked for one host
+    # redis-py's parser knows the types of the options, but takes one host only: it gets a made-up one
     one = urlunsplit((scheme, f"{credentials}@host" if credentials else "host", f"/{database}", own, ""))
     given = {key: value for key, value in parse_url(one).items() if key not in ("host", "port", "connection_class")}
     if kind == "cluster":
@@ -133,7 +140,7 @@ def _node(text: str, default_port: int) -> tuple[str, int]:
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
+    """The URL with its passwords hidden."""
     if "://" not in url:
         return re.sub(r".*@", "***@", url)
     parts = urlsplit(url)
@@ -142,57 +149,3 @@ def without_password(url: str) -> str:
     hidden = [(key, "***" if "password" in key else value) for key, value in parse_qsl(parts.query)]
     shown = f"{parts.scheme}://{user}{colon}{'***' if colon else ''}{at}{hosts}{parts.path}"
     return f"{shown}?{urlencode(hidden, safe='*/')}" if hidden else shown
-
-
-class _LateNodes(NodesManager):  # type: ignore[misc, unused-ignore]
-    """The nodes that were named, nothing asked of them."""
-
-    def initialize(self, *_: Any, **__: Any) -> None:
-        """Not yet."""
-
-
-class _LateCluster(redis.RedisCluster):
-    """A cluster client that asks for the slots when it is first used, as redis.Redis and redis.asyncio do."""
-
-    def __init__(self, nodes: list[tuple[str, int]], options: dict[str, Any]) -> None:
-        self._named, self._options = nodes, options
-        self._connect_lock = threading.RLock()
-        self._begin_anew()
-
-    def _begin_anew(self) -> None:
-        self._state = "new"
-        self.nodes_manager = _LateNodes(startup_nodes=self._startup_nodes(), **self._options)
-
-    def _startup_nodes(self) -> list[Any]:
-        return [redis.cluster.ClusterNode(*node) for node in self._named]
-
-    def __getattr__(self, name: str) -> Any:
-        """What the client's own constructor makes."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        with self._connect_lock:
-            if self._state == "new":
-                self._connect()
-        return object.__getattribute__(self, name)
-
-    def _connect(self) -> None:
-        self._state = "connecting"
-        try:
-            super().__init__(startup_nodes=self._startup_nodes(), retry=Retry(NoBackoff(), 0), **self._options)
-        except BaseException as error:
-            self._begin_anew()
-            if isinstance(error, RedisClusterException):  # which is no RedisError
-                raise redis.ConnectionError(str(error)) from error
-            raise
-        self._state = "connected"
-
-    def get_nodes(self) -> list[Any]:
-        """All nodes; before the first use those that were named."""
-        if self._state == "new":
-            return list(self.nodes_manager.startup_nodes.values())
-        return super().get_nodes()  # type: ignore[no-untyped-call, no-any-return, unused-ignore]
-
-    def close(self) -> None:
-        """Close the connections, if there are any."""
-        if self._state == "connected":
-            super().close()

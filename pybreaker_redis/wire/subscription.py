@@ -1,4 +1,4 @@
-"""One subscription for any number of breakers: what others did is in their views the moment it is published."""
+"""One subscription for any number of breakers: transitions of other instances reach their views at once."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from redis.exceptions import ConnectionError, ResponseError
 
-if TYPE_CHECKING:
-    from ._core import BreakerCore
+from .._protocol import state_pattern
 
-PING_EVERY = 1.0  # seconds; a connection that is silent for twice that is lost
-TRUSTED_FOR = 3 * PING_EVERY  # after the last sign of life, also of the thread or task that listens
+PING_EVERY = 1.0  # seconds; a connection that is silent for twice as long is lost
+TRUSTED_FOR = 3 * PING_EVERY  # seconds after the last sign of life of the server, the thread or the task
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 logger = logging.getLogger("pybreaker_redis")
 _lock = threading.RLock()
@@ -28,60 +27,76 @@ _subscriptions: dict[tuple[object, ...], Subscription | AsyncSubscription] = {}
 _tasks: set[asyncio.Task[None]] = set()
 
 
+class Watcher(Protocol):
+    """A breaker, as far as a subscription is concerned."""
+
+    keys: Any
+    _redis: Any
+    _prefix: str
+    _view: Any
+    _watch_lease: float | None
+    _rejoin: BaseWatch | None
+
+    def _subscribed(self, lease: float | None) -> None: ...
+    def _receive(self, message: dict[str, Any]) -> None: ...
+    def _deliver(self) -> Any: ...
+
+
 class Audience:
-    """The breakers that one subscription serves, and the lease that each has while it lasts. No I/O."""
+    """The breakers of one subscription, each with its lease while the subscription stands. No I/O."""
 
     def __init__(self, prefix: str) -> None:
-        escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in prefix)
-        self.pattern = f"{escaped}:*:state"
+        self.pattern = state_pattern(prefix)
         self._connected = False
         self._ended = False
-        self._leases: weakref.WeakKeyDictionary[BreakerCore, float] = weakref.WeakKeyDictionary()
+        self._leases: weakref.WeakKeyDictionary[Watcher, float] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
 
     def __bool__(self) -> bool:
         return bool(self._leases)
 
-    def join(self, breaker: BreakerCore, lease: float) -> bool:
-        """From now on the breaker is served; False when the subscription has ended."""
+    def join(self, breaker: Watcher, lease: float) -> bool:
+        """Add a breaker. Returns False if the subscription has ended."""
         with self._lock:
             if not self._ended:
                 self._leases[breaker] = lease
                 if self._connected:
-                    breaker._watched(lease)
+                    breaker._subscribed(lease)
                     breaker._view.trust(time.monotonic() + TRUSTED_FOR)
             return not self._ended
 
-    def leave(self, breaker: BreakerCore) -> None:
-        """The breaker is on its own again."""
+    def leave(self, breaker: Watcher) -> None:
+        """Remove a breaker."""
         with self._lock:
             if self._leases.pop(breaker, None) is not None:
-                breaker._watched(None)
+                breaker._subscribed(None)
 
     def has_ended(self) -> bool:
-        """Whether nobody is left; then nobody can join any more."""
+        """Whether no breaker is left. From then on none can join."""
         with self._lock:
             self._ended = self._ended or not self._leases
             return self._ended
 
     def end(self) -> None:
-        """Nobody is served any more."""
+        """End the subscription, for all breakers."""
         with self._lock:
             self._ended = True
         self._switch(False)
 
     def up(self) -> None:
-        """The subscription stands: what was missed is read again, then leases may be long."""
+        """The subscription stands: drop every view, since it may have missed messages, and lengthen the leases."""
         self._switch(True)
 
     def down(self, error: BaseException) -> None:
-        """It is lost: from this moment on the leases are short."""
+        """The subscription is lost: shorten the leases at once."""
         if self._connected and self._leases:
-            logger.warning("circuit breakers %r: the subscription is lost, leases are short: %r", self.pattern, error)
+            logger.warning(
+                "circuit breakers %r: the subscription is lost, so the short leases hold: %r", self.pattern, error
+            )
         self._switch(False)
 
     def stands(self) -> None:
-        """It was heard of, or has asked: for some pings' time leases may be long. To be called with every ping."""
+        """Let long leases hold for TRUSTED_FOR: the server gave a sign of life, or is about to be asked for one."""
         until = time.monotonic() + TRUSTED_FOR
         with self._lock:
             for breaker in list(self._leases):
@@ -91,10 +106,10 @@ class Audience:
         with self._lock:
             self._connected = connected
             for breaker, lease in list(self._leases.items()):
-                breaker._watched(lease if connected else None)
+                breaker._subscribed(lease if connected else None)
 
-    def heard(self, reply: list[Any]) -> Iterator[tuple[BreakerCore, dict[str, Any]]]:
-        """Whom a message concerns; anybody may publish anything, so that what makes no sense is passed over."""
+    def receive(self, reply: list[Any]) -> Iterator[Watcher]:
+        """Yield the breakers that a message concerns, after handing it to them. Ignores malformed messages."""
         if reply[0] not in (b"pmessage", "pmessage"):
             return
         channel, data = (part.decode(errors="replace") if isinstance(part, bytes) else part for part in reply[2:])
@@ -104,18 +119,19 @@ class Audience:
                 with self._lock:
                     concerned = [breaker for breaker in self._leases if breaker.keys.state == channel]
                 for breaker in concerned:
-                    yield breaker, message
+                    breaker._receive(message)
+                    yield breaker
 
 
 class Subscription:
-    """A thread that holds the subscription of an audience, until nobody is left in it."""
+    """A thread that holds the subscription of an audience until no breaker is left in it."""
 
     def __init__(self, connect: Callable[[], Any], prefix: str) -> None:
         self.audience = Audience(prefix)
         self._connect = connect
 
     def start(self) -> None:
-        """Begin, once somebody is in the audience."""
+        """Begin, once a breaker has joined."""
         threading.Thread(target=self._run, name="pybreaker_redis-watch", daemon=True).start()
 
     def _run(self) -> None:
@@ -124,15 +140,15 @@ class Subscription:
             try:
                 for _ in self._listen():
                     pauses = _pauses()
-            except BaseException as error:  # whatever it is, SystemExit of a listener too: leases must not stay long
+            except BaseException as error:  # even a listener's SystemExit: leases must not stay long
                 self.audience.down(error)
                 time.sleep(next(pauses))
 
     def _listen(self) -> Iterator[None]:
-        """Yields once it stands; ends when nobody is left."""
+        """Yields when the subscription stands; ends when no breaker is left."""
         connection = self._connect()
         try:
-            connection.connect()  # sending alone would not ask a Sentinel for the master
+            connection.connect()  # only connect() asks a Sentinel for the master
             connection.send_command("PSUBSCRIBE", self.audience.pattern)
             connection.read_response()
             self.audience.up()
@@ -141,8 +157,8 @@ class Subscription:
             while self.audience:
                 self.audience.stands()
                 if connection.can_read(PING_EVERY):
-                    for breaker, message in self.audience.heard(_reply(connection.read_response)):
-                        breaker._drive(breaker._heard(message))  # type: ignore[attr-defined]
+                    for breaker in self.audience.receive(_reply(connection.read_response)):
+                        breaker._deliver()
                     pinged = False
                 elif pinged:
                     raise ConnectionError("no answer to a PING on the subscription")
@@ -161,9 +177,9 @@ class AsyncSubscription:
         self._connect = connect
 
     def start(self) -> None:
-        """Begin, once somebody is in the audience."""
+        """Begin, once a breaker has joined."""
         task = asyncio.get_running_loop().create_task(self._run(), name="pybreaker_redis-watch")
-        _tasks.add(task)  # the loop itself keeps a weak reference only
+        _tasks.add(task)  # the loop keeps only a weak reference
         task.add_done_callback(_tasks.discard)
 
     async def _run(self) -> None:
@@ -173,7 +189,7 @@ class AsyncSubscription:
                 try:
                     async for _ in self._listen():
                         pauses = _pauses()
-                except Exception as error:  # whatever it is: leases must not stay long
+                except Exception as error:
                     self.audience.down(error)
                     await asyncio.sleep(next(pauses))
         finally:
@@ -196,8 +212,8 @@ class AsyncSubscription:
                 await asyncio.wait({reader}, timeout=PING_EVERY)
                 if reader.done():
                     reply, reader, pinged = _reply(reader.result), None, False
-                    for breaker, message in self.audience.heard(reply):
-                        await breaker._drive(breaker._heard(message))  # type: ignore[attr-defined]
+                    for breaker in self.audience.receive(reply):
+                        await breaker._deliver()
                 elif pinged:
                     raise ConnectionError("no answer to a PING on the subscription")
                 else:
@@ -211,28 +227,29 @@ class AsyncSubscription:
 
 
 class BaseWatch:
-    """A breaker's share in a subscription."""
+    """A breaker's membership in a subscription."""
 
-    def __init__(self, breaker: BreakerCore, lease: float) -> None:
-        self._breaker = breaker
+    def __init__(self, breaker: Any, lease: float) -> None:
+        self._breaker: Watcher = breaker
         self._lease = lease
         self._audience: Audience | None = None
         self._join()
 
     @property
     def active(self) -> bool:
-        """Whether the subscription stands just now, so that the long lease holds."""
+        """Whether the subscription stands now, so that the long lease holds."""
         breaker = self._breaker
         stands = breaker._watch_lease is not None and time.monotonic() < breaker._view.trusted_until
         return self._audience is not None and stands
 
     def _key(self) -> tuple[object, ...]:
-        breaker: Any = self._breaker
-        return breaker._redis.address, breaker._prefix
+        return self._breaker._redis.address, self._breaker._prefix
+
+    def _subscription(self) -> tuple[Callable[[], Any], str]:
+        return self._breaker._redis.subscriber, self._breaker._prefix
 
     def _open(self) -> Subscription | AsyncSubscription:
-        breaker: Any = self._breaker
-        return Subscription(breaker._redis.subscriber, breaker._prefix)
+        raise NotImplementedError
 
     def _join(self) -> None:
         key = self._key()
@@ -254,14 +271,14 @@ class BaseWatch:
             audience.leave(self._breaker)
 
     def after_fork(self) -> None:
-        """In a child: the thread that listens is the parent's; the next script call joins anew."""
+        """In a child: the parent's thread holds the subscription; the next script call joins a new one."""
         if self._audience is not None:
             self._audience = None
             self._breaker._rejoin = self
 
 
 def _reply(read: Callable[[], Any]) -> Any:
-    """What was read. A server that refuses our PING lives: so it does when it cannot save, or the user may not."""
+    """The reply. An error reply to a PING is a sign of life, too: the disk may be full, or an ACL may forbid PING."""
     try:
         return read()
     except ResponseError as refused:

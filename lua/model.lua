@@ -1,0 +1,64 @@
+--[[
+The circuit breaker: what Redis stores for it, and small helpers.
+
+Redis runs the files model, request, document, window and rules, followed by one of the scripts acquire, record, control
+and snapshot. The five files define functions on one local table; the script calls them. Redis creates a script's
+functions anew at each call, which takes longer than running them. compose(), in pybreaker_redis/wire/scripts.py,
+therefore changes the library so that each function is created when it is first called.
+
+A breaker is one JSON document under KEYS[1]. Five of its fields are a contract: other programs read them, and may
+write a document that has nothing else.
+
+  state              "closed", "open" or "half_open"
+  failure_count      failures in a row; kept while open
+  success_count      probe successes in this half-open state, else 0
+  last_failure_time  unix seconds of the last counted failure, or null
+  opened_at          unix seconds of the last trip, or null while closed
+
+The other fields are private. Empty and zero fields are left out.
+
+  version            of this layout: 1
+  generation         grows at every transition. It is seeded from the clock in milliseconds, so it does not repeat
+                     after the key was lost. An outcome with another generation is ignored.
+  trips              trips in a row, for the back-off
+  forced             "open" or "closed" while an operator forces the state
+  forced_until_ms    unix milliseconds at which the forced state ends
+
+while closed:
+  closed_at_ms       unix milliseconds at which probes closed the circuit
+  window             {bucket_ms, newest, calls, failures, slow, past}: counts over time, see window.lua
+  reporters          {instance: unix milliseconds of its last failure or slow call}; the newest `quorum` of them
+  run_since_ms       unix milliseconds at which the run of failures began; kept for a quorum
+
+while open:
+  open_until_ms      unix milliseconds from which acquire may hand out probes
+  open_ms            intended length of the open time. It bounds the wait after the clock went back.
+
+while half open:
+  probe_seq          number of the last slot that was handed out
+  probe_ms           longest time that a slot was given
+  probes             {slot: deadline in unix milliseconds}
+]]
+local LARGEST = 90000000000000 -- cjson writes integers of 14 digits without loss; the rest is room for additions
+local LONGEST_MS = 365 * 86400 * 1000
+
+-- Nine names make room for 16 functions, which most calls do with: to let the table grow would cost more.
+local breaker = {request = nil, load = nil, record = nil, reply = nil, save = nil, encode = nil, now_ms = nil,
+  policy_field = nil, __index = nil}
+
+-- The server's clock in unix milliseconds.
+function breaker.now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+function breaker.is_integer(value, least, most)
+  return type(value) == 'number' and value >= least and value <= most and value % 1 == 0
+end
+
+-- The map in a stored JSON text, or nil.
+function breaker.decode(text)
+  if string.byte(text) ~= 123 then return nil end -- an array decodes to a table, too
+  local ok, value = pcall(cjson.decode, text)
+  return ok and value or nil
+end

@@ -1,0 +1,243 @@
+--[[
+The rules: when the circuit opens, who may probe it and when it closes.
+
+pybreaker_redis/_rules.py has the same rules for a breaker in memory: the same functions in the same order. The rules
+change only the document in memory; save() stores it.
+]]
+
+-- The open period after this many trips in a row, without jitter.
+function breaker.open_time_ms(policy, trips)
+  local open_ms, most = policy.reset_timeout_ms, policy.max_reset_timeout_ms
+  most = most > 0 and math.max(most, open_ms) or LONGEST_MS
+  for _ = 2, policy.backoff_multiplier > 1 and trips or 1 do
+    open_ms = math.min(open_ms * policy.backoff_multiplier, most)
+    if open_ms == most then break end
+  end
+  return math.floor(open_ms)
+end
+
+-- Trips in a row. Back-off resets once the circuit has stayed closed for as long as its next open period would last.
+function breaker.recent_trips(document, policy)
+  if document.state ~= 'closed' then return document.trips end
+  if document.trips == 0 or not document.closed_at_ms then return 0 end
+  local recovered = document.now - document.closed_at_ms >= breaker.open_time_ms(policy, document.trips + 1)
+  return recovered and 0 or document.trips
+end
+
+function breaker.next_generation(document)
+  return math.max(document.generation + 1, document.now)
+end
+
+function breaker.transition(document, state, reason)
+  local from, generation = document.state, breaker.next_generation(document)
+  document.change = {from = from, to = state, reason = reason, generation = generation,
+    failure_count = document.failure_count, success_count = document.success_count,
+    instance = nil, time_ms = nil, retry_after_ms = nil}
+  if document.window then
+    document.change.calls, document.change.failures, document.change.slow = breaker.sums(document.window)
+  end
+  document.state, document.generation, document.success_count = state, generation, 0
+  -- Clears only what may be there, the rare closed_at_ms only if it is: to assign nil to a new key grows the table.
+  if from == 'closed' then
+    document.window, document.reporters, document.run_since_ms = nil, nil, nil
+    if document.closed_at_ms then document.closed_at_ms = nil end
+  elseif from == 'open' then
+    document.open_until_ms, document.open_ms = nil, nil
+  else
+    document.probes, document.probe_seq, document.probe_ms = nil, nil, nil
+  end
+  if document.forced then document.forced, document.forced_until_ms = nil, nil end
+end
+
+function breaker.open_for(document, duration_ms, reason)
+  breaker.transition(document, 'open', reason)
+  document.opened_at = math.floor(document.now / 1000)
+  document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
+end
+
+function breaker.close(document, reason)
+  breaker.transition(document, 'closed', reason)
+  document.failure_count, document.opened_at = 0, nil
+  if reason == 'probe_succeeded' then
+    document.closed_at_ms = document.now
+  else
+    document.trips = 0
+  end
+end
+
+function breaker.trip(document, policy, reason)
+  local trips = math.min(breaker.recent_trips(document, policy) + 1, 1000)
+  local open_ms = breaker.open_time_ms(policy, trips)
+  -- The jitter differs from breaker to breaker, and anyone can compute it again.
+  local share = breaker.next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
+  open_ms = math.min(math.floor(open_ms * (1 + policy.jitter * share)), LONGEST_MS)
+  breaker.open_for(document, open_ms, reason)
+  document.trips = trips
+end
+
+function breaker.free_slot(document, policy)
+  local used = 0
+  for _ in pairs(document.probes or {}) do used = used + 1 end
+  return used < policy.half_open_max_calls
+end
+
+-- Admits or refuses a call while the circuit is not closed. Returns whether it is admitted, and the slot of its probe.
+function breaker.acquire(document, request)
+  if document.state == 'open' then
+    if document.now < document.open_until_ms then return false end
+    breaker.transition(document, 'half_open', 'timeout')
+    document.probe_seq, document.probe_ms = 0, 0
+  end
+  local policy = breaker.policy_of(request)
+  if not breaker.free_slot(document, policy) then return false end
+  document.probe_seq = document.probe_seq + 1
+  document.probe_ms = math.max(document.probe_ms, policy.probe_timeout_ms)
+  document.probes = document.probes or {}
+  document.probes[tostring(document.probe_seq)] = document.now + policy.probe_timeout_ms
+  return true, document.probe_seq
+end
+
+-- Counts the outcome of a probe. Returns whether it counted.
+function breaker.record_probe(document, request)
+  local slot, policy = tostring(request.probe), breaker.policy_of(request)
+  if not document.probes or not document.probes[slot] then return false end
+  local failures, slow = request.failures or 0, policy.slow_call_rate_threshold > 0 and request.slow or 0
+  if (request.pending or 0) == 0 or slow > 0 then document.probes[slot] = nil end
+  if next(document.probes) == nil then document.probes = nil end
+  if failures > 0 then
+    document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
+    document.last_failure_time = math.floor(document.now / 1000)
+  end
+  if failures + slow > 0 then
+    breaker.trip(document, policy, failures > 0 and 'probe_failed' or 'probe_slow')
+  elseif (request.successes or 0) > 0 then
+    document.success_count = document.success_count + 1
+    if document.success_count >= policy.success_threshold then breaker.close(document, 'probe_succeeded') end
+  end
+  return true
+end
+
+-- Notes who failed. Only the newest `quorum` reporters decide, so no more are kept.
+function breaker.note_reporter(document, policy, instance)
+  local reporters, names = document.reporters or {}, {}
+  reporters[instance] = document.now
+  for name in pairs(reporters) do names[#names + 1] = name end
+  table.sort(names, function(one, other)
+    return reporters[one] < reporters[other] or reporters[one] == reporters[other] and one < other
+  end)
+  for number = 1, #names - policy.quorum do reporters[names[number]] = nil end
+  document.reporters = reporters
+end
+
+-- Whether enough instances have failed since then for the fleet to trip.
+function breaker.has_quorum(document, policy, since_ms)
+  if policy.quorum == 1 then return true end
+  local count = 0
+  for _, at in pairs(document.reporters or {}) do
+    if at >= since_ms then count = count + 1 end
+  end
+  return count >= policy.quorum
+end
+
+-- Counts successes, then failures, in the run of failures and in the window.
+function breaker.count_outcomes(document, request, quorum, bucket_ms)
+  local successes, failures = request.successes or 0, request.failures or 0
+  if successes > 0 then
+    document.failure_count = 0
+    if document.run_since_ms then document.run_since_ms = nil end
+  end
+  if failures > 0 then
+    if quorum > 1 then document.run_since_ms = document.run_since_ms or document.now end
+    document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
+    document.last_failure_time = math.floor(document.now / 1000)
+  end
+  local window = document.window or bucket_ms and breaker.empty_window(bucket_ms, math.floor(document.now / bucket_ms))
+  if not window then return end
+  window.calls = window.calls + successes + failures + (request.pending or 0) - (request.counted or 0)
+  window.failures, window.slow = window.failures + failures, window.slow + (request.slow or 0)
+  document.window = window
+end
+
+-- The reason why a closed circuit must trip now, or nil.
+function breaker.trip_reason(document, policy)
+  if document.failure_count >= policy.failure_threshold
+      and breaker.has_quorum(document, policy, document.run_since_ms or document.now) then
+    return 'failure_threshold'
+  end
+  local window = document.window
+  if not window or window.calls < policy.minimum_calls then return nil end
+  local error_rate, slow_rate = policy.error_rate_threshold, policy.slow_call_rate_threshold
+  local reason = error_rate > 0 and window.failures / window.calls >= error_rate and 'error_rate'
+    or slow_rate > 0 and window.slow / window.calls >= slow_rate and 'slow_rate'
+  return reason and breaker.has_quorum(document, policy, document.now - policy.window_ms + 1) and reason or nil
+end
+
+-- Counts outcomes while the circuit is closed. Returns whether they counted.
+function breaker.record_closed(document, request)
+  document.now = document.now or breaker.now_ms()
+  local failures, slow, policy, bucket_ms = request.failures or 0, request.slow or 0, breaker.policy_of(request)
+  document.unchanged = failures + slow + document.failure_count == 0
+    and not (document.window or bucket_ms or document.outlived)
+  if document.forced or (request.successes or 0) + failures + slow == 0 then return false end
+  local quorum = policy.quorum
+  breaker.count_outcomes(document, request, quorum, bucket_ms)
+  if quorum > 1 and (failures > 0 or slow > 0 and policy.slow_call_rate_threshold > 0) then
+    breaker.note_reporter(document, policy, request.instance or '')
+  end
+  local reason = breaker.trip_reason(document, policy)
+  if reason then breaker.trip(document, policy, reason) end
+  return true
+end
+
+-- Counts outcomes of calls that were admitted under request.generation. Returns whether they counted.
+function breaker.record(document, request)
+  if document.is_new or request.generation ~= document.generation then return false end
+  if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
+  if document.state ~= 'closed' or request.probe then return false end
+  if document.now or request.policy or request.failures or request.slow then
+    return breaker.record_closed(document, request)
+  end
+  document.unchanged = true -- most reports are successes of a breaker without a run of failures
+  return (request.successes or 0) > 0
+end
+
+-- Milliseconds until a refused caller may be admitted; nil while a slot is free.
+function breaker.retry_after_ms(document, request)
+  if document.state == 'open' then return math.max(document.open_until_ms - document.now, 0) end
+  if breaker.free_slot(document, breaker.policy_of(request)) then return nil end
+  local nearest = math.huge
+  for _, deadline in pairs(document.probes) do nearest = math.min(nearest, deadline) end
+  return nearest - document.now
+end
+
+-- Carries out an operator's action on the state. Returns whether it changed anything.
+function breaker.control(document, action, duration_ms)
+  local forces = action == 'force_open' or action == 'force_closed'
+  if action == 'reset' then
+    breaker.close(document, 'reset')
+  elseif action == 'force_open' then
+    breaker.open_for(document, duration_ms, 'forced')
+  elseif action == 'force_closed' then
+    breaker.close(document, 'forced')
+  elseif not document.forced then
+    return false
+  elseif document.forced == 'open' then
+    document.open_until_ms = document.now -- the next acquire sends a probe, as after a forced state that ends
+  end
+  document.forced = forces and document.state
+  document.forced_until_ms = forces and document.now + duration_ms
+  return true
+end
+
+-- From 0 (open) to 100: what the state allows, less the share of failures, half the share of slow calls, and the
+-- trips in a row. A run of failures counts like a failure rate.
+function breaker.health(document, policy, calls, failures, slow)
+  local failure_rate, slow_rate = calls > 0 and failures / calls or 0, calls > 0 and slow / calls or 0
+  if document.state == 'closed' then
+    failure_rate = math.max(failure_rate, math.min(document.failure_count / policy.failure_threshold, 1))
+  end
+  local allowed = document.state == 'closed' and 1 or document.state == 'half_open' and 0.5 or 0
+  local trips = breaker.recent_trips(document, policy)
+  local score = allowed * (1 - failure_rate) * (1 - slow_rate / 2) * 4 / (4 + trips)
+  return math.floor(100 * score + 0.5)
+end

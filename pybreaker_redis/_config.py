@@ -1,0 +1,72 @@
+"""The options of breakers and managers, and their checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from ._errors import PolicyError
+from ._fallback import OnRedisFailure
+from ._policy import Policy
+from ._protocol import keys_of
+
+DEFAULT_POLICY = Policy(failure_threshold=10, reset_timeout=2.0, error_rate_threshold=0.5)
+LONGEST_LEASE = 3600.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Config:
+    """The configuration of a manager. pybreaker_redis.config reads one from a file, a dict and the environment.
+
+    enabled: False passes every call through unguarded. defaults: the policy of services that are not in `services`.
+    services: the policy of each service, by name. redis_url: the server through which with_redis() shares the state.
+    redis_options: options of redis.Redis for its client; those in the URL win. watch: the lease in seconds while the
+    shared subscription stands; None: no subscription. The other options are those of CircuitBreaker.
+
+    Raises PolicyError for an invalid value.
+    """
+
+    enabled: bool = True
+    defaults: Policy = DEFAULT_POLICY
+    services: Mapping[str, Policy] = dataclasses.field(default_factory=dict)
+    redis_url: str = "redis://localhost:6379"
+    redis_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # it may hold a password
+    watch: float | None = 30.0
+    lease: float = 0.1
+    on_redis_failure: OnRedisFailure = "local"
+    redis_timeout: float = 0.25
+    prefix: str = "circuit_breaker"
+
+    def __post_init__(self) -> None:
+        check_options(self.lease, self.on_redis_failure, self.redis_timeout)
+        if self.watch is not None:
+            check_watch(self.watch)
+        for service, policy in {"defaults": self.defaults, **self.services}.items():
+            keys_of(service, self.prefix)
+            if not isinstance(policy, Policy):
+                raise PolicyError(f"the policy of {service!r} must be a Policy, not {policy!r}")
+
+    def policy_of(self, service: str) -> Policy:
+        """The policy of a service."""
+        return self.services.get(service, self.defaults)
+
+
+def check_options(lease: object, on_redis_failure: object, redis_timeout: object) -> None:
+    """Raise PolicyError unless these options of a breaker are valid."""
+    _check_seconds("lease", lease, 0.0, LONGEST_LEASE)
+    _check_seconds("redis_timeout", redis_timeout, 0.001, 3600.0)
+    if on_redis_failure not in get_args(OnRedisFailure):
+        raise PolicyError(f"on_redis_failure must be 'local', 'open' or 'closed', not {on_redis_failure!r}")
+
+
+def check_watch(lease: object) -> None:
+    """Raise PolicyError unless this lease, in seconds, is valid for watch()."""
+    if lease == 0:
+        raise PolicyError(f"watch must be above 0 and at most {LONGEST_LEASE:g} seconds, not {lease!r}")
+    _check_seconds("watch", lease, 0.0, LONGEST_LEASE)
+
+
+def _check_seconds(option: str, value: object, least: float, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise PolicyError(f"{option} must be from {least:g} to {most:g} seconds, not {value!r}")

@@ -1,0 +1,118 @@
+"""Permits, and the nested calls that become part of a probe."""
+
+from __future__ import annotations
+
+import contextvars
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ._classify import Outcome
+from ._errors import PermitError
+from ._protocol import Steps
+
+P = TypeVar("P", bound="BasePermit")
+_probes: contextvars.ContextVar[tuple[weakref.ref[BasePermit], ...]] = contextvars.ContextVar(
+    "pybreaker_redis_probes", default=()
+)
+
+
+ADMITTED, ENTERED, SETTLED = 0, 1, 2
+
+
+class BasePermit:
+    """The right to one call. Settle it once, by an outcome or by leaving its block.
+
+    generation: the one that admitted the call; None if its outcome does not count (in shadow mode, or within a probe).
+    probe: the slot of a probe, else None. started: when the call began, on the monotonic clock. pending_since: when it
+    was reported as slow while it ran, else None. tick: counts its success on the fast path, where nothing observes it.
+    """
+
+    __slots__ = ("__weakref__", "_breaker", "_stage", "_tick", "generation", "pending_since", "probe", "started")
+
+    def __init__(
+        self,
+        breaker: Any,
+        generation: int | None,
+        started: float,
+        probe: int | None = None,
+        tick: Callable[[], int] | None = None,
+    ) -> None:
+        self._breaker = breaker
+        self._stage = ADMITTED
+        self._tick = tick
+        self.generation = generation
+        self.started = started
+        self.probe = probe
+        self.pending_since: float | None = None
+
+    @property
+    def settled(self) -> bool:
+        """Whether the outcome is known."""
+        return self._stage == SETTLED
+
+    def __repr__(self) -> str:
+        state = "settled" if self.settled else "running"
+        return f"<{type(self).__name__} of {self._breaker.name!r}, {state}>"
+
+    def _enter(self) -> None:
+        if self._stage != ADMITTED:
+            reason = "already settled" if self.settled else "already entered"
+            raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was {reason}")
+        self._stage = ENTERED
+        self.begin()
+
+    def begin(self) -> None:
+        """Mark this context: calls that the guarded code makes through the same breaker are part of the probe."""
+        if self.probe is not None:
+            running = [one for one in _probes.get() if (permit := one()) is not None and not permit.settled]
+            _probes.set((*running, weakref.ref(self)))
+
+    def end(self) -> None:
+        """Remove the mark of begin()."""
+        if self.probe is not None:
+            # not reset(): blocks in generators end in any order or context; in_probe() skips permits that are settled
+            _probes.set(tuple(one for one in _probes.get() if one() is not self))
+
+    def settle(self) -> None:
+        """Mark the outcome as known."""
+        self._stage = SETTLED
+
+    def _settle(self, outcome: Outcome, error: BaseException | None) -> Steps[None] | None:
+        stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
+        if stage == SETTLED:
+            raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
+        report: Steps[None] | None = self._breaker._report(self, outcome, error)
+        return report
+
+
+def warns_if_lost(kind: type[P]) -> type[P]:
+    """A subclass of a permit that warns when it is garbage-collected before it is settled.
+
+    Used only where Python shows the warning: the destructor costs a quarter of the time of a block.
+    """
+
+    def __del__(permit: P) -> None:
+        if permit._stage != SETTLED:
+            warnings.warn(
+                f"a permit of circuit breaker {permit._breaker.name!r} was lost: end its call with success(), failure()"
+                " or release(), or use it as a `with` block",
+                ResourceWarning,
+                stacklevel=2,
+                source=permit,
+            )
+
+    return type(kind.__name__, (kind,), {"__slots__": (), "__del__": __del__, "__doc__": kind.__doc__})
+
+
+def resource_warnings_are_shown() -> bool:
+    """Whether Python shows them now, as in its development mode."""
+    actions = (action for action, _, category, *_ in warnings.filters if issubclass(ResourceWarning, category))
+    return next(actions, "default") != "ignore"
+
+
+def in_probe(breaker: object) -> bool:
+    """Whether this code runs within a probe of the breaker."""
+    permits = (mark() for mark in _probes.get())
+    return any(permit is not None and permit._breaker is breaker and not permit.settled for permit in permits)

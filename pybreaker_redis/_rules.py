@@ -1,0 +1,284 @@
+"""The rules: when the circuit opens, which calls may probe it, and when it closes.
+
+lua/rules.lua has the same rules for a breaker in Redis: the same functions in the same order. Durations and times are
+in milliseconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from typing import Any, Literal, TypeAlias
+
+from ._protocol import LONGEST_MS, Request, State
+from ._window import Sums, Window, bucket_ms, sums
+
+Policy: TypeAlias = dict[str, Any]  # all fields, in the scripts' units
+_FORCED: dict[str, Literal["open", "closed"]] = {"force_open": "open", "force_closed": "closed"}
+_local_generations = itertools.count(2)  # FixedEngine has -1
+
+
+@dataclasses.dataclass
+class Document:
+    """The state of one breaker. lua/model.lua explains the stored fields, lua/document.lua those from `now` on.
+
+    is_local: whether one process keeps it, while Redis is down.
+    """
+
+    generation: int
+    state: State = "closed"
+    failure_count: int = 0
+    success_count: int = 0
+    last_failure_time: int | None = None
+    opened_at: int | None = None
+    trips: int = 0
+    closed_at_ms: int | None = None
+    window: Window | None = None
+    reporters: dict[str, int] = dataclasses.field(default_factory=dict)
+    run_since_ms: int | None = None
+    open_until_ms: int = 0
+    probe_seq: int = 0
+    probes: dict[int, int] = dataclasses.field(default_factory=dict)
+    forced: Literal["open", "closed"] | None = None
+    forced_until_ms: int | None = None
+    is_local: bool = False
+    now: int = 0
+    is_new: bool = True
+    outlived: bool = False
+    change: dict[str, Any] | None = None
+
+    def copy(self) -> Document:
+        """A copy that may be changed."""
+        copy = object.__new__(Document)
+        copy.__dict__.update(self.__dict__)  # a sixth of the time of dataclasses.replace()
+        copy.probes, copy.reporters = self.probes.copy(), self.reporters.copy()
+        return copy
+
+
+def open_time_ms(policy: Policy, trips: int) -> int:
+    """The open period after this many trips in a row, without jitter."""
+    open_ms: float = policy["reset_timeout_ms"]
+    most = max(policy["max_reset_timeout_ms"], open_ms) if policy["max_reset_timeout_ms"] else LONGEST_MS
+    for _ in range(trips - 1 if policy["backoff_multiplier"] > 1 else 0):
+        open_ms = min(open_ms * policy["backoff_multiplier"], most)
+        if open_ms == most:
+            break
+    return math.floor(open_ms)
+
+
+def recent_trips(document: Document, policy: Policy) -> int:
+    """Trips in a row.
+
+    Back-off resets once the circuit has stayed closed for as long as its next open period would last.
+    """
+    if document.state != "closed":
+        return document.trips
+    if document.closed_at_ms is None:
+        return 0
+    healthy = document.now - document.closed_at_ms >= open_time_ms(policy, document.trips + 1)
+    return 0 if healthy else document.trips
+
+
+def next_generation(document: Document) -> int:
+    # a local generation is below zero, so that Redis rejects it
+    return -next(_local_generations) if document.is_local else max(document.generation + 1, document.now)
+
+
+def transition(document: Document, state: State, reason: str) -> None:
+    document.change = {
+        "from": document.state,
+        "to": state,
+        "reason": reason,
+        "failure_count": document.failure_count,
+        "success_count": document.success_count,
+    }
+    if document.window is not None:
+        document.change.update(sums(document.window)._asdict())
+    document.state = state
+    document.generation = next_generation(document)
+    document.change["generation"] = document.generation
+    document.success_count = 0
+    document.window, document.reporters = None, {}
+    document.run_since_ms, document.closed_at_ms = None, None
+    document.probes, document.probe_seq = {}, 0
+    document.forced, document.forced_until_ms = None, None
+
+
+def open_for(document: Document, duration_ms: int, reason: str) -> None:
+    transition(document, "open", reason)
+    document.opened_at = document.now // 1000
+    document.open_until_ms = document.now + duration_ms
+
+
+def close(document: Document, reason: str) -> None:
+    transition(document, "closed", reason)
+    document.failure_count, document.opened_at = 0, None
+    if reason == "probe_succeeded":
+        document.closed_at_ms = document.now
+    else:
+        document.trips = 0
+
+
+def trip(document: Document, policy: Policy, reason: str) -> None:
+    trips = min(recent_trips(document, policy) + 1, 1000)
+    open_ms = open_time_ms(policy, trips)
+    # a hash, not a random number: it differs between breakers, and a test can compute it too
+    share = next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
+    open_for(document, min(math.floor(open_ms * (1 + policy["jitter"] * share)), LONGEST_MS), reason)
+    document.trips = trips
+
+
+def free_slot(document: Document, policy: Policy) -> bool:
+    return len(document.probes) < policy["half_open_max_calls"]  # type: ignore[no-any-return]
+
+
+def acquire(document: Document, policy: Policy) -> tuple[bool, int | None]:
+    """Admit or refuse a call while the circuit is not closed.
+
+    Returns whether it is admitted, and the slot of its probe.
+    """
+    if document.state == "open":
+        if document.now < document.open_until_ms:
+            return False, None
+        transition(document, "half_open", "timeout")
+    if not free_slot(document, policy):
+        return False, None
+    document.probe_seq += 1
+    document.probes[document.probe_seq] = document.now + policy["probe_timeout_ms"]
+    return True, document.probe_seq
+
+
+def record_probe(document: Document, request: Request, policy: Policy) -> bool:
+    """Count the outcome of a probe. Returns whether it counted."""
+    slot = request["probe"]
+    if slot not in document.probes:
+        return False
+    failures = request.get("failures", 0)
+    slow = request.get("slow", 0) if policy["slow_call_rate_threshold"] > 0 else 0
+    if request.get("pending", 0) == 0:  # a running call keeps its slot; a trip frees all slots
+        del document.probes[slot]
+    if failures > 0:
+        document.failure_count = min(document.failure_count + failures, 2**32 - 1)
+        document.last_failure_time = document.now // 1000
+    if failures + slow > 0:
+        trip(document, policy, "probe_failed" if failures > 0 else "probe_slow")
+    elif request.get("successes", 0) > 0:
+        document.success_count += 1
+        if document.success_count >= policy["success_threshold"]:
+            close(document, "probe_succeeded")
+    return True
+
+
+def note_reporter(document: Document, policy: Policy, instance: str) -> None:
+    """Note that an instance failed. Keeps the newest `quorum` instances: older ones cannot decide."""
+    reporters = document.reporters
+    reporters[instance] = document.now
+    names = sorted(reporters, key=lambda name: (reporters[name], name))
+    for name in names[: max(len(names) - policy["quorum"], 0)]:
+        del reporters[name]
+
+
+def has_quorum(document: Document, policy: Policy, since_ms: int) -> bool:
+    """Whether enough instances have failed since since_ms for the fleet to trip."""
+    quorum: int = policy["quorum"]
+    return quorum == 1 or sum(at >= since_ms for at in document.reporters.values()) >= quorum
+
+
+def count_outcomes(document: Document, request: Request, quorum: int, bucket: int | None) -> None:
+    """Count successes, then failures, in the run of failures and in the window."""
+    successes, failures, slow = request.get("successes", 0), request.get("failures", 0), request.get("slow", 0)
+    if successes > 0:
+        document.failure_count, document.run_since_ms = 0, None
+    if failures > 0:
+        if document.run_since_ms is None and quorum > 1:
+            document.run_since_ms = document.now
+        document.failure_count = min(document.failure_count + failures, 2**32 - 1)
+        document.last_failure_time = document.now // 1000
+    if document.window is None and bucket is not None:
+        document.window = Window(bucket, document.now // bucket)
+    if document.window is not None:
+        document.window.calls += successes + failures + request.get("pending", 0) - request.get("counted", 0)
+        document.window.failures += failures
+        document.window.slow += slow
+
+
+def trip_reason(document: Document, policy: Policy) -> str | None:
+    """The reason why a closed circuit must trip now, or None."""
+    run_since_ms = document.now if document.run_since_ms is None else document.run_since_ms
+    if document.failure_count >= policy["failure_threshold"] and has_quorum(document, policy, run_since_ms):
+        return "failure_threshold"
+    window = document.window
+    if window is None or window.calls < policy["minimum_calls"]:
+        return None
+    if 0 < policy["error_rate_threshold"] <= window.failures / window.calls:
+        reason = "error_rate"
+    elif 0 < policy["slow_call_rate_threshold"] <= window.slow / window.calls:
+        reason = "slow_rate"
+    else:
+        return None
+    return reason if has_quorum(document, policy, document.now - policy["window_ms"] + 1) else None
+
+
+def record_closed(document: Document, request: Request, policy: Policy) -> bool:
+    """Count outcomes while the circuit is closed. Returns whether they counted."""
+    successes, failures, slow = request.get("successes", 0), request.get("failures", 0), request.get("slow", 0)
+    if document.forced or successes + failures + slow == 0:
+        return False
+    count_outcomes(document, request, policy["quorum"], bucket_ms(policy))
+    if policy["quorum"] > 1 and (failures > 0 or (slow > 0 and policy["slow_call_rate_threshold"] > 0)):
+        note_reporter(document, policy, request.get("instance", ""))
+    reason = trip_reason(document, policy)
+    if reason is not None:
+        trip(document, policy, reason)
+    return True
+
+
+def record(document: Document, request: Request, policy: Policy) -> bool:
+    """Count outcomes of calls that were admitted under the request's generation. Returns whether they counted."""
+    if document.is_new or request.get("generation") != document.generation:
+        return False
+    if document.state == "half_open" and request.get("probe") is not None:
+        return record_probe(document, request, policy)
+    if document.state == "closed" and request.get("probe") is None:
+        return record_closed(document, request, policy)
+    return False
+
+
+def retry_after_ms(document: Document, policy: Policy) -> int | None:
+    """Milliseconds until a refused caller may be admitted; None while a slot is free."""
+    if document.state == "open":
+        return max(document.open_until_ms - document.now, 0)
+    if free_slot(document, policy):
+        return None
+    return min(document.probes.values()) - document.now
+
+
+def control(document: Document, action: str, duration_ms: int) -> bool:
+    """Carry out an operator's action on the state. Returns whether it changed anything."""
+    if action == "reset":
+        close(document, "reset")
+    elif action == "force_open":
+        open_for(document, duration_ms, "forced")
+    elif action == "force_closed":
+        close(document, "forced")
+    elif document.forced is None:
+        return False
+    elif document.forced == "open":
+        document.open_until_ms = document.now
+    document.forced = _FORCED.get(action)
+    document.forced_until_ms = document.now + duration_ms if document.forced else None
+    return True
+
+
+def health(document: Document, policy: Policy, sums: Sums) -> int:
+    """A score from 0 (open) to 100, lowered by the failure rate, by half the slow rate and by the trips in a row.
+
+    A run of failures counts as a failure rate: its share of failure_threshold.
+    """
+    failure_rate, slow_rate = (sums.failures / sums.calls, sums.slow / sums.calls) if sums.calls else (0.0, 0.0)
+    if document.state == "closed":
+        failure_rate = max(failure_rate, min(document.failure_count / policy["failure_threshold"], 1))
+    allowed = {"closed": 1, "half_open": 0.5, "open": 0}[document.state]
+    score = allowed * (1 - failure_rate) * (1 - slow_rate / 2) * 4 / (4 + recent_trips(document, policy))
+    return math.floor(100 * score + 0.5)

@@ -1,0 +1,60 @@
+"""Calls that become slow while they run: a hanging service is noticed before its calls return."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from ._permit import BasePermit
+from ._view import View
+
+
+class SlowCalls:
+    """The running calls that may still become slow, oldest first. Empty unless the policy measures durations."""
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+        self._running: dict[BasePermit, None] = {}
+
+    def after_fork(self) -> None:
+        """In a child: start empty, since the parent reports its own calls."""
+        self._running = {}
+
+    def began(self, permit: BasePermit) -> None:
+        """Track the call of a permit if the policy measures durations."""
+        if self._view.policy.slow_call_duration is not None:
+            self._running[permit] = None
+
+    def ended(self, permit: BasePermit) -> tuple[bool | None, bool]:
+        """Whether the call was slow (None: not measured), and whether that was reported while it ran."""
+        limit = self._view.policy.slow_call_duration
+        if limit is None and not self._running and permit.pending_since is None:
+            return None, False
+        waiting = self._running.pop(permit, permit) is None  # else overdue() has taken it
+        now = monotonic()
+        # a call that was reported longer ago has left the window, and counts as a new one
+        recent = permit.pending_since is not None and now - permit.pending_since < 0.9 * self._view.policy.window
+        pending = recent and not waiting
+        return None if limit is None else pending or now - permit.started >= limit, pending
+
+    def ended_quickly(self, permit: BasePermit) -> bool:
+        """Whether the call was quick. If False, ended() decides."""
+        limit = self._view.policy.slow_call_duration
+        if limit is None:
+            return True
+        return monotonic() - permit.started < limit and self._running.pop(permit, permit) is None
+
+    def overdue(self) -> list[BasePermit]:
+        """Take the running calls that have become slow. Each is returned once, to one caller."""
+        found: list[BasePermit] = []
+        limit = self._view.policy.slow_call_duration
+        while limit is not None and self._running:
+            try:
+                permit = next(iter(self._running))
+            except (StopIteration, RuntimeError):  # another thread removed one just now
+                continue
+            if permit.started > monotonic() - limit:
+                break
+            permit.pending_since = monotonic()
+            if self._running.pop(permit, permit) is None:
+                found.append(permit)
+        return found

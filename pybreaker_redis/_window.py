@@ -1,0 +1,80 @@
+"""The window: counts of calls over time, in ten buckets. lua/window.lua does the same in Redis."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+
+@dataclasses.dataclass(slots=True)
+class Window:
+    """The totals of ten buckets. past: (calls, failures, slow) of each of the nine older buckets, latest first."""
+
+    bucket_ms: int
+    newest: int
+    calls: int = 0
+    failures: int = 0
+    slow: int = 0
+    past: tuple[tuple[int, int, int], ...] = ()
+
+
+class Sums(NamedTuple):
+    """The counts of a window."""
+
+    calls: int
+    failures: int
+    slow: int
+
+
+def bucket_ms(policy: dict[str, Any]) -> int | None:
+    """The length of a bucket if a rate can trip the circuit, else None: no window is needed."""
+    if policy["error_rate_threshold"] > 0 or policy["slow_call_rate_threshold"] > 0:
+        return int(policy["window_ms"] // 10)
+    return None
+
+
+def rebucketed(window: Window, bucket_ms: int, newest: int) -> Window:
+    """The counts in buckets of another length. A count stays with the time at which its bucket began."""
+    buckets = [[0, 0, 0] for _ in range(10)]  # by age
+    left = [window.calls, window.failures, window.slow]
+
+    def put(number: int, counts: Iterable[int]) -> None:
+        age = newest - min(number * window.bucket_ms // bucket_ms, newest)
+        if age < 10:
+            buckets[age] = [there + more for there, more in zip(buckets[age], counts, strict=True)]
+
+    for age, counts in enumerate(window.past, 1):
+        put(window.newest - age, counts)
+        left = [total - count for total, count in zip(left, counts, strict=True)]
+    put(window.newest, left)
+
+    other = Window(bucket_ms, newest, past=tuple((calls, failures, slow) for calls, failures, slow in buckets[1:]))
+    other.calls, other.failures, other.slow = (sum(counts) for counts in zip(*buckets, strict=True))
+    return other
+
+
+def advanced(window: Window, newest: int) -> Window:
+    """The window moved forward by one to nine buckets."""
+    return rebucketed(window, window.bucket_ms, newest)
+
+
+def window_at(window: Window, bucket_ms: int | None, now: int) -> Window:
+    """The window at this time, without expired counts. bucket_ms: the wanted length; None keeps the stored one."""
+    newest = now // window.bucket_ms
+    passed = newest - window.newest
+    if abs(passed) >= 10:
+        window = Window(window.bucket_ms, newest)
+    elif passed > 0:
+        window = advanced(window, newest)
+    else:
+        window = dataclasses.replace(window)
+    if bucket_ms is None or bucket_ms == window.bucket_ms:
+        return window
+    return rebucketed(window, bucket_ms, now // bucket_ms)
+
+
+def sums(window: Window) -> Sums:
+    """Calls, failures and slow calls. Failures and slow calls may have been reported before their calls, so they are
+    limited to the calls."""
+    return Sums(window.calls, min(window.failures, window.calls), min(window.slow, window.calls))

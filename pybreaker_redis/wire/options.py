@@ -1,0 +1,231 @@
+"""What this package needs of redis-py's internals, in one place. Tried with redis-py 6.0 and 8.1. No I/O."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeAlias
+
+import redis
+import redis.asyncio
+import redis.asyncio.retry
+from redis import exceptions
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from .._errors import PolicyError
+from .url import ClusterUrl, async_client_from_url, client_from_url
+
+Address: TypeAlias = tuple[str, int]
+REDIS_ERRORS = (redis.RedisError, OSError)
+# errors that leave a connection usable
+_INTACT = (exceptions.NoScriptError, exceptions.AskError, exceptions.MovedError)
+_by_url: weakref.WeakValueDictionary[tuple[bool, str], Any] = weakref.WeakValueDictionary()
+
+
+class Kind(NamedTuple):
+    """The classes of redis-py for blocking or for asyncio clients."""
+
+    name: str
+    client: Any
+    cluster: Any
+    retry: Any
+    from_url: Callable[[str], Any]
+
+
+BLOCKING = Kind("redis.Redis", redis.Redis, redis.RedisCluster, Retry, client_from_url)
+ASYNCIO = Kind(
+    "redis.asyncio.Redis",
+    redis.asyncio.Redis,
+    redis.asyncio.RedisCluster,
+    redis.asyncio.retry.Retry,
+    async_client_from_url,
+)
+
+
+def client_of(given: Any, kind: Kind) -> Any:
+    """The given client, or the one that this process shares for a URL. Raises PolicyError for anything else."""
+    if isinstance(given, (kind.client, kind.cluster, ClusterUrl)):
+        return given
+    if not isinstance(given, str):
+        raise PolicyError(f"redis must be a {kind.name} (or cluster) client, a URL or None, not {given!r}")
+    key = kind is ASYNCIO, given
+    found = _by_url.get(key)
+    if found is None:
+        found = _by_url[key] = kind.from_url(given)
+    return found
+
+
+def intact(replies: list[Any]) -> bool:
+    """Whether a connection that gave these replies is as good as before."""
+    errors = [reply for reply in replies if isinstance(reply, Exception)]
+    return not errors or all(isinstance(error, _INTACT) for error in errors)
+
+
+def is_cluster(client: Any) -> bool:
+    """Whether this is a client of a cluster."""
+    return isinstance(client, (redis.RedisCluster, redis.asyncio.RedisCluster, ClusterUrl))
+
+
+def connection(pool: Any, kind: Kind, timeout: float | None, **options: Any) -> Any:
+    """A connection with a pool's options, not yet open, which never repeats a command.
+
+    timeout: seconds to connect and for each reply; None if the caller has its own deadline.
+    """
+    kwargs = connection_options(pool.connection_kwargs, timeout) | options
+    return pool.connection_class(**kwargs, retry=kind.retry(NoBackoff(), 0))
+
+
+def connection_options(given: dict[str, Any], timeout: float | None) -> dict[str, Any]:
+    """A client's connection options, with our deadline and bytes replies, but no retries, checks or event hooks."""
+    dropped = ("retry", "decode_responses", "health_check_interval", "event_dispatcher")
+    kwargs = {
+        key: value
+        for key, value in given.items()
+        if not key.startswith(("retry_on", "maint", "orig_", "oss_cluster", "himport")) and key not in dropped
+    }
+    for key in ("socket_timeout", "socket_connect_timeout"):
+        kwargs[key] = timeout and min(kwargs.get(key) or timeout, timeout)
+    return kwargs
+
+
+def pool_of(client: Any, kind: Kind, timeout: float) -> Any:
+    """The client's pool; for a Sentinel's master, one that asks the Sentinels within our deadline."""
+    pool = client.connection_pool
+    manager = getattr(pool, "sentinel_manager", None)
+    if manager is None:
+        return pool
+    own = copy.copy(manager)
+    # the Sentinels and the master share the deadline: a hanging Sentinel must leave time for the others
+    share = timeout / (len(manager.sentinels) + 1)
+    own.sentinels = [_impatient(sentinel, kind, share) for sentinel in manager.sentinels]
+    kwargs = connection_options(without("connection_pool", pool.connection_kwargs), timeout)
+    connect = {"connection_class": pool.connection_class, "is_master": pool.is_master}
+    return type(pool)(pool.service_name, own, **kwargs, **connect)
+
+
+def _impatient(client: Any, kind: Kind, timeout: float) -> Any:
+    """A copy of a client that tries once, within the timeout in seconds."""
+    pool = client.connection_pool
+    kwargs = {**connection_options(pool.connection_kwargs, timeout), "connection_class": pool.connection_class}
+    return type(client)(connection_pool=type(pool)(**kwargs, retry=kind.retry(NoBackoff(), 0)))
+
+
+def pools_of(client: Any, kind: Kind, timeout: float) -> tuple[Callable[[Any], Any], bool]:
+    """A function from a node's address to its pool, for connection(), and whether this is a client of a cluster.
+
+    The function keeps no reference to the client.
+    """
+    if not is_cluster(client):
+        pool = pool_of(client, kind, timeout)
+        return lambda address: pool, False
+    if isinstance(client, ClusterUrl):
+        given = client.options
+        return lambda address: kind.client(host=address[0], port=address[1], **given).connection_pool, True
+    if kind is ASYNCIO:
+        options = without("redis_connect_func", client.connection_kwargs)  # it may send READONLY, for replicas
+        return lambda address: redis.asyncio.cluster.ClusterNode(*address, **options), True
+    manager = client.nodes_manager
+
+    def node_pool(address: Address) -> Any:
+        options = without("redis_connect_func", manager.connection_kwargs)
+        return manager.create_redis_node(*address, **options).connection_pool
+
+    return node_pool, True
+
+
+def without(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options except one."""
+    return {key: value for key, value in options.items() if key != name}
+
+
+def known_nodes(client: Any) -> Callable[[], list[Address]]:
+    """The nodes of a cluster that its client knows now. The function keeps no reference to the client."""
+    if isinstance(client, ClusterUrl):
+        nodes = client.nodes
+        return lambda: nodes
+    manager = client.nodes_manager
+    return lambda: [
+        (node.host, int(node.port))
+        for known in (manager.nodes_cache, manager.startup_nodes)
+        for node in list(known.values())
+    ]
+
+
+def remap_of(client: Any) -> Callable[[Address], Address]:
+    """The address under which the client's side reaches a node that a cluster names."""
+    if isinstance(client, ClusterUrl):
+        return lambda address: address
+    manager = client.nodes_manager
+    return lambda address: manager.remap_host_port(*address)
+
+
+def address_of(client: Any) -> str:
+    """A text that is the same for clients of the same server."""
+    if is_cluster(client):
+        return repr(sorted(known_nodes(client)()))
+    return f"{client.connection_pool.connection_class} {sorted(client.connection_pool.connection_kwargs.items())!r}"
+
+
+class Endpoint(NamedTuple):
+    """Where a connection leads. path: of a unix socket; None for TCP."""
+
+    host: str
+    port: int
+    path: str | None
+    database: int
+    username: str | None
+    tls: bool
+    ca_certs: str | None
+
+
+def endpoint(connection: Any) -> Endpoint:
+    """Where an open connection leads, for another program such as redis-cli."""
+    return Endpoint(
+        host=str(getattr(connection, "host", "localhost")),
+        port=int(getattr(connection, "port", 6379)),
+        path=getattr(connection, "path", None),
+        database=int(connection.db or 0),
+        username=connection.username,
+        tls=isinstance(connection, redis.SSLConnection),
+        ca_certs=getattr(connection, "ca_certs", None),
+    )
+
+
+@contextlib.contextmanager
+def connecting() -> Iterator[None]:
+    """Turn any error of connecting into one of REDIS_ERRORS: a credential provider may raise anything."""
+    try:
+        yield
+    except REDIS_ERRORS:
+        raise
+    except Exception as error:
+        raise redis.ConnectionError(f"connecting failed: {error!r}") from error
+
+
+def can_read(connection: Any) -> Any:
+    """The method of an asyncio connection that tells whether something can be read; redis-py renamed it."""
+    return connection.can_read if hasattr(connection, "can_read") else connection.can_read_destructive
+
+
+_KINDS: tuple[tuple[type[BaseException], str], ...] = (
+    (redis.AuthenticationError, "permission"),
+    (exceptions.NoPermissionError, "permission"),
+    (redis.TimeoutError, "timeout"),
+    (TimeoutError, "timeout"),
+    (redis.ReadOnlyError, "read_only"),
+    (exceptions.OutOfMemoryError, "out_of_memory"),
+    (exceptions.ClusterError, "cluster"),
+    (exceptions.AskError, "cluster"),
+    (redis.BusyLoadingError, "loading"),
+    (redis.ConnectionError, "connection"),
+    (redis.ResponseError, "response"),
+    (OSError, "connection"),
+)
+
+
+def error_kind(error: BaseException) -> str:
+    """A short word for an error of Redis, for metrics; never its text."""
+    return next((kind for errors, kind in _KINDS if isinstance(error, errors)), "other")

@@ -1,0 +1,178 @@
+"""Blocking connections: each exchange is one pipeline, with a deadline, and is never repeated."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import weakref
+from collections.abc import Sequence
+from time import monotonic
+from typing import Any
+
+import redis
+from redis.exceptions import NoScriptError
+
+from .._protocol import Keys, Reply, Request, decode, history_fields
+from . import commands as build
+from .commands import Command, packed
+from .options import BLOCKING, REDIS_ERRORS, Address, address_of, connecting, connection, intact, pools_of
+from .route import Exchange, Routes, exchange
+
+_PER_COMMAND = 0.001  # seconds that a pipeline may take longer for each of its commands
+_shared: weakref.WeakKeyDictionary[Any, dict[float, Server]] = weakref.WeakKeyDictionary()
+
+
+def server_of(client: Any, timeout: float) -> Server:
+    """The Server of a client; all breakers of the process share it.
+
+    timeout: seconds to wait for a connection, and for a reply.
+    """
+    by_timeout = _shared.setdefault(client, {})
+    return by_timeout.get(timeout) or by_timeout.setdefault(timeout, Server(client, timeout))
+
+
+class Server:
+    """This process's access to one Redis: a server, a Sentinel's master, or a cluster.
+
+    Commands go over connections of our own, which leaves the client as it was. They are never repeated, since that
+    could count a report twice. A process needs one connection for each thread that talks to Redis at the same time,
+    however many breakers it has. No reference to the client is kept: it is the weak key of _shared.
+    address: a text that is the same for clients of the same server.
+    """
+
+    def __init__(self, client: Any, timeout: float) -> None:
+        self.address = address_of(client)
+        self._pool_of, clustered = pools_of(client, BLOCKING, timeout)
+        self._routes = Routes(client) if clustered else None
+        self._timeout = timeout
+        self._nodes: dict[Address | None, Connections] = {}
+
+    def run(self, name: str, keys: Keys, request: Request) -> Reply:
+        """The reply of the script called name. Raises redis.RedisError or OSError."""
+        return decode(self._one(build.run(name, keys, request)))
+
+    def history(self, keys: Keys, count: int) -> list[dict[str, Any]]:
+        """The newest transitions, newest first. Raises redis.RedisError or OSError."""
+        return history_fields(self._one(build.history(keys, count)))
+
+    def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies, in order; that of a failed command, or of one whose cluster node is lost, is the error.
+
+        Raises redis.RedisError or OSError when the server is lost.
+        """
+        return self._carry_out(exchange(self._routes, commands))
+
+    def masters(self) -> list[Connections]:
+        """The connections to each node that serves keys."""
+        if self._routes is None:
+            return [self._node(None)]
+        self._carry_out(self._routes.learn_masters())
+        return [self._node(address) for address in self._routes.masters()]
+
+    def subscriber(self) -> Any:
+        """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
+        return self._node(None if self._routes is None else self._routes.any_node()).connection(protocol=2)
+
+    def close(self) -> None:
+        """Close the connections; the next call opens others."""
+        for node in list(self._nodes.values()):
+            node.close()
+
+    def _one(self, command: Command) -> Any:
+        if self._routes is None:  # the usual case, without the steps that pipelines and clusters need
+            (reply,) = self._node(None).send((command,))
+        if self._routes is not None or isinstance(reply, NoScriptError):
+            (reply,) = self.exchange((command,))
+        if isinstance(reply, BaseException):
+            raise reply
+        return reply
+
+    def _carry_out(self, steps: Exchange) -> list[Any]:
+        try:
+            leg = next(steps)
+            while True:
+                try:
+                    replies = self._node(leg.address).send(leg.commands, leg.asking)
+                except BaseException as error:
+                    leg = steps.throw(error)
+                else:
+                    leg = steps.send(replies)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
+
+    def _node(self, address: Address | None) -> Connections:
+        found = self._nodes.get(address)
+        return found or self._nodes.setdefault(address, Connections(self._pool_of(address), self._timeout))
+
+
+class Connections:
+    """A stack of idle connections to the target of a pool: a server, a socket, a Sentinel's master or a node."""
+
+    def __init__(self, pool: Any, timeout: float) -> None:
+        self._pool, self._timeout = pool, timeout
+        self._idle: collections.deque[Any] = collections.deque()
+
+    def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
+        """The replies, in order; that of a failed command is its error."""
+        connection = self._take()
+        deadline = monotonic() + self._timeout + _PER_COMMAND * len(commands)
+        replies: list[Any] = []
+        try:
+            connection.send_packed_command(packed(commands, asking), check_health=False)
+            for _ in commands:
+                if asking:
+                    connection.read_response()
+                replies.append(_read(connection))
+                if len(replies) < len(commands) and monotonic() > deadline:
+                    raise redis.TimeoutError(f"{len(commands)} replies took longer than {self._timeout:g} s")
+        except BaseException:
+            self._lose(connection)
+            raise
+        if intact(replies):
+            self._idle.append(connection)
+        else:
+            self._lose(connection)
+        return replies
+
+    def connection(self, **options: Any) -> Any:
+        return connection(self._pool, BLOCKING, self._timeout, **options)
+
+    def close(self) -> None:
+        with contextlib.suppress(IndexError):  # several threads may pop at once
+            while True:
+                self._idle.pop().disconnect()
+
+    def _lose(self, connection: Any) -> None:
+        connection.disconnect()
+        self.close()  # after a failover, idle connections lead to the old master
+
+    def _take(self) -> Any:
+        with contextlib.suppress(IndexError):  # several threads may pop at once
+            while True:
+                idle = self._idle.pop()
+                with contextlib.suppress(*REDIS_ERRORS):
+                    if not idle.can_read():  # readable before a command means that the server has closed it
+                        return idle
+                idle.disconnect()
+        new = self.connection()
+        with connecting():
+            new.connect()  # only connect() asks a Sentinel for the master
+        return new
+
+
+def _read(connection: Any) -> Any:
+    try:
+        return connection.read_response()
+    except redis.ResponseError as error:
+        return error
+
+
+def _after_fork_in_child() -> None:
+    for by_timeout in list(_shared.values()):
+        for server in by_timeout.values():
+            server.close()  # closes this process's copies of the sockets only
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
