@@ -41,6 +41,7 @@ class BreakerCore:
     _warning_permit: type[BasePermit]
     _kind: Kind
     _server_of: Callable[[Any, float], Any]
+    _in_background: Callable[[Steps[None]], None]
 
     def __init__(
         self,
@@ -97,10 +98,6 @@ class BreakerCore:
         _breakers.add(self)
         for instrument in self._notices.instruments:
             instrument.attach(self)
-
-    def _in_background(self, steps: Steps[None]) -> None:
-        """Run these steps without making any call wait."""
-        raise NotImplementedError
 
     def _start_process(self) -> None:
         self.instance = f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -248,15 +245,15 @@ class BreakerCore:
         common = self._without_policy if plain else self._with_policy
         if self._view.policy.slow_call_duration is None:
             report = _sum(self._view.take(generation), report)
-            return None if self._run_at_once("record", report, common) else self._send(report, common)
-        return self._send_with_overdue(report, common)
+            if self._run_at_once("record", report, common):
+                return None
+        return self._send(report, common)
 
     def _send(self, report: Request, common: Request) -> Steps[None]:
+        if self._view.policy.slow_call_duration is not None:
+            gathered = yield from self._gathered(report["generation"])
+            report, common = _sum(gathered, report), self._with_policy if "slow" in gathered else common
         yield from self._run("record", report, common)
-
-    def _send_with_overdue(self, report: Request, common: Request) -> Steps[None]:
-        gathered = yield from self._gathered(report["generation"])
-        yield from self._run("record", _sum(gathered, report), self._with_policy if "slow" in gathered else common)
 
     def _report_result(self, permit: BasePermit, result: Any) -> Steps[None] | None:
         """Classify a result and count it. If is_failure raises, nothing is counted, and the steps raise its error."""
@@ -426,14 +423,6 @@ class BreakerCore:
         self._notices.changed(change, "watch", change.get("instance") or "")
 
     # State and operator actions
-
-    def _fresh_state(self) -> Steps[State]:
-        """The state: from the view while it is fresh, else from Redis."""
-        seen = self._view.seen
-        if self._view.decide(seen, monotonic()) in (Verdict.ADMIT, Verdict.REJECT):
-            return seen.state
-        snapshot = yield from self._snapshot()
-        return self._isolation.state if snapshot.isolated else snapshot.state
 
     def _snapshot(self) -> Steps[Snapshot]:
         reply = yield from self._engine.run("snapshot", self._with_policy)

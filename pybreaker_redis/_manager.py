@@ -6,6 +6,7 @@ import asyncio
 import os
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from time import monotonic
 from typing import Any, Generic, ParamSpec, Self, TypeAlias, TypeVar
 
 from ._async import AsyncCircuitBreaker, AsyncWatch
@@ -15,8 +16,9 @@ from ._core import BreakerCore
 from ._errors import ConfigError
 from ._events import Event
 from ._policy import Policy
-from ._protocol import State
+from ._protocol import State, Steps
 from ._sync import CircuitBreaker
+from ._view import Verdict
 from .wire.url import async_client_from_url, client_from_url
 
 P = ParamSpec("P")
@@ -144,14 +146,14 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     def get_state(self, service: str) -> State:
         """The state of a service: from its breaker's view while that is fresh, else from Redis."""
         breaker = self.get_or_create(service)
-        return breaker._drive(breaker._fresh_state())
+        return breaker._drive(_fresh_state(breaker))
 
     def get_all_states(self) -> dict[str, State]:
         """The state of every service that is configured or was used. While Redis is down: the last known state."""
         states: dict[str, State] = {}
         down = False
         for service, breaker in self._all():
-            states[service] = breaker.state if down else breaker._drive(breaker._fresh_state())
+            states[service] = breaker.state if down else breaker._drive(_fresh_state(breaker))
             down = down or breaker._engine.is_down  # one time-out is enough
         return states
 
@@ -192,14 +194,14 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
     async def get_state(self, service: str) -> State:
         """The state of a service: from its breaker's view while that is fresh, else from Redis."""
         breaker = self.get_or_create(service)
-        return await breaker._drive(breaker._fresh_state())
+        return await breaker._drive(_fresh_state(breaker))
 
     async def get_all_states(self) -> dict[str, State]:
         """The state of every service that is configured or was used. While Redis is down: the last known state."""
         states: dict[str, State] = {}
         down = False
         for service, breaker in self._all():
-            states[service] = breaker.state if down else await breaker._drive(breaker._fresh_state())
+            states[service] = breaker.state if down else await breaker._drive(_fresh_state(breaker))
             down = down or breaker._engine.is_down  # one time-out is enough
         return states
 
@@ -240,3 +242,12 @@ def _config_from(source: Source | None) -> Config:
     except ModuleNotFoundError as error:
         raise ConfigError(f"{error}; or pass a pybreaker_redis.Config, which needs nothing else") from error
     return load(source)
+
+
+def _fresh_state(breaker: BreakerCore) -> Steps[State]:
+    """The state: from the view while that is fresh, else from Redis."""
+    seen = breaker._view.seen
+    if breaker._view.decide(seen, monotonic()) in (Verdict.ADMIT, Verdict.REJECT):
+        return seen.state
+    snapshot = yield from breaker._snapshot()
+    return breaker._isolation.state if snapshot.isolated else snapshot.state
