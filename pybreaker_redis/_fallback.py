@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Mapping
 from time import monotonic
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 from ._errors import RedisUnavailableError
 from ._events import Notices
@@ -197,8 +196,8 @@ class Fallback:
             self._owner._redis_up()
 
 
-def _without_local_outcomes(request: Mapping[str, Any]) -> Request:
+def _without_local_outcomes(request: Request) -> Request:
     """Drop the outcomes of a local generation, which Redis does not know."""
     if request.get("generation", 0) >= 0:
-        return dict(request)
+        return request
     return {**{key: value for key, value in request.items() if key not in _OUTCOMES}, "generation": 0}

@@ -50,9 +50,10 @@ class Isolation:
     def decides_over(self, fleet: Reply) -> bool:
         """Whether it is, and is not overruled by the fleet's state in this snapshot."""
         own = self._own
-        return (
-            self.is_open() and own is not None and own.fleet_generation >= fleet["generation"] and not _decides(fleet)
-        )
+        if own is None or own.state == "closed" or _decides(fleet):
+            return False
+        generation: int = fleet["generation"]
+        return own.fleet_generation >= generation
 
     def run(self, name: str, request: Request, common: Request, full: Request) -> Steps[Reply]:
         """The reply to a script call, from the fleet's state and this instance's.
