@@ -15,7 +15,6 @@ from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event, Listener, Notices
-from ._fallback import InMemory
 from ._permit import SETTLED, BasePermit, warns_if_lost
 from ._protocol import Ask, HistoryEntry, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
@@ -113,7 +112,7 @@ class AsyncWatch(BaseWatch):
         return AsyncSubscription(*self._subscription())
 
     async def close(self) -> None:
-        """Leave the subscription. The breaker returns to its own lease."""
+        """Leave the subscription."""
         self._leave()
 
     async def __aenter__(self) -> Self:
@@ -138,9 +137,6 @@ class AsyncCircuitBreaker(BreakerCore):
         super()._start_process()
         self._tasks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]
         self._tasks = weakref.WeakKeyDictionary()
-        self._refreshing: weakref.WeakKeyDictionary[
-            asyncio.AbstractEventLoop, tuple[asyncio.Task[None], asyncio.Event]
-        ] = weakref.WeakKeyDictionary()
 
     def _after_fork(self) -> None:
         leave_to_parent(self._tasks)
@@ -213,7 +209,7 @@ class AsyncCircuitBreaker(BreakerCore):
         if now < seen.open_until and not self._notices.on_call:
             self._notices.count("rejected")
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        permit = self._admitted(seen.generation) if now < seen.timed_until else await self._admit(now)
+        permit = self._admitted(seen.generation) if now < seen.watched_until else await self._admit(now)
         permit.begin()
         try:
             result = await func(*args, **kwargs)
@@ -275,15 +271,15 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _admit(self, began: float) -> BasePermit:
         try:
             answer = self._consult(began)
-            while not isinstance(answer, BasePermit):
-                if answer is Verdict.ASK:
-                    return await self._drive(self._ask(), self._give_back)
-                await self._refresh(wait=answer is Verdict.WAIT)
+            while answer is Verdict.WAIT:
+                await self._redis.refresh()
                 answer = self._consult(began, refreshed=True)
         except BaseException:
             await self._deliver()
             raise
-        return await self._deliver_then(answer, self._give_back)
+        if isinstance(answer, BasePermit):
+            return await self._deliver_then(answer, self._give_back)
+        return await self._drive(self._ask(), self._give_back)
 
     async def _drive(self, steps: Steps[T] | None, if_lost: _IfLost[T] | None = None) -> T:
         """Carry out the steps, deliver their events, and return their result.
@@ -344,40 +340,11 @@ class AsyncCircuitBreaker(BreakerCore):
         finally:
             events += self._notices.take()
 
-    def _in_background(self, steps: Steps[None]) -> None:
-        self._spawn(self._run_to_end(steps))
-
-    async def _refresh(self, wait: bool) -> None:
-        """Renew the view, one task at a time. wait: return only once it is renewed, by this task or another."""
-        loop = asyncio.get_running_loop()
-        running = self._refreshing.get(loop)
-        if running is None:
-            ended, task = asyncio.Event(), self._spawn(self._renew_view())
-            running = self._refreshing[loop] = task, ended
-            task.add_done_callback(functools.partial(self._refreshed, ended, loop))
-        task, ended = running
-        if wait:
-            await ended.wait()
-            await task  # raises the error of a failed refresh, which the caller would otherwise repeat for ever
-
-    async def _renew_view(self) -> None:
-        events: list[Event] = []
-        try:
-            await self._carry_out(self._renew(), None, events)
-        finally:
-            if events:  # in a task of their own: callers wait for this one, but must not wait for listeners
-                self._spawn(self._deliver(events))
-
-    def _refreshed(self, ended: asyncio.Event, loop: asyncio.AbstractEventLoop, _: object) -> None:
-        ended.set()
-        self._refreshing.pop(loop, None)  # the task in it would keep the loop alive
-
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         loop = asyncio.get_running_loop()
         tasks = self._tasks.get(loop)
         if tasks is None:
             forget_ended(self._tasks)
-            forget_ended(self._refreshing)
             tasks = self._tasks[loop] = set()
         task = loop.create_task(coroutine)
         tasks.add(task)  # the loop keeps only a weak reference
@@ -396,6 +363,9 @@ class AsyncCircuitBreaker(BreakerCore):
         rest = self._start_delivery(iter(self._notices.next, None) if events is None else iter(events))
         if rest is not None:
             await rest
+
+    def _deliver_events(self, events: list[Event]) -> None:
+        self._spawn(self._deliver(events))
 
     def _start_delivery(self, events: Iterator[Event]) -> Awaitable[None] | None:
         """Call the plain listeners. Returns what has to be awaited from the first awaitable listener on."""
@@ -430,9 +400,9 @@ class AsyncCircuitBreaker(BreakerCore):
         """See CircuitBreaker.reset."""
         await self._drive(self._command("reset"))
 
-    async def watch(self, lease: float = 30.0) -> AsyncWatch:
+    async def watch(self) -> AsyncWatch:
         """See CircuitBreaker.watch. All breakers of this event loop share one subscription, held by one task."""
-        return self._watch_with(AsyncWatch, lease)
+        return self._watch_with(AsyncWatch)
 
     async def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
         """See CircuitBreaker.set_policy."""
@@ -445,8 +415,8 @@ class AsyncCircuitBreaker(BreakerCore):
     async def history(self, count: int = 100) -> list[HistoryEntry]:
         """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
         check_history_count(count)
-        if isinstance(self._engine, InMemory):
-            return history_entries(self._engine.history(count))
+        if self._memory is not None:
+            return history_entries(self._memory.history(count))
         try:
             return history_entries(await self._redis.history(self.keys, count))
         except REDIS_ERRORS as error:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from ._errors import PolicyError
-from ._fallback import OnRedisFailure
+from ._line import OnRedisFailure
 from ._policy import Policy
 from ._protocol import keys_of
 
@@ -21,8 +21,8 @@ class Config:
 
     enabled: False passes every call through unguarded. defaults: the policy of services that are not in `services`.
     services: the policy of each service, by name. redis_url: the server through which with_redis() shares the state.
-    redis_options: options of redis.Redis for its client; those in the URL win. watch: the lease in seconds while the
-    shared subscription stands; None: no subscription. The other options are those of CircuitBreaker.
+    redis_options: options of redis.Redis for its client; those in the URL win. watch: whether the breakers
+    subscribe to the transitions of other instances. The other options are those of CircuitBreaker.
 
     Raises PolicyError for an invalid value.
     """
@@ -32,7 +32,7 @@ class Config:
     services: Mapping[str, Policy] = dataclasses.field(default_factory=dict)
     redis_url: str = "redis://localhost:6379"
     redis_options: Mapping[str, Any] = dataclasses.field(default_factory=dict, repr=False)  # it may hold a password
-    watch: float | None = 30.0
+    watch: bool = True
     lease: float = 0.1
     on_redis_failure: OnRedisFailure = "local"
     redis_timeout: float = 0.25
@@ -40,8 +40,9 @@ class Config:
 
     def __post_init__(self) -> None:
         check_options(self.lease, self.on_redis_failure, self.redis_timeout)
-        if self.watch is not None:
-            check_watch(self.watch)
+        for option in ("enabled", "watch"):
+            if not isinstance(getattr(self, option), bool):
+                raise PolicyError(f"{option} must be True or False, not {getattr(self, option)!r}")
         for service, policy in {"defaults": self.defaults, **self.services}.items():
             keys_of(service, self.prefix)
             if not isinstance(policy, Policy):
@@ -58,13 +59,6 @@ def check_options(lease: object, on_redis_failure: object, redis_timeout: object
     _check_seconds("redis_timeout", redis_timeout, 0.001, 3600.0)
     if on_redis_failure not in get_args(OnRedisFailure):
         raise PolicyError(f"on_redis_failure must be 'local', 'open' or 'closed', not {on_redis_failure!r}")
-
-
-def check_watch(lease: object) -> None:
-    """Raise PolicyError unless this lease, in seconds, is valid for watch()."""
-    if lease == 0:
-        raise PolicyError(f"watch must be above 0 and at most {LONGEST_LEASE:g} seconds, not {lease!r}")
-    _check_seconds("watch", lease, 0.0, LONGEST_LEASE)
 
 
 def _check_seconds(option: str, value: object, least: float, most: float) -> None:

@@ -8,29 +8,31 @@ import secrets
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from . import _protocol
 from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, exception_types
-from ._config import check_options, check_watch
-from ._errors import CircuitOpenError, PolicyError
-from ._events import Counts, Listener, Notices, logger
-from ._fallback import Fallback, InMemory, OnRedisFailure
+from ._config import check_options
+from ._errors import CircuitOpenError, PolicyError, RedisUnavailableError
+from ._events import Counts, Event, Listener, Notices, logger
 from ._isolation import Isolation
-from ._memory import LocalEngine, document_for
+from ._line import FixedEngine, Line, OnRedisFailure
+from ._memory import LocalEngine, MemoryEngine, document_for
 from ._permit import BasePermit, in_probe, resource_warnings_are_shown
 from ._policy import RULES, Policy, override_request, request_field
-from ._protocol import NotSent, Reply, Request, Snapshot, State, Steps, seconds
+from ._protocol import Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
 from ._slow import SlowCalls
 from ._view import Verdict, View
-from .wire.options import BLOCKING, Kind, client_of
+from .wire.options import BLOCKING, REDIS_ERRORS, Kind, client_of
 from .wire.subscription import BaseWatch
 
 W = TypeVar("W", bound=BaseWatch)
-_breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
-
-
+Engine: TypeAlias = MemoryEngine | FixedEngine
+ASKED_AGAIN = 0.1  # seconds after which a call is told to come back while other calls ask for the slots of probes
 _NEWS = {"override", "transition"}
+_NEEDS_POLICY = {"failures", "slow", "probe", "counted"}
+_OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", "failures", "slow", "pending", "counted", "probe"}
+_breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
 
 
 class BreakerCore:
@@ -41,7 +43,7 @@ class BreakerCore:
     _warning_permit: type[BasePermit]
     _kind: Kind
     _server_of: Callable[[Any, float], Any]
-    _in_background: Callable[[Steps[None]], None]
+    _deliver_events: Callable[[list[Event]], None]
 
     def __init__(
         self,
@@ -79,21 +81,18 @@ class BreakerCore:
         self._only_counts = self._every_result_succeeds and not self._notices.on_call
         self._client = None if redis is None else client_of(redis, self._kind)
         self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
-        self._redis_timeout = redis_timeout
         if resource_warnings_are_shown():
             self._permit = self._warning_permit
-        self._engine: InMemory | Fallback = (
-            InMemory() if redis is None else Fallback(self, on_redis_failure, redis_timeout)
-        )
-        self._lease = float(lease)
-        self._view = View(self._lease, self.policy)
+        self._view = View(float(lease), self.policy)
         self._slow_calls = SlowCalls(self._view)
         self._override: dict[str, Any] | None = None  # the policy override, as last read
-        self._isolation = Isolation(self._local_engine, self._engine.run, self._quorum, self._isolation_changed)
+        self._isolation = Isolation(self._local_engine, self._quorum, self._isolation_changed)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
-        self._watch_lease: float | None = None  # set while a subscription stands
         self._rejoin: BaseWatch | None = None  # set by a fork: the next script call joins again
+        # one of the two: the state machine in this process, or the breaker's part in the link to Redis
+        self._memory = MemoryEngine(quorum_of_one=True) if redis is None else None
+        self._line = None if redis is None else Line(self, self._redis, on_redis_failure)
         self._start_process()
         _breakers.add(self)
         for instrument in self._notices.instruments:
@@ -108,16 +107,19 @@ class BreakerCore:
         self._with_policy: Request = {"instance": self.instance, **({"policy": given} if given else {})}
         if any(rule.on_success and request_field(name) in given for name, rule in RULES.items()):
             self._without_policy = self._with_policy
+        self._asking: set[object] = set()  # one token for each call that asks for a permit now
 
     def _after_fork(self) -> None:
         self._start_process()
         self._view.after_fork()
         self._slow_calls.after_fork()
         self._isolation.forget()  # a thread of the parent may hold the lock of its engine
-        self._engine.after_fork()
+        for own in (self._memory, self._line):
+            if own is not None:
+                own.after_fork()
         if self._watch is not None:
             self._watch.after_fork()
-            self._subscribed(None)
+            self._view.drop()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -138,25 +140,57 @@ class BreakerCore:
     # Admission
 
     def _consult(self, began: float, refreshed: bool = False) -> BasePermit | Verdict:
-        """Decide a call by the view: its permit, or the Verdict on what to ask first. Raises CircuitOpenError.
+        """Decide a call by the view: its permit, or WAIT or ASK. Raises CircuitOpenError.
 
-        began: when the call arrived, on the monotonic clock. refreshed: whether the caller has refreshed the view.
+        began: when the call arrived, on the monotonic clock. refreshed: whether the caller has waited for a refresh.
         """
         view, now = self._view, monotonic()
-        seen = view.seen
-        verdict = view.decide_again(seen, began, now) if refreshed else view.decide(seen, now)
+        if now - view.seen.sent >= view.lease and self._must_wait(began, now, refreshed):
+            return Verdict.WAIT
+        seen, now = view.seen, monotonic()
+        verdict = Verdict.ASK if view.lease <= 0 else seen.verdict(now)
         if verdict is Verdict.ADMIT:
             ramp_left = seen.ramp_until - now
             return self._reject("closed", ramp_left) if view.held_back(ramp_left) else self._admitted(seen.generation)
-        if verdict is Verdict.REJECT:
-            return self._reject("open", max(seen.retry_at - now, 0.0))
-        if verdict is Verdict.ASK and in_probe(self):
+        if (verdict is Verdict.ASK or seen.state == "half_open") and in_probe(self):
             return self._permit(self, None, now)  # part of the probe, whose own outcome counts
+        if verdict is Verdict.REJECT:
+            return self._reject(seen.state, seen.retry_at - now)
+        if view.lease > 0 and len(self._asking) >= view.policy.half_open_max_calls:
+            return self._reject("half_open", ASKED_AGAIN)  # the calls before this one are asking for all slots
         return verdict
 
+    def _must_wait(self, began: float, now: float, refreshed: bool) -> bool:
+        """Refresh a view whose lease is over. Returns whether the call has to wait until that is done."""
+        seen, lease = self._view.seen, self._view.lease
+        if self._own_engine() is not None:
+            if self._line is not None and self._line.must_wait_for_retry() and not refreshed:
+                return True
+            if lease > 0:
+                for report in self._reports():
+                    self._run_here("record", report)
+            return False
+        if lease <= 0:
+            return False
+        self._redis.soon(self._line)
+        if refreshed:  # measured from the call's arrival, or a lease shorter than a round trip would never do
+            return began - seen.sent >= 2 * lease
+        if seen.verdict(now) is Verdict.ASK and not self._asking:
+            return False
+        link = self._redis.link
+        return now - seen.sent >= 2 * lease + (link.timeout if now - link.busy_since < link.timeout else 0.0)
+
     def _ask(self) -> Steps[BasePermit]:
-        """Ask Redis for a permit. Raises CircuitOpenError."""
-        reply = yield from self._run("acquire", (yield from self._gathered()), self._with_policy)
+        """Ask for a permit. Raises CircuitOpenError."""
+        token = object()
+        self._asking.add(token)
+        try:
+            *slow_probes, request = self._reports()
+            for report in slow_probes:
+                yield from self._run("record", report)
+            reply = yield from self._run("acquire", request)
+        finally:
+            self._asking.discard(token)
         if not reply["admitted"] or reply.get("shadow"):
             return self._reject(reply["state"], seconds(reply.get("retry_after_ms")) or 0.0)
         ramp_left = seconds(reply.get("ramp_left_ms")) or 0.0
@@ -179,40 +213,12 @@ class BreakerCore:
 
     # Reports
 
-    def _gathered(self, generation: int | None = None) -> Steps[Request]:
-        """Take the successes since the last report, and the running calls that have become slow.
-
-        generation: of the report that they join; default: the view's. A slow probe gets a report of its own.
-        """
-        request = self._view.take(generation)
-        current = self._view.seen.generation
-        # a report of an earlier generation counts for nothing: slow calls wait for one of the view's
-        if self._view.policy.slow_call_duration is None or generation not in (None, current):
-            return request
-        for permit in self._slow_calls.overdue():
-            if permit.probe is not None:
-                slow = {"generation": permit.generation, "probe": permit.probe, "slow": 1, "pending": 1}
-                yield from self._run("record", slow, self._with_policy)
-            elif permit.generation == request.setdefault("generation", current):
-                request["slow"] = request["pending"] = request.get("pending", 0) + 1
-        return request
-
-    def _renew(self) -> Steps[None]:
-        """Report the gathered outcomes. The reply becomes the view."""
-        request = yield from self._gathered()
-        yield from self._run("record", request, self._with_policy if "slow" in request else self._without_policy)
-
-    def _flush(self) -> Steps[None]:
-        gathered = self._view.take()
-        if "successes" in gathered:
-            yield from self._run("record", gathered, self._without_policy)
-
     def _finish(self, permit: BasePermit) -> bool:
         """Count a quick success without a script call. Returns False, with nothing done, if it needs one."""
         generation = permit.generation
         if permit.probe is not None or generation is None or generation != self._view.seen.generation:
             return False
-        if not self._slow_calls.ended_quickly(permit) or not self._view.gather(generation):
+        if not self._slow_calls.ended_quickly(permit) or not self._gather(generation):
             return False
         permit.settle()
         self._notices.call_ended(
@@ -220,15 +226,23 @@ class BreakerCore:
         )
         return True
 
+    def _gather(self, generation: int) -> bool:
+        """Count a success in the view. Returns False if the view cannot take it."""
+        if not self._view.gather(generation):
+            return False
+        if self._view.claim_report(monotonic()):
+            self._redis.soon(self._line, urgent=True)
+        return True
+
     def _report(self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None) -> Steps[None] | None:
-        """Count an outcome. Returns the steps that report it to Redis, or None if it was counted locally."""
+        """Count an outcome. Returns the steps that report it to Redis, or None if it was counted here."""
         permit.settle()
         slow, pending = self._slow_calls.ended(permit)
         generation, probe = permit.generation, permit.probe
         if self._notices.on_call:
             self._notices.call_ended(outcome, generation, error, slow)
         plain = outcome == SUCCESS and probe is None and not slow
-        if plain and generation is not None and self._view.gather(generation):
+        if plain and generation is not None and self._gather(generation):
             return None
         self._notices.count(outcome, slow)
         if generation is None or (outcome == IGNORED and probe is None) or (plain and self._view.lease > 0):
@@ -242,18 +256,42 @@ class BreakerCore:
             report["successes"] = 1
         if outcome != IGNORED and (pending or slow):
             report["counted" if pending else "slow"] = 1
-        common = self._without_policy if plain else self._with_policy
-        if self._view.policy.slow_call_duration is None:
-            report = _sum(self._view.take(generation), report)
-            if self._run_at_once("record", report, common):
-                return None
-        return self._send(report, common)
+        *slow_probes, gathered = self._reports(generation)
+        return self._send([*slow_probes, *_joined(gathered, report)])
 
-    def _send(self, report: Request, common: Request) -> Steps[None]:
-        if self._view.policy.slow_call_duration is not None:
-            gathered = yield from self._gathered(report["generation"])
-            report, common = _sum(gathered, report), self._with_policy if "slow" in gathered else common
-        yield from self._run("record", report, common)
+    def _reports(self, generation: int | None = None) -> list[Request]:
+        """Take the gathered outcomes: a report for each probe that has become slow, then one of all the rest.
+
+        generation: of the report that they join; default: the view's.
+        """
+        request = self._view.take(generation, dated=self._own_engine() is None)
+        current = self._view.seen.generation
+        slow_probes: list[Request] = []
+        # a report of an earlier generation counts for nothing: slow calls wait for one of the view's
+        if self._view.policy.slow_call_duration is not None and generation in (None, current):
+            for permit in self._slow_calls.overdue():
+                if permit.probe is not None:
+                    slow_probes.append(
+                        {"generation": permit.generation, "probe": permit.probe, "slow": 1, "pending": 1}
+                    )
+                elif permit.generation == request.setdefault("generation", current):
+                    request["slow"] = request["pending"] = request.get("pending", 0) + 1
+        return [*slow_probes, request]
+
+    def _send(self, reports: list[Request]) -> Steps[None] | None:
+        """Report outcomes. Returns the steps, or None if the engine of this process has counted them."""
+        for place, report in enumerate(reports):
+            if self._run_here("record", report) is None:
+                return self._send_to_redis(reports[place:])
+        return None
+
+    def _send_to_redis(self, reports: list[Request]) -> Steps[None]:
+        for report in reports:
+            yield from self._run("record", report)
+
+    def _flush(self) -> Steps[None] | None:
+        gathered = self._view.take(dated=self._own_engine() is None)
+        return self._send([gathered]) if "successes" in gathered else None
 
     def _report_result(self, permit: BasePermit, result: Any) -> Steps[None] | None:
         """Classify a result and count it. If is_failure raises, nothing is counted, and the steps raise its error."""
@@ -273,38 +311,50 @@ class BreakerCore:
 
     # Script calls and their replies
 
-    def _run(self, name: str, request: Request, common: Request) -> Steps[Reply]:
-        """Call a script. Its reply becomes the view, and its transition an event.
+    def _own_engine(self) -> Engine | None:
+        """The engine that decides in this process: in memory, or while Redis is down. None while Redis decides."""
+        return self._memory if self._line is None else self._line.engine()
 
-        common: fields to add to the request: self._with_policy, or self._without_policy for a report of successes.
-        """
-        if (reply := self._run_at_once(name, request, common)) is not None:
+    def _complete(self, name: str, request: Request) -> Request:
+        """Add the policy and the instance. A report of only successes omits them, unless a field matters to it:
+        parsing them costs the script time."""
+        plain = name == "record" and "generation" in request and not request.keys() & _NEEDS_POLICY
+        return {**(self._without_policy if plain and not self._override else self._with_policy), **request}
+
+    def _run(self, name: str, request: Request) -> Steps[Reply]:
+        """Call a script. Its reply becomes the view, and its transition an event."""
+        if (reply := self._run_here(name, request)) is not None:
             return reply
-        sent = monotonic()
         if self._rejoin is not None:
             watch, self._rejoin = self._rejoin, None
             watch._join()
-        if self._override:
-            common = self._with_policy  # the policy override may set a field that matters
+        sent = monotonic()
         try:
-            if self._view.policy.quorum > 1:
-                reply = yield from self._isolation.run(name, request, common, self._with_policy)
-            else:
-                self._isolation.forget()
-                reply = yield from self._engine.run(name, {**common, **request})
+            if name == "acquire" and self._isolation.is_open():
+                fleet = yield from self._ask_redis("record", self._with_policy)
+                reply = self._isolation.admit(fleet, self._complete(name, request))
+            if reply is None:
+                fleet = yield from self._ask_redis(name, self._complete(name, request))
+                reply = self._isolation.applied(request, fleet, self._with_policy)
         except NotSent:
             self._view.give_back(request)
             raise
+        except REDIS_ERRORS as error:
+            self._redis.link.failed(self._line, error)
+            # the outage may be over already, but a report is never repeated
+            return self._run_on(self._own_engine() or self._last_known(), name, request)
         self._adopt(reply, sent)
         return reply
 
-    def _run_at_once(self, name: str, request: Request, common: Request) -> Reply | None:
-        """The same as a plain call, for a breaker in memory. Returns None with Redis."""
-        if self._redis is not None:
-            return None
+    def _run_here(self, name: str, request: Request) -> Reply | None:
+        """Let the engine of this process run a script, as a plain call. Returns None while Redis decides."""
+        engine = self._own_engine()
+        return None if engine is None else self._run_on(engine, name, request)
+
+    def _run_on(self, engine: Engine, name: str, request: Request) -> Reply:
         sent = monotonic()
-        reply = self._engine.local(name, {**(self._with_policy if self._override else common), **request})
-        assert reply is not None
+        reply = engine.run(name, self._complete(name, request))
+        self._isolation.forget()
         seen = self._view.seen
         # only this process changes the state: a reply under the generation of a closed view brings nothing new
         if (
@@ -316,22 +366,43 @@ class BreakerCore:
             self._adopt(reply, sent)
         return reply
 
-    def _adopt(self, reply: Reply, sent: float) -> None:
+    def _ask_redis(self, name: str, request: Request) -> Steps[Reply]:
+        """Let Redis run a script. Raises errors of redis-py."""
+        if request.get("generation", 0) < 0:  # of a local engine: Redis does not know it
+            request = {key: value for key, value in request.items() if key not in _OUTCOMES}
+        began = monotonic()
+        try:
+            reply: Reply = yield Ask(name, request)
+        except REDIS_ERRORS as error:
+            self._notices.script_ran(name, monotonic() - began, error)
+            raise
+        self._notices.script_ran(name, monotonic() - began, None)
+        if self._line is not None:
+            self._line.ran_script()
+        reply["source"] = "redis"
+        return reply
+
+    def _adopt(self, reply: Reply, sent: float) -> bool:
+        """Take over a reply. Returns whether it became the view."""
         if self._override or "override" in reply:
             self._obey(reply)
-        self._view.adopt(reply, sent, monotonic())
+        adopted = self._view.adopt(reply, sent, monotonic())
         if self._warned or "warning" in reply:
             self._check(reply)
         if change := reply.get("transition"):
             logger.info("circuit breaker %r: %s -> %s (%s)", self.name, change["from"], change["to"], change["reason"])
             self._notices.changed(change, reply["source"])
+        return adopted
+
+    def _adopt_fleet(self, request: Request, reply: Reply, sent: float) -> bool:
+        """The same for what the link has read or reported."""
+        return self._adopt(self._isolation.applied(request, reply, self._with_policy), sent)
 
     def _obey(self, reply: Reply) -> None:
         """Put the policy override of a reply in force."""
         if reply["source"] != "local" and reply.get("override") != self._override:
             self._override = reply.get("override")
             self._view.policy = self.policy.with_override(self._override)
-            self._set_lease()
             self._isolation.obey(self._override)
 
     def _check(self, reply: Reply) -> None:
@@ -343,8 +414,6 @@ class BreakerCore:
             logger.warning("circuit breaker %r: %s under key %s", self.name, warning, key)
         self._warned = warning
 
-    # Isolation and outages
-
     def _quorum(self, fleet: Reply) -> int:
         self._obey(fleet)
         return self._view.policy.quorum
@@ -353,7 +422,10 @@ class BreakerCore:
         logger.warning("circuit breaker %r: %s for this instance only (%s)", self.name, change["to"], change["reason"])
         self._notices.changed(change, "isolated")
 
+    # Engines of this process
+
     def _last_known(self) -> LocalEngine:
+        """An engine that starts from the view."""
         seen = self._view.seen
         open_for = max(seen.retry_at - monotonic(), 0.0) if seen.state == "open" else 0.0
         return self._local_engine(seen.state, seen.failure_count, open_for, seen.generation)
@@ -364,79 +436,51 @@ class BreakerCore:
         document = document_for(state, generation, failure_count, open_for)
         return LocalEngine(document=document, override=self._override, quorum_of_one=True)
 
-    def _redis_down(self, error: BaseException) -> None:
-        logger.warning(
-            "circuit breaker %r: Redis does not answer; this process continues on its own: %s", self.name, error
-        )
-        self._notices.redis_down(error)
-
-    def _redis_up(self) -> None:
-        self._view.drop()
-        logger.warning("circuit breaker %r: Redis answers again", self.name)
-        self._notices.redis_up()
-
     # Watching
 
-    def _watch_with(self, kind: Callable[[BreakerCore, float], W], lease: float) -> W:
-        if self._redis is None:
+    def _watch_with(self, kind: Callable[[BreakerCore], W]) -> W:
+        if self._line is None:
             raise PolicyError(f"circuit breaker {self.name!r} has nothing to watch without Redis: pass redis=...")
-        check_watch(lease)
         if self._watch is not None:
             self._watch._leave()
-        watch = self._watch = kind(self, float(lease))
+        watch = self._watch = kind(self)
         return watch
 
-    def _subscribed(self, lease: float | None) -> None:
-        """Adopt the lease of a subscription that now stands, or None if it is lost. The next call asks Redis."""
-        self._watch_lease = lease
-        self._set_lease()
-        self._view.drop()
-
-    def _set_lease(self) -> None:
-        """Lengthen the lease while a subscription stands. With a rate: by at most a bucket, or counts would be late."""
-        policy, lease = self._view.policy, self._watch_lease
-        if lease is None or self._lease <= 0:
-            self._view.lease = self._lease
-            return
-        if policy.error_rate_threshold or policy.slow_call_rate_threshold:
-            lease = min(lease, policy.window / 10)
-        self._view.lease = max(lease, self._lease)
-
-    def _receive(self, message: dict[str, Any]) -> None:
-        """Handle a message on the breaker's channel: another instance's transition becomes the view."""
-        if message.get("instance") == self.instance:
-            return
-        try:
-            change = {**message, "generation": int(message["generation"])} if "policy" not in message else None
-            reply = _protocol.reply_from_message(change, self._view.policy) if change else None
-        except (KeyError, TypeError, ValueError, OverflowError):
-            self._view.drop()  # perhaps from a newer version: let the next call ask Redis
-            return
-        isolated = self._isolation.is_open()
-        if change is None or reply is None or self._engine.is_down or (isolated and reply["state"] == "closed"):
-            self._view.drop()
-            return
-        if reply["generation"] > self._view.seen.generation:
-            now = monotonic()
-            self._isolation.forget()
-            self._view.adopt({**reply, "override": self._override}, now, now)
-        self._notices.changed(change, "watch", change.get("instance") or "")
+    def _hinted(self) -> None:
+        """Read the state now: something was published about this breaker, or may have been missed."""
+        self._view.hinted()
+        self._redis.soon(self._line, hinted=True)
 
     # State and operator actions
 
     def _snapshot(self) -> Steps[Snapshot]:
-        reply = yield from self._engine.run("snapshot", self._with_policy)
+        engine = self._own_engine()
+        if engine is None:
+            try:
+                reply = yield from self._ask_redis("snapshot", self._with_policy)
+            except REDIS_ERRORS as error:
+                self._redis.link.failed(self._line, error)
+                engine = self._own_engine() or self._last_known()
+        if engine is not None:
+            reply = engine.run("snapshot", self._with_policy)
         self._check(reply)
         return _protocol.snapshot_from(self.name, reply, self.policy, self._isolation.decides_over(reply))
 
     def _command(
         self, action: str, duration: float | None = None, policy: Mapping[str, Any] | None = None
     ) -> Steps[None]:
+        """Carry out an operator's action in Redis, or not at all. Raises RedisUnavailableError."""
         request = {**self._with_policy, **_protocol.control_request(action, duration)}
         if policy is not None:
             request["override"] = override_request(policy)
         sent = monotonic()
-        reply = yield from self._engine.command("control", request)
+        if self._memory is not None:
+            reply = self._memory.run("control", request)
+        else:
+            try:
+                reply = yield from self._ask_redis("control", request)
+            except REDIS_ERRORS as error:
+                raise RedisUnavailableError(f"{action} was not carried out: {error}") from error
         if reply.get("transition"):
             self._isolation.forget()
             self._adopt(reply, sent)
@@ -446,13 +490,15 @@ class BreakerCore:
             self._view.drop()
 
 
-def _sum(gathered: Request, report: Request) -> Request:
-    """The gathered outcomes and a report as one request."""
+def _joined(gathered: Request, report: Request) -> list[Request]:
+    """The gathered outcomes and a report as one request; as two if the report's success ended later."""
     if len(gathered) <= 1:  # a generation and no outcomes
-        return report
+        return [report]
+    if "successes" in gathered and "successes" in report:
+        return [gathered, report]
     for field, count in report.items():
-        gathered[field] = gathered.get(field, 0) + count if field in ("successes", "slow") else count
-    return gathered
+        gathered[field] = gathered.get(field, 0) + count if field == "slow" else count
+    return [gathered]
 
 
 def _raise_after(steps: Steps[None] | None, error: BaseException) -> Steps[None]:

@@ -6,27 +6,24 @@ from collections.abc import Callable
 from typing import Any
 
 from ._memory import LocalEngine
-from ._protocol import Reply, Request, State, Steps
-
-Run = Callable[[str, Request], Steps[Reply]]
+from ._protocol import Reply, Request, State
 
 
 class Isolation:
     """The state that one instance keeps for itself, by the same rules with a quorum of 1.
 
     It decides while the fleet's circuit is closed. Any other state of the fleet overrules and discards it.
-    make: creates a closed engine. run: asks the fleet's engine. quorum: returns the quorum in force.
-    notify: receives each transition of the instance's own state.
+    make: creates a closed engine. quorum: returns the quorum in force after a reply. notify: receives each transition
+    of the instance's own state.
     """
 
     def __init__(
         self,
         make: Callable[[], LocalEngine],
-        run: Run,
         quorum: Callable[[Reply], int],
         notify: Callable[[dict[str, Any]], None],
     ) -> None:
-        self._make, self._run, self._quorum, self._notify = make, run, quorum, notify
+        self._make, self._quorum, self._notify = make, quorum, notify
         self._own: LocalEngine | None = None
 
     def forget(self) -> None:
@@ -55,28 +52,29 @@ class Isolation:
         generation: int = fleet["generation"]
         return own.fleet_generation >= generation
 
-    def run(self, name: str, request: Request, common: Request, full: Request) -> Steps[Reply]:
-        """The reply to a script call, from the fleet's state and this instance's.
+    def admit(self, fleet: Reply, request: Request) -> Reply | None:
+        """This instance's reply to acquire; None if the fleet decides. fleet: its state."""
+        before, own = self._own, self._own_engine(fleet)
+        if own is None or own is not before:
+            return None
+        mine = self._ask_own(own, "acquire", request)
+        return {**_isolated(mine, fleet), "admitted": mine["admitted"]}
 
-        common: the fields to add to the request to the fleet. full: the fields to add to any other request.
+    def applied(self, request: Request, fleet: Reply, full: Request) -> Reply:
+        """The reply after the fleet has answered a request: the fleet's, or this instance's while it is isolated.
+
+        request: the outcomes, if any; they count here too. full: the policy and the instance.
         """
-        own = self._own
-        if name == "acquire" and own is not None and own.state != "closed":
-            fleet = yield from self._run("record", {**full, "generation": 0})
-            if self._own_engine(fleet) is own:
-                mine = self._ask_own(own, "acquire", {**full, **request})
-                return {**_isolated(mine, fleet), "admitted": mine["admitted"]}
-        reply = yield from self._run(name, {**common, **request})
-        own = self._own_engine(reply)
+        own = self._own_engine(fleet)
         if own is None:
-            return reply
+            return fleet
         if request.get("generation", 0) < 0:
             mine = self._ask_own(own, "record", {**full, **request})  # the outcome of its own probe
-        elif name == "acquire" or reply["applied"]:
+        elif "admitted" in fleet or fleet.get("applied"):
             mine = self._ask_own(own, "record", {**full, **request, "generation": own.generation})
         else:
-            mine = self._ask_own(own, "record", {**full, "generation": 0})
-        return reply if mine["state"] == "closed" else _isolated(mine, reply)
+            mine = self._ask_own(own, "record", full)
+        return fleet if mine["state"] == "closed" else _isolated(mine, fleet)
 
     def _ask_own(self, own: LocalEngine, name: str, request: Request) -> Reply:
         mine = own.run(name, request)
@@ -89,7 +87,7 @@ class Isolation:
 
         Each generation of the fleet starts a new one: a transition or reset of the fleet applies to this instance too.
         """
-        if self._quorum(fleet) == 1 or fleet["source"] != "redis" or _decides(fleet):
+        if self._quorum(fleet) == 1 or _decides(fleet):
             self._own = None
         elif self._own is None or self._own.fleet_generation < fleet["generation"]:
             self._own = self._make()

@@ -84,8 +84,8 @@ class ManagerCore(Generic[B]):
         if breaker is None:
             # no lock, which a forked child could inherit locked: if several threads create a breaker, the first stays
             breaker = self._breakers.setdefault(service, self._make(service))
-        if self._client is not None and self.config.enabled and self.config.watch is not None:
-            self._subscribe(breaker, self.config.watch)
+        if self._client is not None and self.config.enabled and self.config.watch:
+            self._subscribe(breaker)
         return breaker
 
     def _make(self, service: str) -> B:
@@ -102,7 +102,7 @@ class ManagerCore(Generic[B]):
             **self._hooks,
         )
 
-    def _subscribe(self, breaker: B, lease: float) -> None:
+    def _subscribe(self, breaker: B) -> None:
         """Let the breaker join the shared subscription, unless it has joined."""
         raise NotImplementedError
 
@@ -150,12 +150,7 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
 
     def get_all_states(self) -> dict[str, State]:
         """The state of every service that is configured or was used. While Redis is down: the last known state."""
-        states: dict[str, State] = {}
-        down = False
-        for service, breaker in self._all():
-            states[service] = breaker.state if down else breaker._drive(_fresh_state(breaker))
-            down = down or breaker._engine.is_down  # one time-out is enough
-        return states
+        return {service: breaker._drive(_fresh_state(breaker)) for service, breaker in self._all()}
 
     def close(self) -> None:
         """Report the gathered successes, and close subscription and connections; a later call opens new ones."""
@@ -168,9 +163,9 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _subscribe(self, breaker: CircuitBreaker, lease: float) -> None:
+    def _subscribe(self, breaker: CircuitBreaker) -> None:
         if breaker._watch is None:
-            breaker.watch(lease)
+            breaker.watch()
 
 
 class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
@@ -198,12 +193,7 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
 
     async def get_all_states(self) -> dict[str, State]:
         """The state of every service that is configured or was used. While Redis is down: the last known state."""
-        states: dict[str, State] = {}
-        down = False
-        for service, breaker in self._all():
-            states[service] = breaker.state if down else await breaker._drive(_fresh_state(breaker))
-            down = down or breaker._engine.is_down  # one time-out is enough
-        return states
+        return {service: await breaker._drive(_fresh_state(breaker)) for service, breaker in self._all()}
 
     async def close(self) -> None:
         """Report the gathered successes, and close this loop's subscription and connections."""
@@ -222,14 +212,14 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
         super()._share(client)
         self._joined: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
 
-    def _subscribe(self, breaker: AsyncCircuitBreaker, lease: float) -> None:
+    def _subscribe(self, breaker: AsyncCircuitBreaker) -> None:
         try:
             joined = self._joined.setdefault(asyncio.get_running_loop(), set())
         except RuntimeError:  # no loop yet: the first call in one subscribes
             return
         if breaker.name not in joined:
             joined.add(breaker.name)
-            breaker._watch_with(AsyncWatch, lease)
+            breaker._watch_with(AsyncWatch)
 
 
 def _config_from(source: Source | None) -> Config:
@@ -246,8 +236,8 @@ def _config_from(source: Source | None) -> Config:
 
 def _fresh_state(breaker: BreakerCore) -> Steps[State]:
     """The state: from the view while that is fresh, else from Redis."""
-    seen = breaker._view.seen
-    if breaker._view.decide(seen, monotonic()) in (Verdict.ADMIT, Verdict.REJECT):
+    seen, now = breaker._view.seen, monotonic()
+    if now - seen.sent < breaker._view.lease and seen.verdict(now) is not Verdict.ASK:
         return seen.state
     snapshot = yield from breaker._snapshot()
     return breaker._isolation.state if snapshot.isolated else snapshot.state

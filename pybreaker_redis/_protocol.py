@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import re
 from collections.abc import Generator, Iterable
-from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgpack
 
@@ -234,21 +235,37 @@ def check_history_count(count: object) -> None:
         raise PolicyError(f"count must be an integer of at least 1, not {count!r}")
 
 
-def reply_from_message(message: dict[str, Any], policy: Policy) -> Reply:
-    """A published transition as a reply. Raises KeyError, TypeError, ValueError or OverflowError if malformed."""
-    state, generation, wait_ms = message["to"], int(message["generation"]), float(message.get("retry_after_ms", 0))
-    if not {state, message["from"]} <= {*get_args(State)} or not isinstance(message["reason"], str):
-        raise ValueError(f"no transition: {message!r}")
-    if not (0 < generation <= EXACT and 0 <= wait_ms <= LONGEST_MS):
-        raise ValueError(f"out of range: {message!r}")
-    recovered = state == "closed" and message["reason"] == "probe_succeeded"
+# A healthy document as save() in lua/document.lua writes it: closed, with no more than a window.
+_HEALTHY = re.compile(
+    rb'\{"state":"closed","failure_count":(\d{1,10}),"success_count":0,"last_failure_time":(?:\d{1,10}|null),'
+    rb'"opened_at":null,"version":1,"generation":([1-9]\d{0,12}),"failure_number":(\d{1,14})'
+    rb'(?:,"window":\{[^{}]*\})?\}'
+)
+_WINDOW = re.compile(
+    rb'"window":\{"bucket_ms":\d{1,14},"newest":\d{1,14},"calls":(\d{1,14}),"failures":(\d{1,14}),"slow":(\d{1,14}),'
+)
+
+
+def read_document(text: bytes | None) -> Reply | None:
+    """What the stored document of a healthy breaker says; None for any other document, which needs a script."""
+    found = _HEALTHY.fullmatch(text or b"")
+    if found is None:
+        return None
+    failure_count, generation, failure_number = map(int, found.groups())
     return {
-        "state": state,
+        "state": "closed",
         "generation": generation,
-        "failure_count": 0 if state == "closed" else int(message["failure_count"]),
-        "retry_after_ms": wait_ms,
-        "ramp_left_ms": policy.ramp_up * 1000 if recovered else 0,
+        "failure_count": failure_count,
+        "failure_number": failure_number,
+        "success_count": 0,
+        "source": "redis",
     }
+
+
+def read_window(text: bytes | None) -> dict[str, int]:
+    """The counts of a stored window, which may include calls that have left it since; empty without one."""
+    found = _WINDOW.search(text or b"")
+    return {} if found is None else dict(zip(COUNTS[2:], map(int, found.groups()), strict=True))
 
 
 def control_request(action: str, duration: float | None) -> Request:

@@ -43,6 +43,11 @@ class SlowCalls:
             return True
         return monotonic() - permit.started < limit and self._running.pop(permit, permit) is None
 
+    def any_overdue(self) -> bool:
+        """Whether a running call has become slow since overdue() was called."""
+        limit, oldest = self._view.policy.slow_call_duration, next(iter(list(self._running)), None)
+        return limit is not None and oldest is not None and oldest.started <= monotonic() - limit
+
     def overdue(self) -> list[BasePermit]:
         """Take the running calls that have become slow. Each is returned once, to one caller."""
         found: list[BasePermit] = []

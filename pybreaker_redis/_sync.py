@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
-import threading
 import types
 from collections.abc import Callable, Generator
 from time import monotonic
@@ -14,13 +12,13 @@ from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
 from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore
 from ._errors import CircuitOpenError, RedisUnavailableError
-from ._fallback import InMemory, patience
+from ._events import Event
 from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
-from ._protocol import HistoryEntry, Snapshot, Steps, check_history_count, history_entries
+from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from .wire.options import BLOCKING, REDIS_ERRORS
 from .wire.subscription import BaseWatch, Subscription
-from .wire.sync import server_of
+from .wire.sync import carry_out, server_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -85,7 +83,7 @@ class Watch(BaseWatch):
         return Subscription(*self._subscription())
 
     def close(self) -> None:
-        """Leave the subscription. The breaker returns to its own lease."""
+        """Leave the subscription."""
         self._leave()
 
     def __enter__(self) -> Self:
@@ -118,10 +116,6 @@ class CircuitBreaker(BreakerCore):
     _permit: type[Permit] = Permit
     _warning_permit = warns_if_lost(Permit)
     _kind, _server_of = BLOCKING, staticmethod(server_of)
-
-    def _start_process(self) -> None:
-        super()._start_process()
-        self._refreshing = threading.RLock()
 
     # Calls
 
@@ -186,7 +180,7 @@ class CircuitBreaker(BreakerCore):
         if now < seen.open_until and not self._notices.on_call:
             self._notices.count("rejected")
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        permit = self._admitted(seen.generation) if now < seen.timed_until else self._admit(now)
+        permit = self._admitted(seen.generation) if now < seen.watched_until else self._admit(now)
         permit.begin()
         try:
             result = func(*args, **kwargs)
@@ -250,12 +244,10 @@ class CircuitBreaker(BreakerCore):
     def _admit(self, began: float) -> BasePermit:
         try:
             answer = self._consult(began)
-            while not isinstance(answer, BasePermit):
-                if answer is Verdict.ASK:
-                    return self._drive(self._ask())
-                self._refresh(wait=answer is Verdict.WAIT)
+            while answer is Verdict.WAIT:
+                self._redis.refresh()
                 answer = self._consult(began, refreshed=True)
-            return answer
+            return answer if isinstance(answer, BasePermit) else self._drive(self._ask())
         finally:
             self._deliver()
 
@@ -269,52 +261,27 @@ class CircuitBreaker(BreakerCore):
     def _drive(self, steps: Steps[T] | None) -> T | None:
         """Carry out the steps, deliver their events, and return their result."""
         try:
-            return None if steps is None else self._carry_out(steps)
+            return None if steps is None else carry_out(steps, self._run_script)
         finally:
             self._deliver()
 
-    def _carry_out(self, steps: Steps[T]) -> T:
-        try:
-            ask = next(steps)
-            while True:
-                try:
-                    reply = self._redis.run(ask.name, self.keys, ask.request)
-                except BaseException as error:
-                    ask = steps.throw(error)
-                else:
-                    ask = steps.send(reply)
-        except StopIteration as end:
-            return cast(T, end.value)
-
-    def _in_background(self, steps: Steps[None]) -> None:
-        with contextlib.suppress(RuntimeError):  # no thread can start: the interpreter exits, or a limit is reached
-            threading.Thread(target=self._drive, args=(steps,), name="pybreaker_redis-retry", daemon=True).start()
-
-    def _refresh(self, wait: bool) -> None:
-        """Renew the view, one thread at a time. wait: return only once it is renewed, by this thread or another."""
-        lock, began = self._refreshing, monotonic()
-        if not lock.acquire(timeout=patience(self._redis_timeout) if wait else 0):
-            if not wait:
-                return
-            # held longer than any refresh takes: a signal handler raised in its thread between the lock and `try`
-            if self._refreshing is lock:
-                self._refreshing = threading.RLock()
-            return self._refresh(wait)
-        try:
-            # judged at this thread's arrival: the reply it waited for serves it even if its lease is over by now
-            if self._view.decide(self._view.seen, began) in (Verdict.REFRESH, Verdict.WAIT):
-                self._carry_out(self._renew())
-        finally:
-            lock.release()  # before the events are delivered: a listener may be slow, or call this breaker
+    def _run_script(self, ask: Ask) -> Reply:
+        return self._redis.run(ask.name, self.keys, ask.request)  # type: ignore[no-any-return]
 
     def _deliver(self) -> None:
-        notices = self._notices
-        while (event := notices.next()) is not None:
-            for listener in notices.receivers(event):
-                try:
-                    listener(event)
-                except Exception:
-                    notices.failed(listener)
+        while (event := self._notices.next()) is not None:
+            self._notify(event)
+
+    def _deliver_events(self, events: list[Event]) -> None:
+        for event in events:
+            self._notify(event)
+
+    def _notify(self, event: Event) -> None:
+        for listener in self._notices.receivers(event):
+            try:
+                listener(event)
+            except Exception:
+                self._notices.failed(listener)
 
     # State and operator actions
 
@@ -350,17 +317,15 @@ class CircuitBreaker(BreakerCore):
         """
         self._drive(self._command("reset"))
 
-    def watch(self, lease: float = 30.0) -> Watch:
-        """Subscribe to the transitions of other instances, so that the view may be `lease` seconds old.
+    def watch(self) -> Watch:
+        """Subscribe to what is published about this breaker, so that its view follows within milliseconds.
 
-        All breakers of this process that watch the same server share one subscription, held by one thread. While it
-        stands, a trip is in the view as soon as it is published, listeners receive every transition (source "watch"),
-        and a healthy breaker sends one command per lease (per tenth of the window if the policy has a rate). While it
-        is lost, the breaker's own short lease holds. End it with close(), or use it as a `with` block.
-
-        Raises PolicyError for a breaker without Redis, or a lease out of range.
+        All breakers of this process that watch the same server share one subscription, held by one thread. A message
+        is a hint to read the state at once; listeners receive every transition of other instances (source "watch").
+        Without a subscription, and while it is lost, a view is as old as its lease allows. End it with close(), or use
+        it as a `with` block. Raises PolicyError for a breaker without Redis.
         """
-        return self._watch_with(Watch, lease)
+        return self._watch_with(Watch)
 
     def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
         """Set a policy override for the whole fleet: fields of Policy, added to those set before.
@@ -377,8 +342,8 @@ class CircuitBreaker(BreakerCore):
     def history(self, count: int = 100) -> list[HistoryEntry]:
         """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
         check_history_count(count)
-        if isinstance(self._engine, InMemory):
-            return history_entries(self._engine.history(count))
+        if self._memory is not None:
+            return history_entries(self._memory.history(count))
         try:
             return history_entries(self._redis.history(self.keys, count))
         except REDIS_ERRORS as error:

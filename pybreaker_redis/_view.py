@@ -17,38 +17,75 @@ from time import monotonic
 from ._policy import Policy
 from ._protocol import Reply, Request, State
 
-NEVER, FOREVER = float("-inf"), float("inf")
+NEVER = float("-inf")
 MOST_COUNTERS = 64
 FIRST_SHARE = 0.1  # of the calls, right after a recovery with a ramp
+GROWTH = 1.0  # seconds: failures that grow quickly, or a high rate, keep a process alert for as long
+JUST_NOW = 0.05  # seconds: a success that is reported within them is reported as it ends
 
 
 class Verdict(enum.Enum):
     """What the view says about the next call."""
 
     ADMIT = 1  # go ahead
-    REJECT = 2  # the circuit is open
-    REFRESH = 3  # one caller asks Redis, the others use the old view
-    WAIT = 4  # too old to use: one caller asks Redis, the others wait for the reply
-    ASK = 5  # every caller asks Redis
+    REJECT = 2  # the circuit is open, or half open without a free slot
+    WAIT = 3  # the view is too old: read the state first
+    ASK = 4  # ask for a permit
 
 
 class Counter:
-    """The successes of one generation. tick() counts one, atomically and without a lock.
+    """Counts from zero. tick() counts one, atomically and without a lock.
 
     Reading ticks too; `_reads` subtracts that. One thread reads at a time.
     """
 
-    __slots__ = ("_reads", "_taken", "tick")
+    __slots__ = ("_reads", "tick")
 
     def __init__(self) -> None:
         self.tick = itertools.count(1).__next__
         self._reads = 0
-        self._taken = 0
 
     def total(self) -> int:
-        """All successes ever counted."""
+        """All ticks ever."""
         self._reads = reads = self._reads + 1  # kept: a signal handler may read again after the tick
         return self.tick() - reads
+
+
+class Successes(Counter):
+    """The successes of one generation, and the failures that they come after.
+
+    proved: the number of the latest failure that was read before the newest success ended. grown_at: when the count
+    was first seen to have grown to what it is now. Both are as of the last look().
+    """
+
+    __slots__ = ("_looked_at", "_read_at", "_read_number", "_taken", "grown_at", "proved")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._taken = 0
+        self._looked_at = 0
+        self._read_number = self._read_at = 0
+        self.proved = 0
+        self.grown_at = NEVER
+
+    def look(self, now: float) -> bool:
+        """Whether the count has grown since the last look."""
+        total = self.total()
+        if grown := total > self._looked_at:
+            self._looked_at, self.grown_at = total, now
+        if total > self._read_at:
+            self.proved = self._read_number
+        return grown
+
+    def read(self, number: int, now: float) -> None:
+        """Note that the process has just read that the latest failure has this number."""
+        self.look(now)
+        if number > self._read_number:
+            self._read_number, self._read_at = number, self._looked_at
+
+    def waiting(self) -> int:
+        """The successes since the last take, as of the last look."""
+        return self._looked_at - self._taken
 
     def take(self) -> int:
         """The successes since the last take."""
@@ -65,10 +102,11 @@ class Counter:
 
 @dataclasses.dataclass(slots=True)
 class Seen:
-    """One reply. A later one replaces it; until then only _renew() and trust() change it. Times: the monotonic clock.
+    """One reply. A later one replaces it; until then only View extends it. Times: the monotonic clock.
 
     closed_until, open_until: until when calls are admitted or rejected without asking Redis; the fast path reads only
-    these. timed_until: replaces closed_until if calls are timed. ramp_until: the end of the ramp after a recovery.
+    these. watched_until: replaces closed_until if each call needs a permit, because it is timed or the process is
+    alert. retry_at: until when an open or half-open circuit rejects. ramp_until: the end of the ramp after a recovery.
     """
 
     state: State
@@ -79,27 +117,27 @@ class Seen:
     retry_at: float
     ramp_until: float
     closed_until: float
-    timed_until: float
+    watched_until: float
     open_until: float
-    counter: Counter
+    counter: Successes
     tick: Callable[[], int]  # the counter's
 
     def verdict(self, now: float) -> Verdict:
         """The verdict of this reply, whatever its age."""
         if self.state == "closed":
             return Verdict.ADMIT
-        return Verdict.REJECT if self.state == "open" and now < self.retry_at else Verdict.ASK
+        return Verdict.REJECT if now < self.retry_at else Verdict.ASK
 
 
 def unseen(
     state: State = "closed",
     generation: int = 0,
     failure_count: int = 0,
-    counter: Counter | None = None,
+    counter: Successes | None = None,
     retry_at: float = NEVER,
 ) -> Seen:
     """A Seen that is too old to use: before the first reply, or after drop()."""
-    counter = counter or Counter()
+    counter = counter or Successes()
     return Seen(
         state,
         generation,
@@ -109,7 +147,7 @@ def unseen(
         retry_at=retry_at,
         ramp_until=NEVER,
         closed_until=NEVER,
-        timed_until=NEVER,
+        watched_until=NEVER,
         open_until=NEVER,
         counter=counter,
         tick=counter.tick,
@@ -123,16 +161,21 @@ class View:
     """
 
     def __init__(self, lease: float, policy: Policy | None = None) -> None:
-        self.lease = self.short_lease = lease
-        self.trusted_until = FOREVER  # end of the long lease; a subscription that stands keeps moving it
+        self.lease = lease
         self.policy = policy or Policy()
         self.seen = unseen()
         # counters of earlier generations, which running calls may still tick, and the sum of even older ones
-        self._earlier: collections.deque[Counter] = collections.deque()
+        self._earlier: collections.deque[Successes] = collections.deque()
         self._earlier_successes = 0
         # re-entrant, like every lock here: a signal handler or finalizer may call the breaker while its thread holds it
         self._lock = threading.RLock()
         self._not_before = NEVER  # replies to requests sent earlier are not adopted
+        self._alert_until = NEVER
+        self._base = 0, NEVER  # a failure number and when it was read, to tell how fast failures grow
+        self._began = NEVER  # when the first reply under the view's generation arrived
+        self._reported_at = NEVER  # when successes of this generation were last taken for a report
+        self._next_report_at = NEVER  # the next success may be reported as it ends from then on
+        self._ended_at = NEVER  # the end of the success that asked for a report
 
     def after_fork(self) -> None:
         """In a child: drop the gathered successes, which the parent reports, and the lock, which it may hold."""
@@ -146,38 +189,6 @@ class View:
         seen = self.seen
         return "half_open" if seen.state == "open" and monotonic() >= seen.retry_at else seen.state
 
-    def decide(self, seen: Seen, now: float) -> Verdict:
-        """What to do with a call that arrives now."""
-        if self.lease <= 0:
-            return Verdict.ASK
-        verdict, age, lease = seen.verdict(now), now - seen.sent, self.lease_at(now)
-        if verdict is Verdict.ASK or age < lease:
-            return verdict
-        return Verdict.REFRESH if age < 2 * lease else Verdict.WAIT
-
-    def decide_again(self, seen: Seen, began: float, now: float) -> Verdict:
-        """The same after a refresh, for a call that arrived at `began`."""
-        # measured from the call's arrival: else a lease shorter than a round trip would make it refresh for ever
-        return Verdict.WAIT if began - seen.sent >= 2 * self.lease_at(now) else seen.verdict(now)
-
-    def lease_at(self, now: float) -> float:
-        """The lease that holds now."""
-        return self.lease if now < self.trusted_until else self.short_lease
-
-    def trust(self, until: float) -> None:
-        """Let a long lease hold until then. A subscription that stands calls this again and again."""
-        self.trusted_until, seen = until, self.seen
-        fresh_until = self._fresh_until(seen.sent)
-        if seen.closed_until > NEVER:
-            seen.closed_until = fresh_until
-        if seen.timed_until > NEVER:
-            seen.timed_until = fresh_until
-        if seen.open_until > NEVER:
-            seen.open_until = min(fresh_until, seen.retry_at)
-
-    def _fresh_until(self, sent: float) -> float:
-        return max(min(sent + self.lease, self.trusted_until), sent + self.short_lease)
-
     def held_back(self, ramp_left: float) -> bool:
         """Whether the ramp after a recovery rejects this call. ramp_left: seconds to its end."""
         ramp_up = self.policy.ramp_up
@@ -185,70 +196,106 @@ class View:
             return False
         return random.random() >= FIRST_SHARE + (1 - FIRST_SHARE) * (1 - ramp_left / ramp_up)
 
-    def adopt(self, reply: Reply, sent: float, now: float) -> None:
-        """Make a reply the view, unless a newer one came in between."""
+    # Replies
+
+    def adopt(self, reply: Reply, sent: float, now: float) -> bool:
+        """Make a reply the view, unless a newer one came in between. Returns whether it did."""
         seen, generation = self.seen, reply["generation"]
         if self.lease <= 0 and generation == seen.generation and reply["failure_count"] == seen.failure_count:
-            return  # no call uses the view, and nothing has changed
+            return False  # no call uses the view, and nothing has changed
         with self._lock:
             seen = self.seen
             # adopt a lower generation only if its request was sent after the last reply arrived
             since = seen.arrived if generation < seen.generation else seen.sent
             if sent < since and generation <= seen.generation and not reply.get("isolated"):
-                return
+                return False
             if sent < self._not_before:
-                return
-            timed = self.policy.slow_call_duration is not None
-            if (
-                generation == seen.generation
-                and now < seen.closed_until
-                and not timed
-                and not reply.get("ramp_left_ms")
-            ):
-                self._renew(seen, reply, sent, now)
+                return False
+            counter = seen.counter if generation == seen.generation else self._next_counter(now)
+            if reply["source"] == "redis" and self.lease > 0:
+                counter.read(reply["failure_number"], now)
+                self._note_failures(reply, now)
+            if counter is seen.counter and now < seen.closed_until and not reply.get("ramp_left_ms"):
+                seen.failure_count = reply["failure_count"]  # a new Seen would slow down failing calls
+                self._extend(seen, sent, now)
             else:
-                self.seen = self._seen_from(reply, sent, now)
+                self.seen = self._seen_from(reply, counter, sent, now)
+        return True
 
-    def _renew(self, seen: Seen, reply: Reply, sent: float, now: float) -> None:
-        """Extend the reply of a circuit that is still closed: a new Seen would slow down failing calls."""
-        seen.sent, seen.arrived, seen.failure_count = sent, now, reply["failure_count"]
-        seen.closed_until = self._fresh_until(sent)
+    def extend(self, seen: Seen, sent: float, now: float) -> bool:
+        """Let a reply hold for another lease, since what is stored has not changed. False if it was replaced."""
+        with self._lock:
+            if self.seen is not seen or sent < max(seen.sent, self._not_before):
+                return False
+            if seen.failure_count > 0 and self.lease > 0:
+                self._alert_until = max(self._alert_until, now + self.lease)
+            self._extend(seen, sent, now)
+        return True
 
-    def _seen_from(self, reply: Reply, sent: float, now: float) -> Seen:
-        state, generation = reply["state"], reply["generation"]
-        retry_at = now + (reply.get("retry_after_ms") or 0) / 1000
-        ramp_until = now + (reply.get("ramp_left_ms") or 0) / 1000
-        fresh_until = self._fresh_until(sent) if self.lease > 0 else NEVER
-        closed_until = fresh_until if state == "closed" and ramp_until <= now else NEVER
-        timed = self.policy.slow_call_duration is not None
-        # outcomes of an earlier generation count for nothing: they stay in its counter
-        counter = self.seen.counter if generation == self.seen.generation else self._next_counter()
-        return Seen(
-            state,
-            generation,
-            reply["failure_count"],
-            sent,
-            now,
-            retry_at,
-            ramp_until,
-            NEVER if timed else closed_until,
-            closed_until if timed else NEVER,
-            min(fresh_until, retry_at) if state == "open" and self.policy.enforce else NEVER,
-            counter,
-            counter.tick,
-        )
+    def _extend(self, seen: Seen, sent: float, now: float) -> None:
+        seen.sent, seen.arrived = sent, now
+        self._set_ends(seen, sent + self.lease, now)
 
-    def _next_counter(self) -> Counter:
+    def _seen_from(self, reply: Reply, counter: Successes, sent: float, now: float) -> Seen:
+        seen = unseen(reply["state"], reply["generation"], reply["failure_count"], counter)
+        seen.sent, seen.arrived = sent, now
+        seen.retry_at = now + (reply.get("retry_after_ms") or 0) / 1000
+        seen.ramp_until = now + (reply.get("ramp_left_ms") or 0) / 1000
+        if self.lease > 0:
+            self._set_ends(seen, sent + self.lease, now)
+        return seen
+
+    def _set_ends(self, seen: Seen, fresh_until: float, now: float) -> None:
+        if seen.state == "open":
+            seen.open_until = min(fresh_until, seen.retry_at) if self.policy.enforce else NEVER
+        elif seen.state == "closed" and seen.ramp_until <= now:
+            observed = self.policy.slow_call_duration is not None or now < self._alert_until
+            seen.closed_until = NEVER if observed else fresh_until
+            seen.watched_until = fresh_until if observed else NEVER
+
+    def _next_counter(self, now: float) -> Successes:
         self._earlier.append(self.seen.counter)
         if len(self._earlier) > MOST_COUNTERS:
             self._earlier_successes += self._earlier.popleft().total()
-        return Counter()
+        self._began, self._reported_at, self._base = now, NEVER, (0, NEVER)
+        return Successes()
 
     def drop(self) -> None:
         """Stop using the view: the next call asks Redis. Gathered successes stay, for their generation may go on."""
         with self._lock:
             seen, self._not_before = self.seen, monotonic()
             self.seen = unseen(seen.state, seen.generation, seen.failure_count, seen.counter, seen.retry_at)
+
+    # Alert: while failures are near the threshold, successes are reported as they end
+
+    def _note_failures(self, reply: Reply, now: float) -> None:
+        policy, number = self.policy, reply["failure_number"]
+        base, base_at = self._base
+        if now - base_at > GROWTH:
+            self._base = number, now
+        grown = number - base >= policy.failure_threshold and now - base_at <= GROWTH
+        failing = reply.get("failures", 0) / (reply.get("calls") or 1)
+        slow = reply.get("slow", 0) / (reply.get("calls") or 1)
+        high = (policy.error_rate_threshold and failing >= policy.error_rate_threshold / 2) or (
+            policy.slow_call_rate_threshold and slow >= policy.slow_call_rate_threshold / 2
+        )
+        if grown or high:
+            self._alert_until = now + GROWTH
+        elif reply["failure_count"] > 0:
+            self._alert_until = max(self._alert_until, now + self.lease)
+
+    def hinted(self) -> None:
+        """A run of failures has come halfway: the next success may be reported at once."""
+        self._next_report_at = NEVER
+
+    def claim_report(self, now: float) -> bool:
+        """Whether the success that has just ended should be reported now: once per lease while alert."""
+        if now >= self._alert_until or now < self._next_report_at:
+            return False
+        self._next_report_at, self._ended_at = now + self.lease, now
+        return True
+
+    # Gathered successes
 
     def gather(self, generation: int) -> bool:
         """Count one success locally; False where there is no lease, or the generation has ended."""
@@ -265,19 +312,51 @@ class View:
             even_earlier, counters = self._earlier_successes, {*self._earlier, self.seen.counter}
             return even_earlier + sum(counter.total() for counter in counters)
 
-    def take(self, generation: int | None = None) -> Request:
+    def is_due(self, now: float, keeps_window: bool) -> bool:
+        """Whether the gathered successes should be reported now. Called once per lease, while calls come.
+
+        They matter only to a window, or to a run of failures that this process has read. To a window they are reported
+        whenever a tenth of its age has passed, so that a judged rate misses at most a tenth of the calls.
+        """
+        with self._lock:
+            seen = self.seen
+            grown = seen.counter.look(now)
+            if seen.state != "closed" or not seen.counter.waiting():
+                return False
+            if now < self._alert_until and (now >= self._next_report_at or self._ended_at > self._reported_at):
+                return True
+            if keeps_window and now - self._reported_at >= min(now - self._began, self.policy.window) / 10:
+                return True
+            return not grown and (keeps_window or seen.failure_count > 0)
+
+    def take(self, generation: int | None = None, dated: bool = True) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.
 
-        generation: take nothing if the view has another one.
+        generation: take nothing if the view has another one. dated: say which failures they come after, and how old
+        they are.
         """
         if self.lease <= 0:
             return {}
         with self._lock:
-            seen = self.seen
+            seen, counter, now = self.seen, self.seen.counter, monotonic()
             if generation is not None and generation != seen.generation:
                 return {"generation": generation}
-            gathered = seen.counter.take()
-        return {"generation": seen.generation, "successes": gathered} if gathered else {"generation": seen.generation}
+            if not dated:  # nothing looks at the counter meanwhile: calls ended while the view was fresh
+                counter.look(min(now, seen.sent + self.lease) if seen.sent > NEVER else now)
+            else:
+                counter.look(now)
+            gathered = counter.take()
+            if not gathered:
+                return {"generation": seen.generation}
+            request: Request = {"generation": seen.generation, "successes": gathered}
+            age_ms = round((now - counter.grown_at) * 1000)
+            if age_ms > 0:
+                request["age_ms"] = age_ms
+            if dated:
+                self._reported_at, self._next_report_at = now, max(self._next_report_at, now + self.lease)
+                if now - self._ended_at > JUST_NOW:
+                    request["seen_failure"] = counter.proved
+            return request
 
     def give_back(self, request: Request) -> None:
         """Return the successes of a request that was never sent, unless their generation has ended."""

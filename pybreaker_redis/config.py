@@ -76,7 +76,7 @@ class _CircuitBreaker(_Section):
     enabled: bool = True
     defaults: _PolicyFields = {}
     services: dict[str, _PolicyFields] = {}
-    watch: float | None = 30.0
+    watch: bool = True
     lease: float = 0.1
     on_redis_failure: Literal["local", "open", "closed"] = "local"
     redis_timeout: float = 0.25

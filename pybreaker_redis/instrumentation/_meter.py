@@ -138,8 +138,10 @@ class Meter(Instrument):
 
 def _local_snapshot(breaker: BreakerCore) -> Snapshot | None:
     """The state from the breaker's local engine; None while Redis decides."""
-    reply = breaker._engine.local("snapshot", breaker._with_policy)
-    return None if reply is None else snapshot_from(breaker.name, reply, breaker.policy)
+    engine = breaker._memory if breaker._line is None else breaker._line.local
+    if engine is None:
+        return None
+    return snapshot_from(breaker.name, engine.run("snapshot", breaker._with_policy), breaker.policy)
 
 
 def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None) -> BreakerReading:
@@ -150,7 +152,7 @@ def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None)
         state=snapshot.state if snapshot else breakers[0].state,
         health=snapshot.health if snapshot else None,
         probes_in_flight=snapshot.probes_in_flight if snapshot else None,
-        fallback=any(breaker._engine.is_down for breaker in breakers),
+        fallback=any(breaker._line is not None and breaker._line.local is not None for breaker in breakers),
         view_age=max((now - sent for sent in ages if sent != NEVER), default=None),
         calls={
             "success": counts.successes - counts.slow,

@@ -8,14 +8,15 @@ import contextlib
 import itertools
 import os
 import weakref
-from collections.abc import AsyncIterator, MutableMapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, MutableMapping, Sequence
+from typing import Any, TypeVar
 
 import redis
 
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import Command, packed
+from .link import Link, Member
 from .options import (
     ASYNCIO,
     REDIS_ERRORS,
@@ -27,7 +28,9 @@ from .options import (
     intact,
     pools_of,
 )
-from .route import Exchange, Routes, exchange
+from .route import Leg, Routes, exchange
+
+T = TypeVar("T")
 
 _TURNS = 32
 _MOST_CONNECTIONS = 128  # of one client on one event loop
@@ -53,12 +56,53 @@ class AsyncServer:
         self._pool_of, clustered = pools_of(client, ASYNCIO, timeout)
         self._routes = Routes(client) if clustered else None
         self._timeout = timeout
-        self._by_loop: _ByLoop = weakref.WeakKeyDictionary()
+        self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, OnLoop] = weakref.WeakKeyDictionary()
+        self.link = Link(timeout, self._routes.home if self._routes else None)
 
     def after_fork(self) -> None:
         """In a child: leave the parent's connections alone, and start without any."""
         leave_to_parent(self._by_loop)
         self._by_loop = weakref.WeakKeyDictionary()
+        self.link.after_fork()
+
+    def soon(self, member: Member, hinted: bool = False, urgent: bool = False) -> None:
+        """Refresh a breaker in the background. hinted: even if its view is fresh. urgent: it has a report to send."""
+        link = self.link
+        link.use(member, hinted)
+        if hinted or urgent or not link.is_busy():
+            link.wanted = True
+            self._start()
+
+    async def refresh(self) -> None:
+        """Wait for an exchange of the link: the one that is under way, or a new one."""
+        here = self._here()
+        if here.task is None or here.task.done():
+            self.link.wanted = True
+        task = self._start()
+        await asyncio.wait({task})
+        if not task.cancelled():
+            task.result()
+
+    def _start(self) -> asyncio.Task[None]:
+        here = self._here()
+        if here.timer is not None:
+            here.timer.cancel()
+            here.timer = None
+        if here.task is None or here.task.done():
+            here.task = asyncio.get_running_loop().create_task(self._refresh(here))
+        return here.task
+
+    async def _refresh(self, here: OnLoop) -> None:
+        while True:
+            await carry_out(self.link.exchange(), self.exchange)
+            while self.link.undelivered:
+                member, events = self.link.undelivered.popleft()
+                member.deliver(events)
+            if not self.link.wanted:
+                break
+        pause = self.link.pause()
+        if pause is not None:
+            here.timer = asyncio.get_running_loop().call_later(pause, self._start)
 
     async def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -74,37 +118,62 @@ class AsyncServer:
 
     async def close(self) -> None:
         """Close this loop's connections; the next call opens others."""
-        for node in list(self._nodes().values()):
+        here = self._here()
+        if here.timer is not None:
+            here.timer.cancel()
+            here.timer = None
+        for node in list(here.nodes.values()):
             await node.close()
 
     async def _one(self, command: Command) -> Any:
-        (reply,) = await self._carry_out(exchange(self._routes, (command,)))
+        (reply,) = await self.exchange((command,))
         if isinstance(reply, BaseException):
             raise reply
         return reply
 
-    async def _carry_out(self, steps: Exchange) -> list[Any]:
-        try:
-            leg = next(steps)
-            while True:
-                try:
-                    replies = await self._node(leg.address).send(leg.commands, leg.asking)
-                except BaseException as error:
-                    leg = steps.throw(error)
-                else:
-                    leg = steps.send(replies)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """The replies, in order; that of a failed command, or of one whose cluster node is lost, is the error.
+
+        Raises redis.RedisError or OSError when the server is lost.
+        """
+        return await carry_out(exchange(self._routes, commands), self._send)
+
+    async def _send(self, leg: Leg) -> list[Any]:
+        return await self._node(leg.address).send(leg.commands, leg.asking)
 
     def _node(self, address: Address | None) -> AsyncConnections:
-        nodes = self._nodes()
+        nodes = self._here().nodes
         return nodes.get(address) or nodes.setdefault(address, AsyncConnections(self._pool_of(address), self._timeout))
 
-    def _nodes(self) -> dict[Address | None, AsyncConnections]:
+    def _here(self) -> OnLoop:
         loop = asyncio.get_running_loop()
         if loop not in self._by_loop:
             forget_ended(self._by_loop)
-        return self._by_loop.setdefault(loop, {})
+        return self._by_loop.setdefault(loop, OnLoop())
+
+
+class OnLoop:
+    """What an AsyncServer has on one event loop: connections, and the task or timer of its next exchange."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[Address | None, AsyncConnections] = {}
+        self.task: asyncio.Task[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None
+
+
+async def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Awaitable[Any]]) -> T:
+    """Perform each step that the generator yields: send it the result, or throw it the error. Returns its result."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                result = await perform(step)
+            except BaseException as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(result)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
 
 
 class AsyncConnections:
@@ -173,9 +242,6 @@ class AsyncConnections:
                     return idle
             await idle.disconnect(nowait=True)
         return self.connection()
-
-
-_ByLoop = weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Address | None, AsyncConnections]]
 
 
 def forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any]) -> None:

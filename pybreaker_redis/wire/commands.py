@@ -46,6 +46,12 @@ def history(keys: Keys, count: int) -> Command:
     return Command(stream, (b"XREVRANGE", stream, b"+", b"-", b"COUNT", b"%d" % count))
 
 
+def read(keys: Sequence[Keys]) -> Command:
+    """Read the stored document and policy override of each breaker. In a cluster: of breakers of one slot."""
+    names = [_encoded(one) for one in keys]
+    return Command(names[0][0], (b"MGET", *(name for state, _, policy in names for name in (state, policy))))
+
+
 def packed(commands: Sequence[Command], asking: bool) -> list[bytes]:
     """The commands as bytes of the protocol. redis-py's own packer takes a third of a round trip on asyncio."""
     asking_first = _ASKING if asking else b""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -208,6 +209,25 @@ def connecting() -> Iterator[None]:
 def can_read(connection: Any) -> Any:
     """The method of an asyncio connection that tells whether something can be read; redis-py renamed it."""
     return connection.can_read if hasattr(connection, "can_read") else connection.can_read_destructive
+
+
+# the error codes of a server that serves no breaker now; Redis 6 hides them within the message of a script's error
+_SERVER_TEXTS = re.compile(
+    r"^(NOAUTH|WRONGPASS|LOADING|BUSY|MASTERDOWN|CLUSTERDOWN)\b|\b(OOM command|READONLY|MISCONF|NOREPLICAS)\b"
+)
+_SERVER_ERRORS = (
+    redis.ConnectionError,
+    redis.TimeoutError,
+    redis.ReadOnlyError,
+    exceptions.OutOfMemoryError,
+    exceptions.ClusterError,
+    OSError,
+)
+
+
+def concerns_server(error: BaseException) -> bool:
+    """Whether an error is an outage of the server, which no breaker can use now, rather than of one breaker."""
+    return isinstance(error, _SERVER_ERRORS) or _SERVER_TEXTS.search(str(error)) is not None
 
 
 _KINDS: tuple[tuple[type[BaseException], str], ...] = (

@@ -64,6 +64,7 @@ class Routes:
         self._known, self._remapped = known_nodes(client), remap_of(client)
         self._turn = itertools.count()
         self._serving: dict[int, Address] = {}  # by slot: the node that served it last
+        self._homes: dict[int, Address] = {}  # by slot: the node that served it, or failed to, last
         self._ranges: list[tuple[int, int, Address]] = []  # first and last slot of each master
         self._learned: list[Address] = []  # all nodes of the last CLUSTER SLOTS, with replicas and lost nodes
 
@@ -87,6 +88,7 @@ class Routes:
                     found = [error] * len(places)  # they may have been executed
                 for place, reply in zip(places, found, strict=True):
                     replies[place] = reply
+                    self._homes[key_slot(commands[place].key)] = address
                     if isinstance(reply, AskError):  # or its subclass, MovedError
                         moved = isinstance(reply, MovedError)
                         waiting.append((self._remap(address, reply.host, reply.port), not moved, place))
@@ -124,6 +126,10 @@ class Routes:
         """Each known node in turn, including lost ones."""
         nodes = self._nodes()
         return nodes[next(self._turn) % len(nodes)]
+
+    def home(self, key: bytes) -> Address | None:
+        """The node that served the key, or failed to, last."""
+        return self._homes.get(key_slot(key))
 
     def _of_range(self, slot: int) -> Address | None:
         return next((address for first, last, address in self._ranges if first <= slot <= last), None)

@@ -1,10 +1,8 @@
-"""One subscription for any number of breakers: transitions of other instances reach their views at once."""
+"""One subscription for any number of breakers: a message is a hint to read a breaker's state at once."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import json
 import logging
 import os
 import random
@@ -19,7 +17,6 @@ from redis.exceptions import ConnectionError, ResponseError
 from .._protocol import state_pattern
 
 PING_EVERY = 1.0  # seconds; a connection that is silent for twice as long is lost
-TRUSTED_FOR = 3 * PING_EVERY  # seconds after the last sign of life of the server, the thread or the task
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 logger = logging.getLogger("pybreaker_redis")
 _lock = threading.RLock()
@@ -33,94 +30,70 @@ class Watcher(Protocol):
     keys: Any
     _redis: Any
     _prefix: str
-    _view: Any
-    _watch_lease: float | None
     _rejoin: BaseWatch | None
 
-    def _subscribed(self, lease: float | None) -> None: ...
-    def _receive(self, message: dict[str, Any]) -> None: ...
-    def _deliver(self) -> Any: ...
+    def _hinted(self) -> None: ...
 
 
 class Audience:
-    """The breakers of one subscription, each with its lease while the subscription stands. No I/O."""
+    """The breakers of one subscription. A message is only a hint to read a breaker's keys again. No I/O."""
 
     def __init__(self, prefix: str) -> None:
         self.pattern = state_pattern(prefix)
-        self._connected = False
+        self.connected = False
         self._ended = False
-        self._leases: weakref.WeakKeyDictionary[Watcher, float] = weakref.WeakKeyDictionary()
+        self._members: weakref.WeakKeyDictionary[Watcher, bytes] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
 
     def __bool__(self) -> bool:
-        return bool(self._leases)
+        return bool(self._members)
 
-    def join(self, breaker: Watcher, lease: float) -> bool:
+    def join(self, breaker: Watcher) -> bool:
         """Add a breaker. Returns False if the subscription has ended."""
         with self._lock:
             if not self._ended:
-                self._leases[breaker] = lease
-                if self._connected:
-                    breaker._subscribed(lease)
-                    breaker._view.trust(time.monotonic() + TRUSTED_FOR)
+                self._members[breaker] = breaker.keys.state.encode()
+                if self.connected:
+                    breaker._hinted()
             return not self._ended
 
     def leave(self, breaker: Watcher) -> None:
         """Remove a breaker."""
         with self._lock:
-            if self._leases.pop(breaker, None) is not None:
-                breaker._subscribed(None)
+            self._members.pop(breaker, None)
 
     def has_ended(self) -> bool:
         """Whether no breaker is left. From then on none can join."""
         with self._lock:
-            self._ended = self._ended or not self._leases
+            self._ended = self._ended or not self._members
             return self._ended
 
     def end(self) -> None:
         """End the subscription, for all breakers."""
         with self._lock:
-            self._ended = True
-        self._switch(False)
+            self._ended, self.connected = True, False
 
     def up(self) -> None:
-        """The subscription stands: drop every view, since it may have missed messages, and lengthen the leases."""
-        self._switch(True)
+        """The subscription stands: read every breaker, since messages may have been missed."""
+        self.connected = True
+        self._hint()
 
     def down(self, error: BaseException) -> None:
-        """The subscription is lost: shorten the leases at once."""
-        if self._connected and self._leases:
-            logger.warning(
-                "circuit breakers %r: the subscription is lost, so the short leases hold: %r", self.pattern, error
-            )
-        self._switch(False)
+        """The subscription is lost."""
+        if self.connected and self._members:
+            logger.warning("circuit breakers %r: the subscription is lost: %r", self.pattern, error)
+        self.connected = False
 
-    def stands(self) -> None:
-        """Let long leases hold for TRUSTED_FOR: the server gave a sign of life, or is about to be asked for one."""
-        until = time.monotonic() + TRUSTED_FOR
+    def receive(self, reply: list[Any]) -> None:
+        """Hint the breakers that a message concerns. Its content is not read: anyone can publish."""
+        if reply[0] in (b"pmessage", "pmessage"):
+            self._hint(reply[2].encode() if isinstance(reply[2], str) else reply[2])
+
+    def _hint(self, channel: bytes | None = None) -> None:
         with self._lock:
-            for breaker in list(self._leases):
-                breaker._view.trust(until)
-
-    def _switch(self, connected: bool) -> None:
-        with self._lock:
-            self._connected = connected
-            for breaker, lease in list(self._leases.items()):
-                breaker._subscribed(lease if connected else None)
-
-    def receive(self, reply: list[Any]) -> Iterator[Watcher]:
-        """Yield the breakers that a message concerns, after handing it to them. Ignores malformed messages."""
-        if reply[0] not in (b"pmessage", "pmessage"):
-            return
-        channel, data = (part.decode(errors="replace") if isinstance(part, bytes) else part for part in reply[2:])
-        with contextlib.suppress(ValueError, RecursionError):
-            message = json.loads(data)
-            if isinstance(message, dict):
-                with self._lock:
-                    concerned = [breaker for breaker in self._leases if breaker.keys.state == channel]
-                for breaker in concerned:
-                    breaker._receive(message)
-                    yield breaker
+            concerned = [breaker for breaker, key in list(self._members.items()) if channel in (None, key)]
+        for breaker in concerned:
+            breaker._hinted()
 
 
 class Subscription:
@@ -140,7 +113,7 @@ class Subscription:
             try:
                 for _ in self._listen():
                     pauses = _pauses()
-            except BaseException as error:  # even a listener's SystemExit: leases must not stay long
+            except Exception as error:
                 self.audience.down(error)
                 time.sleep(next(pauses))
 
@@ -155,10 +128,8 @@ class Subscription:
             yield
             pinged = False
             while self.audience:
-                self.audience.stands()
                 if connection.can_read(PING_EVERY):
-                    for breaker in self.audience.receive(_reply(connection.read_response)):
-                        breaker._deliver()
+                    self.audience.receive(_reply(connection.read_response))
                     pinged = False
                 elif pinged:
                     raise ConnectionError("no answer to a PING on the subscription")
@@ -207,13 +178,11 @@ class AsyncSubscription:
             yield
             pinged = False
             while self.audience:
-                self.audience.stands()
                 reader = reader or asyncio.ensure_future(connection.read_response())
                 await asyncio.wait({reader}, timeout=PING_EVERY)
                 if reader.done():
                     reply, reader, pinged = _reply(reader.result), None, False
-                    for breaker in self.audience.receive(reply):
-                        await breaker._deliver()
+                    self.audience.receive(reply)
                 elif pinged:
                     raise ConnectionError("no answer to a PING on the subscription")
                 else:
@@ -229,18 +198,15 @@ class AsyncSubscription:
 class BaseWatch:
     """A breaker's membership in a subscription."""
 
-    def __init__(self, breaker: Any, lease: float) -> None:
+    def __init__(self, breaker: Any) -> None:
         self._breaker: Watcher = breaker
-        self._lease = lease
         self._audience: Audience | None = None
         self._join()
 
     @property
     def active(self) -> bool:
-        """Whether the subscription stands now, so that the long lease holds."""
-        breaker = self._breaker
-        stands = breaker._watch_lease is not None and time.monotonic() < breaker._view.trusted_until
-        return self._audience is not None and stands
+        """Whether the subscription stands now."""
+        return self._audience is not None and self._audience.connected
 
     def _key(self) -> tuple[object, ...]:
         return self._breaker._redis.address, self._breaker._prefix
@@ -257,9 +223,9 @@ class BaseWatch:
             for ended in [key for key, held in _subscriptions.items() if held.audience.has_ended()]:
                 del _subscriptions[ended]
             shared = _subscriptions.get(key)
-            if shared is None or not shared.audience.join(self._breaker, self._lease):
+            if shared is None or not shared.audience.join(self._breaker):
                 shared = _subscriptions[key] = self._open()
-                shared.audience.join(self._breaker, self._lease)
+                shared.audience.join(self._breaker)
                 shared.start()
         self._audience = shared.audience
 

@@ -1,14 +1,16 @@
-"""Blocking connections: each exchange is one pipeline, with a deadline, and is never repeated."""
+"""Blocking connections: each exchange is one pipeline, with a deadline, and is never repeated. One thread refreshes."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import os
+import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from time import monotonic
-from typing import Any
+from typing import Any, TypeVar
 
 import redis
 from redis.exceptions import NoScriptError
@@ -16,9 +18,12 @@ from redis.exceptions import NoScriptError
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import Command, packed
+from .link import Link, Member
 from .options import BLOCKING, REDIS_ERRORS, Address, address_of, connecting, connection, intact, pools_of
-from .route import Exchange, Routes, exchange
+from .route import Leg, Routes, exchange
 
+T = TypeVar("T")
+logger = logging.getLogger("pybreaker_redis")
 _PER_COMMAND = 0.001  # seconds that a pipeline may take longer for each of its commands
 _shared: weakref.WeakKeyDictionary[Any, dict[float, Server]] = weakref.WeakKeyDictionary()
 
@@ -47,6 +52,48 @@ class Server:
         self._routes = Routes(client) if clustered else None
         self._timeout = timeout
         self._nodes: dict[Address | None, Connections] = {}
+        self.link = Link(timeout, self._routes.home if self._routes else None)
+        self._start_process()
+
+    def _start_process(self) -> None:
+        self._refreshing = threading.RLock()
+        self._refreshes = 0
+        self._worker = Worker(self._refresh, self.link.pause)
+        self._messenger = Messenger(self.link.undelivered)
+
+    def after_fork(self) -> None:
+        """In a child: close its copies of the sockets, and start without threads."""
+        self.close()
+        self.link.after_fork()
+        self._start_process()
+
+    def soon(self, member: Member, hinted: bool = False, urgent: bool = False) -> None:
+        """Refresh a breaker in the background. hinted: even if its view is fresh. urgent: it has a report to send."""
+        link = self.link
+        link.use(member, hinted)
+        if hinted or urgent or not link.is_busy():
+            link.wanted = True
+            self._worker.wake()
+
+    def refresh(self) -> None:
+        """Wait for an exchange of the link: of this thread, or of another thread that has begun one."""
+        self._refresh(wanted=True)
+
+    def _refresh(self, wanted: bool = False) -> None:
+        lock, before = self._refreshing, self._refreshes
+        if not lock.acquire(timeout=self.link.patience):
+            # held longer than any exchange takes: a signal handler raised in its thread between the lock and `try`
+            if self._refreshing is lock:
+                self._refreshing = threading.RLock()
+            return
+        try:
+            if before == self._refreshes:
+                self.link.wanted |= wanted
+                carry_out(self.link.exchange(), self.exchange)
+                self._refreshes += 1
+        finally:
+            lock.release()
+            self._messenger.wake()
 
     def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -61,13 +108,13 @@ class Server:
 
         Raises redis.RedisError or OSError when the server is lost.
         """
-        return self._carry_out(exchange(self._routes, commands))
+        return carry_out(exchange(self._routes, commands), self._send)
 
     def masters(self) -> list[Connections]:
         """The connections to each node that serves keys."""
         if self._routes is None:
             return [self._node(None)]
-        self._carry_out(self._routes.learn_masters())
+        carry_out(self._routes.learn_masters(), self._send)
         return [self._node(address) for address in self._routes.masters()]
 
     def subscriber(self) -> Any:
@@ -88,22 +135,101 @@ class Server:
             raise reply
         return reply
 
-    def _carry_out(self, steps: Exchange) -> list[Any]:
-        try:
-            leg = next(steps)
-            while True:
-                try:
-                    replies = self._node(leg.address).send(leg.commands, leg.asking)
-                except BaseException as error:
-                    leg = steps.throw(error)
-                else:
-                    leg = steps.send(replies)
-        except StopIteration as end:
-            return end.value  # type: ignore[no-any-return]
+    def _send(self, leg: Leg) -> list[Any]:
+        return self._node(leg.address).send(leg.commands, leg.asking)
 
     def _node(self, address: Address | None) -> Connections:
         found = self._nodes.get(address)
         return found or self._nodes.setdefault(address, Connections(self._pool_of(address), self._timeout))
+
+
+def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Any]) -> T:
+    """Perform each step that the generator yields: send it the result, or throw it the error. Returns its result."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                result = perform(step)
+            except BaseException as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(result)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]
+
+
+class Worker:
+    """A daemon thread that works when it is woken, and at each pause. Starts on demand; ends when there is no pause.
+
+    pause: returns seconds, or None when nothing is left to do.
+    """
+
+    def __init__(self, work: Callable[[], None], pause: Callable[[], float | None]) -> None:
+        self._work, self._pause = work, pause
+        self._awake = threading.Event()
+        self._lock = threading.RLock()
+        self._thread: threading.Thread | None = None
+
+    def wake(self) -> None:
+        """Let the thread work soon. Where no thread can run, the caller works."""
+        self._awake.set()
+        if self._thread is not None:
+            return
+        with self._lock:
+            if self._thread is not None:
+                return
+            thread = threading.Thread(target=self._run, name="pybreaker_redis-link", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # the interpreter exits, or a limit is reached
+                self._work()
+            else:
+                self._thread = thread
+
+    def _run(self) -> None:
+        while True:
+            pause = self._pause()
+            if pause is None:
+                with self._lock:
+                    if not self._awake.is_set():
+                        self._thread = None
+                        return
+            self._awake.wait(pause)
+            self._awake.clear()
+            try:
+                self._work()
+            except Exception:
+                logger.exception("refreshing the circuit breakers failed")
+
+
+class Messenger:
+    """Delivers the events of exchanges on a thread of its own: a slow listener must not delay a refresh."""
+
+    def __init__(self, undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:
+        self._undelivered = undelivered
+        self._lock = threading.RLock()
+        self._running = False
+
+    def wake(self) -> None:
+        """Deliver all events, in order."""
+        if not self._undelivered:
+            return
+        with self._lock:
+            start, self._running = not self._running, True
+        if start:
+            try:
+                threading.Thread(target=self._run, name="pybreaker_redis-listeners", daemon=True).start()
+            except RuntimeError:  # the interpreter exits, or a limit is reached
+                self._run()
+
+    def _run(self) -> None:
+        while True:
+            with self._lock:
+                if not self._undelivered:
+                    self._running = False
+                    return
+            member, events = self._undelivered.popleft()
+            member.deliver(events)
 
 
 class Connections:
@@ -171,7 +297,7 @@ def _read(connection: Any) -> Any:
 def _after_fork_in_child() -> None:
     for by_timeout in list(_shared.values()):
         for server in by_timeout.values():
-            server.close()  # closes this process's copies of the sockets only
+            server.after_fork()
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,0 +1,248 @@
+"""A breaker's line: its part in its process's link to Redis, and the engine that takes over while Redis is down."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from time import monotonic
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
+
+from ._events import Notices
+from ._memory import LocalEngine
+from ._policy import DEFAULTS
+from ._protocol import Reply, Request, State, read_document, read_window
+from ._slow import SlowCalls
+from ._view import NEVER, Seen, View
+from .wire.link import LONGEST_PAUSE, Health, Link
+
+OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
+
+
+class Texts(NamedTuple):
+    """What Redis stores for a breaker: its document and its policy override; None where nothing is stored."""
+
+    document: bytes | None
+    policy: bytes | None
+
+
+class FixedEngine:
+    """Admits every call, or none, and counts nothing."""
+
+    source = "local"
+
+    def __init__(self, state: State, retry_after_ms: int) -> None:
+        self._state, self._retry_after_ms = state, retry_after_ms
+
+    def run(self, name: str, request: Request) -> Reply:
+        """The same reply to every script call."""
+        return {
+            "admitted": self._state == "closed",
+            "applied": False,
+            "state": self._state,
+            "generation": -1,
+            "failure_count": 0,
+            "failure_number": 0,
+            "success_count": 0,
+            "retry_after_ms": self._retry_after_ms if self._state == "open" else None,
+            "source": self.source,
+        }
+
+    def after_fork(self) -> None:
+        """Nothing to do: it keeps no state."""
+
+
+class Owner(Protocol):
+    """A breaker, as far as its line is concerned."""
+
+    name: str
+    keys: Any
+    instance: str
+    _view: View
+    _notices: Notices
+    _slow_calls: SlowCalls
+    _override: dict[str, Any] | None
+    _with_policy: Request
+    _watch: Any
+
+    def _last_known(self) -> LocalEngine: ...
+    def _deliver_events(self, events: list[Any]) -> None: ...
+    def _reports(self) -> list[Request]: ...
+    def _complete(self, name: str, request: Request) -> Request: ...
+    def _adopt_fleet(self, request: Request, reply: Reply, sent: float) -> bool: ...
+
+
+class Line:
+    """A breaker as a member of its process's link; wire.link.Member describes the methods.
+
+    mode: the breaker's on_redis_failure. lease: seconds between two refreshes. trouble: errors of this breaker alone.
+    """
+
+    def __init__(self, owner: Owner, server: Any, mode: OnRedisFailure) -> None:
+        self._owner, self._server, self._mode = owner, server, mode
+        self._link: Link = server.link
+        self.name, self.keys = owner.name, owner.keys
+        self.lease = owner._view.lease
+        self._start_process()
+
+    def _start_process(self) -> None:
+        self.trouble = Health(self._link.patience)
+        self._lock = threading.RLock()
+        self.local: LocalEngine | FixedEngine | None = None
+        self._texts: Texts | None = None  # as last read
+        self._known: tuple[Texts, Seen, float] | None = None  # texts, what they say, and until when they say it
+        self._policy: bytes | None = None  # the stored text of the policy override in force
+        self._keeps_window = False  # whoever asked for it
+        self._renew_at = NEVER  # when the TTL must be renewed
+        self._told: int | None = None  # the generation whose transition the listeners have to learn of
+
+    def after_fork(self) -> None:
+        """In a child: replace the locks, which a thread of the parent may hold."""
+        local = self.local
+        self._start_process()
+        if local is not None:
+            local.after_fork()
+
+    # Outages
+
+    def engine(self) -> LocalEngine | FixedEngine | None:
+        """The engine that decides in this process while Redis is down; None while Redis decides."""
+        if self.local is None and self._link.error(self) is None:
+            return None
+        with self._lock:
+            error = self._link.error(self)
+            if error is None:
+                self._return()
+            elif self.local is None:
+                fixed = FixedEngine(self._mode, round(LONGEST_PAUSE * 1000)) if self._mode != "local" else None
+                self.local = fixed or self._owner._last_known()
+                self._owner._notices.redis_down(error)
+            elif self._link.retry_is_due(self, monotonic()):
+                self._server.soon(self)
+            return self.local
+
+    def must_wait_for_retry(self) -> bool:
+        """Whether a call must wait for the retry, since the last one in the background did not end."""
+        return self._link.retry_is_due(self, monotonic()) and self._link.retry_was_abandoned(self)
+
+    def _return(self) -> None:
+        if self.local is not None:
+            self.local = self._known = None
+            self._owner._view.drop()
+            self._owner._notices.redis_up()
+
+    def restored(self, reply: Reply, sent: float) -> None:
+        with self._lock:
+            self._return()
+        self.replied({}, reply, sent)
+
+    # Reports
+
+    def due_reports(self, now: float) -> list[Request]:
+        if self.lease <= 0:
+            return []
+        owner = self._owner
+        policy = owner._view.policy
+        keeps_window = bool(self._keeps_window or policy.error_rate_threshold or policy.slow_call_rate_threshold)
+        due = owner._view.is_due(now, keeps_window) or owner._slow_calls.any_overdue()
+        must_renew = self._renew_at != NEVER and now >= self._renew_at
+        if not due and not must_renew:
+            return []
+        *slow_probes, report = owner._reports()
+        if len(report) > 1 or must_renew:
+            slow_probes.append(report)
+        return [owner._complete("record", request) for request in slow_probes if request["generation"] > 0]
+
+    def give_back(self, request: Request) -> None:
+        self._owner._view.give_back(request)
+
+    def ran_script(self) -> None:
+        """A script has renewed the TTL. The next renewal is due at a random time, well before the key expires."""
+        ttl = self._owner._view.policy.ttl or DEFAULTS["ttl"]
+        self._renew_at = monotonic() + ttl * random.uniform(0.25, 0.5)
+
+    # Refreshes
+
+    def is_stale(self, now: float) -> bool:
+        return self.lease > 0 and now - self._owner._view.seen.sent >= self.lease / 2
+
+    def needs_script(self) -> bool:
+        return self._owner._view.seen.sent == NEVER
+
+    def refresh_request(self, proves: bool = False) -> Request:
+        owner = self._owner
+        generation = owner._view.seen.generation
+        return {**owner._with_policy} if proves or generation <= 0 else {**owner._with_policy, "generation": generation}
+
+    def read(self, document: bytes | None, policy: bytes | None, sent: float) -> bool:
+        if self.local is not None:  # an outage began meanwhile: only a write can end it
+            return True
+        if document is None and self._owner._view.seen.generation == 0:  # a hint, before the first call
+            return True
+        texts, view, now = Texts(document, policy), self._owner._view, monotonic()
+        if self._known is not None:
+            known, seen, until = self._known
+            if known == texts and now < until and view.extend(seen, sent, now):
+                return True
+        self._texts, window = texts, read_window(document)
+        self._keeps_window = bool(window)
+        reply = read_document(document) if policy == self._policy else None
+        if reply is None:
+            return False
+        self._take_over({}, {**reply, **window, "override": self._owner._override}, sent, texts)
+        return True
+
+    def replied(self, request: Request, reply: Reply, sent: float, read: bool = False) -> None:
+        reply["source"] = "redis"
+        self.ran_script()
+        texts, self._texts = self._texts, None
+        if not read or texts is None or not _says(texts, reply):
+            self._take_over(request, reply, sent, None)
+            return
+        self._policy = texts.policy
+        self._take_over(request, {**reply, **read_window(texts.document)}, sent, texts)
+
+    def _take_over(self, request: Request, reply: Reply, sent: float, texts: Texts | None) -> None:
+        """Make a reply the view. texts: the stored texts that say the same."""
+        owner, before = self._owner, self._owner._view.seen
+        self._known = None
+        if not owner._adopt_fleet(request, reply, sent):
+            return
+        seen = owner._view.seen
+        if texts is not None and seen.generation == reply["generation"]:
+            until = monotonic() + reply["forced_left_ms"] / 1000 if "forced_left_ms" in reply else float("inf")
+            self._known = texts, seen, until if seen.state == "closed" else seen.retry_at
+        if 0 < before.generation < seen.generation and owner._watch is not None and "transition" not in reply:
+            self._told = seen.generation
+
+    # Other instances' transitions
+
+    def has_news(self) -> bool:
+        return self._told is not None
+
+    def announce(self, history: list[dict[str, Any]]) -> None:
+        generation, self._told = self._told, None
+        for entry in history:
+            if entry.get("generation") == str(generation) and entry.get("instance") != self._owner.instance:
+                change = {key: int(value) if value.isdecimal() else value for key, value in entry.items()}
+                self._owner._notices.changed(change, "watch", entry.get("instance", ""))
+
+    def deliver(self, events: list[Any]) -> None:
+        self._owner._deliver_events(events)
+
+    def take_events(self) -> list[Any]:
+        return self._owner._notices.take()
+
+    def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
+        self._owner._notices.script_ran(name, seconds, error)
+
+
+def _says(texts: Texts, reply: Reply) -> bool:
+    """Whether a script's reply is its reading of these texts, and not of what was stored a moment later."""
+    document, override = texts.document or b"", reply.get("override")
+    numbers = b',"generation":%d,"failure_number":%d' % (reply["generation"], reply["failure_number"])
+    if not document.startswith(b'{"state":"%b"' % reply["state"].encode()) or numbers not in document:
+        return False
+    if texts.policy is None or reply.get("warning") == "corrupt_policy":
+        return override is None
+    return override is not None and json.loads(texts.policy) == override

@@ -1,0 +1,357 @@
+"""The link: one process's line to one Redis. One exchange refreshes all its breakers; an outage is theirs together.
+
+An exchange first retries what is down, breaker by breaker. Then it sends, in one pipeline, the reports that are due and
+a read of the state and policy keys of every breaker that was used lately. A breaker reads a healthy document itself.
+Any other document goes through a script, once for as long as the stored bytes stay the same. No I/O.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import random
+import threading
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from time import monotonic
+from typing import Any, Protocol, TypeAlias
+
+from redis.exceptions import ResponseError
+
+from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
+from . import commands as build
+from .commands import Command
+from .options import REDIS_ERRORS, Address, concerns_server
+
+IDLE = 10.0  # seconds after its last call for which a breaker is refreshed
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0  # seconds between two retries
+SHORTEST_PAUSE, USUAL_PAUSE = 0.01, 0.1  # seconds between two looks at what is due; a lease decides
+READ_AT_ONCE = 250  # breakers in one MGET
+NEVER = float("-inf")
+logger = logging.getLogger("pybreaker_redis")
+
+# Yields commands. Is sent their replies (a failed command's is its error), or is thrown the error of a lost server.
+Pipelines: TypeAlias = Generator[Sequence[Command], list[Any], Any]
+
+
+class Health:
+    """Whether a server, a node of a cluster or a single breaker can be used. error: why not; None while it can."""
+
+    def __init__(self, patience: float) -> None:
+        self.error: BaseException | None = None
+        self.abandoned = False  # the last retry has not ended
+        self._patience = patience
+        self._retry_at = 0.0
+        self._pause = FIRST_PAUSE
+        self._lock = threading.RLock()
+
+    def fail(self, error: BaseException) -> bool:
+        """Note that it cannot be used. Returns whether that is new."""
+        with self._lock:
+            new = self.error is None
+            if new:
+                self.error, self._pause = error, FIRST_PAUSE
+                self._wait()
+            return new
+
+    def is_due(self, now: float) -> bool:
+        """Whether it is time for a retry."""
+        return self.error is not None and now >= self._retry_at
+
+    def claim(self, now: float) -> bool:
+        """Whether the caller is to retry. If it never finishes, another caller may claim the retry later."""
+        with self._lock:
+            due = self.is_due(now)
+            if due:
+                self.abandoned, self._retry_at = True, now + self._patience
+            return due
+
+    def retried(self, failed: bool) -> None:
+        """A retry has ended."""
+        with self._lock:
+            self.abandoned = False
+            if failed:
+                self._wait()
+            else:
+                self.error = None
+
+    def give_up(self) -> None:
+        """A retry was cancelled: the next caller may claim it."""
+        self._retry_at = 0.0
+
+    def _wait(self) -> None:
+        self._retry_at = monotonic() + self._pause * random.uniform(0.75, 1.25)
+        self._pause = min(self._pause * 2, LONGEST_PAUSE)
+
+
+class Member(Protocol):
+    """A breaker, as far as its link is concerned."""
+
+    name: str
+    keys: Keys
+    trouble: Health  # of this breaker alone
+    lease: float
+
+    def due_reports(self, now: float) -> list[Request]:
+        """Take the gathered outcomes that should be reported now."""
+
+    def give_back(self, request: Request) -> None:
+        """Keep the outcomes of a report that no server has executed."""
+
+    def is_stale(self, now: float) -> bool:
+        """Whether its view is so old that it should be refreshed with the others."""
+
+    def needs_script(self) -> bool:
+        """Whether a script, rather than a read, must refresh it."""
+
+    def refresh_request(self, proves: bool = False) -> Request:
+        """The request for record.lua that asks for the state. proves: and for a proof that the server takes writes."""
+
+    def read(self, document: bytes | None, policy: bytes | None, sent: float) -> bool:
+        """Take over what is stored. Returns False if a script must read it."""
+
+    def replied(self, request: Request, reply: Reply, sent: float, read: bool = False) -> None:
+        """Take over the reply to a report. read: it is the script's reading of the texts that read() was given last."""
+
+    def restored(self, reply: Reply, sent: float) -> None:
+        """Return to Redis: it has accepted a write."""
+
+    def has_news(self) -> bool:
+        """Whether it wants its history, to notify its listeners of another instance's transition."""
+
+    def announce(self, history: list[dict[str, Any]]) -> None:
+        """Notify the listeners."""
+
+    def deliver(self, events: list[Any]) -> None:
+        """Call the listeners; on asyncio, in a task."""
+
+    def take_events(self) -> list[Any]:
+        """The events that this thread has to deliver."""
+
+    def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
+        """Notify the instruments of a command."""
+
+
+class Link:
+    """The breakers of a process that use one Redis, and whether that Redis can be used.
+
+    timeout: the longest that one exchange with a server takes, in seconds. home: from a key to the node that serves it;
+    None if there is only one server. undelivered: events of exchanges, with their breakers.
+    """
+
+    def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
+        self.timeout = timeout
+        self.patience = LONGEST_PAUSE + 10 * timeout  # seconds after which any exchange has ended, connecting included
+        self.wanted = False  # a breaker waits for an exchange
+        self.busy_since = NEVER  # when the exchange that is under way began
+        self.undelivered: collections.deque[tuple[Any, list[Any]]] = collections.deque()
+        self._home = home
+        self._healths: dict[Address | None, Health] = {}
+        self._used: weakref.WeakKeyDictionary[Member, float] = weakref.WeakKeyDictionary()
+        self._hinted: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
+        self._turn = 0
+
+    def after_fork(self) -> None:
+        """In a child: nothing is under way, and a thread of the parent may hold the locks."""
+        self.wanted, self.busy_since = False, NEVER
+        self._healths = {}
+
+    # Health
+
+    def health(self, member: Member) -> Health:
+        """Of the server that serves this breaker."""
+        address = None if self._home is None else self._home(member.keys.state.encode())
+        return self._healths.get(address) or self._healths.setdefault(address, Health(self.patience))
+
+    def error(self, member: Member) -> BaseException | None:
+        """Why this breaker cannot use Redis now; None if it can."""
+        return member.trouble.error or self.health(member).error
+
+    def failed(self, member: Member, error: BaseException) -> None:
+        """A command of this breaker has failed: an outage of its server, or an error that concerns only the breaker."""
+        if not concerns_server(error):
+            self._trouble(member, error)
+        elif self.health(member).fail(error):
+            logger.warning("Redis does not answer; the breakers of this process continue on their own: %s", error)
+
+    def _trouble(self, member: Member, error: BaseException) -> None:
+        if member.trouble.fail(error):
+            message = "circuit breaker %r: Redis refuses its commands; this process continues on its own: %s"
+            logger.warning(message, member.name, error)
+
+    def retry_is_due(self, member: Member, now: float) -> bool:
+        """Whether the breaker or its server is down, and should be retried now."""
+        return member.trouble.is_due(now) or self.health(member).is_due(now)
+
+    def retry_was_abandoned(self, member: Member) -> bool:
+        """Whether the last retry did not end. Short event loops may end before any retry in the background does."""
+        return member.trouble.abandoned or self.health(member).abandoned
+
+    # Exchanges
+
+    def is_busy(self) -> bool:
+        """Whether an exchange is under way, unless it takes longer than any may."""
+        return monotonic() - self.busy_since < self.patience
+
+    def use(self, member: Member, hinted: bool = False) -> None:
+        """Refresh this breaker for a while. hinted: read it in the next exchange, however fresh its view is."""
+        self._used[member] = monotonic()
+        if hinted:
+            self._hinted[member] = None
+
+    def pause(self) -> float | None:
+        """Seconds to the next look at what is due; None if no breaker was used lately."""
+        leases = [member.lease or USUAL_PAUSE for member in self._members(monotonic())]
+        return max(min(leases), SHORTEST_PAUSE) if leases else None
+
+    def _members(self, now: float) -> list[Member]:
+        found = []
+        for reference in self._used.keyrefs():  # a copy, since other threads add members
+            member = reference()
+            if member is not None and now - self._used.get(member, NEVER) <= IDLE:
+                found.append(member)
+            elif member is not None:
+                self._used.pop(member, None)
+        return found
+
+    def exchange(self) -> Pipelines:
+        """One exchange for all breakers. Raises no error of Redis."""
+        wanted, self.wanted = self.wanted, False
+        self.busy_since = began = monotonic()
+        try:
+            members = self._members(began)
+            yield from self._retry(members)
+            yield from self._refresh([member for member in members if self.error(member) is None], wanted)
+        finally:
+            self.busy_since = NEVER
+
+    def _refresh(self, members: list[Member], wanted: bool) -> Pipelines:
+        sent = monotonic()
+        hinted = [member for member in members if self._hinted.pop(member, self) is None]
+        reports = [(member, request) for member in members for request in member.due_reports(sent)]
+        stale = [member for member in members if member in hinted or (wanted and member.is_stale(sent))]
+        scripted = [member for member in stale if member not in hinted and member.needs_script()]
+        asked = [*reports, *((member, member.refresh_request()) for member in scripted)]
+        read = [member for member in stale if member not in scripted]
+        if not asked and not read:
+            return
+        calls = [build.run("record", member.keys, request) for member, request in asked]
+        try:
+            replies = yield from self._send([*calls, *self._reads(read)])
+        except NotSent:
+            for member, request in asked:
+                member.give_back(request)
+            raise
+        for (member, request), reply in zip(asked, replies, strict=False):
+            self._receive(member, request, reply, sent)
+        yield from self._decide(self._take_reads(read, replies[len(calls) :], sent))
+        yield from self._announce(stale)
+
+    def _send(self, commands: Sequence[Command]) -> Pipelines:
+        """The replies; the error of a lost server in place of each reply that is missing."""
+        try:
+            return (yield commands)
+        except REDIS_ERRORS as error:
+            return [error] * len(commands)
+
+    def _receive(self, member: Member, request: Request, reply: Any, sent: float, read: bool = False) -> None:
+        error = reply if isinstance(reply, Exception) else None
+        member.script_ran("record", monotonic() - sent, error)
+        if error is None:
+            member.replied(request, decode(reply), sent, read)
+            self._collect(member)
+            return
+        self.failed(member, error)
+        if isinstance(error, ResponseError):  # refused: the script has changed nothing
+            member.give_back(request)
+
+    def _reads(self, members: list[Member]) -> list[Command]:
+        step = READ_AT_ONCE if self._home is None else 1  # the keys of two breakers lie in different slots
+        return [
+            build.read([member.keys for member in members[first : first + step]])
+            for first in range(0, len(members), step)
+        ]
+
+    def _take_reads(self, members: list[Member], replies: list[Any], sent: float) -> list[Member]:
+        """Let the breakers read what is stored. Returns those that need a script."""
+        step = READ_AT_ONCE if self._home is None else 1
+        undecided = []
+        for first, reply in zip(range(0, len(members), step), replies, strict=True):
+            for place, member in enumerate(members[first : first + step]):
+                if isinstance(reply, Exception):
+                    self.failed(member, reply)
+                elif member.read(reply[2 * place], reply[2 * place + 1], sent):
+                    self._collect(member)
+                else:
+                    undecided.append(member)
+        return undecided
+
+    def _decide(self, members: list[Member]) -> Pipelines:
+        """Let the script read what the breakers cannot."""
+        if not members:
+            return
+        sent, requests = monotonic(), [member.refresh_request() for member in members]
+        calls = [build.run("record", member.keys, request) for member, request in zip(members, requests, strict=True)]
+        replies = yield from self._send(calls)
+        for member, request, reply in zip(members, requests, replies, strict=True):
+            self._receive(member, request, reply, sent, read=True)
+
+    def _announce(self, members: list[Member]) -> Pipelines:
+        """Read the transitions that other instances have caused."""
+        members = [member for member in members if member.has_news()]
+        if not members:
+            return
+        replies = yield from self._send([build.history(member.keys, 10) for member in members])
+        for member, reply in zip(members, replies, strict=True):
+            member.announce(history_fields(reply) if isinstance(reply, list) else [])
+            self._collect(member)
+
+    def _collect(self, member: Member) -> None:
+        """Take the breaker's new events, before another task of this thread does."""
+        if events := member.take_events():
+            self.undelivered.append((member, events))
+
+    # Retries
+
+    def _retry(self, members: list[Member]) -> Pipelines:
+        """Retry each server that is down until one of its breakers gets an answer, then all its other breakers.
+
+        Each breaker is asked alone, by a script that writes: a server that is full still answers reads, and one huge
+        value must not starve the others. Each retry begins with another breaker.
+        """
+        down: dict[Health, list[Member]] = {}
+        for member in members:
+            health = self.health(member)
+            health = member.trouble if health.error is None else health
+            if health.error is not None:
+                down.setdefault(health, []).append(member)
+        for health, concerned in down.items():
+            if not health.claim(monotonic()):
+                continue
+            try:
+                yield from self._retry_one(health, concerned)
+            except BaseException:
+                health.give_up()
+                raise
+
+    def _retry_one(self, health: Health, members: list[Member]) -> Pipelines:
+        self._turn += 1
+        first = self._turn % len(members)
+        for member in [*members[first:], *members[:first]]:
+            sent = monotonic()
+            (reply,) = yield from self._send([build.run("record", member.keys, member.refresh_request(proves=True))])
+            error = reply if isinstance(reply, Exception) else None
+            member.script_ran("record", monotonic() - sent, error)
+            if error is None:
+                if health.error is not None:
+                    health.retried(failed=False)
+                    logger.warning("Redis answers again")
+                member.trouble.retried(failed=False)
+                member.restored(decode(reply), sent)
+                self._collect(member)
+            elif health.error is None or not concerns_server(error):
+                self._trouble(member, error)
+            else:
+                break
+        if health.error is not None:
+            health.retried(failed=True)
