@@ -6,6 +6,9 @@ KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circ
 ARGV[1]  the request, in JSON or msgpack; the reply has the same form. Every field is optional:
            generation  (integer)  under which the following were gathered
            successes   (count)    since the last report
+           seen_failure (integer) the failure_number that was read before the newest of the successes ended. They end the
+                                  failures up to it; without it, all.
+           age_ms      (integer)  milliseconds since the successes ended (default 0), for the window
            slow        (count)    calls that became slow since the last report
            pending     (count)    how many of the slow calls are still running
            policy      (map)      fields that differ from the defaults, named as in Policy; durations as <field>_ms in
@@ -15,9 +18,11 @@ Reply      admitted        (bool)
            probe           (integer)  slot of a probe, in half open only; pass it to record
            shadow          (bool)     true if the call was admitted only because of enforce=false
            state, generation, failure_count, success_count
+           failure_number  failures of this generation while closed, else 0
            retry_after_ms  milliseconds until a call may be admitted, when refused
            ramp_left_ms    milliseconds until all calls are admitted after a recovery
            forced          "open" or "closed" while an operator forces the state
+           forced_left_ms  milliseconds until the forced state ends
            override        {field: value} of the policy override, if there is one
            warning         what was wrong with a stored value
            transition      {from, to, reason, generation, failure_count, success_count, calls, failures, slow} if this
@@ -30,7 +35,7 @@ Writes     a new document, a probe, gathered counts that apply, or the missing d
     '{circuit_breaker:discovery:state}:policy' '{"instance":"me"}'
 ]]
 local request, problem = breaker.request({generation = LARGEST, successes = 1e9, slow = 1e9,
-  pending = 1e9})
+  pending = 1e9, seen_failure = LARGEST, age_ms = LONGEST_MS})
 if not request then return redis.error_reply(problem) end
 
 local document = breaker.load(request)

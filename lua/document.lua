@@ -9,6 +9,7 @@ In a script a document has these fields besides the stored ones:
   outlived   the back-off and the ramp are over, but still stored
   unchanged  save() only renews the TTL
   change     the transition that this script made
+  hint       save() publishes that the run of failures has reached half of its threshold
   warning    what was wrong with the stored value
 ]]
 
@@ -18,24 +19,25 @@ function breaker.load(request)
   if found[2] then breaker.take_override(request, found[2]) end
   -- Most documents are closed, were written by save() and hold nothing but a window besides. Such a document is read by one
   -- pattern, at a tenth of the cost of cjson and all checks.
-  local failures, failed_at, generation, rest = string.match(found[1] or '', '^{"state":"closed","failure_count":(%d+),'
-    .. '"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,"generation":([1-9]%d*)(.*)}$')
+  local failures, failed_at, generation, number, rest = string.match(found[1] or '', '^{"state":"closed",'
+    .. '"failure_count":(%d+),"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,'
+    .. '"generation":([1-9]%d*),"failure_number":(%d+)(.*)}$')
   local failed_s, window = failed_at and tonumber(failed_at), nil
   if rest and rest ~= '' and string.find(rest, '^,"window":') then window = breaker.read_window(rest) end
-  if not generation or #generation > 13 or #failures > 10 or rest ~= '' and not window
-      or #failed_at > 10 or not failed_s and failed_at ~= 'null' then
+  if not generation or #generation > 13 or #number > 13 or #failures > 10 or rest ~= '' and not window
+      or #failed_at > 10 or not failed_s and failed_at ~= 'null' or number - failures < 0 then
     return breaker.take_over(found[1], request)
   end
   local now = (window or failures ~= '0') and breaker.now_ms() or nil
   if window then window = breaker.window_at(window, request, now) end
   return {state = 'closed', failure_count = tonumber(failures), success_count = 0,
-    last_failure_time = failed_s, generation = tonumber(generation), trips = 0, exists = true, now = now,
-    window = window or nil}
+    last_failure_time = failed_s, generation = tonumber(generation), failure_number = tonumber(number), trips = 0,
+    exists = true, now = now, window = window or nil}
 end
 
 -- Writes -------------------------------------------------------------------------------------------
 
--- Writes the document with its TTL, then the history entry and the message of its transition.
+-- Writes the document with its TTL, then the history entry and the message of its transition, or the message of a hint.
 function breaker.save(document, request)
   local now, ttl_ms = document.now, request.policy and request.policy.ttl_ms or 3600000
   if not now then return redis.call('PEXPIRE', KEYS[1], ttl_ms) end
@@ -46,16 +48,21 @@ function breaker.save(document, request)
   if deadline then ttl_ms = math.max(ttl_ms, deadline - now + breaker.policy_of(request).window_ms) end
   if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl_ms) end
   redis.call('SET', KEYS[1], breaker.encode(document), 'PX', ttl_ms)
-  if document.change then breaker.announce(document, request) end
+  if document.change then return breaker.announce(document, request) end
+  if document.hint then
+    local hint = {failure_count = document.failure_count, instance = request.instance, time_ms = now}
+    redis.pcall('PUBLISH', KEYS[1], cjson.encode(hint)) -- an ACL may refuse the channel
+  end
 end
 
 -- The document as JSON. Written by hand: the contract fields come first, large numbers keep all digits, and it takes
 -- half the time of cjson. %d is cheaper than %.0f, but ends at 2^31 on a 32-bit server.
 function breaker.encode(document)
   local text = string.format('{"state":"%s","failure_count":%d,"success_count":%d,"last_failure_time":%s,' ..
-    '"opened_at":%s,"version":1,"generation":%.0f', document.state, document.failure_count, document.success_count,
-    document.last_failure_time and string.format('%d', document.last_failure_time) or 'null',
-    document.opened_at and string.format('%d', document.opened_at) or 'null', document.generation)
+    '"opened_at":%s,"version":1,"generation":%.0f,"failure_number":%.0f', document.state, document.failure_count,
+    document.success_count, document.last_failure_time and string.format('%d', document.last_failure_time) or 'null',
+    document.opened_at and string.format('%d', document.opened_at) or 'null', document.generation,
+    document.failure_number)
   if document.trips > 0 then text = string.format('%s,"trips":%.0f', text, document.trips) end
   if document.forced then
     text = string.format('%s,"forced_until_ms":%.0f,"forced":"%s"', text, document.forced_until_ms, document.forced)
@@ -107,7 +114,7 @@ end
 
 function breaker.new_document(now, exists, warning)
   return {now = now, exists = exists, state = 'closed', failure_count = 0, success_count = 0, generation = now,
-    trips = 0, is_new = true, warning = warning}
+    failure_number = 0, trips = 0, is_new = true, warning = warning}
 end
 
 -- Builds the document from the text under the key, or a new one.
@@ -138,9 +145,12 @@ end
 function breaker.take_over_fields(stored, request, now)
   local has_generation = breaker.is_integer(stored.generation, 1, LARGEST)
   local own, state = has_generation and stored or {}, stored.state
+  local number = breaker.is_integer(own.failure_number, 0, LARGEST) and own.failure_number or 0
   local document = {now = now, exists = true, state = state, failure_count = stored.failure_count or 0,
     success_count = stored.success_count or 0, last_failure_time = stored.last_failure_time,
-    opened_at = stored.opened_at, generation = own.generation or now, trips = 0, is_new = not has_generation or nil}
+    opened_at = stored.opened_at, generation = own.generation or now,
+    failure_number = state == 'closed' and math.max(number, stored.failure_count or 0) or 0, trips = 0}
+  if not has_generation then document.is_new = true end
   if stored.version ~= nil and stored.version ~= 1 then document.warning = 'future_version' end
   if breaker.is_integer(own.trips, 0, LARGEST) then document.trips = math.min(own.trips, 1000) end
   if state == 'open' then

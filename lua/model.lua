@@ -15,11 +15,14 @@ write a document that has nothing else.
   last_failure_time  unix seconds of the last counted failure, or null
   opened_at          unix seconds of the last trip, or null while closed
 
-The other fields are private. Empty and zero fields are left out.
+The other fields are private. Empty and zero fields are left out, unless stated otherwise.
 
   version            of this layout: 1
   generation         grows at every transition. It is seeded from the clock in milliseconds, so it does not repeat
                      after the key was lost. An outcome with another generation is ignored.
+  failure_number     failures of this generation while closed, else 0; always stored. Each failure gets the next
+                     number, so that a report can say which failures its successes came after. It is never less than
+                     failure_count while closed: where another program stored less or none, failure_count stands for it.
   trips              trips in a row, for the back-off
   forced             "open" or "closed" while an operator forces the state
   forced_until_ms    unix milliseconds at which the forced state ends
@@ -38,6 +41,11 @@ while half open:
   probe_seq          number of the last slot that was handed out
   probe_ms           longest time that a slot was given
   probes             {slot: deadline in unix milliseconds}
+
+Messages on the channel KEYS[1] tell watchers to read the document; a watcher believes nothing that they say:
+  a transition       {from, to, reason, generation, failure_count, success_count, instance, time_ms, ...}
+  a hint             {failure_count, instance, time_ms}: the run of failures has reached half of its threshold
+  an operator's act  {policy, instance, time_ms} of a new or ended policy override, or of a forced state that was cleared
 ]]
 local LARGEST = 90000000000000 -- cjson writes integers of 14 digits without loss; the rest is room for additions
 local LONGEST_MS = 365 * 86400 * 1000

@@ -4,8 +4,11 @@ Counts outcomes of calls once, and trips or closes the circuit.
 KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circuit_breaker:NAME:state}:policy
          NAME is the name of the breaker; the braces are part of the keys.
 ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
-           generation  (integer)  from the reply of acquire; required
+           generation  (integer)  from the reply of acquire; required with counts or a probe
            successes   (count)    counted first
+           seen_failure (integer) the failure_number that was read before the newest of the successes ended. They end the
+                                  failures up to it; without it, all.
+           age_ms      (integer)  milliseconds since the successes ended (default 0), for the window
            failures    (count)    counted after the successes
            slow        (count)    calls that took slow_call_duration or longer, ended or pending
            pending     (count)    calls that are slow and still run. Each counts as a call now; its outcome is reported later.
@@ -13,29 +16,33 @@ ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
            probe       (integer)  slot from the reply of acquire. Without successes, failures and slow, the slot is
                                   given back.
            policy, instance       as for acquire
-         A report with no counts and no probe renews the TTL. With generation 0 it also checks that the server accepts
-         writes.
+         A report with no counts and no probe renews the TTL. Without a generation it also checks that the server
+         accepts writes.
 Reply      applied    (bool)  false if the generation has ended or the slot has expired
-           state, generation, failure_count, success_count, retry_after_ms, ramp_left_ms, forced, override, warning,
-           transition  as acquire replies
+           state, generation, failure_count, failure_number, success_count, retry_after_ms, ramp_left_ms, forced,
+           forced_left_ms, override, warning, transition  as acquire replies
 Errors     BADREQUEST field: problem. Nothing was changed.
+Publishes  the transition, or {failure_count, instance, time_ms} when a run of at least two failures reaches half of
+           failure_threshold, so that watchers read the document at once
 
   redis-cli EVALSHA $RECORD 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"generation":1733500795000,"failures":1}'
 ]]
 local request, problem = breaker.request({generation = LARGEST, successes = 1e9, failures = 1e9,
-  slow = 1e9, pending = 1e9, counted = 1e9, probe = LARGEST})
-if request and not request.generation then problem = 'BADREQUEST generation: is required' end
+  slow = 1e9, pending = 1e9, counted = 1e9, probe = LARGEST, seen_failure = LARGEST, age_ms = LONGEST_MS})
+local empty = request and not (request.successes or request.failures or request.slow or request.probe)
+if request and not request.generation and not empty then
+  problem = 'BADREQUEST generation: is required with counts or a probe'
+end
 if problem then return redis.error_reply(problem) end
 
 local document = breaker.load(request)
 local applied = breaker.record(document, request)
 
-local empty = not (request.successes or request.failures or request.slow or request.probe)
 if empty and not document.is_new then
   document.unchanged = not document.outlived
   -- A full server accepts PEXPIRE but refuses SETRANGE: this checks that it takes writes.
-  if request.generation == 0 then redis.call('SETRANGE', KEYS[1], 0, '') end
+  if not request.generation then redis.call('SETRANGE', KEYS[1], 0, '') end
 end
 if applied or empty or document.is_new then breaker.save(document, request) end
 local reply = breaker.reply(document, request)

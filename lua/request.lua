@@ -149,7 +149,7 @@ end
 -- The fields that all scripts reply; a script adds its own.
 function breaker.reply(document, request)
   local reply = {state = document.state, generation = document.generation, failure_count = document.failure_count,
-    success_count = document.success_count, transition = document.change}
+    failure_number = document.failure_number, success_count = document.success_count, transition = document.change}
   if document.state ~= 'closed' or document.closed_at_ms or document.forced or document.warning
       or request.override_in_force or request.warning then
     breaker.reply_more(reply, document, request)
@@ -159,7 +159,9 @@ end
 
 -- The fields that a healthy breaker does not reply.
 function breaker.reply_more(reply, document, request)
-  if document.forced then reply.forced = document.forced end
+  if document.forced then
+    reply.forced, reply.forced_left_ms = document.forced, document.forced_until_ms - document.now
+  end
   if request.override_in_force then reply.override = request.override_in_force end
   if document.warning or request.warning then reply.warning = document.warning or request.warning end
   if document.state ~= 'closed' then reply.retry_after_ms = breaker.retry_after_ms(document, request) end

@@ -30,16 +30,16 @@ end
 
 function breaker.transition(document, state, reason)
   local from, generation = document.state, breaker.next_generation(document)
-  document.change = {from = from, to = state, reason = reason, generation = generation,
-    failure_count = document.failure_count, success_count = document.success_count,
-    instance = nil, time_ms = nil, retry_after_ms = nil}
+  document.change = {from = from, to = state, reason = reason, generation = generation, retry_after_ms = nil,
+    failure_count = document.failure_count, success_count = document.success_count, instance = nil, time_ms = nil}
   if document.window then
     document.change.calls, document.change.failures, document.change.slow = breaker.sums(document.window)
   end
-  document.state, document.generation, document.success_count = state, generation, 0
-  -- Clears only what may be there, the rare closed_at_ms only if it is: to assign nil to a new key grows the table.
+  document.state, document.generation, document.failure_number, document.success_count = state, generation, 0, 0
+  -- Clears only what may be there, what is rare only if it is: to assign nil to a new key grows the table.
   if from == 'closed' then
-    document.window, document.reporters, document.run_since_ms = nil, nil, nil
+    document.window = nil
+    if document.reporters or document.run_since_ms then document.reporters, document.run_since_ms = nil, nil end
     if document.closed_at_ms then document.closed_at_ms = nil end
   elseif from == 'open' then
     document.open_until_ms, document.open_ms = nil, nil
@@ -139,16 +139,25 @@ function breaker.has_quorum(document, policy, since_ms)
   return count >= policy.quorum
 end
 
--- Counts successes, then failures, in the run of failures and in the window.
+-- Whether a run of at least two failures has reached half of its threshold. before: failure_count before the report.
+function breaker.reaches_half(document, policy, before)
+  local after, threshold = document.failure_count, policy.failure_threshold
+  return after >= 2 and before * 2 < threshold and threshold <= after * 2
+end
+
+-- Counts successes, then failures, in the run of failures and in the window. Successes end only the failures that their
+-- process knew of before they ended: those up to seen_failure, or all if they are reported as they end.
 function breaker.count_outcomes(document, request, quorum, bucket_ms)
-  local successes, failures = request.successes or 0, request.failures or 0
+  local successes, failures, number = request.successes or 0, request.failures or 0, document.failure_number
   if successes > 0 then
-    document.failure_count = 0
-    if document.run_since_ms then document.run_since_ms = nil end
+    local seen = math.min(request.seen_failure or number, number)
+    document.failure_count = math.min(document.failure_count, number - seen)
+    if document.run_since_ms and document.failure_count == 0 then document.run_since_ms = nil end
   end
   if failures > 0 then
     if quorum > 1 then document.run_since_ms = document.run_since_ms or document.now end
     document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
+    document.failure_number = math.min(number + failures, LARGEST)
     document.last_failure_time = math.floor(document.now / 1000)
   end
   local window = document.window or bucket_ms and breaker.empty_window(bucket_ms, math.floor(document.now / bucket_ms))
@@ -156,6 +165,10 @@ function breaker.count_outcomes(document, request, quorum, bucket_ms)
   window.calls = window.calls + successes + failures + (request.pending or 0) - (request.counted or 0)
   window.failures, window.slow = window.failures + failures, window.slow + (request.slow or 0)
   document.window = window
+  local age_ms = successes > 0 and request.age_ms or 0
+  if age_ms > document.now % window.bucket_ms then -- the successes ended before the newest bucket began
+    breaker.move_back(window, successes - (request.counted or 0), age_ms, document.now)
+  end
 end
 
 -- The reason why a closed circuit must trip now, or nil.
@@ -176,8 +189,8 @@ end
 function breaker.record_closed(document, request)
   document.now = document.now or breaker.now_ms()
   local failures, slow, policy, bucket_ms = request.failures or 0, request.slow or 0, breaker.policy_of(request)
-  document.unchanged = failures + slow + document.failure_count == 0
-    and not (document.window or bucket_ms or document.outlived)
+  local before = document.failure_count
+  document.unchanged = failures + slow + before == 0 and not (document.window or bucket_ms or document.outlived)
   if document.forced or (request.successes or 0) + failures + slow == 0 then return false end
   local quorum = policy.quorum
   breaker.count_outcomes(document, request, quorum, bucket_ms)
@@ -185,7 +198,11 @@ function breaker.record_closed(document, request)
     breaker.note_reporter(document, policy, request.instance or '')
   end
   local reason = breaker.trip_reason(document, policy)
-  if reason then breaker.trip(document, policy, reason) end
+  if reason then
+    breaker.trip(document, policy, reason)
+  elseif failures > 0 and breaker.reaches_half(document, policy, before) then
+    document.hint = true
+  end
   return true
 end
 

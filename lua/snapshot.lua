@@ -5,10 +5,11 @@ KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circ
          NAME is the name of the breaker; the braces are part of the keys.
 ARGV[1]  the request, in JSON or msgpack; the reply has the same form. policy, instance: as for acquire
 Reply      exists             (bool)
-           state, generation (0 if none is stored), failure_count, success_count
+           state, generation (0 if none is stored), failure_count, failure_number, success_count
            last_failure_time, opened_at   unix seconds
            retry_after_ms, ramp_left_ms   milliseconds, as acquire replies
            forced             "open" or "closed" while an operator forces the state
+           forced_left_ms     milliseconds until the forced state ends
            forced_until_ms    unix milliseconds at which the forced state ends
            trips              in a row
            probes_in_flight   slots that are taken

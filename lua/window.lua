@@ -73,6 +73,19 @@ function breaker.advanced(window, newest)
   return window
 end
 
+-- Moves calls from the newest bucket to the bucket of age_ms ago. Takes them out of the window if that bucket has left it.
+function breaker.move_back(window, calls, age_ms, now)
+  if calls <= 0 then return end -- all were reported before, as pending
+  local age = math.floor(now / window.bucket_ms) - math.floor((now - age_ms) / window.bucket_ms)
+  window.calls = window.calls - calls
+  if age > 9 then return end
+  local buckets = breaker.buckets_of(window)
+  for number = 1, 9 do buckets[number] = buckets[number] or {0, 0, 0} end
+  buckets[age][1] = buckets[age][1] + calls
+  local moved = breaker.window_from(buckets, window.bucket_ms, window.newest)
+  window.calls, window.past = moved.calls, moved.past
+end
+
 -- The window now, without what has left it, in buckets as long as the policy in force wants them.
 function breaker.window_at(window, request, now)
   local newest = math.floor(now / window.bucket_ms)

@@ -35,6 +35,7 @@ class MemoryEngine:
 
     now_ms: the clock. document: the state to start from; default closed. override: the policy override.
     quorum_of_one: ignore the policy's quorum, since no other process reports to this engine.
+    publish: called with each message that a script would publish.
     """
 
     source = "memory"
@@ -46,8 +47,10 @@ class MemoryEngine:
         document: Document | None = None,
         override: dict[str, Any] | None = None,
         quorum_of_one: bool = False,
+        publish: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         self._now_ms = now_ms
+        self._publish = publish
         self._quorum_of_one = quorum_of_one
         self._document = document
         self._override = override
@@ -76,7 +79,8 @@ class MemoryEngine:
             policy = self._policy_of(request.get("policy"))
             document = self._load(policy, now)
             reply = self._scripts[name](document, request, policy)
-            return self._reply(document, request, policy, reply)
+            self._announce(document, request, reply)
+            return self._reply(document, policy, reply)
 
     def _policy_of(self, given: dict[str, Any] | None) -> dict[str, Any]:
         """The policy in force: the policy override, then the caller's fields, then the defaults."""
@@ -103,7 +107,8 @@ class MemoryEngine:
         if self._document is None:
             return Document(generation=now, now=now, is_local=self.is_local)
         document = self._document.copy()
-        document.now, document.is_new, document.outlived, document.change = now, False, False, None
+        document.now, document.is_new, document.outlived = now, False, False
+        document.change, document.hint = None, False
         if document.probes:
             document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
@@ -167,21 +172,36 @@ class MemoryEngine:
 
     # Reply
 
-    def _reply(self, document: Document, request: Request, policy: dict[str, Any], reply: Reply) -> Reply:
-        if document.change is not None:
+    def _announce(self, document: Document, request: Request, reply: Reply) -> None:
+        """Add a transition to the history, and publish what a script would."""
+        change = document.change
+        message: dict[str, Any] | None = None
+        if change is not None:
             instance = request.get("instance", "")
-            self._history.append({**document.change, "time_ms": document.now, "instance": instance})
+            self._history.append({**change, "time_ms": document.now, "instance": instance})
+            open_ms = document.open_until_ms - document.now if document.state == "open" else None
+            message = {**change, "retry_after_ms": open_ms}
+        elif document.hint:
+            message = {"failure_count": document.failure_count}
+        elif reply.get("changed"):
+            message = {"policy": request["action"]}
+        if self._publish is not None and message is not None:
+            message |= {"instance": request.get("instance"), "time_ms": document.now}
+            self._publish({field: value for field, value in message.items() if value is not None})
+
+    def _reply(self, document: Document, policy: dict[str, Any], reply: Reply) -> Reply:
         reply["state"], reply["success_count"] = document.state, document.success_count
         reply["generation"] = 0 if "exists" in reply and document.is_new else document.generation
-        reply["failure_count"], reply["source"] = document.failure_count, self.source
+        reply["failure_count"], reply["failure_number"] = document.failure_count, document.failure_number
+        reply["source"] = self.source
         if document.state != "closed":
             reply["retry_after_ms"] = _rules.retry_after_ms(document, policy)
         if document.closed_at_ms is not None:
             ramp_left_ms = document.closed_at_ms + policy["ramp_up_ms"] - document.now
             if ramp_left_ms > 0:
                 reply["ramp_left_ms"] = ramp_left_ms
-        if document.forced is not None:
-            reply["forced"] = document.forced
+        if document.forced is not None and document.forced_until_ms is not None:
+            reply["forced"], reply["forced_left_ms"] = document.forced, document.forced_until_ms - document.now
         if self._override is not None:
             reply["override"] = self._override
         if document.change is not None:
@@ -214,6 +234,7 @@ def document_for(state: State, generation: int, failure_count: int, open_for: fl
         generation=generation,
         state=state,
         failure_count=failure_count,
+        failure_number=failure_count if state == "closed" else 0,
         opened_at=None if state == "closed" else now // 1000,
         open_until_ms=now + max(round(open_for * 1000), 0),
         is_local=True,

@@ -11,8 +11,8 @@ import itertools
 import math
 from typing import Any, Literal, TypeAlias
 
-from ._protocol import LONGEST_MS, Request, State
-from ._window import Sums, Window, bucket_ms, sums
+from ._protocol import EXACT, LONGEST_MS, Request, State
+from ._window import Sums, Window, bucket_ms, move_back, sums
 
 Policy: TypeAlias = dict[str, Any]  # all fields, in the scripts' units
 _FORCED: dict[str, Literal["open", "closed"]] = {"force_open": "open", "force_closed": "closed"}
@@ -29,6 +29,7 @@ class Document:
     generation: int
     state: State = "closed"
     failure_count: int = 0
+    failure_number: int = 0
     success_count: int = 0
     last_failure_time: int | None = None
     opened_at: int | None = None
@@ -47,6 +48,7 @@ class Document:
     is_new: bool = True
     outlived: bool = False
     change: dict[str, Any] | None = None
+    hint: bool = False
 
     def copy(self) -> Document:
         """A copy that may be changed."""
@@ -98,7 +100,7 @@ def transition(document: Document, state: State, reason: str) -> None:
     document.state = state
     document.generation = next_generation(document)
     document.change["generation"] = document.generation
-    document.success_count = 0
+    document.failure_number, document.success_count = 0, 0
     document.window, document.reporters = None, {}
     document.run_since_ms, document.closed_at_ms = None, None
     document.probes, document.probe_seq = {}, 0
@@ -185,22 +187,44 @@ def has_quorum(document: Document, policy: Policy, since_ms: int) -> bool:
     return quorum == 1 or sum(at >= since_ms for at in document.reporters.values()) >= quorum
 
 
+def reaches_half(document: Document, policy: Policy, before: int) -> bool:
+    """Whether a run of at least two failures has reached half of its threshold.
+
+    before: failure_count before the report.
+    """
+    after, threshold = document.failure_count, policy["failure_threshold"]
+    return after >= 2 and before * 2 < threshold <= after * 2
+
+
 def count_outcomes(document: Document, request: Request, quorum: int, bucket: int | None) -> None:
-    """Count successes, then failures, in the run of failures and in the window."""
+    """Count successes, then failures, in the run of failures and in the window.
+
+    Successes end only the failures that their process knew of before they ended: those up to seen_failure, or all if
+    they are reported as they end.
+    """
     successes, failures, slow = request.get("successes", 0), request.get("failures", 0), request.get("slow", 0)
+    number, counted = document.failure_number, request.get("counted", 0)
     if successes > 0:
-        document.failure_count, document.run_since_ms = 0, None
+        seen = min(request.get("seen_failure", number), number)
+        document.failure_count = min(document.failure_count, number - seen)
+        if document.failure_count == 0:
+            document.run_since_ms = None
     if failures > 0:
         if document.run_since_ms is None and quorum > 1:
             document.run_since_ms = document.now
         document.failure_count = min(document.failure_count + failures, 2**32 - 1)
+        document.failure_number = min(number + failures, EXACT)
         document.last_failure_time = document.now // 1000
     if document.window is None and bucket is not None:
         document.window = Window(bucket, document.now // bucket)
-    if document.window is not None:
-        document.window.calls += successes + failures + request.get("pending", 0) - request.get("counted", 0)
-        document.window.failures += failures
-        document.window.slow += slow
+    if document.window is None:
+        return
+    document.window.calls += successes + failures + request.get("pending", 0) - counted
+    document.window.failures += failures
+    document.window.slow += slow
+    age_ms = request.get("age_ms", 0) if successes > 0 else 0
+    if age_ms > document.now % document.window.bucket_ms:  # the successes ended before the newest bucket began
+        move_back(document.window, successes - counted, age_ms, document.now)
 
 
 def trip_reason(document: Document, policy: Policy) -> str | None:
@@ -225,12 +249,15 @@ def record_closed(document: Document, request: Request, policy: Policy) -> bool:
     successes, failures, slow = request.get("successes", 0), request.get("failures", 0), request.get("slow", 0)
     if document.forced or successes + failures + slow == 0:
         return False
+    before = document.failure_count
     count_outcomes(document, request, policy["quorum"], bucket_ms(policy))
     if policy["quorum"] > 1 and (failures > 0 or (slow > 0 and policy["slow_call_rate_threshold"] > 0)):
         note_reporter(document, policy, request.get("instance", ""))
     reason = trip_reason(document, policy)
     if reason is not None:
         trip(document, policy, reason)
+    elif failures > 0 and reaches_half(document, policy, before):
+        document.hint = True
     return True
 
 

@@ -59,6 +59,23 @@ def advanced(window: Window, newest: int) -> Window:
     return rebucketed(window, window.bucket_ms, newest)
 
 
+def move_back(window: Window, calls: int, age_ms: int, now: int) -> None:
+    """Move calls from the newest bucket to the bucket of age_ms ago.
+
+    Takes them out of the window if that bucket has left it.
+    """
+    if calls <= 0:
+        return  # all were reported before, as pending
+    age = now // window.bucket_ms - (now - age_ms) // window.bucket_ms
+    if age > 9:
+        window.calls -= calls
+        return
+    past = [*window.past, *[(0, 0, 0)] * (9 - len(window.past))]
+    there, failures, slow = past[age - 1]
+    past[age - 1] = there + calls, failures, slow
+    window.past = tuple(past)
+
+
 def window_at(window: Window, bucket_ms: int | None, now: int) -> Window:
     """The window at this time, without expired counts. bucket_ms: the wanted length; None keeps the stored one."""
     newest = now // window.bucket_ms

@@ -149,6 +149,20 @@ def machine(request: pytest.FixtureRequest, client: redis.Redis) -> Machine:
 
 
 @contextlib.contextmanager
+def published(client: redis.Redis, channel: str) -> Iterator[list[dict[str, Any]]]:
+    """What is published on a channel within the block, once the block has ended."""
+    heard: list[dict[str, Any]] = []
+    with client.pubsub(ignore_subscribe_messages=True) as subscription:
+        subscription.subscribe(channel)
+        subscription.get_message(timeout=5)
+        yield heard
+        client.publish(channel, "end")
+        while (message := subscription.get_message(timeout=5)) is None or message["data"] != b"end":
+            if message is not None:
+                heard.append(json.loads(message["data"]))
+
+
+@contextlib.contextmanager
 def stopped(server: EmbeddedServer) -> Iterator[None]:
     """The server hangs for the length of the block."""
     os.kill(server.pid, signal.SIGSTOP)

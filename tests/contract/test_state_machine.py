@@ -311,7 +311,11 @@ POLICIES = st.fixed_dictionaries(
         "enforce": st.booleans(),
     },
 )
-_ACQUIRE = st.tuples(st.just("acquire"), INSTANCES, st.integers(0, 3), st.integers(0, 2))
+GATHERED = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries({}, optional={"seen_failure": st.integers(0, 12), "age_ms": st.integers(0, 3500)}),
+)
+_ACQUIRE = st.tuples(st.just("acquire"), INSTANCES, st.integers(0, 3), st.integers(0, 2), GATHERED)
 _SETTLE = st.tuples(
     st.just("settle"),
     INSTANCES,
@@ -332,7 +336,7 @@ STEPS = st.lists(
         _ACQUIRE,
         _SETTLE,
         _SETTLE,
-        st.tuples(st.just("batch"), INSTANCES, COUNTS, COUNTS, COUNTS),
+        st.tuples(st.just("batch"), INSTANCES, COUNTS, COUNTS, COUNTS, COUNTS, GATHERED),
         st.tuples(st.just("advance"), st.integers(0, 1500)),
         st.tuples(st.just("due")),  # advance to the deadline that was told last, and acquire
         _RARE,
@@ -366,11 +370,11 @@ def play(machine: Machine, steps: list[Any], policy: dict[str, Any]) -> list[Any
             machine.advance(rest[0])
         elif kind == "due":
             machine.advance(told[-1][1].get("retry_after_ms", 0) if told else 0)
-            kind, rest = "acquire", ["a", 0, 0]
+            kind, rest = "acquire", ["a", 0, 0, {}]
         if kind == "acquire":
             last = permits[-1]["generation"] if permits else 0
             request = {"instance": rest[0], "generation": last, "successes": rest[1]}
-            request |= {"slow": rest[2], "pending": rest[2]}
+            request |= {"slow": rest[2], "pending": rest[2], **rest[3]}
             reply = tell(step, machine.run("acquire", policy, **request))
             if reply["admitted"]:
                 permits.append(reply)
@@ -380,8 +384,9 @@ def play(machine: Machine, steps: list[Any], policy: dict[str, Any]) -> list[Any
             request = {"instance": rest[0], "generation": permit["generation"], **slot, **OUTCOMES[rest[1]]}
             tell(step, machine.run("record", policy, **request))
         elif kind == "batch" and permits:
-            successes, failures, slow = rest[1:]
+            successes, failures, slow, counted, gathered = rest[1:]
             counts = {"successes": successes, "failures": failures, "slow": min(slow, successes + failures)}
+            counts |= {"counted": min(counted, successes + failures), **gathered}
             tell(step, machine.run("record", policy, instance=rest[0], generation=permits[-1]["generation"], **counts))
         elif kind == "control":
             length = {"duration_ms": rest[1]} if rest[0].startswith("force") else {}

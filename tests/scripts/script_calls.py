@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 import pytest
 import redis
-from conftest import Machine
+from conftest import Machine, published
 
 from pybreaker_redis._protocol import keys_of
 from pybreaker_redis.wire.scripts import compose
@@ -23,6 +23,7 @@ KEYS = keys_of("discovery")
 POLICY = {"failure_threshold": 3, "reset_timeout_ms": 1000, "probe_timeout_ms": 400}
 CONTRACT = ("state", "failure_count", "success_count", "last_failure_time", "opened_at")
 DAY_MS = 86_400_000
+LARGEST, LONGEST_MS = 90_000_000_000_000, 365 * DAY_MS  # of integers and of durations in a request
 MARGIN_MS = 60_000  # by which a document outlives its own deadline
 NO_INTEGERS = [-1, 1.5, math.nan, math.inf, -math.inf, 1e15, 2**63, "1", True, [1], {"a": 1}]
 
@@ -118,8 +119,11 @@ def story(machine: Machine) -> list[dict[str, Any]]:
     tell("snapshot")
     permit = tell("acquire", instance="a")["generation"]
     tell("record", generation=permit, successes=2, failures=2)
+    tell("acquire", generation=permit, successes=1, seen_failure=1, age_ms=5)
     tell("acquire", generation=permit, successes=1)
-    tell("record", generation=permit, failures=3, instance="a")
+    tell("record")
+    tell("record", generation=permit, failures=2, instance="b")
+    tell("record", generation=permit, failures=1, successes=1, seen_failure=2, instance="a")
     tell("acquire")
     machine.advance(1000)
     permit = tell("acquire")["generation"]
@@ -173,18 +177,9 @@ def wheel_binary(name: str) -> str | None:
     return str(path) if path and path.exists() else None
 
 
-@contextlib.contextmanager
-def messages(client: redis.Redis) -> Iterator[list[dict[str, Any]]]:
+def messages(client: redis.Redis) -> contextlib.AbstractContextManager[list[dict[str, Any]]]:
     """What is published on the breaker's channel within the block, once the block has ended."""
-    heard: list[dict[str, Any]] = []
-    with client.pubsub(ignore_subscribe_messages=True) as subscription:
-        subscription.subscribe(KEYS.state)
-        subscription.get_message(timeout=5)
-        yield heard
-        client.publish(KEYS.state, "end")
-        while (message := subscription.get_message(timeout=5)) is None or message["data"] != b"end":
-            if message is not None:
-                heard.append(json.loads(message["data"]))
+    return published(client, KEYS.state)
 
 
 @contextlib.contextmanager

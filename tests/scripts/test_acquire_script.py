@@ -8,14 +8,28 @@ from typing import Any
 import pytest
 import redis
 from conftest import START_MS, lua_machine
-from script_calls import KEYS, NO_INTEGERS, POLICY, ask, bodies, commands, document, must_refuse, picture, probe, trip
+from script_calls import (
+    KEYS,
+    LARGEST,
+    LONGEST_MS,
+    NO_INTEGERS,
+    POLICY,
+    ask,
+    bodies,
+    commands,
+    document,
+    must_refuse,
+    picture,
+    probe,
+    trip,
+)
 
 
 @pytest.mark.parametrize("stored", [False, True])
 def test_bad_requests(client: redis.Redis, stored: bool) -> None:
     """Counts and generations that are none, and fields of other scripts, are refused by name."""
     for value in NO_INTEGERS:
-        for field in ("successes", "generation"):
+        for field in ("successes", "generation", "seen_failure", "age_ms"):
             for body in bodies({field: value}):
                 must_refuse(client, "acquire", body, names=field, stored=stored)
     for field in ("failures", "probe", "action", "duration_ms"):
@@ -24,7 +38,8 @@ def test_bad_requests(client: redis.Redis, stored: bool) -> None:
 
 def test_limits(client: redis.Redis) -> None:
     """The greatest allowed values are taken, and one more is not."""
-    for field, most in (("successes", 10**9), ("generation", 90_000_000_000_000)):
+    limits = {"successes": 10**9, "generation": LARGEST, "seen_failure": LARGEST, "age_ms": LONGEST_MS}
+    for field, most in limits.items():
         assert ask(client, "acquire", **{field: most})["admitted"] is True
         must_refuse(client, "acquire", json.dumps({field: most + 1}), names=field, stored=False)
     assert ask(client, "acquire", instance="x" * 200)["admitted"] is True
@@ -38,6 +53,7 @@ def test_first_acquire_makes_the_document(client: redis.Redis) -> None:
         "state": "closed",
         "generation": START_MS,
         "failure_count": 0,
+        "failure_number": 0,
         "success_count": 0,
     }
     assert (document(client)["generation"], document(client).get("trips")) == (START_MS, None)

@@ -33,6 +33,7 @@ LIKELY = st.one_of(NUMBERS, WORDS, VALUES, st.dictionaries(st.sampled_from(["1",
 OWN = (
     "version",
     "generation",
+    "failure_number",
     "open_until_ms",
     "open_ms",
     "trips",
@@ -56,7 +57,10 @@ OURS = st.fixed_dictionaries(
     optional={field: SENSIBLE[field] for field in OWN},
 )
 ODD = st.builds(lambda ours, odd: {**ours, **odd}, OURS, st.dictionaries(st.sampled_from([*OWN, *CONTRACT]), LIKELY))
-REQUEST_FIELDS = ("generation", "successes", "failures", "probe", "action", "duration_ms", "instance", "encoding")
+REQUEST_FIELDS = (
+    *("generation", "successes", "failures", "probe", "seen_failure", "age_ms"),
+    *("action", "duration_ms", "instance", "encoding"),
+)
 POLICIES = st.dictionaries(st.sampled_from([*POLICY, "ttl_ms", "half_open_max_calls", "x"]), LIKELY, max_size=3)
 REQUESTS = st.fixed_dictionaries({}, optional=dict.fromkeys(REQUEST_FIELDS, LIKELY) | {"policy": POLICIES})
 KEYED = st.dictionaries(st.one_of(st.integers(-9, 9), st.floats(), st.booleans(), st.text(max_size=3)), SCALARS)
@@ -86,9 +90,12 @@ def check_reply(reply: dict[str, Any]) -> None:
     assert reply["state"] in ("closed", "open", "half_open")
     assert is_count(reply["generation"])
     assert is_count(reply["failure_count"])
+    assert is_count(reply["failure_number"])
+    assert reply["state"] != "closed" or reply["failure_number"] >= reply["failure_count"]
     assert is_count(reply["success_count"])
     assert reply.get("retry_after_ms") is None or is_count(reply["retry_after_ms"])
     assert reply.get("forced") in (None, "open", "closed")
+    assert is_count(reply["forced_left_ms"]) if reply.get("forced") else "forced_left_ms" not in reply
     assert reply.get("warning") in (None, "corrupt_document", "foreign_key", "future_version")
     assert reply.get("probe") is None or is_count(reply["probe"])
     assert reply.get("admitted") is not False or reply["retry_after_ms"] >= 0
@@ -114,6 +121,7 @@ def test_any_stored_value(client: redis.Redis, value: bytes) -> None:
         ("snapshot", {}),
         ("acquire", {}),
         ("record", {"generation": START_MS, "failures": 1}),
+        ("record", {"generation": START_MS, "successes": 1, "seen_failure": 1, "age_ms": 30_000}),
         ("record", {"generation": START_MS, "failures": 1, "probe": 1}),
         ("control", {"action": "clear_forced"}),
     ):

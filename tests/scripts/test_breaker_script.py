@@ -254,11 +254,13 @@ def test_history_is_bounded(client: redis.Redis) -> None:
 
 
 def test_one_message_and_one_entry(client: redis.Redis) -> None:
-    """A transition makes one message and one history entry, of one content; else only an override's end is told."""
+    """A transition makes one message and one history entry, of one content; other messages make no entry."""
     machine = lua_machine(client, "discovery")
     with messages(client) as everything:
         replies = story(machine)
-    heard = [message for message in everything if "policy" not in message]
+    heard = [message for message in everything if "from" in message]
+    hints = [message for message in everything if not message.keys() & {"from", "policy"}]
+    assert hints == [{"failure_count": 2, "time_ms": START_MS, **by} for by in ({}, {"instance": "b"})]
     others = [message["policy"] for message in everything if "policy" in message]
     assert others == ["clear_forced"]  # which is no transition, but has to reach whoever watches
     caused = [reply["transition"] for reply in replies if reply.get("transition")]

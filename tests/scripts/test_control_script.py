@@ -99,4 +99,4 @@ def test_a_reset_leaves_the_contract_fields(client: redis.Redis, state: str) -> 
     machine = lua_machine(client, "discovery")
     bring_to(machine, state)
     assert machine.run("control", action="reset")["changed"] is True
-    assert document(client).keys() == {*CONTRACT, "version", "generation"}
+    assert document(client).keys() == {*CONTRACT, "version", "generation", "failure_number"}

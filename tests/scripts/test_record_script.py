@@ -9,6 +9,8 @@ import redis
 from conftest import START_MS, lua_machine
 from script_calls import (
     KEYS,
+    LARGEST,
+    LONGEST_MS,
     NO_INTEGERS,
     POLICY,
     ask,
@@ -28,7 +30,7 @@ from script_calls import (
 def test_bad_requests(client: redis.Redis, stored: bool) -> None:
     """Counts, generations and probes that are none, and fields of other scripts, are refused by name."""
     for value in NO_INTEGERS:
-        for field in ("successes", "failures", "generation", "probe"):
+        for field in ("successes", "failures", "generation", "probe", "seen_failure", "age_ms"):
             for body in bodies({"generation": 1, field: value}):
                 must_refuse(client, "record", body, names=field, stored=stored)
     for field in ("action", "duration_ms"):
@@ -36,15 +38,17 @@ def test_bad_requests(client: redis.Redis, stored: bool) -> None:
 
 
 def test_generation_is_needed(client: redis.Redis) -> None:
-    """A report that does not say under which generation is refused."""
-    for request in ({}, {"failures": 1}, {"generation": None}):
+    """A report with a count or a probe that does not say under which generation is refused."""
+    needy = ({"failures": 1}, {"successes": 0}, {"slow": 1}, {"probe": 1}, {"generation": None, "successes": 1})
+    for request in needy:
         for body in bodies(request):
             must_refuse(client, "record", body, names="generation")
 
 
 def test_limits(client: redis.Redis) -> None:
     """The greatest allowed values are taken, and one more is not."""
-    for field, most in (("failures", 10**9), ("successes", 10**9), ("probe", 90_000_000_000_000)):
+    limits = {"failures": 10**9, "successes": 10**9, "probe": LARGEST, "seen_failure": LARGEST, "age_ms": LONGEST_MS}
+    for field, most in limits.items():
         assert ask(client, "record", generation=0, **{field: most})["applied"] is False
         must_refuse(client, "record", json.dumps({"generation": 0, field: most + 1}), names=field)
 
@@ -179,13 +183,14 @@ def test_a_healthy_report_writes_no_document(client: redis.Redis, script: str, p
 
 @pytest.mark.parametrize("state", ["closed", "open", "half_open"])
 def test_what_an_empty_report_writes(client: redis.Redis, state: str) -> None:
-    """A report of nothing renews the TTL; under generation 0 it also asks for room, and writes nothing there."""
+    """A report of nothing renews the TTL; without a generation it also asks for room, and writes nothing there."""
     machine = lua_machine(client, "discovery")
     generation = bring_to(machine, state)["generation"]
     before = picture(client)
-    for asked, expected in ((generation, ["PEXPIRE"]), (generation - 1, ["PEXPIRE"]), (0, ["SETRANGE", "PEXPIRE"])):
+    given = [{"generation": asked} for asked in (generation, generation - 1, 0)]
+    for request, expected in (*[(one, ["PEXPIRE"]) for one in given], ({}, ["SETRANGE", "PEXPIRE"])):
         with commands(client) as seen:
-            machine.run("record", POLICY, generation=asked)
+            assert machine.run("record", POLICY, **request)["applied"] is False
         writes = [words for words in seen if words[0] not in ("GET", "MGET")]
         assert [words[0] for words in writes] == expected
         assert {words[1] for words in writes} == {KEYS.state}

@@ -11,7 +11,7 @@ from script_calls import KEYS, POLICY, ask, bring_to, commands, must_refuse, pic
 
 from pybreaker_redis._memory import _DEFAULTS
 
-COMMON = {"exists": True, "success_count": 0, "calls": 0, "failures": 0, "slow": 0}
+COMMON = {"exists": True, "failure_number": 0, "success_count": 0, "calls": 0, "failures": 0, "slow": 0}
 TOLD = {
     "closed": {"generation": START_MS, "failure_count": 0, "trips": 0, "health": 100, "probes_in_flight": 0},
     "open": {"failure_count": 3, "trips": 1, "health": 0, "probes_in_flight": 0, "retry_after_ms": 1000},

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import conftest
 import msgpack
 import pytest
 import redis
-from conftest import START_MS, lua_machine
+from conftest import FROZEN_CLOCK, START_MS, lua_machine
 from script_calls import (
     CONTRACT,
     CORRUPT,
     DAY_MS,
     KEYS,
+    LARGEST,
     NEEDED,
     POLICY,
     ask,
@@ -43,7 +45,7 @@ def test_contract_fields(client: redis.Redis, state: str) -> None:
         "open": {"trips", "open_until_ms", "open_ms"},
         "half_open": {"trips", "probes", "probe_seq", "probe_ms"},
     }
-    assert json.loads(text).keys() == {*CONTRACT, "version", "generation", *own[state]}
+    assert json.loads(text).keys() == {*CONTRACT, "version", "generation", "failure_number", *own[state]}
 
 
 @EVERY_STATE
@@ -291,6 +293,9 @@ def test_greatest_numbers(client: redis.Redis, own: dict[str, int]) -> None:
         ("failure_count", 90_000_000_001, "corrupt_document"),
         ("last_failure_time", 90_000_000_000, None),
         ("last_failure_time", 90_000_000_001, "corrupt_document"),
+        ("failure_number", 9_999_999_999_999, None),
+        ("failure_number", 90_000_000_000_000, None),
+        ("failure_number", 90_000_000_000_001, "no number"),
         ("generation", 90_000_000_000_000, None),
         ("generation", 90_000_000_000_001, "another generation"),
     ],
@@ -299,7 +304,7 @@ def test_greatest_numbers(client: redis.Redis, own: dict[str, int]) -> None:
 def test_limits_of_a_healthy_document(client: redis.Redis, field: str, value: int, odd: str | None, brace: str) -> None:
     """A closed document is checked in the form in which we write it as in any other, to the same limits."""
     machine = lua_machine(client, "discovery")
-    own = {"version": 1, "generation": START_MS}
+    own = {"version": 1, "generation": START_MS, "failure_number": 0}
     stored = json.dumps({**_contract("closed"), **own, field: value}, separators=(",", ":"))
     client.set(KEYS.state, stored[:-1] + brace)
     seen = machine.run("snapshot")
@@ -307,6 +312,71 @@ def test_limits_of_a_healthy_document(client: redis.Redis, field: str, value: in
     if odd != "corrupt_document":
         taken = seen if field == "last_failure_time" else machine.run("acquire")
         assert (taken[field] == value) is (odd is None)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize(
+    ("state", "own", "number"),
+    [
+        ("closed", {}, 3),
+        ("closed", {"generation": START_MS}, 3),
+        ("closed", {"generation": START_MS, "failure_number": 2}, 3),
+        ("closed", {"generation": START_MS, "failure_number": 3}, 3),
+        ("closed", {"generation": START_MS, "failure_number": 10}, 10),
+        ("closed", {"failure_number": 10}, 3),
+        ("closed", {"generation": START_MS, "failure_number": "10"}, 3),
+        ("closed", {"generation": START_MS, "failure_number": 10.5}, 3),
+        ("closed", {"generation": START_MS, "failure_number": -1}, 3),
+        ("open", {"generation": START_MS, "failure_number": 10}, 0),
+        ("half_open", {"generation": START_MS, "failure_number": 10}, 0),
+    ],
+    ids=str,
+)
+def test_a_stored_failure_number(
+    client: redis.Redis, dense: bool, state: str, own: dict[str, Any], number: int
+) -> None:
+    """Where another program stored no number, or less than the run, the run's count stands for it."""
+    machine = lua_machine(client, "discovery")
+    stored = {**_contract(state, failures=3, last=START_MS // 1000), "version": 1, **own}
+    client.set(KEYS.state, json.dumps(stored, separators=(",", ":") if dense else None))
+    assert machine.run("snapshot")["failure_number"] == number
+    reply = machine.run("acquire")
+    if state == "closed":
+        reply = machine.run("record", generation=reply["generation"], successes=1, seen_failure=number - 1, failures=1)
+        assert (reply["failure_count"], reply["failure_number"]) == (2, number + 1)
+        assert (document(client)["failure_count"], document(client)["failure_number"]) == (2, number + 1)
+
+
+def test_the_largest_failure_number(client: redis.Redis) -> None:
+    """The number ends at the largest integer, and never begins anew within a generation."""
+    machine = lua_machine(client, "discovery")
+    policy = {**POLICY, "failure_threshold": 10**9}
+    put(client, **_contract("closed"), version=1, generation=START_MS, failure_number=LARGEST - 1)
+    for failures, count in ((1, 1), (5, 6)):
+        reply = machine.run("record", policy, generation=START_MS, failures=failures)
+        assert (reply["failure_number"], reply["failure_count"]) == (LARGEST, count)
+        assert document(client)["failure_number"] == LARGEST
+    reply = machine.run("record", policy, generation=START_MS, successes=1, seen_failure=LARGEST - 2)
+    assert (reply["failure_number"], reply["failure_count"]) == (LARGEST, 2)
+
+
+def test_a_healthy_document_is_not_decoded(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed document that save() wrote, with failures and a window or without, is read by the cheap pattern."""
+    machine = lua_machine(client, "discovery")
+    generation = machine.run("acquire", POLICY)["generation"]
+    monkeypatch.setattr(
+        conftest, "FROZEN_CLOCK", f"{FROZEN_CLOCK}\nbreaker.take_over = function() error('decoded') end\n"
+    )
+    monkeypatch.setattr(conftest, "on_frozen_clock", conftest.on_frozen_clock.__wrapped__)
+    for counts in ({"successes": 1}, {"failures": 2}, {"successes": 1, "seen_failure": 1}):
+        reply = machine.run("record", POLICY, generation=generation, **counts)
+    assert (reply["failure_count"], reply["failure_number"]) == (1, 2)
+    for _ in range(2):
+        reply = machine.run("record", RATES, generation=generation, failures=1)
+    assert (reply["failure_count"], reply["failure_number"], document(client)["window"]["failures"]) == (3, 4, 2)
+    client.set(KEYS.state, client.get(KEYS.state).replace(b'"failure_number":4', b'"failure_number":2'))
+    with pytest.raises(redis.ResponseError, match="decoded"):
+        machine.run("acquire")
 
 
 def test_forced_half_open(client: redis.Redis) -> None:
@@ -518,7 +588,7 @@ def test_what_is_stored(client: redis.Redis, state: str) -> None:
         "open": {"trips", "open_until_ms", "open_ms"},
         "half_open": {"trips", "probes", "probe_seq", "probe_ms"},
     }
-    assert stored[0].keys() == {*CONTRACT, "version", "generation", *own[state]}
+    assert stored[0].keys() == {*CONTRACT, "version", "generation", "failure_number", *own[state]}
 
 
 def test_a_document_in_msgpack_is_corrupt(client: redis.Redis) -> None:
