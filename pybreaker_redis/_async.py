@@ -429,7 +429,8 @@ class AsyncCircuitBreaker(BreakerCore):
     async def close(self) -> None:
         """Report the gathered successes, and close this loop's connections; a later call opens new ones."""
         await self.flush()
-        if self._redis is not None:
+        if self._line is not None:
+            self._redis.link.leave(self._line)
             await self._redis.close()
 
 

@@ -356,5 +356,6 @@ class CircuitBreaker(BreakerCore):
     def close(self) -> None:
         """Report the gathered successes, and close the connections; a later call opens new ones."""
         self.flush()
-        if self._redis is not None:
+        if self._line is not None:
+            self._redis.link.leave(self._line)
             self._redis.close()

@@ -23,6 +23,7 @@ from pybreaker_redis import CircuitBreaker
 from pybreaker_redis._memory import MemoryEngine
 from pybreaker_redis._protocol import Keys, decode, encode, keys_of
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire import aio, sync
 from pybreaker_redis.wire.scripts import compose
 
 START_MS = 1_700_000_000_000
@@ -30,6 +31,16 @@ FROZEN_CLOCK = (pathlib.Path(__file__).parent / "lua" / "frozen_clock.lua").read
 
 # a mutant is killed by any failure: no smallest one is looked for, and every run tries the same examples
 settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], derandomize=True, database=None)
+
+
+@pytest.fixture(autouse=True)
+def only_own_breakers() -> Iterator[None]:
+    """The breakers of one test are not refreshed during the next, which may use their names with other policies."""
+    yield
+    for module in (sync, aio):
+        for by_timeout in list(module._shared.values()):
+            for shared in by_timeout.values():
+                shared.link._used.clear()
 
 
 @pytest.fixture(scope="session")

@@ -199,6 +199,10 @@ class Link:
         if hinted:
             self._hinted[member] = None
 
+    def leave(self, member: Member) -> None:
+        """Refresh this breaker no more, until it is used again."""
+        self._used.pop(member, None)
+
     def pause(self) -> float | None:
         """Seconds to the next look at what is due; None if no breaker was used lately."""
         leases = [member.lease or USUAL_PAUSE for member in self._members(monotonic())]

@@ -58,7 +58,7 @@ class Server:
     def _start_process(self) -> None:
         self._refreshing = threading.RLock()
         self._refreshes = 0
-        self._worker = Worker(self._refresh, self.link.pause)
+        self._worker = Worker(weakref.WeakMethod(self._refresh), self.link.pause)
         self._messenger = Messenger(self.link.undelivered)
 
     def after_fork(self) -> None:
@@ -161,10 +161,11 @@ def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Any]) -> T
 class Worker:
     """A daemon thread that works when it is woken, and at each pause. Starts on demand; ends when there is no pause.
 
-    pause: returns seconds, or None when nothing is left to do.
+    work: a weak reference to what it does; the thread ends with it. pause: returns seconds, or None when nothing is left
+    to do.
     """
 
-    def __init__(self, work: Callable[[], None], pause: Callable[[], float | None]) -> None:
+    def __init__(self, work: weakref.WeakMethod[Callable[[], None]], pause: Callable[[], float | None]) -> None:
         self._work, self._pause = work, pause
         self._awake = threading.Event()
         self._lock = threading.RLock()
@@ -182,7 +183,7 @@ class Worker:
             try:
                 thread.start()
             except RuntimeError:  # the interpreter exits, or a limit is reached
-                self._work()
+                self._work_once()
             else:
                 self._thread = thread
 
@@ -197,9 +198,13 @@ class Worker:
             self._awake.wait(pause)
             self._awake.clear()
             try:
-                self._work()
+                self._work_once()
             except Exception:
                 logger.exception("refreshing the circuit breakers failed")
+
+    def _work_once(self) -> None:
+        if (work := self._work()) is not None:
+            work()
 
 
 class Messenger:
