@@ -378,7 +378,7 @@ class BreakerCore:
             raise
         self._notices.script_ran(name, monotonic() - began, None)
         if self._line is not None:
-            self._line.ran_script()
+            self._line.asked()
         reply["source"] = "redis"
         return reply
 
