@@ -11,6 +11,7 @@ import asyncio
 import codecs
 import contextlib
 import dataclasses
+import inspect
 import logging
 import math
 import multiprocessing
@@ -417,14 +418,14 @@ def one_outage(
     library at one moment. connections: how many were opened while the server hung, in `hung_for` seconds. back: whether
     all breakers returned to Redis.
     """
-    gauge = Gauge(server)
+    gauge, threads = Gauge(server), ThreadCount()
     client = redis.Redis.from_url(server.url)
     made = [CircuitBreaker(f"b{number}", redis=client, redis_timeout=redis_timeout) for number in range(breakers)]
     for breaker in made:
         breaker.call(fine)
     time.sleep(0.5)  # more than two leases: each call would like to ask
     gauge.start()
-    with Warnings() as warnings, ThreadCount() as threads:
+    with Warnings() as warnings, threads:
         with hung(server):
             began = time.monotonic()
             for breaker in made:
@@ -471,16 +472,17 @@ def _call_on(breakers: Sequence[CircuitBreaker], seconds: float) -> list[float]:
 
 
 class ThreadCount:
-    """The most threads of this library that were alive at one moment of a `with` block."""
+    """The most threads of this library at one moment of a `with` block, without those that ran when this was made."""
 
     def __init__(self) -> None:
         self.most = 0
+        self._others = {*threading.enumerate()}
         self._over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
     def _watch(self) -> None:
         while not self._over.wait(0.002):
-            now = sum(thread.name.startswith(THREADS) for thread in threading.enumerate())
+            now = sum(one.name.startswith(THREADS) for one in {*threading.enumerate()} - self._others)
             self.most = max(self.most, now)
 
     def __enter__(self) -> ThreadCount:
@@ -587,8 +589,8 @@ async def tasks_while_hung(
 ) -> dict[str, Any]:
     """The same for tasks of one event loop."""
     breaker = AsyncCircuitBreaker("calm", redis=redis.asyncio.Redis.from_url(server.url), redis_timeout=redis_timeout)
-    if watch:
-        breaker.watch()
+    if watch and inspect.isawaitable(joined := breaker.watch()):
+        await joined
     await breaker.call(fine_async)
     times = Times()
     stop = False
@@ -677,24 +679,27 @@ def _call_many(pipe: Connection, url: str, count: int, rate: float, policy: Poli
             pipe.send(calls)
 
 
-def exchanges_of_many(server: EmbeddedServer, *, rate: float, breakers: int = 100, seconds: float) -> dict[str, Any]:
-    """Exchanges, scripts and commands a second of one process with healthy breakers."""
+def exchanges_of_many(
+    server: EmbeddedServer, *, rate: float, breakers: int = 100, seconds: float, monitor: float = 0.0
+) -> dict[str, Any]:
+    """Exchanges and scripts a second of one process with healthy breakers.
+
+    monitor: seconds for which all commands are counted, afterwards, because MONITOR slows the server down.
+    """
     gauge = Gauge(server)
     with Many(server, breakers=breakers, rate=rate) as many:
         many.go()
-        time.sleep(1.0)
+        time.sleep(0.5)
         gauge.start()
         time.sleep(seconds)
         spent = gauge.read()
         with monitored(server) as commands:
-            began = time.monotonic()
-            time.sleep(min(seconds, 2.0))
-            monitored_for = time.monotonic() - began
+            time.sleep(monitor)
         many.pause()
     return {
         "exchanges_per_second": spent["reads"] / spent["seconds"],
         "scripts_per_second": spent["scripts"] / spent["seconds"],
-        "commands_per_second": len(commands) / monitored_for,
+        "commands_per_second": len(commands) / monitor if monitor else None,
         "sent": dict(Counter(command[0].decode().upper() for command in commands)),
     }
 
