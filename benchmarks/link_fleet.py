@@ -339,14 +339,20 @@ def calls_until_trip(
 
 
 def failures_until_rejection(
-    server: EmbeddedServer, *, rate: float, processes_of: int = 16, each: int = 8, healthy: float = 3.0
+    server: EmbeddedServer,
+    *,
+    rate: float,
+    processes_of: int = 16,
+    each: int = 8,
+    healthy: float = 3.0,
+    lease: float = 0.1,
 ) -> dict[str, Any]:
     """The service dies at one moment for a whole fleet, threshold 5: failed calls until the first rejection.
 
     Each of the instances (processes_of x each) has a thread, a client and a breaker, and calls `rate` times a second
     if the machine can. never: instances that were not rejected within three seconds.
     """
-    jobs = [(_serve_until_dead, server.url, each, rate)] * processes_of
+    jobs = [(_serve_until_dead, server.url, each, rate, lease)] * processes_of
     with processes(*jobs) as pipes:
         begin = time.monotonic() + 0.2
         dies = begin + healthy
@@ -366,10 +372,12 @@ def failures_until_rejection(
     }
 
 
-def _serve_until_dead(pipe: Connection, url: str, each: int, rate: float) -> None:
+def _serve_until_dead(pipe: Connection, url: str, each: int, rate: float, lease: float = 0.1) -> None:
     policy = Policy(failure_threshold=5, reset_timeout=600.0)
     breakers = [
-        CircuitBreaker("doomed", redis=redis.Redis.from_url(url), policy=policy, redis_timeout=SLOW_MACHINE)
+        CircuitBreaker(
+            "doomed", redis=redis.Redis.from_url(url), policy=policy, lease=lease, redis_timeout=SLOW_MACHINE
+        )
         for _ in range(each)
     ]
     pipe.send("ready")
@@ -409,18 +417,24 @@ def run_threads(count: int, work: Callable[[int], object]) -> None:
 
 
 def one_outage(
-    server: EmbeddedServer, *, breakers: int = 20, redis_timeout: float = 0.25, calls_on: float = 5.0
+    server: EmbeddedServer,
+    *,
+    breakers: int = 20,
+    by_url: bool = False,
+    redis_timeout: float = 0.25,
+    calls_on: float = 5.0,
 ) -> dict[str, Any]:
-    """The server hangs. One thread calls each of its breakers once, then all of them 20 times a second. One client.
+    """The server hangs. One thread calls each of its breakers once, then all of them 20 times a second.
 
+    by_url: whether each breaker gets the server's URL, instead of one client of all.
     waited: seconds that the first call of every breaker took, all together. waited_later: the same for the later calls
     that took longer than a fifth of redis_timeout. warnings: until the server answers again. threads: the most of this
     library at one moment. connections: how many were opened while the server hung, in `hung_for` seconds. back: whether
     all breakers returned to Redis.
     """
     gauge, threads = Gauge(server), ThreadCount()
-    client = redis.Redis.from_url(server.url)
-    made = [CircuitBreaker(f"b{number}", redis=client, redis_timeout=redis_timeout) for number in range(breakers)]
+    target = server.url if by_url else redis.Redis.from_url(server.url)
+    made = [CircuitBreaker(f"b{number}", redis=target, redis_timeout=redis_timeout) for number in range(breakers)]
     for breaker in made:
         breaker.call(fine)
     time.sleep(0.5)  # more than two leases: each call would like to ask
@@ -736,40 +750,48 @@ def refresh_cost(
 ) -> dict[str, Any]:
     """Server time of one refresh of all breakers, and of one bare MGET of the same keys, in alternating slices.
 
-    Both from INFO commandstats, ten a second each. A script is a hundredth of a refresh. The MGET inside a script is
-    part of that script's time.
+    Both from INFO commandstats, ten a second each. A refresh is as many scripts, or two keys each in MGET, as there are
+    breakers. The MGET inside a script is part of that script's time.
     """
     gauge = Gauge(server)
     keys = [key for number in range(breakers) for key in keys_of(f"service-{number}")]
     bare = redis.Redis.from_url(server.url)
-    refreshes, mgets = [], []
+    rounds_spent, bare_usec = [], []
     with Many(server, breakers=breakers, rate=10.0) as many:
-        for round_ in range(rounds + 1):
+        for _ in range(rounds + 1):
             gauge.start()
             end = time.monotonic() + slice_
             while time.monotonic() < end:
                 bare.mget(keys)
                 time.sleep(0.1)
             spent = gauge.read()
-            of_mget = spent["mget_usec"] / spent["mgets"]
+            bare_usec.append(spent["mget_usec"] / spent["mgets"])
             gauge.start()
             many.go()
             time.sleep(slice_)
             many.pause()
             time.sleep(0.25)  # what was gathered goes out within a lease
-            spent = gauge.read()
-            refreshed = spent["mgets"] - spent["scripts"] + spent["scripts"] / breakers
-            inner = spent["scripts"] * of_mget / breakers
-            own_mgets = max(spent["mget_usec"] - inner, 0.0) if spent["mgets"] > spent["scripts"] else 0.0
-            usec = spent["script_usec"] + own_mgets
-            if round_ and refreshed:  # the first round connects and loads
-                mgets.append(of_mget)
-                refreshes.append(usec / refreshed)
-    return {
-        "refresh_usec": statistics.median(refreshes),
-        "mget_usec": statistics.median(mgets),
-        "ratio": statistics.median(refreshes) / statistics.median(mgets),
-    }
+            rounds_spent.append(gauge.read())
+        with monitored(server) as commands:
+            many.go()
+            time.sleep(slice_)
+            many.pause()
+    reads = [len(command) - 1 for command in commands if command[0].upper() == b"MGET"]
+    breakers_per_mget = statistics.mean(reads) / 2 if reads else 0.0
+    # the first round connects and loads
+    mget_usec = statistics.median(bare_usec[1:])
+    refresh_usec = statistics.median(
+        _refresh_usec(spent, breakers, breakers_per_mget, mget_usec) for spent in rounds_spent[1:]
+    )
+    return {"refresh_usec": refresh_usec, "mget_usec": mget_usec, "ratio": refresh_usec / mget_usec}
+
+
+def _refresh_usec(spent: dict[str, float], breakers: int, breakers_per_mget: float, mget_usec: float) -> float:
+    own_mgets = spent["mgets"] - spent["scripts"] if breakers_per_mget else 0.0  # each script has one inside
+    refreshed = (spent["scripts"] + own_mgets * breakers_per_mget) / breakers
+    inner_usec = spent["scripts"] * mget_usec / breakers
+    own_usec = max(spent["mget_usec"] - inner_usec, 0.0) if own_mgets else 0.0
+    return (spent["script_usec"] + own_usec) / refreshed
 
 
 def keys_of(name: str) -> tuple[str, str]:

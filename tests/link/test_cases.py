@@ -40,11 +40,11 @@ def target() -> Iterator[EmbeddedServer]:
 # An outage belongs to the server ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("breakers", [10, pytest.param(40, marks=long)])
-def test_one_outage(target: EmbeddedServer, breakers: int) -> None:
-    """The breakers of one client share a wait, a warning and a retry, and all return to Redis."""
+@pytest.mark.parametrize(("breakers", "by_url"), [(10, False), pytest.param(40, False, marks=long), (10, True)])
+def test_one_outage(target: EmbeddedServer, breakers: int, by_url: bool) -> None:
+    """The breakers of one client, or one URL, share a wait, a warning and a retry, and all return to Redis."""
     timeout = 0.5
-    found = link_fleet.one_outage(target, breakers=breakers, redis_timeout=timeout, calls_on=1.2)
+    found = link_fleet.one_outage(target, breakers=breakers, by_url=by_url, redis_timeout=timeout, calls_on=1.2)
     assert found["warnings"] == 1
     assert found["waited"] + found["waited_later"] < 3 * timeout
     assert found["threads"] <= 1
