@@ -119,7 +119,7 @@ class Server:
 
 
 def stored(document: Document) -> bytes:
-    """The document as save() in lua/document.lua writes it; what only an unhealthy breaker has is in no special order."""
+    """The document as save() in lua/document.lua writes it; for an unhealthy breaker, with the same beginning."""
     text = (
         f'{{"state":"{document.state}","failure_count":{document.failure_count},'
         f'"success_count":{document.success_count},'
@@ -328,8 +328,8 @@ def with_share(world: World, share: float) -> Callable[[], bool]:
 def summary(fleet: Fleet, seconds: float, processes: int) -> str:
     server = fleet.server
     return (
-        f"{fleet.trips()} trips, {fleet.rejected / max(fleet.calls, 1):.2%} of {fleet.calls:,} calls rejected; per second"
-        f" {server.pipelines / seconds:,.0f} exchanges, {server.scripts / seconds:,.0f} scripts,"
+        f"{fleet.trips()} trips, {fleet.rejected / max(fleet.calls, 1):.2%} of {fleet.calls:,} calls rejected;"
+        f" per second {server.pipelines / seconds:,.0f} exchanges, {server.scripts / seconds:,.0f} scripts,"
         f" {server.reads / seconds:,.0f} reads; oldest view {fleet.oldest * 1000:.0f} ms"
     )
 
@@ -384,7 +384,7 @@ def recovering(size: int, seconds: float) -> tuple[bool, str]:
     late = f"closed {closed - repaired:.2f} s after the repair" if closed else "never closed"
     return (
         closed is not None and closed - repaired < 2.0 and fleet.trips() == 1,
-        f"open {tripped - died:.2f} s after the failure, {late}; {fleet.failed} failed calls, {fleet.rejected} rejected",
+        f"open {tripped - died:.2f} s after the failure, {late}; {fleet.failed} failed, {fleet.rejected} rejected",
     )
 
 
@@ -448,9 +448,9 @@ def cost(processes: int, breakers: int, per_second: float, lease: float, seconds
     fleet.oldest = 0.0
     fleet.world.run(seconds)
     return (
-        f"{processes:,} x {breakers}, lease {lease:g} s: {server.pipelines / seconds / processes:.1f} exchanges/s and"
-        f" {server.keys / seconds / processes:,.0f} keys/s of each process; {server.pipelines / seconds:,.0f} exchanges,"
-        f" {server.keys / seconds:,.0f} keys and {server.scripts / seconds:,.0f} scripts/s in all; oldest view"
+        f"{processes:,} x {breakers}, lease {lease:g} s: {server.pipelines / seconds / processes:.1f} exchanges/s"
+        f" and {server.keys / seconds / processes:,.0f} keys/s of each process; in all {server.pipelines / seconds:,.0f}"
+        f" exchanges, {server.keys / seconds:,.0f} keys and {server.scripts / seconds:,.0f} scripts/s; oldest view"
         f" {fleet.oldest * 1000:.0f} ms"
     )
 

@@ -54,8 +54,8 @@ class Counter:
 class Successes(Counter):
     """The successes of one generation, and the failures that they come after.
 
-    read_number: the number of the latest failure that was read. proved: of the latest one that was read before the newest
-    success ended. grown_at: when the count was first seen to have grown to what it is now. As of the last look().
+    read_number: the number of the latest failure that was read. proved: of the latest one that was read before the
+    newest success ended. grown_at: when the count was first seen to have grown to what it is. As of the last look().
     """
 
     __slots__ = ("_looked_at", "_read_at", "_taken", "grown_at", "proved", "read_number")
@@ -327,7 +327,11 @@ class View:
                 return False
             if keeps_window and now - self._reported_at >= min(now - self._began, self.policy.window) / 10:
                 return True
-            return self._ended_at > self._reported_at or counter.proved > counter.read_number - seen.failure_count
+            return self._ended_at > self._reported_at or self._ends_failures(seen)
+
+    def _ends_failures(self, seen: Seen) -> bool:
+        """Whether a success is known to have come after failures of the run that was read."""
+        return seen.counter.proved > seen.counter.read_number - seen.failure_count
 
     def take(self, generation: int | None = None, dated: bool = True) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.
@@ -345,17 +349,16 @@ class View:
                 counter.look(min(now, seen.sent + self.lease) if seen.sent > NEVER else now)
             else:
                 counter.look(now)
-            gathered = counter.take()
-            if not gathered:
-                return {"generation": seen.generation}
-            request: Request = {"generation": seen.generation, "successes": gathered}
-            age_ms = round((now - counter.grown_at) * 1000)
-            if age_ms > 0:
-                request["age_ms"] = age_ms
-            if dated:
+            gathered, request = counter.take(), Request(generation=seen.generation)
+            if gathered:
+                request["successes"] = gathered
+                age_ms = round((now - counter.grown_at) * 1000)
+                if age_ms > 0:
+                    request["age_ms"] = age_ms
+            if dated and (now - self._ended_at > JUST_NOW if gathered else self._ends_failures(seen)):
+                request["seen_failure"] = counter.proved
+            if dated and gathered:
                 self._reported_at = now
-                if now - self._ended_at > JUST_NOW:
-                    request["seen_failure"] = counter.proved
             return request
 
     def give_back(self, request: Request) -> None:
