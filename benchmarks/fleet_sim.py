@@ -447,11 +447,11 @@ def cost(processes: int, breakers: int, per_second: float, lease: float, seconds
     server.scripts = server.reads = server.keys = server.pipelines = 0
     fleet.oldest = 0.0
     fleet.world.run(seconds)
+    exchanges, keys = server.pipelines / seconds, server.keys / seconds
     return (
-        f"{processes:,} x {breakers}, lease {lease:g} s: {server.pipelines / seconds / processes:.1f} exchanges/s"
-        f" and {server.keys / seconds / processes:,.0f} keys/s of each process; in all {server.pipelines / seconds:,.0f}"
-        f" exchanges, {server.keys / seconds:,.0f} keys and {server.scripts / seconds:,.0f} scripts/s; oldest view"
-        f" {fleet.oldest * 1000:.0f} ms"
+        f"{processes:,} x {breakers}, lease {lease:g} s: {exchanges / processes:.1f} exchanges/s and"
+        f" {keys / processes:,.0f} keys/s of each process; in all {exchanges:,.0f} exchanges, {keys:,.0f} keys and"
+        f" {server.scripts / seconds:,.0f} scripts/s; oldest view {fleet.oldest * 1000:.0f} ms"
     )
 
 

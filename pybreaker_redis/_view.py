@@ -213,6 +213,8 @@ class View:
                 return False
             counter = seen.counter if generation == seen.generation else self._next_counter(now)
             if reply["source"] == "redis" and self.lease > 0:
+                if counter is not seen.counter:  # the first success of a generation is reported as it ends
+                    self._alert_until, self._next_report_at = now + self.lease, NEVER
                 counter.read(reply["failure_number"], now)
                 self._note_failures(reply, now)
             if counter is seen.counter and now < seen.closed_until and not reply.get("ramp_left_ms"):
@@ -258,8 +260,6 @@ class View:
         if len(self._earlier) > MOST_COUNTERS:
             self._earlier_successes += self._earlier.popleft().total()
         self._began, self._reported_at, self._base = now, NEVER, (0, NEVER)
-        # the first success of a generation is reported as it ends: nobody else knows of it
-        self._alert_until, self._next_report_at = now + self.lease, NEVER
         return Successes()
 
     def drop(self) -> None:
