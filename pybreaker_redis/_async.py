@@ -330,6 +330,8 @@ class AsyncCircuitBreaker(BreakerCore):
             while True:
                 events += self._notices.take()
                 try:
+                    if "failures" in ask.request and self._redis.link.is_reporting(self._line):
+                        await self._redis.wait_for_reports(self._line)
                     reply = await self._redis.run(ask.name, self.keys, ask.request)
                 except BaseException as error:
                     ask = steps.throw(error)

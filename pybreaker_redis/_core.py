@@ -174,11 +174,11 @@ class BreakerCore:
             return False
         self._join_again()
         self._redis.soon(self._line)
+        link = self._redis.link
         if refreshed:  # measured from the call's arrival, or a lease shorter than a round trip would never do
-            return began - seen.sent >= 2 * lease
+            return began - seen.sent >= 2 * lease and now - began < link.timeout
         if seen.verdict(now) is Verdict.ASK and not self._asking:
             return False
-        link = self._redis.link
         return now - seen.sent >= 2 * lease + (link.timeout if link.is_busy() else 0.0)
 
     def _ask(self) -> Steps[BasePermit]:

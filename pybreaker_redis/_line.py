@@ -148,7 +148,7 @@ class Line:
 
     def was_called(self) -> bool:
         owner, before = self._owner, self._calls
-        self._calls = owner._view.seen.counter.total(), owner._notices.rejections()
+        self._calls = owner._view.gathered(), owner._notices.rejections()
         return self._calls != before
 
     def due_reports(self, now: float, leaving: bool = False) -> list[Request]:

@@ -266,6 +266,8 @@ class CircuitBreaker(BreakerCore):
             self._deliver()
 
     def _run_script(self, ask: Ask) -> Reply:
+        if "failures" in ask.request and self._redis.link.is_reporting(self._line):
+            self._redis.wait_for_reports(self._line)
         return self._redis.run(ask.name, self.keys, ask.request)  # type: ignore[no-any-return]
 
     def _deliver(self) -> None:

@@ -251,7 +251,9 @@ class View:
         if seen.state == "open":
             seen.open_until = min(fresh_until, seen.retry_at) if self.policy.enforce else NEVER
         elif seen.state == "closed" and seen.ramp_until <= now:
-            observed = self.policy.slow_call_duration is not None or now < self._alert_until
+            observed = self.policy.slow_call_duration is not None or (
+                now < self._alert_until and self._next_report_at < min(self._alert_until, fresh_until)
+            )
             seen.closed_until = NEVER if observed else fresh_until
             seen.watched_until = fresh_until if observed else NEVER
 
@@ -294,7 +296,10 @@ class View:
         """Whether the success that has just ended should be reported now: once per lease while alert."""
         if now >= self._alert_until or now < self._next_report_at:
             return False
-        self._next_report_at, self._ended_at = now + self.lease, now
+        with self._lock:
+            self._next_report_at, self._ended_at = now + self.lease, now
+            if (seen := self.seen).watched_until > NEVER:
+                self._set_ends(seen, seen.watched_until, now)
         return True
 
     # Gathered successes
@@ -314,6 +319,11 @@ class View:
             even_earlier, counters = self._earlier_successes, {*self._earlier, self.seen.counter}
             return even_earlier + sum(counter.total() for counter in counters)
 
+    def gathered(self) -> int:
+        """All successes of this generation."""
+        with self._lock:
+            return self.seen.counter.total()
+
     def is_due(self, now: float, keeps_window: bool) -> bool:
         """Whether the gathered successes should be reported now.
 
@@ -327,11 +337,7 @@ class View:
                 return False
             if keeps_window and now - self._reported_at >= min(now - self._began, self.policy.window) / 10:
                 return True
-            return self._ended_at > self._reported_at or self._ends_failures(seen)
-
-    def _ends_failures(self, seen: Seen) -> bool:
-        """Whether a success is known to have come after failures of the run that was read."""
-        return seen.counter.proved > seen.counter.read_number - seen.failure_count
+            return self._ended_at > self._reported_at or counter.proved > counter.read_number - seen.failure_count
 
     def take(self, generation: int | None = None, dated: bool = True) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.
@@ -349,16 +355,17 @@ class View:
                 counter.look(min(now, seen.sent + self.lease) if seen.sent > NEVER else now)
             else:
                 counter.look(now)
-            gathered, request = counter.take(), Request(generation=seen.generation)
-            if gathered:
-                request["successes"] = gathered
-                age_ms = round((now - counter.grown_at) * 1000)
-                if age_ms > 0:
-                    request["age_ms"] = age_ms
-            if dated and (now - self._ended_at > JUST_NOW if gathered else self._ends_failures(seen)):
-                request["seen_failure"] = counter.proved
-            if dated and gathered:
+            gathered = counter.take()
+            if not gathered:
+                return {"generation": seen.generation}
+            request: Request = {"generation": seen.generation, "successes": gathered}
+            age_ms = round((now - counter.grown_at) * 1000)
+            if age_ms > 0:
+                request["age_ms"] = age_ms
+            if dated:
                 self._reported_at = now
+                if now - self._ended_at > JUST_NOW:
+                    request["seen_failure"] = counter.proved
             return request
 
     def give_back(self, request: Request) -> None:

@@ -79,9 +79,16 @@ class AsyncServer:
         if here.task is None or here.task.done():
             self.link.wanted = True
         task = self._start()
-        await asyncio.wait({task})
-        if not task.cancelled():
+        done, _ = await asyncio.wait({task}, timeout=self.link.timeout)
+        if done and not task.cancelled():
             task.result()
+
+    async def wait_for_reports(self, member: Member) -> None:
+        """Wait for the reports of a breaker that are under way. Raises the error if the server was lost."""
+        if (task := self._here().task) is not None:
+            await asyncio.wait({task}, timeout=self.link.timeout)
+        if (error := self.link.error(member)) is not None:
+            raise error
 
     def _start(self) -> asyncio.Task[None]:
         here = self._here()

@@ -154,12 +154,13 @@ class Link:
         self._healths: dict[Address | None, Health] = {}
         self._used: weakref.WeakKeyDictionary[Member, float] = weakref.WeakKeyDictionary()
         self._hinted: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
+        self._reporting: set[Member] = set()
         self._turn = 0
 
     def after_fork(self) -> None:
         """In a child: nothing is under way, and a thread of the parent may hold the locks."""
         self.wanted, self.busy_since = False, NEVER
-        self._healths = {}
+        self._healths, self._reporting = {}, set()
 
     # Health
 
@@ -197,6 +198,10 @@ class Link:
     def is_busy(self) -> bool:
         """Whether an exchange is under way, unless it takes longer than any may."""
         return monotonic() - self.busy_since < self.patience
+
+    def is_reporting(self, member: Member) -> bool:
+        """Whether a report of this breaker is under way. A failure that came after it must be counted after it."""
+        return member in self._reporting
 
     def use(self, member: Member, hinted: bool = False) -> None:
         """Refresh this breaker for a while. hinted: read it in the next exchange, however fresh its view is."""
@@ -247,12 +252,16 @@ class Link:
         if not asked and not read:
             return
         calls = [build.run("record", member.keys, request) for member, request in asked]
+        reporting = {member for member, _ in reports}
+        self._reporting |= reporting
         try:
             replies = yield from self._send([*calls, *self._reads(read)])
         except NotSent:
             for member, request in asked:
                 member.give_back(request)
             raise
+        finally:
+            self._reporting -= reporting
         for (member, request), reply in zip(asked, replies, strict=False):
             self._receive(member, request, reply, sent)
         yield from self._decide(self._take_reads(read, replies[len(calls) :], sent))

@@ -79,11 +79,19 @@ class Server:
         """Wait for an exchange of the link: of this thread, or of another thread that has begun one."""
         self._refresh(wanted=True)
 
+    def wait_for_reports(self, member: Member) -> None:
+        """Wait for the reports of a breaker that are under way. Raises the error if the server was lost."""
+        lock = self._refreshing
+        if lock.acquire(timeout=self.link.timeout):
+            lock.release()
+        if (error := self.link.error(member)) is not None:
+            raise error
+
     def _refresh(self, wanted: bool = False) -> None:
         lock, before = self._refreshing, self._refreshes
-        if not lock.acquire(timeout=self.link.patience):
-            # held longer than any exchange takes: a signal handler raised in its thread between the lock and `try`
-            if self._refreshing is lock:
+        if not lock.acquire(timeout=self.link.timeout):
+            # without an exchange: a signal handler raised in the lock's thread between the lock and `try`
+            if not self.link.is_busy() and self._refreshing is lock:
                 self._refreshing = threading.RLock()
             return
         try:
