@@ -40,7 +40,10 @@ def target() -> Iterator[EmbeddedServer]:
 # An outage belongs to the server ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("breakers", "by_url"), [(10, False), pytest.param(40, False, marks=long), (10, True)])
+@pytest.mark.parametrize(
+    ("breakers", "by_url"),
+    [(10, False), pytest.param(40, False, marks=long), pytest.param(40, True, marks=long)],
+)
 def test_one_outage(target: EmbeddedServer, breakers: int, by_url: bool) -> None:
     """The breakers of one client, or one URL, share a wait, a warning and a retry, and all return to Redis."""
     timeout = 0.5
@@ -83,7 +86,7 @@ def test_healthy_tasks_wait_for_no_refresh(target: EmbeddedServer, watch: bool) 
 
 # A trip comes from failures -----------------------------------------------------------------------
 
-SHORT = [OneBad(client, rule, seconds=2.5) for rule in ("threshold", "rate") for client in ("manager", "watch")]
+SHORT = [OneBad(client, rule, seconds=2.0) for rule in ("threshold", "rate") for client in ("manager", "watch")]
 LONG = [
     OneBad(client, rule, healthy, bad_rate=rate, late=late)
     for rule in ("threshold", "rate")
@@ -92,7 +95,11 @@ LONG = [
 ]
 
 
-@pytest.mark.parametrize("case", [*SHORT, *(pytest.param(case, marks=long) for case in LONG)], ids=str)
+def _name(case: OneBad) -> str:
+    return f"{case}, for {case.seconds:g} s"
+
+
+@pytest.mark.parametrize("case", [*SHORT, *(pytest.param(case, marks=long) for case in LONG)], ids=_name)
 def test_one_bad_process_trips_nobody(target: EmbeddedServer, case: OneBad) -> None:
     """A process that fails at every call, among healthy ones that call far more often, opens nobody's circuit."""
     found = link_fleet.one_bad_process(target, case)
@@ -105,13 +112,13 @@ def test_one_bad_process_trips_nobody(target: EmbeddedServer, case: OneBad) -> N
 def test_old_successes_hide_no_failures(target: EmbeddedServer, where: str, pause: float) -> None:
     """Successes from before a silence of three windows do not count against the failures after it."""
     url = target.url if where == "redis" else None
-    assert link_fleet.calls_until_trip(url, window=0.5, pause=pause, most=100) == 20
+    assert link_fleet.calls_until_trip(url, window=0.4, pause=pause, most=100) == 20
 
 
 @pytest.mark.parametrize("processes", [4, pytest.param(16, marks=long)])
 def test_a_dead_service_that_is_called_rarely(target: EmbeddedServer, processes: int) -> None:
     """A fleet whose service dies is rejected after the threshold and the few calls that were under way."""
-    found = link_fleet.failures_until_rejection(target, rate=1.0, processes_of=processes, healthy=2.0)
+    found = link_fleet.failures_until_rejection(target, rate=1.0, processes_of=processes, healthy=1.5)
     assert found["failures"] <= 12
     assert found["never"] == 0
 
@@ -138,7 +145,7 @@ def test_a_hanging_probe(target: EmbeddedServer) -> None:
 @pytest.mark.parametrize("rate", [1, 10])
 def test_a_hundred_breakers(target: EmbeddedServer, rate: float) -> None:
     """The breakers of one process are refreshed together: 12 exchanges a second."""
-    found = link_fleet.exchanges_of_many(target, rate=rate, seconds=2.0)
+    found = link_fleet.exchanges_of_many(target, rate=rate, seconds=1.5)
     assert 1 <= found["exchanges_per_second"] <= 12
 
 
