@@ -17,21 +17,21 @@ In a script a document has these fields besides the stored ones:
 function breaker.load(request)
   local found = redis.call('MGET', KEYS[1], KEYS[3])
   if found[2] then breaker.take_override(request, found[2]) end
-  -- Most documents are closed, were written by save() and hold nothing but a window besides. Such a document is read by one
-  -- pattern, at a tenth of the cost of cjson and all checks.
+  -- Most documents are closed, and save() wrote them with no more than a window. One pattern costs a tenth of cjson.
   local failures, failed_at, generation, number, rest = string.match(found[1] or '', '^{"state":"closed",'
     .. '"failure_count":(%d+),"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,'
     .. '"generation":([1-9]%d*),"failure_number":(%d+)(.*)}$')
-  local failed_s, window = failed_at and tonumber(failed_at), nil
+  local failed_s, window = failed_at ~= 'null' and tonumber(failed_at) or nil, nil
   if rest and rest ~= '' and string.find(rest, '^,"window":') then window = breaker.read_window(rest) end
   if not generation or #generation > 13 or #number > 13 or #failures > 10 or rest ~= '' and not window
       or #failed_at > 10 or not failed_s and failed_at ~= 'null' then
     return breaker.take_over(found[1], request)
   end
-  local count, now = tonumber(failures), (window or failures ~= '0') and breaker.now_ms() or nil
+  local now = (window or failures ~= '0') and breaker.now_ms() or nil
   if window then window = breaker.window_at(window, request, now) end
+  local count, latest = failures == '0' and 0 or tonumber(failures), number == '0' and 0 or tonumber(number)
   return {state = 'closed', failure_count = count, success_count = 0, last_failure_time = failed_s,
-    generation = tonumber(generation), failure_number = math.max(tonumber(number), count), trips = 0, exists = true,
+    generation = tonumber(generation), failure_number = latest < count and count or latest, trips = 0, exists = true,
     now = now, window = window or nil}
 end
 
@@ -56,8 +56,8 @@ function breaker.save(document, request)
 end
 
 -- The document as JSON. Written by hand: the contract fields come first, large numbers keep all digits, and it takes
--- half the time of cjson. %d is cheaper than %.0f, but ends at 2^31 on a 32-bit server, where the failures of a generation
--- that has more than that are numbered anew from failure_count.
+-- half the time of cjson. %d is cheaper than %.0f, but ends at 2^31 on a 32-bit server: there, the failures of a generation
+-- that has more of them are numbered anew from failure_count, and a window that has more calls begins anew.
 function breaker.encode(document)
   local text = string.format('{"state":"%s","failure_count":%d,"success_count":%d,"last_failure_time":%s,' ..
     '"opened_at":%s,"version":1,"generation":%.0f,"failure_number":%d', document.state, document.failure_count,
@@ -79,8 +79,8 @@ function breaker.encode(document)
   if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
   local window = document.window
   if not window then return text .. '}' end
-  return string.format('%s,"window":{"bucket_ms":%.0f,"newest":%.0f,"calls":%.0f,"failures":%.0f,"slow":%.0f,' ..
-    '"past":"%s"}}', text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past)
+  return string.format('%s,"window":{"bucket_ms":%.0f,"newest":%.0f,"calls":%d,"failures":%d,"slow":%d,"past":"%s"}}',
+    text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past)
 end
 
 -- When the back-off and the ramp after a recovery are over if the circuit stays closed.
