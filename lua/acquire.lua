@@ -34,8 +34,12 @@ Writes     a new document, a probe, gathered counts that apply, or the missing d
   redis-cli EVALSHA $ACQUIRE 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"instance":"me"}'
 ]]
-local request, problem = breaker.request({generation = LARGEST, successes = 1e9, slow = 1e9,
-  pending = 1e9, seen_failure = LARGEST, age_ms = LONGEST_MS})
+local function limit_of(field)
+  if field == 'generation' or field == 'seen_failure' then return LARGEST end
+  if field == 'successes' or field == 'slow' or field == 'pending' then return 1e9 end
+  if field == 'age_ms' then return LONGEST_MS end
+end
+local request, problem, encode = breaker.request(limit_of)
 if not request then return redis.error_reply(problem) end
 
 local document = breaker.load(request)
@@ -50,4 +54,4 @@ if probe then reply.probe = probe end
 if not admitted and request.policy and request.policy.enforce == false then
   reply.admitted, reply.shadow = true, true
 end
-return request.encode(reply)
+return encode(reply)

@@ -18,7 +18,7 @@ Errors     BADREQUEST field: problem. Nothing was changed.
   redis-cli EVALSHA $CONTROL 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"action":"force_open","duration_ms":600000}'
 ]]
-local request, problem = breaker.request({}, {action = 'text', duration_ms = 'duration', override = 'policy'})
+local request, problem, encode = breaker.request(nil, {action = 'text', duration_ms = 'duration', override = 'policy'})
 if not request then return redis.error_reply(problem) end
 local action = request.action
 local forces = action == 'force_open' or action == 'force_closed'
@@ -64,4 +64,4 @@ if changed and not document.change then -- save() publishes transitions only
 end
 local reply = breaker.reply(document, request)
 reply.changed = changed
-return request.encode(reply)
+return encode(reply)

@@ -25,14 +25,14 @@ function breaker.load(request)
   local failed_s, window = failed_at and tonumber(failed_at), nil
   if rest and rest ~= '' and string.find(rest, '^,"window":') then window = breaker.read_window(rest) end
   if not generation or #generation > 13 or #number > 13 or #failures > 10 or rest ~= '' and not window
-      or #failed_at > 10 or not failed_s and failed_at ~= 'null' or number - failures < 0 then
+      or #failed_at > 10 or not failed_s and failed_at ~= 'null' then
     return breaker.take_over(found[1], request)
   end
-  local now = (window or failures ~= '0') and breaker.now_ms() or nil
+  local count, now = tonumber(failures), (window or failures ~= '0') and breaker.now_ms() or nil
   if window then window = breaker.window_at(window, request, now) end
-  return {state = 'closed', failure_count = tonumber(failures), success_count = 0,
-    last_failure_time = failed_s, generation = tonumber(generation), failure_number = tonumber(number), trips = 0,
-    exists = true, now = now, window = window or nil}
+  return {state = 'closed', failure_count = count, success_count = 0, last_failure_time = failed_s,
+    generation = tonumber(generation), failure_number = math.max(tonumber(number), count), trips = 0, exists = true,
+    now = now, window = window or nil}
 end
 
 -- Writes -------------------------------------------------------------------------------------------
@@ -56,12 +56,12 @@ function breaker.save(document, request)
 end
 
 -- The document as JSON. Written by hand: the contract fields come first, large numbers keep all digits, and it takes
--- half the time of cjson. %d is cheaper than %.0f, but ends at 2^31 on a 32-bit server.
+-- half the time of cjson. %d is cheaper than %.0f, but ends at 2^31 on a 32-bit server, where the failures of a generation
+-- that has more than that are numbered anew from failure_count.
 function breaker.encode(document)
   local text = string.format('{"state":"%s","failure_count":%d,"success_count":%d,"last_failure_time":%s,' ..
-    '"opened_at":%s,"version":1,"generation":%.0f,"failure_number":%.0f', document.state, document.failure_count,
-    document.success_count, document.last_failure_time and string.format('%d', document.last_failure_time) or 'null',
-    document.opened_at and string.format('%d', document.opened_at) or 'null', document.generation,
+    '"opened_at":%s,"version":1,"generation":%.0f,"failure_number":%d', document.state, document.failure_count,
+    document.success_count, document.last_failure_time or 'null', document.opened_at or 'null', document.generation,
     document.failure_number)
   if document.trips > 0 then text = string.format('%s,"trips":%.0f', text, document.trips) end
   if document.forced then

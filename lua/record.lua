@@ -28,8 +28,14 @@ Publishes  the transition, or {failure_count, instance, time_ms} when a run of a
   redis-cli EVALSHA $RECORD 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"generation":1733500795000,"failures":1}'
 ]]
-local request, problem = breaker.request({generation = LARGEST, successes = 1e9, failures = 1e9,
-  slow = 1e9, pending = 1e9, counted = 1e9, probe = LARGEST, seen_failure = LARGEST, age_ms = LONGEST_MS})
+local function limit_of(field)
+  if field == 'generation' or field == 'seen_failure' or field == 'probe' then return LARGEST end
+  if field == 'successes' or field == 'failures' or field == 'slow' or field == 'pending' or field == 'counted' then
+    return 1e9
+  end
+  if field == 'age_ms' then return LONGEST_MS end
+end
+local request, problem, encode = breaker.request(limit_of)
 local empty = request and not (request.successes or request.failures or request.slow or request.probe)
 if request and not request.generation and not empty then
   problem = 'BADREQUEST generation: is required with counts or a probe'
@@ -47,4 +53,4 @@ end
 if applied or empty or document.is_new then breaker.save(document, request) end
 local reply = breaker.reply(document, request)
 reply.applied = applied
-return request.encode(reply)
+return encode(reply)

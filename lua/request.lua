@@ -2,17 +2,18 @@
 The request and the reply: checks the fields of the request, and finds the policy in force.
 ]]
 
--- Returns the checked request, or nil and an error message. limits: {field: greatest value} of the script's integer
--- fields. kinds: {field: kind} of its other fields, "text", "duration" (milliseconds) or "policy".
-function breaker.request(limits, kinds)
+-- Returns the checked request, or nil, an error message, and the encoder of the reply. limit_of: a function that gives the
+-- greatest value of one of the script's integer fields, or nil. kinds: {field: kind} of its other fields, "text",
+-- "duration" (milliseconds) or "policy".
+function breaker.request(limit_of, kinds)
   local is_json = string.byte(ARGV[1] or '') == 123
   local ok, request = pcall(is_json and cjson.decode or cmsgpack.unpack, ARGV[1] or '')
   if #KEYS ~= 3 or #ARGV ~= 1 or not ok or type(request) ~= 'table' then return nil, breaker.bad_call() end
   for field, value in next, request do
-    local limit = limits[field]
+    local limit = limit_of and limit_of(field)
     local kind = limit or field == 'instance' and 'text' or field == 'policy' and 'policy' or kinds and kinds[field]
     local fits = limit and type(value) == 'number' and value >= 0 and value <= limit and value % 1 == 0
-      or kind == 'text' and type(value) == 'string' and #value <= 200 and not string.find(value, '[^ -~]')
+      or kind == 'text' and type(value) == 'string' and #value <= 200 and string.find(value, '^[ -~]*$')
     local problem
     if kind == 'policy' and type(value) == 'table' then
       problem = breaker.policy_problem(field, value)
@@ -23,8 +24,7 @@ function breaker.request(limits, kinds)
   end
   local problem = (request.pending or request.counted) and breaker.miscount(request)
   if problem then return nil, breaker.bad_request(problem) end
-  request.encode = is_json and cjson.encode or cmsgpack.pack -- for the reply
-  return request
+  return request, nil, is_json and cjson.encode or cmsgpack.pack
 end
 
 function breaker.bad_call()
@@ -106,7 +106,7 @@ function breaker.policy_of(request)
     policy = request.policy or {}
     local has_rate = (policy.error_rate_threshold or 0) > 0 or (policy.slow_call_rate_threshold or 0) > 0
     request.in_force = setmetatable(policy, {__index = breaker.policy_field})
-    request.bucket_ms = has_rate and math.floor(policy.window_ms / 10) or nil
+    if has_rate then request.bucket_ms = math.floor(policy.window_ms / 10) end
   end
   return policy, request.bucket_ms
 end
@@ -149,7 +149,8 @@ end
 -- The fields that all scripts reply; a script adds its own.
 function breaker.reply(document, request)
   local reply = {state = document.state, generation = document.generation, failure_count = document.failure_count,
-    failure_number = document.failure_number, success_count = document.success_count, transition = document.change}
+    failure_number = document.failure_number, success_count = document.success_count}
+  if document.change then reply.transition = document.change end
   if document.state ~= 'closed' or document.closed_at_ms or document.forced or document.warning
       or request.override_in_force or request.warning then
     breaker.reply_more(reply, document, request)

@@ -200,7 +200,8 @@ function breaker.record_closed(document, request)
   local reason = breaker.trip_reason(document, policy)
   if reason then
     breaker.trip(document, policy, reason)
-  elseif failures > 0 and breaker.reaches_half(document, policy, before) then
+  elseif failures > 0 and document.failure_count * 2 >= policy.failure_threshold -- most do without the function
+      and breaker.reaches_half(document, policy, before) then
     document.hint = true
   end
   return true

@@ -25,7 +25,7 @@ Errors     BADREQUEST field: problem
   redis-cli EVALSHA $SNAPSHOT 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{}'
 ]]
-local request, problem = breaker.request({})
+local request, problem, encode = breaker.request()
 if not request then return redis.error_reply(problem) end
 
 local document = breaker.load(request)
@@ -45,4 +45,4 @@ reply.forced_until_ms, reply.reporters = document.forced_until_ms, document.repo
 reply.trips, reply.probes_in_flight = breaker.recent_trips(document, policy), probes_in_flight
 reply.calls, reply.failures, reply.slow = calls, failures, slow
 reply.health = breaker.health(document, policy, calls, failures, slow)
-return request.encode(reply)
+return encode(reply)

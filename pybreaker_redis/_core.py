@@ -178,7 +178,7 @@ class BreakerCore:
         if seen.verdict(now) is Verdict.ASK and not self._asking:
             return False
         link = self._redis.link
-        return now - seen.sent >= 2 * lease + (link.timeout if now - link.busy_since < link.timeout else 0.0)
+        return now - seen.sent >= 2 * lease + (link.timeout if link.is_busy() else 0.0)
 
     def _ask(self) -> Steps[BasePermit]:
         """Ask for a permit. Raises CircuitOpenError."""
@@ -378,7 +378,7 @@ class BreakerCore:
             raise
         self._notices.script_ran(name, monotonic() - began, None)
         if self._line is not None:
-            self._line.ran_script()
+            self._line.asked()
         reply["source"] = "redis"
         return reply
 

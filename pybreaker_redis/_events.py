@@ -181,6 +181,11 @@ class Notices:
         """Log a listener's exception, which must not reach the caller."""
         logger.exception("circuit breaker %r: listener %r failed", self.name, listener)
 
+    def rejections(self) -> int:
+        """The rejected calls so far."""
+        with self.counting:
+            return self.counters["rejected"].total()
+
     def counts(self, gathered: int) -> Counts:
         """All calls so far. gathered: the successes that the view has counted."""
         with self.counting:

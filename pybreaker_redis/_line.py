@@ -93,6 +93,7 @@ class Line:
         self._known: tuple[Texts, Seen, float] | None = None  # texts, what they say, and until when they say it
         self._policy: bytes | None = None  # the stored text of the policy override in force
         self._keeps_window = False  # whoever asked for it
+        self._calls = 0, 0  # counted and rejected, as of the last look
         self._renew_at = NEVER  # when the TTL must be renewed
         self._told: int | None = None  # the generation whose transition the listeners have to learn of
 
@@ -138,13 +139,18 @@ class Line:
 
     # Reports
 
-    def due_reports(self, now: float) -> list[Request]:
+    def was_called(self) -> bool:
+        owner, before = self._owner, self._calls
+        self._calls = owner._view.seen.counter.total(), owner._notices.rejections()
+        return self._calls != before
+
+    def due_reports(self, now: float, leaving: bool = False) -> list[Request]:
         if self.lease <= 0:
             return []
         owner = self._owner
         policy = owner._view.policy
         keeps_window = bool(self._keeps_window or policy.error_rate_threshold or policy.slow_call_rate_threshold)
-        due = owner._view.is_due(now, keeps_window) or owner._slow_calls.any_overdue()
+        due = owner._view.is_due(now, keeps_window) or owner._slow_calls.any_overdue() or (leaving and keeps_window)
         must_renew = self._renew_at != NEVER and now >= self._renew_at
         if not due and not must_renew:
             return []
@@ -156,7 +162,13 @@ class Line:
     def give_back(self, request: Request) -> None:
         self._owner._view.give_back(request)
 
-    def ran_script(self) -> None:
+    def asked(self) -> None:
+        """A caller has run a script."""
+        if self.lease > 0:
+            self._link.use(self)
+            self._renewed()
+
+    def _renewed(self) -> None:
         """A script has renewed the TTL. The next renewal is due at a random time, well before the key expires."""
         ttl = self._owner._view.policy.ttl or DEFAULTS["ttl"]
         self._renew_at = monotonic() + ttl * random.uniform(0.25, 0.5)
@@ -194,7 +206,7 @@ class Line:
 
     def replied(self, request: Request, reply: Reply, sent: float, read: bool = False) -> None:
         reply["source"] = "redis"
-        self.ran_script()
+        self._renewed()
         texts, self._texts = self._texts, None
         if not read or texts is None or not _says(texts, reply):
             self._take_over(request, reply, sent, None)

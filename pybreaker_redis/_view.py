@@ -313,21 +313,21 @@ class View:
             return even_earlier + sum(counter.total() for counter in counters)
 
     def is_due(self, now: float, keeps_window: bool) -> bool:
-        """Whether the gathered successes should be reported now. Called once per lease, while calls come.
+        """Whether the gathered successes should be reported now.
 
         They matter only to a window, or to a run of failures that this process has read. To a window they are reported
         whenever a tenth of its age has passed, so that a judged rate misses at most a tenth of the calls.
         """
         with self._lock:
-            seen = self.seen
-            grown = seen.counter.look(now)
-            if seen.state != "closed" or not seen.counter.waiting():
+            seen, counter = self.seen, self.seen.counter
+            counter.look(now)
+            if seen.state != "closed" or not counter.waiting():
                 return False
-            if now < self._alert_until and (now >= self._next_report_at or self._ended_at > self._reported_at):
-                return True
             if keeps_window and now - self._reported_at >= min(now - self._began, self.policy.window) / 10:
                 return True
-            return not grown and (keeps_window or seen.failure_count > 0)
+            if now < self._alert_until:
+                return now >= self._next_report_at or self._ended_at > self._reported_at
+            return seen.failure_count > 0 and now - counter.grown_at >= self.lease
 
     def take(self, generation: int | None = None, dated: bool = True) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.

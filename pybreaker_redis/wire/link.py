@@ -92,8 +92,11 @@ class Member(Protocol):
     trouble: Health  # of this breaker alone
     lease: float
 
-    def due_reports(self, now: float) -> list[Request]:
-        """Take the gathered outcomes that should be reported now."""
+    def was_called(self) -> bool:
+        """Whether calls were counted or rejected since this was last asked."""
+
+    def due_reports(self, now: float, leaving: bool = False) -> list[Request]:
+        """Take the gathered outcomes that should be reported now. leaving: it will not be asked again soon."""
 
     def give_back(self, request: Request) -> None:
         """Keep the outcomes of a report that no server has executed."""
@@ -205,34 +208,36 @@ class Link:
 
     def pause(self) -> float | None:
         """Seconds to the next look at what is due; None if no breaker was used lately."""
-        leases = [member.lease or USUAL_PAUSE for member in self._members(monotonic())]
+        leases = [member.lease or USUAL_PAUSE for member in self._members()]
         return max(min(leases), SHORTEST_PAUSE) if leases else None
 
-    def _members(self, now: float) -> list[Member]:
-        found = []
-        for reference in self._used.keyrefs():  # a copy, since other threads add members
-            member = reference()
-            if member is not None and now - self._used.get(member, NEVER) <= IDLE:
-                found.append(member)
-            elif member is not None:
-                self._used.pop(member, None)
-        return found
+    def _members(self) -> list[Member]:
+        members = (reference() for reference in self._used.keyrefs())  # a copy, since other threads add members
+        return [member for member in members if member is not None]
+
+    def _is_idle(self, member: Member, now: float) -> bool:
+        if member.was_called():
+            self._used[member] = now
+        return now - self._used.get(member, NEVER) > IDLE
 
     def exchange(self) -> Pipelines:
         """One exchange for all breakers. Raises no error of Redis."""
         wanted, self.wanted = self.wanted, False
-        self.busy_since = began = monotonic()
+        self.busy_since = now = monotonic()
         try:
-            members = self._members(began)
+            members = self._members()
+            leaving = {member for member in members if self._is_idle(member, now)}
+            for member in leaving:
+                self.leave(member)
             yield from self._retry(members)
-            yield from self._refresh([member for member in members if self.error(member) is None], wanted)
+            yield from self._refresh([one for one in members if self.error(one) is None], leaving, wanted)
         finally:
             self.busy_since = NEVER
 
-    def _refresh(self, members: list[Member], wanted: bool) -> Pipelines:
+    def _refresh(self, members: list[Member], leaving: set[Member], wanted: bool) -> Pipelines:
         sent = monotonic()
         hinted = [member for member in members if self._hinted.pop(member, self) is None]
-        reports = [(member, request) for member in members for request in member.due_reports(sent)]
+        reports = [(member, one) for member in members for one in member.due_reports(sent, member in leaving)]
         stale = [member for member in members if member in hinted or (wanted and member.is_stale(sent))]
         scripted = [member for member in stale if member not in hinted and member.needs_script()]
         asked = [*reports, *((member, member.refresh_request()) for member in scripted)]
