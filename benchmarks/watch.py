@@ -33,7 +33,7 @@ def work(url: str, watched: bool, parent: Connection) -> None:
     """A process that calls all the time. It sends when it is first rejected, and when it is admitted again."""
     breaker = CircuitBreaker("watched" if watched else "plain", redis=url, policy=POLICY)
     if watched:
-        watch = breaker.watch(30)
+        watch = breaker.watch()
         while not watch.active:
             time.sleep(EVERY)
     admitted = True

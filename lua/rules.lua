@@ -146,10 +146,11 @@ function breaker.reaches_half(document, policy, before)
 end
 
 -- Counts successes, then failures, in the run of failures and in the window. Successes end only the failures that their
--- process knew of before they ended: those up to seen_failure, or all if they are reported as they end.
+-- process knew of before they ended: those up to seen_failure, or all if they are reported as they end. A report of
+-- failures has a seen_failure, too, if the successes that prove it are still on their way.
 function breaker.count_outcomes(document, request, quorum, bucket_ms)
   local successes, failures, number = request.successes or 0, request.failures or 0, document.failure_number
-  if successes > 0 then
+  if successes > 0 or request.seen_failure then
     local seen = math.min(request.seen_failure or number, number)
     document.failure_count = math.min(document.failure_count, number - seen)
     if document.run_since_ms and document.failure_count == 0 then document.run_since_ms = nil end

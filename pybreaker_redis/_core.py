@@ -172,6 +172,7 @@ class BreakerCore:
             return False
         if lease <= 0:
             return False
+        self._join_again()
         self._redis.soon(self._line)
         if refreshed:  # measured from the call's arrival, or a lease shorter than a round trip would never do
             return began - seen.sent >= 2 * lease
@@ -325,9 +326,7 @@ class BreakerCore:
         """Call a script. Its reply becomes the view, and its transition an event."""
         if (reply := self._run_here(name, request)) is not None:
             return reply
-        if self._rejoin is not None:
-            watch, self._rejoin = self._rejoin, None
-            watch._join()
+        self._join_again()
         sent = monotonic()
         try:
             if name == "acquire" and self._isolation.is_open():
@@ -446,6 +445,12 @@ class BreakerCore:
         watch = self._watch = kind(self)
         return watch
 
+    def _join_again(self) -> None:
+        """In a child: join a subscription of its own."""
+        if self._rejoin is not None:
+            watch, self._rejoin = self._rejoin, None
+            watch._join()
+
     def _hinted(self) -> None:
         """Read the state now: something was published about this breaker, or may have been missed."""
         self._view.hinted()
@@ -492,13 +497,10 @@ class BreakerCore:
 
 def _joined(gathered: Request, report: Request) -> list[Request]:
     """The gathered outcomes and a report as one request; as two if the report's success ended later."""
-    if len(gathered) <= 1:  # a generation and no outcomes
-        return [report]
     if "successes" in gathered and "successes" in report:
         return [gathered, report]
-    for field, count in report.items():
-        gathered[field] = gathered.get(field, 0) + count if field == "slow" else count
-    return [gathered]
+    slow = gathered.get("slow", 0) + report.get("slow", 0)
+    return [{**gathered, **report, "slow": slow} if slow else {**gathered, **report}]
 
 
 def _raise_after(steps: Steps[None] | None, error: BaseException) -> Steps[None]:

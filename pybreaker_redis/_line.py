@@ -139,6 +139,13 @@ class Line:
 
     # Reports
 
+    def pause(self) -> float:
+        return min(self.lease, self._owner._view.policy.window / 10) if self._wants_window() else self.lease
+
+    def _wants_window(self) -> bool:
+        policy = self._owner._view.policy
+        return bool(self._keeps_window or policy.error_rate_threshold or policy.slow_call_rate_threshold)
+
     def was_called(self) -> bool:
         owner, before = self._owner, self._calls
         self._calls = owner._view.seen.counter.total(), owner._notices.rejections()
@@ -147,9 +154,7 @@ class Line:
     def due_reports(self, now: float, leaving: bool = False) -> list[Request]:
         if self.lease <= 0:
             return []
-        owner = self._owner
-        policy = owner._view.policy
-        keeps_window = bool(self._keeps_window or policy.error_rate_threshold or policy.slow_call_rate_threshold)
+        owner, keeps_window = self._owner, self._wants_window()
         due = owner._view.is_due(now, keeps_window) or owner._slow_calls.any_overdue() or (leaving and keeps_window)
         must_renew = self._renew_at != NEVER and now >= self._renew_at
         if not due and not must_renew:

@@ -238,7 +238,7 @@ def check_history_count(count: object) -> None:
 # A healthy document as save() in lua/document.lua writes it: closed, with no more than a window.
 _HEALTHY = re.compile(
     rb'\{"state":"closed","failure_count":(\d{1,10}),"success_count":0,"last_failure_time":(?:\d{1,10}|null),'
-    rb'"opened_at":null,"version":1,"generation":([1-9]\d{0,12}),"failure_number":(\d{1,14})'
+    rb'"opened_at":null,"version":1,"generation":([1-9]\d{0,12}),"failure_number":(\d{1,13})'
     rb'(?:,"window":\{[^{}]*\})?\}'
 )
 _WINDOW = re.compile(
@@ -252,6 +252,8 @@ def read_document(text: bytes | None) -> Reply | None:
     if found is None:
         return None
     failure_count, generation, failure_number = map(int, found.groups())
+    if failure_number < failure_count:
+        return None
     return {
         "state": "closed",
         "generation": generation,

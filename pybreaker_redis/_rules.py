@@ -200,11 +200,12 @@ def count_outcomes(document: Document, request: Request, quorum: int, bucket: in
     """Count successes, then failures, in the run of failures and in the window.
 
     Successes end only the failures that their process knew of before they ended: those up to seen_failure, or all if
-    they are reported as they end.
+    they are reported as they end. A report of failures has a seen_failure, too, if the successes that prove it are
+    still on their way.
     """
     successes, failures, slow = request.get("successes", 0), request.get("failures", 0), request.get("slow", 0)
     number, counted = document.failure_number, request.get("counted", 0)
-    if successes > 0:
+    if successes > 0 or "seen_failure" in request:
         seen = min(request.get("seen_failure", number), number)
         document.failure_count = min(document.failure_count, number - seen)
         if document.failure_count == 0:

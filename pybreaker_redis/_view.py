@@ -54,18 +54,18 @@ class Counter:
 class Successes(Counter):
     """The successes of one generation, and the failures that they come after.
 
-    proved: the number of the latest failure that was read before the newest success ended. grown_at: when the count
-    was first seen to have grown to what it is now. Both are as of the last look().
+    read_number: the number of the latest failure that was read. proved: of the latest one that was read before the
+    newest success ended. grown_at: when the count was first seen to have grown to what it is. As of the last look().
     """
 
-    __slots__ = ("_looked_at", "_read_at", "_read_number", "_taken", "grown_at", "proved")
+    __slots__ = ("_looked_at", "_read_at", "_taken", "grown_at", "proved", "read_number")
 
     def __init__(self) -> None:
         super().__init__()
         self._taken = 0
         self._looked_at = 0
-        self._read_number = self._read_at = 0
-        self.proved = 0
+        self.read_number = self.proved = 0
+        self._read_at = 0
         self.grown_at = NEVER
 
     def look(self, now: float) -> bool:
@@ -74,14 +74,14 @@ class Successes(Counter):
         if grown := total > self._looked_at:
             self._looked_at, self.grown_at = total, now
         if total > self._read_at:
-            self.proved = self._read_number
+            self.proved = self.read_number
         return grown
 
     def read(self, number: int, now: float) -> None:
         """Note that the process has just read that the latest failure has this number."""
         self.look(now)
-        if number > self._read_number:
-            self._read_number, self._read_at = number, self._looked_at
+        if number > self.read_number:
+            self.read_number, self._read_at = number, self._looked_at
 
     def waiting(self) -> int:
         """The successes since the last take, as of the last look."""
@@ -213,6 +213,8 @@ class View:
                 return False
             counter = seen.counter if generation == seen.generation else self._next_counter(now)
             if reply["source"] == "redis" and self.lease > 0:
+                if counter is not seen.counter:  # the first success of a generation is reported as it ends
+                    self._alert_until, self._next_report_at = now + self.lease, NEVER
                 counter.read(reply["failure_number"], now)
                 self._note_failures(reply, now)
             if counter is seen.counter and now < seen.closed_until and not reply.get("ramp_left_ms"):
@@ -315,8 +317,8 @@ class View:
     def is_due(self, now: float, keeps_window: bool) -> bool:
         """Whether the gathered successes should be reported now.
 
-        They matter only to a window, or to a run of failures that this process has read. To a window they are reported
-        whenever a tenth of its age has passed, so that a judged rate misses at most a tenth of the calls.
+        To a window they are reported whenever a tenth of its age has passed, so that a judged rate misses at most a
+        tenth of the calls. Else they matter only if they end failures of the run that this process has read.
         """
         with self._lock:
             seen, counter = self.seen, self.seen.counter
@@ -325,9 +327,11 @@ class View:
                 return False
             if keeps_window and now - self._reported_at >= min(now - self._began, self.policy.window) / 10:
                 return True
-            if now < self._alert_until:
-                return now >= self._next_report_at or self._ended_at > self._reported_at
-            return seen.failure_count > 0 and now - counter.grown_at >= self.lease
+            return self._ended_at > self._reported_at or self._ends_failures(seen)
+
+    def _ends_failures(self, seen: Seen) -> bool:
+        """Whether a success is known to have come after failures of the run that was read."""
+        return seen.counter.proved > seen.counter.read_number - seen.failure_count
 
     def take(self, generation: int | None = None, dated: bool = True) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.
@@ -345,17 +349,16 @@ class View:
                 counter.look(min(now, seen.sent + self.lease) if seen.sent > NEVER else now)
             else:
                 counter.look(now)
-            gathered = counter.take()
-            if not gathered:
-                return {"generation": seen.generation}
-            request: Request = {"generation": seen.generation, "successes": gathered}
-            age_ms = round((now - counter.grown_at) * 1000)
-            if age_ms > 0:
-                request["age_ms"] = age_ms
-            if dated:
-                self._reported_at, self._next_report_at = now, max(self._next_report_at, now + self.lease)
-                if now - self._ended_at > JUST_NOW:
-                    request["seen_failure"] = counter.proved
+            gathered, request = counter.take(), Request(generation=seen.generation)
+            if gathered:
+                request["successes"] = gathered
+                age_ms = round((now - counter.grown_at) * 1000)
+                if age_ms > 0:
+                    request["age_ms"] = age_ms
+            if dated and (now - self._ended_at > JUST_NOW if gathered else self._ends_failures(seen)):
+                request["seen_failure"] = counter.proved
+            if dated and gathered:
+                self._reported_at = now
             return request
 
     def give_back(self, request: Request) -> None:

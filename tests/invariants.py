@@ -1,4 +1,4 @@
-"""What holds after every run: a legal path, growing generations, and never more live probes than slots.
+"""What holds after every run: a legal path, growing generations, numbered failures, and no more live probes than slots.
 
 check_histories() looks at what a server holds at the end: each history against itself and against its document.
 check_journal() looks at what was ever stored: a server that is started with JOURNAL writes each change of a key to its
@@ -58,6 +58,16 @@ def check_history(document: Fields | None, entries: list[Fields], now_ms: int, s
     else:
         assert document["state"] == "closed", f"without a transition: {document}"
     check_probes(document, [end for end in document.get("probes", {}).values() if end > now_ms], slots)
+    check_numbers(document)
+
+
+def check_numbers(document: Fields) -> None:
+    """A run of failures is part of the failures of its generation; another state has no numbers."""
+    count, number = document.get("failure_count", 0), document.get("failure_number", 0)
+    if document["state"] == "closed":
+        assert 0 <= count <= number, f"a run that is no part of its numbers: {document}"
+    else:
+        assert number == 0, f"numbers while not closed: {document}"
 
 
 def check_probes(document: Fields, live: list[int], slots: int) -> None:
@@ -155,6 +165,7 @@ def check_step(before: Fields | None, after: Fields, entries: list[Fields], slot
     """One document replaces another one; before: None where there was none, or its key had been lost."""
     probes = after.get("probes", {})
     check_probes(after, list(probes.values()), slots)
+    check_numbers(after)
     state, generation = (before["state"], before["generation"]) if before else ("closed", None)
     if entries:
         [entry] = entries
@@ -165,6 +176,11 @@ def check_step(before: Fields | None, after: Fields, entries: list[Fields], slot
         return
     assert after["state"] == state, f"a change that was not told: {after} after {before}"
     assert before is None or after["generation"] == generation, f"a generation of its own: {after} after {before}"
+    more = {field: after.get(field, 0) - (before or {}).get(field, 0) for field in ("failure_count", "failure_number")}
+    assert more["failure_number"] >= 0, f"failure numbers that go back: {after} after {before}"
+    assert more["failure_count"] <= more["failure_number"] or after["state"] != "closed", (
+        f"failures without a number: {after} after {before}"
+    )
     moved = {slot for slot, end in (before or {}).get("probes", {}).items() if probes.get(slot, end) != end}
     assert not moved, f"the deadline of a probe was moved: {after} after {before}"
 

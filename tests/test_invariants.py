@@ -32,6 +32,9 @@ HALF_OPEN = {"state": "half_open", "generation": 6, "probes": {"1": 2000, "2": 9
     ("document", "entries"),
     [
         ({"state": "closed", "generation": 5}, []),
+        ({"state": "closed", "generation": 5, "failure_count": 2, "failure_number": 2}, []),
+        ({"state": "closed", "generation": 5, "failure_count": 0, "failure_number": 9}, []),
+        ({**OPEN, "failure_count": 2, "failure_number": 0}, [TRIPPED]),
         (OPEN, [TRIPPED]),
         (HALF_OPEN, [TRIPPED, PROBING]),  # one of the two deadlines has passed
         (None, [TRIPPED, PROBING]),
@@ -61,6 +64,9 @@ def test_what_is_right(document: Any, entries: list[dict[str, Any]]) -> None:
         ("without a transition", OPEN, []),
         ("2 live probes", {**HALF_OPEN, "probes": {"1": 2000, "2": 2001}}, [TRIPPED, PROBING]),
         ("probes outside", {**OPEN, "probes": {"1": 2000}}, [TRIPPED]),
+        ("no part of its numbers", {"state": "closed", "generation": 5, "failure_count": 2, "failure_number": 1}, []),
+        ("no part of its numbers", {"state": "closed", "generation": 5, "failure_count": 2}, []),
+        ("numbers while not closed", {**OPEN, "failure_count": 2, "failure_number": 2}, [TRIPPED]),
     ],
 )
 def test_what_is_wrong(says: str, document: Any, entries: list[dict[str, Any]]) -> None:
@@ -131,6 +137,29 @@ def test_a_document_that_was_changed_by_hand(says: str, changes: dict[str, Any])
         client.set(breaker.keys.state, json.dumps({**json.loads(stored), **changes}))
         client.set(breaker.keys.state, stored)
         check_histories(client)
+        with pytest.raises(AssertionError, match=says):
+            check_journal(journal_in(server.directory).read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("says", "changes"),
+    [
+        ("go back", {"failure_count": 0, "failure_number": 2}),
+        ("without a number", {"failure_count": 3}),
+        ("no part of its numbers", {"failure_count": 4}),
+    ],
+)
+def test_a_failure_without_its_number(says: str, changes: dict[str, Any]) -> None:
+    """Nor does a failure number that goes back, or a run that grows without one."""
+    with EmbeddedServer(args=JOURNAL) as server, redis.Redis.from_url(server.url) as client:
+        breaker = CircuitBreaker("hand", redis=client, lease=0, redis_timeout=20)
+        for failed in (True, False, True, True):
+            permit = breaker.acquire()
+            permit.failure() if failed else permit.success()
+        stored = json.loads(client.get(breaker.keys.state))
+        assert (stored["failure_count"], stored["failure_number"]) == (2, 3)
+        check_journal(journal_in(server.directory).read_bytes())
+        client.set(breaker.keys.state, json.dumps({**stored, **changes}))
         with pytest.raises(AssertionError, match=says):
             check_journal(journal_in(server.directory).read_bytes())
 

@@ -90,7 +90,9 @@ class Member(Protocol):
     name: str
     keys: Keys
     trouble: Health  # of this breaker alone
-    lease: float
+
+    def pause(self) -> float:
+        """The longest time between two looks at its reports; 0 if it has none."""
 
     def was_called(self) -> bool:
         """Whether calls were counted or rejected since this was last asked."""
@@ -208,8 +210,8 @@ class Link:
 
     def pause(self) -> float | None:
         """Seconds to the next look at what is due; None if no breaker was used lately."""
-        leases = [member.lease or USUAL_PAUSE for member in self._members()]
-        return max(min(leases), SHORTEST_PAUSE) if leases else None
+        pauses = [member.pause() or USUAL_PAUSE for member in self._members()]
+        return max(min(*pauses, IDLE), SHORTEST_PAUSE) if pauses else None
 
     def _members(self) -> list[Member]:
         members = (reference() for reference in self._used.keyrefs())  # a copy, since other threads add members

@@ -161,8 +161,8 @@ def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Any]) -> T
 class Worker:
     """A daemon thread that works when it is woken, and at each pause. Starts on demand; ends when there is no pause.
 
-    work: a weak reference to what it does; the thread ends with it. pause: returns seconds, or None when nothing is left
-    to do.
+    work: a weak reference to what it does; the thread ends with it. pause: returns seconds, or None when nothing is
+    left to do.
     """
 
     def __init__(self, work: weakref.WeakMethod[Callable[[], None]], pause: Callable[[], float | None]) -> None:
@@ -234,7 +234,10 @@ class Messenger:
                     self._running = False
                     return
             member, events = self._undelivered.popleft()
-            member.deliver(events)
+            try:
+                member.deliver(events)
+            except BaseException:  # such as a listener's SystemExit
+                logger.exception("a listener ended its thread")
 
 
 class Connections:

@@ -8,6 +8,7 @@ import pytest
 import redis
 from conftest import START_MS, Machine, lua_machine, memory_machine, published
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from test_state_machine import POLICIES, STEPS, play
 
 from pybreaker_redis._memory import MemoryEngine, document_for
@@ -89,13 +90,13 @@ def test_without_a_number_they_end_the_run(machine: Machine) -> None:
     assert run_of(machine.run("record", POLICY, generation=generation, successes=1)) == (0, 5)
 
 
-@pytest.mark.parametrize("counts", [{}, {"successes": 0}, {"failures": 1}])
-def test_a_number_without_successes(machine: Machine, counts: dict[str, int]) -> None:
-    """What a process had read matters only to its successes."""
+@pytest.mark.parametrize(("counts", "left"), [({}, 5), ({"successes": 0}, 5), ({"failures": 1}, 1), ({"slow": 1}, 0)])
+def test_a_number_without_successes(machine: Machine, counts: dict[str, int], left: int) -> None:
+    """A report of failures proves what its process had read before a success that is still on its way."""
     generation = begin(machine)
     machine.run("record", POLICY, generation=generation, failures=5)
     reply = machine.run("record", POLICY, generation=generation, seen_failure=5, age_ms=7, **counts)
-    assert reply["failure_count"] == 5 + counts.get("failures", 0)
+    assert reply["failure_count"] == left
 
 
 def test_failures_count_after_successes(machine: Machine) -> None:
@@ -158,6 +159,29 @@ def test_successes_count_when_they_ended(machine: Machine, script: str, age_ms: 
         assert calls(machine) == 5
         machine.advance(1)
     assert calls(machine) == 0
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([0, 1, 99, 100, 101, 350, 999, 1000, 5000]),
+            st.integers(0, 3),
+            st.sampled_from([0, 1, 50, 99, 100, 101, 350, 899, 900, 999, 1000, 1001]),
+        )
+    )
+)
+def test_window_is_the_last_ten_buckets(machine: Machine, steps: list[tuple[int, int, int]]) -> None:
+    """At any time the window holds the successes that ended, and the failures that arrived, in its ten buckets."""
+    machine.run("control", action="reset")
+    generation = begin(machine, WINDOW)
+    counted: list[tuple[int, int]] = []
+    for gap, failures, age_ms in steps:
+        machine.advance(gap)
+        machine.run("record", WINDOW, generation=generation, successes=5, failures=failures, age_ms=age_ms)
+        counted += [((machine.now_ms - age_ms) // 100, 5), (machine.now_ms // 100, failures)]
+        oldest = machine.now_ms // 100 - 9
+        assert calls(machine) == sum(count for bucket, count in counted if bucket >= oldest)
 
 
 def test_each_bucket_keeps_its_own(machine: Machine) -> None:

@@ -4,7 +4,9 @@ The in-memory engine is the step function, and with it what the Lua does, for th
 the same. A state is the engine's document, the clock, what each client holds, and the messages under way. From each
 state every possible step is taken; states that were seen are not entered again. What must always hold is checked at
 each step: transitions form a legal path, each under a generation greater than the last and told by one reply alone;
-never more live probes than slots; a straggler, a lost or a repeated report of a probe changes nothing.
+never more live probes than slots; a straggler, a lost or a repeated report of a probe changes nothing; the run of
+failures is never longer than the failures of its generation; and gathered successes end no failure that their process
+had not read of before they ended.
 
 The steps:
   ask      a client sends acquire (its request is under way)
@@ -14,6 +16,12 @@ The steps:
   crash    a client forgets everything: its permit, and that it asked
   advance  the clock jumps to the next deadline of the document
   reset    an operator resets (once)
+  fail over  a replica that lacks the last write takes over
+
+Some clients gather successes instead of reporting each call:
+  read     a gatherer reads the document; what it read is under way to it, and arrives late, out of order, or not at all
+  succeed  one of its calls ends
+  report   it reports the successes that it has gathered; the report arrives late, out of order, or not at all
 """
 
 from __future__ import annotations
@@ -49,6 +57,10 @@ class Bounds:
     repeats: int = 1
     crashes: int = 1
     resets: int = 1
+    gatherers: int = 0
+    reads: int = 0
+    successes: int = 0  # of each gatherer
+    failovers: int = 0
     policy: tuple[tuple[str, int], ...] = (
         ("failure_threshold", 2),
         ("success_threshold", 1),
@@ -60,7 +72,11 @@ class Bounds:
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-    """A request under way. heard: somebody waits for its reply; delivered: it was executed, and may be once more."""
+    """A request under way. heard: somebody waits for its reply; delivered: it was executed, and may be once more.
+
+    script "read" is what gatherer number `to` has read: generation and failure_number. seen: the seen_failure of a
+    report of gathered successes. known: what its process had truly read before the newest of them ended.
+    """
 
     script: str
     heard: bool = False
@@ -68,6 +84,10 @@ class Message:
     probe: int | None = None
     outcome: str = ""
     delivered: bool = False
+    to: int = 0
+    failure_number: int = 0
+    seen: int | None = None
+    known: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,19 +99,64 @@ class Client:
 
 
 @dataclasses.dataclass(frozen=True)
+class Gatherer:
+    """A process that gathers successes under one generation; look() and read() are the rule of the client.
+
+    ticks: its successes. reported: those of them that were reported. read_number: the failure_number that it read last;
+    read_at: its ticks by then. proved: the number that it had read before its newest success, as far as it knows.
+    known: the same in truth, noted by the search as each success ends.
+    """
+
+    generation: int = 0
+    ticks: int = 0
+    reported: int = 0
+    read_number: int = 0
+    read_at: int = 0
+    proved: int = 0
+    known: int = 0
+
+    def look(self) -> Gatherer:
+        """Whatever has succeeded since the last read came after what was read."""
+        return dataclasses.replace(self, proved=self.read_number) if self.ticks > self.read_at else self
+
+    def read(self, generation: int, number: int) -> Gatherer:
+        """Take over what was read, unless a newer generation is known; each generation has counts of its own."""
+        if generation != self.generation:
+            return type(self)(generation, read_number=number) if generation > self.generation else self
+        return dataclasses.replace(self.look(), read_number=number, read_at=self.ticks)
+
+    def succeed(self) -> Gatherer:
+        """A call ends."""
+        return dataclasses.replace(self, ticks=self.ticks + 1, known=self.read_number)
+
+    def report(self) -> tuple[Gatherer, Message]:
+        """The report of what was gathered."""
+        looked = self.look()
+        message = Message("record", False, self.generation, None, "successes", seen=looked.proved, known=self.known)
+        return dataclasses.replace(looked, reported=self.ticks), message
+
+
+@dataclasses.dataclass(frozen=True)
 class World:
-    """One state. engine is the document as a tuple; now_ms is what the clock has advanced."""
+    """One state. engine is the document as a tuple; now_ms is what the clock has advanced.
+
+    replica: the document without its last write, while a replica may still take over.
+    """
 
     engine: Any
     now_ms: int
     clients: tuple[Client, ...]
     messages: tuple[Message, ...]
+    gatherers: tuple[Gatherer, ...] = ()
+    replica: Any = None
     transitions: int = 0
     asks: int = 0
     waits: int = 0
     repeats: int = 0
     crashes: int = 0
     resets: int = 0
+    reads: int = 0
+    failovers: int = 0
 
 
 class Broken(AssertionError):
@@ -101,17 +166,19 @@ class Broken(AssertionError):
 class Search:
     """Visits every state within the bounds, breadth first."""
 
-    def __init__(self, bounds: Bounds) -> None:
+    def __init__(self, bounds: Bounds, gatherer: type[Gatherer] = Gatherer) -> None:
         self.bounds = bounds
+        self.gatherer = gatherer
         self.policy = dict(bounds.policy)
         self.clock = 0
         self.engine = MemoryEngine(now_ms=lambda: START_MS + self.clock)
         self.steps = 0
         self.transitions: collections.Counter[str] = collections.Counter()
+        self.spared = 0  # reports of gathered successes that left a failure in the run
 
     def run(self) -> int:
         """How many states there are. Raises Broken, with the path to it."""
-        first = World(None, 0, (Client(),) * self.bounds.clients, ())
+        first = World(None, 0, (Client(),) * self.bounds.clients, (), (self.gatherer(),) * self.bounds.gatherers)
         origin: dict[World, tuple[World, str] | None] = {first: None}
         queue = collections.deque([first])
         while queue:
@@ -150,6 +217,14 @@ class Search:
                 yield f"{index} crashes", crash(world, index)
         for message in dict.fromkeys(world.messages):
             yield from self.deliver(world, message)
+        for index, gatherer in enumerate(world.gatherers):
+            if gatherer not in world.gatherers[:index]:
+                yield from self.gather(world, index, gatherer, room)
+        if world.failovers < self.bounds.failovers and world.replica is not None:
+            yield (
+                "a replica takes over",
+                dataclasses.replace(world, engine=world.replica, replica=None, failovers=world.failovers + 1),
+            )
         deadline = self.next_deadline(world)
         if deadline is not None and world.waits < self.bounds.waits:
             waited = dataclasses.replace(world, now_ms=deadline, waits=world.waits + 1)
@@ -158,7 +233,30 @@ class Search:
             after, _ = self.execute(world, "control", {"action": "reset"}, "reset")
             yield "an operator resets", dataclasses.replace(after, resets=world.resets + 1)
 
+    def gather(self, world: World, index: int, gatherer: Gatherer, room: bool) -> Iterator[tuple[str, World]]:
+        """What a gatherer can do."""
+        if room and world.engine is not None and world.reads < self.bounds.reads:
+            document = world.engine.document
+            sent = Message("read", True, document.generation, to=index, failure_number=document.failure_number)
+            messages = ordered([*world.messages, sent])
+            yield f"gatherer {index} reads", dataclasses.replace(world, messages=messages, reads=world.reads + 1)
+        if gatherer.generation and gatherer.ticks < self.bounds.successes:
+            yield f"gatherer {index} succeeds", with_gatherer(world, index, gatherer.succeed())
+        if room and gatherer.ticks > gatherer.reported:
+            after, report = gatherer.report()
+            after_world = with_gatherer(world, index, after)
+            messages = ordered([*world.messages, report])
+            yield f"gatherer {index} reports", dataclasses.replace(after_world, messages=messages)
+
     def deliver(self, world: World, message: Message) -> Iterator[tuple[str, World]]:
+        if message.script == "read":
+            rest = list(world.messages)
+            rest.remove(message)
+            lost = dataclasses.replace(world, messages=ordered(rest))
+            taken = world.gatherers[message.to].read(message.generation, message.failure_number)
+            yield f"{message} arrives", with_gatherer(lost, message.to, taken)
+            yield f"{message} is lost", lost
+            return
         if message.delivered:
             if world.repeats < self.bounds.repeats:
                 after, reply = self.execute(world, "record", self.request(message), "repeat")
@@ -168,12 +266,16 @@ class Search:
             return
         after, reply = self.execute(world, message.script, self.request(message), message.script)
         self.check_straggler(world, after, message, reply)
+        if message.seen is not None:
+            self.check_gathered(world, after, message, reply)
         rest = list(world.messages)
         rest.remove(message)
         if message.script == "record":
             if world.repeats < self.bounds.repeats:
                 rest.append(dataclasses.replace(message, delivered=True))
             yield f"{message} arrives", dataclasses.replace(after, messages=ordered(rest))
+            if message.seen is not None:
+                yield f"{message} is lost", dataclasses.replace(world, messages=ordered(rest))
             return
         after = dataclasses.replace(after, messages=ordered(rest))
         if not message.heard:  # its sender has crashed since
@@ -188,6 +290,8 @@ class Search:
         if message.script == "acquire":
             return {}
         counts = {message.outcome: 1} if message.outcome else {}
+        if message.seen is not None:
+            counts["seen_failure"] = message.seen
         return {"generation": message.generation, **counts, **({"probe": message.probe} if message.probe else {})}
 
     # The engine as a function
@@ -199,10 +303,13 @@ class Search:
         self.clock = world.now_ms
         reply = engine.run(script, {**request, "policy": self.policy})
         after = dataclasses.replace(world, engine=Frozen(engine._document))
+        if world.failovers < self.bounds.failovers and after.engine != world.engine:
+            after = dataclasses.replace(after, replica=world.engine)
         if change := reply.get("transition"):
             self.check_transition(world, reply, change, cause)
             after = dataclasses.replace(after, transitions=world.transitions + 1)
         self.check_slots(after)
+        self.check_numbers(after)
         return after, reply
 
     def next_deadline(self, world: World) -> int | None:
@@ -237,6 +344,25 @@ class Search:
         if live and document.state != "half_open":
             raise Broken(f"probes while {document.state}")
 
+    def check_numbers(self, world: World) -> None:
+        document = world.engine.document
+        most = document.failure_number if document.state == "closed" else document.failure_count
+        if not 0 <= document.failure_count <= most:
+            raise Broken(f"a run that is no part of its numbers: {document}")
+
+    def check_gathered(self, before: World, after: World, message: Message, reply: dict[str, Any]) -> None:
+        """After gathered successes the run still has each failure that their process had not read of before they ended.
+
+        Not after a replica took over: it lacks failures, and gives their numbers anew.
+        """
+        if not reply["applied"] or before.failovers:
+            return
+        was, now = before.engine.document, after.engine.document
+        unknown = min(was.failure_count, max(was.failure_number - message.known, 0))
+        self.spared += now.failure_count > 0
+        if now.failure_count < unknown:
+            raise Broken(f"gathered successes ended a later failure: {message}, {was}, {now}")
+
     def check_straggler(self, before: World, after: World, message: Message, reply: dict[str, Any]) -> None:
         """A report of another generation, or of a slot that is gone, changes nothing and tells of no transition."""
         if message.script != "record" or before.engine is None:
@@ -260,7 +386,7 @@ class Frozen:
         self._fields = frozenset(
             (field.name, _hashable(getattr(document, field.name)))
             for field in dataclasses.fields(document)
-            if field.name not in ("change", "is_new", "now")
+            if field.name not in ("change", "hint", "is_new", "now")
         )
 
     def __eq__(self, other: object) -> bool:
@@ -310,6 +436,12 @@ def send(world: World, index: int, message: Message, client: Client) -> World:
 def with_client(world: World, index: int, client: Client, **fields: Any) -> World:
     clients = [*world.clients[:index], client, *world.clients[index + 1 :]]
     return dataclasses.replace(world, clients=tuple(sorted(clients, key=repr)), **fields)
+
+
+def with_gatherer(world: World, index: int, gatherer: Gatherer) -> World:
+    """Gatherers keep their places: what one has read is under way to it."""
+    gatherers = (*world.gatherers[:index], gatherer, *world.gatherers[index + 1 :])
+    return dataclasses.replace(world, gatherers=gatherers)
 
 
 def crash(world: World, index: int) -> World:
