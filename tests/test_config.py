@@ -213,6 +213,10 @@ def test_a_password_is_not_shown() -> None:
 
 def test_breaker_options_arrive() -> None:
     """The options of every breaker may stand in the configuration too."""
-    config = load({"circuit_breaker": {"lease": 1, "prefix": "cb", "watch": None}})
-    assert (config.lease, config.prefix, config.watch) == (1.0, "cb", None)
+    config = load({"circuit_breaker": {"lease": 1, "prefix": "cb", "watch": False}})
+    assert (config.lease, config.prefix, config.watch) == (1.0, "cb", False)
     assert CircuitBreaker("x", prefix=config.prefix).keys.state == "cb:x:state"
+    assert load({}).watch is True
+    for wrong in (None, 30, "long"):
+        with pytest.raises(ConfigError, match="watch"):
+            load({"circuit_breaker": {"watch": wrong}})

@@ -152,6 +152,7 @@ def test_two_managers_share(make_manager: Callable[..., CircuitBreakerManager], 
     assert second.call("discovery", lambda: 1) == 1
     trip(first, "discovery")
     wait_until(lambda: second.get_state("discovery") == "open")
+    wait_until(lambda: second.get_or_create("discovery").state == "open")  # as calls see it
     with pytest.raises(CircuitOpenError):
         second.call("discovery", boom)
     assert client.exists("circuit_breaker:discovery:state")
@@ -159,7 +160,7 @@ def test_two_managers_share(make_manager: Callable[..., CircuitBreakerManager], 
 
 
 def test_one_subscription(make_manager: Callable[..., CircuitBreakerManager], client: redis.Redis) -> None:
-    """However many breakers, one connection subscribes; watch=None wants none; close() ends it."""
+    """However many breakers, one connection subscribes; watch=False wants none; close() ends it."""
     manager = make_manager()
     for number in range(20):
         manager.call(f"service {number}", int)
@@ -167,7 +168,7 @@ def test_one_subscription(make_manager: Callable[..., CircuitBreakerManager], cl
     wait_until(lambda: all(manager.get_or_create(f"service {n}")._watch.active for n in range(20)))
     manager.close()
     wait_until(lambda: not client.client_list(_type="pubsub"))
-    quiet = make_manager(watch=None)
+    quiet = make_manager(watch=False)
     quiet.call("service", int)
     assert not client.client_list(_type="pubsub")
 
@@ -188,7 +189,7 @@ def test_states_cost_nothing_while_views_are_fresh(
     make_manager: Callable[..., CircuitBreakerManager], client: redis.Redis
 ) -> None:
     """get_all_states() of watched breakers that were used sends no command."""
-    manager = make_manager()
+    manager = make_manager(lease=60.0)
     for number in range(10):
         wait_until(lambda n=number: manager.get_or_create(f"s{n}")._watch.active)
         manager.call(f"s{number}", int)
@@ -214,14 +215,39 @@ def test_without_redis(url: str, caplog: pytest.LogCaptureFixture) -> None:
             manager.call("discovery", boom)
         assert manager.get_all_states() == {"discovery": "open"}
         assert manager.get_or_create("discovery").snapshot().source == "local"
-    mine = [r for r in caplog.records if "does not answer; this process continues on its own" in r.getMessage()]
-    assert [r.levelno for r in mine] == [logging.WARNING]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "Redis does not answer; the breakers of this process continue on their own: " in caplog.text
+
+
+def test_services_share_an_outage(caplog: pytest.LogCaptureFixture) -> None:
+    """One warning and one wait, however many services lose the server; each protects itself."""
+    options: dict[str, Any] = {"redis_timeout": 0.5, "defaults": ONE, "watch": False}
+    with (
+        EmbeddedServer(port=0) as server,
+        CircuitBreakerManager.with_redis(Config(redis_url=server.url, **options)) as manager,
+    ):
+        names = [f"s{number}" for number in range(20)]
+        for name in names:
+            manager.call(name, int)
+        with stopped(server):
+            before = time.monotonic()
+            for name in names:
+                trip(manager, name)
+                with pytest.raises(CircuitOpenError):
+                    manager.call(name, int)
+            assert time.monotonic() - before < 3 * 0.5
+            assert {manager.get_or_create(name).snapshot().source for name in names} == {"local"}
+        wait_until(lambda: {manager.get_or_create(name).snapshot().source for name in names} == {"redis"})
+        # one at most has failed in Redis, too: its report waited there for the server
+        assert list(manager.get_all_states().values()).count("open") <= 1
+    said = [record.getMessage().partition(";")[0] for record in caplog.records if record.levelno == logging.WARNING]
+    assert said == ["Redis does not answer", "Redis answers again"]
 
 
 def test_states_of_a_server_that_hangs(own_server: EmbeddedServer) -> None:
     """get_all_states() waits for one time-out, not for one of each breaker."""
     services = {f"s{number}": ONE for number in range(20)}
-    config = Config(redis_url=own_server.url, services=services, redis_timeout=0.3, lease=0.0, watch=None)
+    config = Config(redis_url=own_server.url, services=services, redis_timeout=0.3, lease=0.0, watch=False)
     with CircuitBreakerManager.with_redis(config) as manager:
         manager.get_all_states()
         with stopped(own_server):
@@ -246,6 +272,8 @@ def test_names_that_cannot_be_keys() -> None:
         ({"prefix": ""}, "prefix"),
         ({"services": {"a": {"quorum": 1}}}, "must be a Policy"),
         ({"watch": 0}, "watch"),
+        ({"watch": None}, "watch"),
+        ({"watch": 30.0}, "watch"),
     ],
 )
 def test_a_bad_config(options: dict[str, Any], says: str) -> None:
@@ -290,7 +318,7 @@ def test_async_manager(client: redis.Redis, server: EmbeddedServer) -> None:
             while len(client.client_list(_type="pubsub")) != 1:  # that of an earlier test ends within a second
                 await asyncio.sleep(0.01)
             await asyncio.to_thread(trip, other, "a")
-            while await manager.get_state("a") != "open":
+            while await manager.get_state("a") != "open" or manager.get_or_create("a").state != "open":
                 await asyncio.sleep(0.01)
             with pytest.raises(CircuitOpenError):
                 await manager.call("a", one)

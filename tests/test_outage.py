@@ -166,7 +166,8 @@ def check_notified_once(breaker: Any, kinds: list[str], caplog: pytest.LogCaptur
     assert [breaker.call(fine) for _ in range(50)] == ["fine"] * 50
     assert kinds == ["redis_error"]
     [warning] = warnings(caplog)
-    assert "'discovery': Redis does not answer" in warning
+    assert warning.startswith("Redis does not answer; the breakers of this process continue on their own: ")
+    assert len(warning.partition(": ")[2]) > 5
 
 
 def test_notified_once(make: Make, dead_url: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -245,9 +246,21 @@ def test_operators_get_an_error(make: Make, dead_url: str, called: bool) -> None
 
 def test_a_call_tries_once(make: Make, slammer: Slammer) -> None:
     """A call that finds no server has tried to connect once."""
-    for count in range(1, 6):
-        make(slammer.url, lease=0).acquire().release()
+    for count in range(1, 6):  # breakers share an outage, unless their redis_timeout differs
+        make(slammer.url, lease=0, redis_timeout=0.25 + count / 1000).acquire().release()
         assert slammer.count == count
+
+
+def test_breakers_share_an_outage(make: Make, slammer: Slammer, caplog: pytest.LogCaptureFixture) -> None:
+    """What one breaker has found out the others of its client or URL know: they try nothing, and warn of nothing."""
+    kinds, listeners = listening()
+    breakers = [make(slammer.url, lease=0, listeners=listeners) for _ in range(5)]
+    for breaker in breakers:
+        assert breaker.call(fine) == "fine"
+        assert breaker.snapshot().source == "local"
+        assert slammer.count == 1
+    assert kinds == ["redis_error"] * 5
+    assert len(warnings(caplog)) == 1
 
 
 def test_a_command_tries_once(make: Make, slammer: Slammer) -> None:
@@ -267,7 +280,7 @@ def test_a_given_client_is_left_alone(make: Make, shell: str, slammer: Slammer) 
     before, retry, retries = dict(pool.connection_kwargs), given.get_retry(), given.get_retry()._retries
     assert retries > 1
     for count in range(1, 6):
-        make(given, lease=0).acquire().release()
+        make(given, lease=0, redis_timeout=0.25 + count / 1000).acquire().release()
         assert slammer.count == count
     assert pool.connection_kwargs == before
     assert given.connection_pool is pool
@@ -300,7 +313,10 @@ def test_hung_server(make: Make, own_server: EmbeddedServer, caplog: pytest.LogC
         wait_until(lambda: back(breaker))
         wait_until(lambda: "redis_restored" in kinds)
         assert kinds == ["redis_error", "redis_restored"]
-        assert len(warnings(caplog)) == 2
+        assert [warning.partition(";")[0] for warning in warnings(caplog)] == [
+            "Redis does not answer",
+            "Redis answers again",
+        ]
 
 
 def test_the_state_of_redis_counts_again(make: Make, own_server: EmbeddedServer) -> None:
@@ -388,6 +404,32 @@ def test_no_flapping_without_writes(make: Make, own_server: EmbeddedServer) -> N
                 breaker.call(boom)
         client.replicaof("NO", "ONE")
     assert kinds == ["redis_error"]
+
+
+def test_a_refusal_concerns_one_breaker(
+    make: Make, own_server: EmbeddedServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An error reply to one breaker is its own trouble: it goes on alone, is warned of once, and finds back."""
+    kinds, listeners = listening()
+    with redis.Redis.from_url(own_server.url) as client:
+        grant = ("ACL", "SETUSER", "default", "resetkeys", "~mine:*", "~{mine:*")
+        client.execute_command(*grant)
+        mine = make(own_server.url, prefix="mine", policy=MANY, **PATIENT)
+        theirs = make(own_server.url, prefix="theirs", policy=MANY, listeners=listeners, **PATIENT)
+        for _ in range(50):
+            assert theirs.call(fine) == "fine"
+            assert mine.call(fine) == "fine"
+            assert mine.snapshot().source == "redis"
+            assert theirs.snapshot().source == "local"
+        assert kinds == ["redis_error"]
+        [warning] = warnings(caplog)
+        assert warning.startswith(
+            "circuit breaker 'discovery': Redis refuses its commands; this process continues on its own: "
+        )
+        client.execute_command(*grant, "~theirs:*", "~{theirs:*")
+        wait_until(lambda: back(theirs))
+        assert theirs.call(fine) == "fine"
+    wait_until(lambda: kinds == ["redis_error", "redis_restored"])
 
 
 def test_a_key_of_another_type(make: Make, server: EmbeddedServer, client: redis.Redis) -> None:

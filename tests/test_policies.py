@@ -1042,7 +1042,8 @@ def test_state_is_open_for_as_long_as_calls_are_rejected(make_any: Make, lease: 
 def test_state_after_the_time_of_an_open_circuit() -> None:
     """A reply that said open is half open from the end of its time on, not a moment later."""
     view, now = View(LONG), time.monotonic()
-    reply = {"state": "open", "generation": 1, "failure_count": 1, "retry_after_ms": 1000}
+    counts = {"failure_count": 1, "failure_number": 1, "source": "redis"}
+    reply = {"state": "open", "generation": 1, "retry_after_ms": 1000, **counts}
     view.adopt(reply, now, now)
     assert view.state == "open"
     view.adopt({**reply, "generation": 2}, now - 1.0, now - 1.0)

@@ -1078,12 +1078,26 @@ def test_history_count(make_breaker: Make, count: Any) -> None:
 
 def test_flush(make_breaker: Make) -> None:
     """Successes are gathered under a lease, and counted by flush()."""
+    rate = Policy(error_rate_threshold=1, minimum_calls=10**6, window=3600)
+    breaker = make_breaker(lease=600, policy=rate, **PATIENT)
+
+    def gathered() -> bool:
+        breaker.call(int)
+        return breaker.snapshot().calls < breaker.counts.successes
+
+    wait_until(gathered)
+    breaker.flush()
+    wait_until(lambda: breaker.snapshot().calls == breaker.counts.successes)
+
+
+def test_a_success_after_a_failure_is_reported_at_once(make_breaker: Make) -> None:
+    """A success that ends a run of failures waits for no lease and for no flush()."""
     breaker = make_breaker(lease=600, **PATIENT)
     breaker.acquire().failure()
     breaker.call(int)
-    assert failures(breaker) == 1
-    breaker.flush()
-    assert failures(breaker) == 0
+    if breaker.snapshot().source == "memory":  # no other process has to know
+        breaker.flush()
+    wait_until(lambda: failures(breaker) == 0)
 
 
 def test_close(make_breaker: Make) -> None:
@@ -1261,17 +1275,50 @@ def test_breakers_share_the_connections_of_a_client(server: EmbeddedServer, clie
 
 def test_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """At a limit of threads, or at the interpreter's end, an outage goes on locally, and the call is as it was."""
+    no_threads(monkeypatch)
     breaker = CircuitBreaker("threads", redis="redis://127.0.0.1:1")
-    assert breaker.call(int, "5") == 5
+    for _ in range(3):
+        assert breaker.call(int, "5") == 5
+        breaker._redis.link.health(breaker._line).give_up()  # a retry is due
+        with pytest.raises(Boom):
+            breaker.call(boom)
+    assert breaker.snapshot().source == "local"
+
+
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread can start from here on."""
 
     def start(_: object) -> None:
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr("threading.Thread.start", start)
-    breaker._engine._retry_at = 0.0  # type: ignore[union-attr]
+
+
+def test_without_threads_the_caller_refreshes(monkeypatch: pytest.MonkeyPatch, server: EmbeddedServer) -> None:
+    """Where no thread can start, a call reads the state itself, reports, and notifies the listeners."""
+    no_threads(monkeypatch)
+    received: list[Event] = []
+    rate = Policy(failure_threshold=2, error_rate_threshold=1, minimum_calls=10**6)
+    options: dict[str, Any] = {"policy": rate, "lease": 0.01, **PATIENT}
+    breaker = CircuitBreaker("no threads", redis=server.url, listeners=[received.append], **options)
+    other = CircuitBreaker("no threads", redis=server.url, **STRICT)
+    other.reset()
+    wait_until(lambda: breaker.call(int) == 0 and other.snapshot().calls > 1)
+    breaker.acquire().failure()
+    wait_until(lambda: breaker.call(int) == 0 and other.snapshot().failure_count == 0)
+    other.force_open()
+
+    def rejected() -> bool:
+        try:
+            breaker.call(int)
+        except CircuitOpenError:
+            return True
+        return False
+
+    wait_until(rejected)
+    breaker.reset()
+    assert [event.reason for event in received] == ["reset"]
     assert breaker.call(int, "5") == 5
-    with pytest.raises(Boom):
-        breaker.call(boom)
 
 
 def test_groups_of_exceptions() -> None:
@@ -1295,18 +1342,18 @@ def test_groups_of_exceptions() -> None:
 
 
 def test_a_reply_from_before_the_view_was_dropped(server: EmbeddedServer) -> None:
-    """What was asked before a subscription stood may have missed a trip: it does not become the view."""
+    """What was asked before the view was dropped may have missed a trip: it does not become the view."""
     breaker = CircuitBreaker("overtaken", redis=server.url, **PATIENT)
-    run, other = breaker._redis.run, CircuitBreaker("overtaken", redis=server.url, **PATIENT)
+    exchange, other = breaker._redis.exchange, CircuitBreaker("overtaken", redis=server.url, **PATIENT)
 
-    def late(*asked: Any) -> Any:
-        reply = run(*asked)
-        breaker._redis.run = run
+    def late(commands: Any) -> Any:
+        replies = exchange(commands)
+        breaker._redis.exchange = exchange
         other.force_open(3000)
-        breaker._subscribed(3600)  # as the subscription's thread does when it stands
-        return reply
+        breaker._view.drop()
+        return replies
 
-    breaker._redis.run = late
+    breaker._redis.exchange = late
     with contextlib.suppress(CircuitOpenError):
         breaker.call(int)
     with pytest.raises(CircuitOpenError):
@@ -1370,9 +1417,10 @@ def test_a_user_without_xadd_leaves_the_history(client: redis.Redis, server: Emb
 
 def test_the_end_of_a_forced_state_reaches_every_watcher(server: EmbeddedServer) -> None:
     """clear_forced() is no transition, and yet a watched view does not outlast it."""
-    breaker = CircuitBreaker("cleared", redis=server.url, policy=Policy(reset_timeout=0.01), **PATIENT)
-    operator = CircuitBreaker("cleared", redis=server.url, policy=Policy(reset_timeout=0.01), **PATIENT)
-    with breaker.watch(3600) as watch:
+    policy = Policy(reset_timeout=0.01)
+    breaker = CircuitBreaker("cleared", redis=server.url, policy=policy, lease=3600, **PATIENT)
+    operator = CircuitBreaker("cleared", redis=server.url, policy=policy, redis_timeout=21)  # has a link of its own
+    with breaker.watch() as watch:
         wait_until(lambda: watch.active)
         operator.force_open()
         wait_until(lambda: breaker.state == "open")

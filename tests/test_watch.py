@@ -1,4 +1,4 @@
-"""watch(): one subscription keeps all views up to date, and notifies listeners of the transitions of others."""
+"""watch(): a message is a hint to read the state at once; listeners learn of the transitions of others."""
 
 from __future__ import annotations
 
@@ -59,9 +59,18 @@ def left_over(client: redis.Redis) -> int:
     return subscriptions(client)
 
 
-def evalshas(client: redis.Redis) -> int:
-    """Script calls so far."""
-    return int(client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))
+def commands(client: redis.Redis, name: str) -> int:
+    """How often a command was sent so far."""
+    return int(client.info("commandstats").get(f"cmdstat_{name}", {}).get("calls", 0))
+
+
+def elsewhere(client: redis.Redis, name: str = "discovery", **options: Any) -> CircuitBreaker:
+    """A breaker as another process has it: it shares no link with those of `client`."""
+    url = "unix://" + client.connection_pool.connection_kwargs["path"]
+    return CircuitBreaker(name, redis=url, **{"policy": POLICY, **options})
+
+
+LONG = 600.0  # a lease: within a test only a hint refreshes such a view
 
 
 @pytest.fixture
@@ -69,9 +78,9 @@ def watched(client: redis.Redis) -> Iterator[Callable[..., CircuitBreaker]]:
     """Makes breakers that watch, and waits until their subscription stands."""
     watches = []
 
-    def make(name: str = "discovery", lease: float = 30.0, **options: Any) -> CircuitBreaker:
-        breaker = CircuitBreaker(name, redis=client, **{"policy": POLICY, **options})
-        watches.append(breaker.watch(lease))
+    def make(name: str = "discovery", **options: Any) -> CircuitBreaker:
+        breaker = CircuitBreaker(name, redis=client, **{"policy": POLICY, "lease": LONG, **options})
+        watches.append(breaker.watch())
         wait_until(lambda: watches[-1].active)
         return breaker
 
@@ -82,26 +91,28 @@ def watched(client: redis.Redis) -> Iterator[Callable[..., CircuitBreaker]]:
 
 
 def test_a_trip_is_known_at_once(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
-    """A trip of another instance rejects here, with the right wait, and without a command of ours."""
+    """A trip of another instance rejects here, with the right wait, for one read and one script of ours."""
     breaker = watched()
     breaker.call(int)
-    before = evalshas(client)
+    before = commands(client, "evalsha")
     for _ in range(100):
         breaker.call(int)
-    trip(CircuitBreaker("discovery", redis=client, policy=POLICY))
+    trip(elsewhere(client))
     wait_until(lambda: breaker.state == "open")
     with pytest.raises(CircuitOpenError) as rejected:
         breaker.call(int)
     assert 50 < rejected.value.retry_after <= 60
-    assert evalshas(client) - before == 3  # the other's acquire and its two reports
+    assert commands(client, "evalsha") - before == 4  # the other's first call and its two reports; ours reads the trip
 
 
 def test_listeners_receive_what_others_did(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
-    """Every transition of another instance arrives with its cause and its author; our own arrive once."""
+    """Each transition of another instance arrives once, with its cause and its author; our own arrive once."""
     received: list[Event] = []
     breaker = watched(listeners=[received.append])
-    other = CircuitBreaker("discovery", redis=client, policy=POLICY)
+    breaker.call(int)
+    other = elsewhere(client)
     trip(other)
+    wait_until(lambda: len(received) == 1)
     other.reset()
     wait_until(lambda: len(received) == 2)
     breaker.force_open(5)
@@ -112,15 +123,44 @@ def test_listeners_receive_what_others_did(client: redis.Redis, watched: Callabl
     ]
     assert {e.kind for e in received} == {"state_change"}
     assert received[0].counts == {"failure_count": 2, "success_count": 0}
+    assert [e.generation for e in received] == [e.generation for e in reversed(breaker.history())]
+
+
+def test_listeners_receive_the_latest_of_several(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """Of transitions that follow each other at once the newest arrives; history() has them all."""
+    received: list[Event] = []
+    breaker = watched(listeners=[received.append])
+    breaker.call(int)
+    other = elsewhere(client)
+    for _ in range(10):
+        other.force_open()
+        other.reset()
+    newest = breaker.history()[0]
+    wait_until(lambda: received and received[-1].generation == newest.generation)
+    assert (received[-1].new, received[-1].reason, breaker.state) == ("closed", "reset", "closed")
+    generations = [event.generation for event in received]
+    assert generations == sorted(set(generations))
+    assert len(breaker.history()) == 20
+
+
+def test_nothing_that_was_before_is_notified(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """A breaker that first sees an open circuit has seen no transition."""
+    trip(elsewhere(client))
+    received: list[Event] = []
+    breaker = watched(listeners=[received.append])
+    wait_until(lambda: rejects(breaker))
+    elsewhere(client).reset()
+    wait_until(lambda: received)
+    assert [event.reason for event in received] == ["reset"]
 
 
 def test_one_subscription_for_all(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
     """Any number of breakers on one server share a subscription; it ends with the last of them."""
     before = subscriptions(client)
     breakers = [watched(f"service {n}") for n in range(20)]
-    by_url = CircuitBreaker("by url", redis=client)
+    by_url = elsewhere(client, "by url")
     assert subscriptions(client) == before + 1
-    trip(CircuitBreaker("service 7", redis=client, policy=POLICY))
+    trip(elsewhere(client, "service 7"))
     wait_until(lambda: breakers[7].state == "open")
     assert [breaker.state for breaker in breakers].count("open") == 1
     with by_url.watch() as watch:
@@ -137,37 +177,79 @@ def test_one_subscription_for_all(client: redis.Redis, watched: Callable[..., Ci
 def test_prefixes(client: redis.Redis, watched: Callable[..., CircuitBreaker], prefix: str) -> None:
     """A prefix is no pattern: only its own breakers are watched."""
     breaker = watched("a b*", prefix=prefix)
-    trip(CircuitBreaker("a b*", redis=client, policy=POLICY, prefix="axb]yc"))
-    trip(CircuitBreaker("a b*", redis=client, policy=POLICY, prefix=prefix))
+    breaker.call(int)
+    read_at = breaker._view.seen.sent
+    trip(elsewhere(client, "a b*", prefix="axb]yc"))
+    witness = watched("other", prefix=prefix)
+    trip(elsewhere(client, "other", prefix=prefix))  # published later: once it has taken effect, nothing is under way
+    wait_until(lambda: witness.state == "open")
+    assert (breaker.state, breaker._view.seen.sent) == ("closed", read_at)
+    trip(elsewhere(client, "a b*", prefix=prefix))
     wait_until(lambda: breaker.state == "open")
 
 
-def test_a_watched_view_is_long_lived(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
-    """While the subscription stands a healthy breaker sends nothing for longer than its own lease."""
+def test_watching_sends_nothing(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """A healthy breaker that watches sends nothing within its lease."""
     breaker = watched()
     breaker.call(int)
-    before = evalshas(client)
+    before = commands(client, "evalsha"), commands(client, "mget")
     end = time.monotonic() + 0.5
     while time.monotonic() < end:
         breaker.call(int)
-    assert evalshas(client) == before
+    assert (commands(client, "evalsha"), commands(client, "mget")) == before
 
 
-def test_rates_bound_the_lease(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
-    """Where a rate can trip, counts are flushed within a tenth of the window, also when an operator sets the rate."""
+def test_watching_lengthens_no_lease(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """A watching breaker reads once per lease all the same, so that a trip without a message is known after it."""
+    breaker = watched(lease=0.1)
+    breaker.call(int)
+    before = commands(client, "mget")
+    wait_until(lambda: breaker.call(int) == 0 and commands(client, "mget") >= before + 3)
+    client.set(breaker.keys.state, json.dumps(OPEN))  # as a server without permission to publish stores it
+    wait_until(lambda: rejects(breaker))
+
+
+def test_an_override_is_obeyed_at_once(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """A policy override that an operator sets or clears is obeyed at once, however long the lease."""
     breaker = watched()
-    assert breaker._view.lease == 30
-    CircuitBreaker("discovery", redis=client).set_policy(error_rate_threshold=0.5, window=20)
-    wait_until(lambda: breaker.call(int) == 0 and breaker._view.lease == 2)
-    CircuitBreaker("discovery", redis=client).clear_policy()
-    wait_until(lambda: breaker.call(int) == 0 and breaker._view.lease == 30)
+    breaker.call(int)
+    elsewhere(client).set_policy(failure_threshold=1, error_rate_threshold=0.5, window=20)
+    wait_until(lambda: breaker._view.policy.window == 20)
+    assert breaker._view.policy.failure_threshold == 1
+    elsewhere(client).clear_policy()
+    wait_until(lambda: breaker._view.policy == POLICY)
 
 
-def test_a_lost_subscription_shortens_the_lease(own_server: EmbeddedServer, caplog: pytest.LogCaptureFixture) -> None:
-    """Killed, it is back by itself; until then the short lease holds; what was missed is read again."""
+def test_a_rate_bounds_what_is_not_reported(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """Where a rate can trip, counts are reported within a tenth of the window, however long the lease."""
+    breaker = watched(policy=Policy(error_rate_threshold=0.5, window=10))
+    breaker.call(int)
+    end = time.monotonic() + 3
+    calls = 1
+    while time.monotonic() < end:
+        breaker.call(int)
+        calls += 1
+        time.sleep(0.01)
+    assert elsewhere(client, policy=breaker.policy).snapshot().calls >= calls * 0.5
+
+
+def test_a_run_of_failures_is_known_halfway(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """Halfway to the threshold the successes here end the run of another instance, however long the lease."""
+    policy = Policy(failure_threshold=6, reset_timeout=60)
+    breaker, failing = watched(policy=policy), elsewhere(client, policy=policy)
+    breaker.call(int)
+    trip(failing, 2)
+    breaker.call(int)
+    assert failing.snapshot().failure_count == 2
+    trip(failing, 1)  # half of six: the script publishes a hint
+    wait_until(lambda: breaker.call(int) == 0 and failing.snapshot().failure_count == 0)
+
+
+def test_a_lost_subscription_comes_back(own_server: EmbeddedServer, caplog: pytest.LogCaptureFixture) -> None:
+    """Killed, it is back by itself; what was missed is read again, however long the lease."""
     client = redis.Redis.from_url(own_server.url)
-    breaker = CircuitBreaker("discovery", redis=client, policy=POLICY)
-    with breaker.watch(30) as watch:
+    breaker = CircuitBreaker("discovery", redis=client, policy=POLICY, lease=LONG)
+    with breaker.watch() as watch:
         wait_until(lambda: watch.active)
         breaker.call(int)
         before = subscriptions(client)
@@ -189,21 +271,18 @@ def test_a_hanging_server_is_noticed(own_server: EmbeddedServer) -> None:
     """A connection that stays open but silent is lost after two unanswered seconds; then it stands again."""
     client = redis.Redis.from_url(own_server.url)
     breaker = CircuitBreaker("discovery", redis=client, policy=POLICY)
-    with breaker.watch(30) as watch:
+    with breaker.watch() as watch:
         wait_until(lambda: watch.active)
         with stopped(own_server):
             wait_until(lambda: not watch.active)
-            assert breaker._view.lease == 0.1
         wait_until(lambda: watch.active)
     client.close()
 
 
-def test_messages_of_any_content(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
-    """What anybody publishes under our channel never ends the subscription nor moves a view to what is not stored."""
-    breaker = watched()
-    breaker.call(int)
-    generation = breaker.snapshot().generation
-    for data in (
+def forged(generation: int) -> list[str | bytes]:
+    """Messages that no script publishes, and such as it published for states that are over, or never were."""
+    change = {"from": "closed", "to": "open", "reason": "failure_threshold", "failure_count": 5, "success_count": 0}
+    return [
         "",
         "x",
         "[]",
@@ -213,41 +292,102 @@ def test_messages_of_any_content(client: redis.Redis, watched: Callable[..., Cir
         '{"to":"open"}',
         b"\xff\xfe",
         '{"policy":1}',
+        '{"policy":"set_policy"}',
         "1" * 10_000,
         "[" * 100_000,
+        "x" * 4_000_000,
         '{"from":"closed","to":"open","reason":"x","generation":1e30,"failure_count":0}',
         '{"from":"closed","to":"open","reason":"x","generation":1e999,"failure_count":0}',
         '{"from":"closed","to":"open","reason":"x","generation":9e13,"failure_count":0,"retry_after_ms":1e300}',
         '{"to":"open","reason":"x","generation":9e13,"failure_count":0}',
         '{"from":"closed","to":"open","reason":5,"generation":9e13,"failure_count":0}',
         '{"from":"closed","to":["open"],"reason":"x","generation":9e13,"failure_count":0}',
-    ):
-        client.publish(breaker.keys.state, data)
-    late = {"from": "closed", "to": "open", "reason": "failure_threshold", "generation": generation - 1}
-    client.publish(breaker.keys.state, json.dumps({**late, "failure_count": 5, "success_count": 0}))
-    trip(CircuitBreaker("other", redis=client, policy=POLICY))
+        *(
+            json.dumps({**change, "generation": generation + step, "instance": "1-1", "retry_after_ms": 60_000})
+            for step in (-1, 0, 1, 2, 1_000_000)
+        ),
+    ]
+
+
+@pytest.mark.parametrize("lease", [0.1, LONG])
+def test_messages_of_any_content(
+    client: redis.Redis,
+    watched: Callable[..., CircuitBreaker],
+    caplog: pytest.LogCaptureFixture,
+    lease: float,
+) -> None:
+    """Whatever anybody publishes under our channel ends no subscription, changes no decision and notifies nobody."""
+    received: list[Event] = []
+    breaker = watched(lease=lease, listeners=[received.append])
+    breaker.call(int)
+    before = breaker.snapshot()
+    watch = breaker._watch
+    assert watch is not None
+    messages = forged(before.generation)
+    reads = commands(client, "mget")
+    for message in messages:
+        client.publish(breaker.keys.state, message)
+        assert breaker.call(int) == 0
+    # published after all others: once it has taken effect, the others have had theirs
+    trip(elsewhere(client, "other"))
+    witness = watched("other")
+    wait_until(lambda: witness.state == "open")
+    wait_until(lambda: commands(client, "mget") > reads)
     assert breaker.call(int) == 0
-    assert breaker._watch is not None
-    assert breaker._watch.active
-    trip(CircuitBreaker("discovery", redis=client, policy=POLICY))
+    assert breaker.snapshot() == before
+    assert (breaker.state, breaker._view.seen.generation) == ("closed", before.generation)
+    assert watch.active
+    assert not received
+    assert not [record for record in caplog.records if record.levelname != "INFO"]
+    trip(elsewhere(client))
     wait_until(lambda: breaker.state == "open")
+    wait_until(lambda: received)
+    assert [event.reason for event in received] == ["failure_threshold"]
+
+
+def test_a_forged_message_closes_nothing(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """Nor does a message close an open circuit, or end a forced state."""
+    breaker, other = watched(), elsewhere(client)
+    other.force_open(60)
+    wait_until(lambda: rejects(breaker))
+    generation = breaker.snapshot().generation
+    change = {"from": "open", "to": "closed", "reason": "reset", "failure_count": 0, "success_count": 0}
+    reads = commands(client, "mget")
+    client.publish(breaker.keys.state, json.dumps({**change, "generation": generation + 1}))
+    wait_until(lambda: commands(client, "mget") > reads)
+    assert rejects(breaker)
+    assert breaker.snapshot().forced == "open"
+
+
+def test_many_messages_are_few_reads(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """Hints coalesce: a flood of messages costs a read each at most, and no script."""
+    breaker = watched()
+    breaker.call(int)
+    before = commands(client, "mget"), commands(client, "evalsha")
+    with client.pipeline(transaction=False) as pipe:
+        for _ in range(10_000):
+            pipe.publish(breaker.keys.state, "x")
+        pipe.execute()
+    trip(elsewhere(client))
+    wait_until(lambda: breaker.state == "open")
+    assert commands(client, "mget") - before[0] < 5_000
+    assert commands(client, "evalsha") - before[1] <= 5
 
 
 def test_bad_watches(client: redis.Redis) -> None:
-    """Without Redis there is nothing to watch, and a lease has bounds."""
+    """Without Redis there is nothing to watch; watch() takes no argument."""
     with pytest.raises(PolicyError, match="nothing to watch"):
         CircuitBreaker("discovery").watch()
-    for lease in (0, -1, float("nan"), "1", True, 3601):
-        with pytest.raises(PolicyError, match="watch must be"):
-            CircuitBreaker("discovery", redis=client).watch(lease)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        CircuitBreaker("discovery", redis=client).watch(30)  # type: ignore[call-arg]
 
 
 def test_without_a_server() -> None:
-    """Watching needs no server: the lease stays short until there is one."""
+    """Watching needs no server."""
     breaker = CircuitBreaker("discovery", redis="redis://127.0.0.1:1")
     with breaker.watch() as watch:
         assert breaker.call(int) == 0
-        assert (watch.active, breaker._view.lease) == (False, 0.1)
+        assert not watch.active
 
 
 def test_fork(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
@@ -259,17 +399,19 @@ def test_fork(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> No
     child = os.fork()
     if child == 0:
         try:
-            assert breaker._view.lease == 0.1
+            os.close(read)
+            assert not breaker._watch.active  # type: ignore[union-attr]
             wait_until(lambda: breaker.call(int) == 0 and breaker._watch.active)  # type: ignore[union-attr]
             os.write(write, b"w")
             wait_until(lambda: breaker.state == "open")
             os.write(write, b"o")
         finally:
             os._exit(0)
+    os.close(write)  # so that a child that fails ends the wait for it
     try:
         assert os.read(read, 1) == b"w"
         assert subscriptions(client) == before + 1
-        trip(CircuitBreaker("discovery", redis=client, policy=POLICY))
+        trip(elsewhere(client))
         assert os.read(read, 1) == b"o"
         wait_until(lambda: breaker.state == "open")
         assert os.waitpid(child, 0) == (child, 0)
@@ -296,8 +438,8 @@ async def until(condition: Callable[[], Awaitable[Any] | Any]) -> Any:
 async def async_watched(client: redis.Redis, **options: Any) -> AsyncIterator[AsyncCircuitBreaker]:
     """A breaker that watches."""
     url = "unix://" + client.connection_pool.connection_kwargs["path"]
-    breaker = AsyncCircuitBreaker("discovery", redis=url, policy=POLICY, **options)
-    async with await breaker.watch(30) as watch:
+    breaker = AsyncCircuitBreaker("discovery", redis=url, policy=POLICY, **{"lease": LONG, **options})
+    async with await breaker.watch() as watch:
         await until(lambda: watch.active)
         yield breaker
     await breaker.close()
@@ -321,16 +463,43 @@ def test_async_trip_and_listeners(client: redis.Redis) -> None:
             await breaker.call(aint)
             other = CircuitBreaker("discovery", redis=client, policy=POLICY)
             await asyncio.to_thread(trip, other)
-            await until(lambda: any(event.source == "watch" for event in received))
+            await until(lambda: received)
             with pytest.raises(CircuitOpenError):
                 await breaker.call(aint)
 
     asyncio.run(main())
-    assert [event.new for event in received] == ["open"]
+    [event] = received
+    assert (event.old, event.new, event.reason, event.source) == ("closed", "open", "failure_threshold", "watch")
+    assert event.counts == {"failure_count": 2, "success_count": 0}
+
+
+def test_async_messages_of_any_content(client: redis.Redis) -> None:
+    """On asyncio too no message changes a decision or notifies anybody."""
+    received: list[Event] = []
+
+    async def main() -> None:
+        async with async_watched(client, listeners=[received.append]) as breaker:
+            await breaker.call(aint)
+            before = await breaker.snapshot()
+            for message in forged(before.generation):
+                reads = commands(client, "mget")
+                client.publish(breaker.keys.state, message)
+                await until(lambda reads=reads: commands(client, "mget") > reads)  # type: ignore[misc]
+                assert await breaker.call(aint) == 0
+            assert await breaker.snapshot() == before
+            assert breaker._watch is not None
+            assert breaker._watch.active
+            assert not received
+            await asyncio.to_thread(trip, CircuitBreaker("discovery", redis=client, policy=POLICY))
+            await until(lambda: breaker.state == "open")
+            await until(lambda: received)
+
+    asyncio.run(main())
+    assert [event.reason for event in received] == ["failure_threshold"]
 
 
 def test_async_subscription_comes_back(own_server: EmbeddedServer) -> None:
-    """On asyncio too a lost subscription shortens the lease and comes back."""
+    """On asyncio too a lost subscription comes back, and what was missed is read again."""
 
     async def main() -> None:
         client = redis.Redis.from_url(own_server.url)
@@ -367,7 +536,6 @@ def test_async_hanging_server_is_noticed(own_server: EmbeddedServer, monkeypatch
             assert watch.active
             with stopped(own_server):
                 await until(lambda: not watch.active)
-                assert breaker._view.lease == 0.1
             await until(lambda: watch.active)
         client.close()
 
@@ -386,7 +554,7 @@ def test_a_refused_ping_is_an_answer(
 
     async def use(url: str, admin: redis.Redis) -> None:
         breaker = AsyncCircuitBreaker("discovery", redis=url, policy=POLICY, redis_timeout=20)
-        async with await breaker.watch(30) as watch:
+        async with await breaker.watch() as watch:
             await until(lambda: watch.active)
             await until(lambda: refused(admin, 3))
             assert watch.active
@@ -399,7 +567,7 @@ def test_a_refused_ping_is_an_answer(
             asyncio.run(use(url, admin))
         else:
             breaker = CircuitBreaker("discovery", redis=url, policy=POLICY, redis_timeout=20)
-            with breaker.watch(30) as watch:
+            with breaker.watch() as watch:
                 wait_until(lambda: watch.active)
                 wait_until(lambda: refused(admin, 3))
                 assert watch.active
@@ -413,16 +581,16 @@ def test_a_subscription_that_nobody_needs_ends(client: redis.Redis, watched: Cal
     breaker = watched()
     before = subscriptions(client)
     breaker._watch.close()  # type: ignore[union-attr]
-    assert breaker._view.lease == 0.1
+    assert not breaker._watch.active  # type: ignore[union-attr]
     other = watched("search")
     breaker._watch.close()  # type: ignore[union-attr]
     wait_until(lambda: left_over(client) == before)
-    trip(CircuitBreaker("search", redis=client, policy=POLICY))
+    trip(elsewhere(client, "search"))
     wait_until(lambda: other.state == "open")
 
 
 def test_async_watch_ends_with_its_loop(client: redis.Redis) -> None:
-    """When the loop has ended the short lease holds, and a second loop may watch anew."""
+    """When the loop has ended so has its subscription, and a second loop may watch anew."""
     before = subscriptions(client)
     url = "unix://" + client.connection_pool.connection_kwargs["path"]
     breaker = AsyncCircuitBreaker("discovery", redis=url, policy=POLICY)
@@ -430,9 +598,8 @@ def test_async_watch_ends_with_its_loop(client: redis.Redis) -> None:
     async def main() -> None:
         watch = await breaker.watch()
         await until(lambda: watch.active)
-        assert breaker._view.lease == 30
 
     for _ in range(2):
         asyncio.run(main())
-        assert breaker._view.lease == 0.1
+        assert not breaker._watch.active  # type: ignore[union-attr]
         wait_until(lambda: subscriptions(client) == before)

@@ -221,7 +221,7 @@ def test_the_warning_says_why(proxy: FaultProxy, shell: str, caplog: pytest.LogC
     else:
         asyncio.run(call())
     [warning] = [one.getMessage() for one in caplog.records if one.name == "pybreaker_redis"]
-    assert re.search(r"continues on its own: \w.{5,}", warning)
+    assert re.search(r"continue on their own: \w.{5,}", warning)
 
 
 def test_failures_of_an_outage_are_the_processes_own(target: Restartable) -> None:

@@ -18,6 +18,7 @@ import redis
 from race_workers import FIRM, PATIENCE, Boom, boom, fine, run_threads
 
 from pybreaker_redis import CircuitBreaker, Policy
+from pybreaker_redis.wire import subscription
 
 MANY = Policy(failure_threshold=1_000_000_000)
 CHILD_PATIENCE = 10.0
@@ -118,13 +119,19 @@ def held(url: str, which: str) -> object:
     policy = Policy(failure_threshold=1_000_000_000, quorum=2 if which == "isolated" else 1)
     breaker = CircuitBreaker("fork-held", redis=url, policy=policy, lease=0.001, **FIRM)
     breaker.call(fine)
-    engine: Any = breaker._engine
+    line: Any = breaker._line
     isolated: Any = breaker._isolation._own
+    server = breaker._redis
     locks = {
-        "engine": engine._lock,
+        "engine": line._lock,
         "isolated": isolated and isolated._lock,
         "view": breaker._view._lock,
-        "refreshing": breaker._refreshing,
+        "refreshing": server._refreshing,
+        "health": server.link.health(line)._lock,
+        "trouble": line.trouble._lock,
+        "worker": server._worker._lock,
+        "messenger": server._messenger._lock,
+        "subscriptions": subscription._lock,
     }
     inside, done = threading.Event(), threading.Event()
 
@@ -135,7 +142,12 @@ def held(url: str, which: str) -> object:
 
     def call() -> None:
         breaker.call(fine)
+        with contextlib.suppress(Boom):
+            breaker.call(boom)
+        breaker.call(fine)
         breaker.flush()
+        breaker.reset()
+        breaker.watch().close()
 
     thread = threading.Thread(target=hold, daemon=True)
     thread.start()
@@ -181,7 +193,7 @@ def outage(url: str, server_pid: str) -> object:
     try:
         breaker.call(fine)
         deadline = time.monotonic() + PATIENCE
-        while not any(thread.name == "pybreaker_redis-retry" for thread in threading.enumerate()):
+        while not breaker._redis.link.retry_was_abandoned(breaker._line):  # it is under way
             assert time.monotonic() < deadline
             breaker.call(fine)
             time.sleep(0.01)

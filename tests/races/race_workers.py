@@ -152,7 +152,27 @@ def make_stale(breaker: CircuitBreaker, leases: float) -> None:
     """Let the view be as old as that many leases, without waiting for it."""
     view = breaker._view
     view.seen.sent = time.monotonic() - leases * view.lease
-    view.seen.closed_until = view.seen.timed_until = view.seen.open_until = float("-inf")
+    view.seen.closed_until = view.seen.watched_until = view.seen.open_until = float("-inf")
+
+
+class Exchanges:
+    """Counts the exchanges of a breaker's link from now on. most: how many were under way together."""
+
+    def __init__(self, breaker: CircuitBreaker) -> None:
+        self.began = self.ended = self.most = 0
+        self._lock = threading.Lock()
+        server: Any = breaker._redis
+        self._exchange, server.exchange = server.exchange, self._counted
+
+    def _counted(self, commands: Any) -> Any:
+        with self._lock:
+            self.began += 1
+            self.most = max(self.most, self.began - self.ended)
+        try:
+            return self._exchange(commands)
+        finally:
+            with self._lock:
+                self.ended += 1
 
 
 @dataclasses.dataclass

@@ -17,10 +17,9 @@ import race_workers as jobs
 import redis
 import server_watch
 from conftest import stopped, wait_until
-from race_workers import FIRM, PATIENCE, Boom, Fleet, boom, fine, run_threads
+from race_workers import FIRM, PATIENCE, Boom, Exchanges, Fleet, boom, fine, make_stale, run_threads
 
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Policy
-from pybreaker_redis._view import Verdict
 from pybreaker_redis.embedded import EmbeddedServer
 
 MANY = Policy(failure_threshold=1_000_000_000)
@@ -156,16 +155,18 @@ def test_an_outage_is_notified_once(own_server: EmbeddedServer, caplog: pytest.L
     )
     run_threads(16, lambda number: breaker.call(fine))
 
-    def retries() -> list[threading.Thread]:
+    exchanges = Exchanges(breaker)
+
+    def retries() -> int:
         breaker.call(fine)
-        return [thread for thread in threading.enumerate() if thread.name == "pybreaker_redis-retry"]
+        return exchanges.began
 
     with caplog.at_level(logging.WARNING, "pybreaker_redis"):
         with stopped(own_server):
             run_threads(16, lambda number: breaker.call(fine))
             wait_until(retries)
             run_threads(16, lambda number: breaker.call(fine))
-            assert len(retries()) == 1
+            assert exchanges.most == 1
         wait_until(lambda: breaker.snapshot().source == "redis")
         wait_until(lambda: "redis_restored" in kinds)
     assert (kinds.count("redis_error"), kinds.count("redis_restored")) == (1, 1)
@@ -266,16 +267,14 @@ def test_a_hung_retry_is_the_only_one(own_server: EmbeddedServer) -> None:
     """While a retry waits for a hung server, however long redis_timeout lets it, no second one is started."""
     breaker = CircuitBreaker("hung", redis=own_server.url, policy=MANY, lease=0, redis_timeout=2.0)
     breaker.call(fine)
-    most = 0
+    exchanges = Exchanges(breaker)
     with stopped(own_server):
         breaker.call(fine)  # this one waits
         end = time.monotonic() + 1.7  # longer than any pause between two retries
         while time.monotonic() < end:
             breaker.call(fine)
-            retries = [thread for thread in threading.enumerate() if thread.name.startswith("pybreaker_redis-retry")]
-            most = max(most, len(retries))
             time.sleep(0.01)
-    assert most == 1
+        assert (exchanges.began, exchanges.ended) == (1, 0)
     wait_until(lambda: breaker.snapshot().source == "redis")
 
 
@@ -292,8 +291,7 @@ def test_a_slow_listener_of_an_outage_holds_up_no_one(own_server: EmbeddedServer
         "busy", redis=own_server.url, policy=MANY, lease=0.1, redis_timeout=0.5, listeners=[listen]
     )
     breaker.call(fine)
-    # beyond the grace: the next callers wait for the refresh
-    wait_until(lambda: breaker._view.decide(breaker._view.seen, time.monotonic()) is Verdict.WAIT)
+    make_stale(breaker, 10.0)  # beyond two leases and redis_timeout: the next callers wait for the refresh
     done: list[int] = []
     threads = [threading.Thread(target=lambda: done.append(breaker.call(fine)), daemon=True) for _ in range(8)]
     with stopped(own_server):

@@ -40,7 +40,20 @@ def test_forking_amid_calls_never_hangs_the_child(server: EmbeddedServer, client
     assert report["ends"] == ["ok"] * 100, report["stderr"]
 
 
-@pytest.mark.parametrize("lock", ["view", "engine", "refreshing", "isolated"])
+LOCKS = [
+    "view",
+    "engine",
+    "refreshing",
+    "isolated",
+    "health",
+    "trouble",
+    "worker",
+    "messenger",
+    "subscriptions",
+]
+
+
+@pytest.mark.parametrize("lock", LOCKS)
 def test_forking_while_a_thread_holds_a_lock(server: EmbeddedServer, client: redis.Redis, lock: str) -> None:
     """A child is not held up by a lock that a thread of the parent held at the fork."""
     report = scenario("held", server.url, lock)

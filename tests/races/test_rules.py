@@ -94,7 +94,7 @@ def test_a_call_that_ends_at_any_line_of_its_report_counts_once(interrupted: str
         breaker.call(int)
         permit = breaker.acquire().__enter__()
         permit.started -= 20.0
-        make_stale(breaker, 3.0)
+        make_stale(breaker, 1.2)  # and not beyond the window
         report = functools.partial(breaker.call, int)
         end = permit.failure if failing else functools.partial(permit.__exit__, None, None, None)
         reached = interrupted_at(line, *((report, end) if interrupted == "report" else (end, report)))

@@ -16,7 +16,18 @@ import pytest
 import redis
 import server_watch
 from conftest import stopped, wait_until
-from race_workers import FIRM, PATIENCE, Boom, boom, fine, interrupted_at, make_stale, run_threads, signalled_at
+from race_workers import (
+    FIRM,
+    PATIENCE,
+    Boom,
+    Exchanges,
+    boom,
+    fine,
+    interrupted_at,
+    make_stale,
+    run_threads,
+    signalled_at,
+)
 
 from pybreaker_redis import (
     AsyncCircuitBreaker,
@@ -31,6 +42,7 @@ from pybreaker_redis import (
 )
 from pybreaker_redis._view import Verdict, View
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire import link as link_module
 from pybreaker_redis.wire.commands import Command
 from pybreaker_redis.wire.route import Routes
 from pybreaker_redis.wire.url import client_from_url
@@ -40,7 +52,8 @@ MANY = Policy(failure_threshold=1_000_000_000)
 
 def reply(state: str, generation: int, retry_after_ms: int | None = None) -> dict[str, Any]:
     """What a script replied."""
-    return {"state": state, "generation": generation, "failure_count": 0, "retry_after_ms": retry_after_ms}
+    counts = {"failure_count": 0, "failure_number": 0, "source": "redis"}
+    return {"state": state, "generation": generation, "retry_after_ms": retry_after_ms, **counts}
 
 
 def test_counts_of_32_threads(client: redis.Redis) -> None:
@@ -67,25 +80,29 @@ def test_first_calls_share_one_question(client: redis.Redis) -> None:
     assert (server_watch.commands(client) - before)["evalsha"] == 1
 
 
-def test_a_stale_view_is_refreshed_by_one(own_server: EmbeddedServer) -> None:
-    """While one thread refreshes a view within its grace, 63 others go on by the old one and nobody is rejected."""
+def test_a_stale_view_is_refreshed_in_the_background(own_server: EmbeddedServer) -> None:
+    """While a view is refreshed within its grace 64 threads go on by the old one: nobody waits, nobody is rejected."""
     with redis.Redis.from_url(own_server.url) as client:
         server_watch.load_scripts(client)
         breaker = CircuitBreaker("grace", redis=own_server.url, lease=1200.0, **FIRM)
         breaker.call(fine)
+        wait_until(lambda: not breaker._redis.link.wanted and not breaker._redis.link.is_busy())
+        exchanges = Exchanges(breaker)
         before = server_watch.commands(client)
         make_stale(breaker, 1.5)
-        done: list[int] = []
-        threads = [threading.Thread(target=lambda: done.append(breaker.call(fine)), daemon=True) for _ in range(64)]
+        stale = breaker._view.seen.sent
         with stopped(own_server):
-            for thread in threads:
-                thread.start()
-            wait_until(lambda: len(done) == 63)
-            assert sum(thread.is_alive() for thread in threads) <= 2  # the one that asks, and one just ending
-        for thread in threads:
-            thread.join(PATIENCE)
-        assert len(done) == 64
-        assert (server_watch.commands(client) - before)["evalsha"] == 1
+            began = time.monotonic()
+            done: list[int] = []
+            run_threads(64, lambda number: done.append(breaker.call(fine)))
+            assert done == [1] * 64
+            assert time.monotonic() - began < FIRM["redis_timeout"] / 2
+            assert exchanges.began - exchanges.ended == exchanges.most == 1
+        wait_until(lambda: breaker._view.seen.sent > stale)
+        wait_until(lambda: exchanges.ended == exchanges.began)
+        assert breaker.call(fine) == 1
+        sent = server_watch.commands(client) - before
+        assert sent["evalsha"] + sent["mget"] <= 2  # one read; calls that came before it ended may ask for another
 
 
 def test_beyond_the_grace_all_wait_for_one(own_server: EmbeddedServer) -> None:
@@ -96,7 +113,7 @@ def test_beyond_the_grace_all_wait_for_one(own_server: EmbeddedServer) -> None:
         breaker.call(fine)
         CircuitBreaker("old", redis=client).force_open()
         before = server_watch.commands(client)
-        make_stale(breaker, 2.0)
+        make_stale(breaker, 2.1)  # and redis_timeout
         rejected: list[str] = []
 
         def call() -> None:
@@ -117,19 +134,43 @@ def test_beyond_the_grace_all_wait_for_one(own_server: EmbeddedServer) -> None:
         assert (server_watch.commands(client) - before)["evalsha"] == 1
 
 
-def test_a_view_ends_on_time() -> None:
-    """A closed view admits for one lease, one caller refreshes it in the next, and from two leases on all wait."""
-    view = View(10.0)
-    assert view.decide(view.seen, 0.0) is Verdict.WAIT
+def test_a_view_ends_on_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A closed view admits for one lease, is refreshed in the background in the next, and from two on all wait."""
+    breaker = CircuitBreaker("on time", redis="redis://127.0.0.1:1", lease=10.0, redis_timeout=3.0)
+    view, server, link = breaker._view, breaker._redis, breaker._redis.link
+    refreshes: list[float] = []
+    clock = [0.0]
+    for module in (_core, link_module):
+        monkeypatch.setattr(module, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(server, "soon", lambda member: refreshes.append(clock[0]))
+
+    def at(now: float) -> object:
+        clock[0] = now
+        try:
+            answer = breaker._consult(now)
+        except CircuitOpenError:
+            return Verdict.REJECT
+        if not isinstance(answer, Permit):
+            return answer
+        answer.release()
+        return Verdict.ADMIT
+
+    assert at(0.0) is Verdict.WAIT
     view.adopt(reply("closed", 1), 100.0, 103.0)  # the reply took 3 s: the lease began when the request was sent
     assert view.seen.closed_until == 110.0
-    assert view.decide(view.seen, 109.9) is Verdict.ADMIT
-    assert view.decide(view.seen, 110.0) is Verdict.REFRESH
-    assert view.decide(view.seen, 119.9) is Verdict.REFRESH
-    assert view.decide(view.seen, 120.0) is Verdict.WAIT
+    refreshes.clear()
+    assert at(109.9) is Verdict.ADMIT
+    assert not refreshes
+    assert at(110.0) is Verdict.ADMIT
+    assert at(119.9) is Verdict.ADMIT
+    assert refreshes == [110.0, 119.9]
+    assert at(120.0) is Verdict.WAIT
+    link.busy_since = 119.0  # an exchange hangs: for redis_timeout the view serves on
+    assert at(122.9) is Verdict.ADMIT
+    assert at(123.0) is Verdict.WAIT
     view.adopt(reply("open", 2, 5000), 130.0, 133.0)
-    assert view.decide(view.seen, 137.9) is Verdict.REJECT
-    assert view.decide(view.seen, 138.0) is Verdict.ASK
+    assert at(137.9) is Verdict.REJECT
+    assert at(138.0) is Verdict.ASK
 
 
 def test_an_older_reply_of_the_same_generation_is_dropped() -> None:
@@ -196,7 +237,7 @@ def test_a_straggler_gathers_nothing() -> None:
     view.gather(7)
     assert view.take() == {"generation": 9}
     view.gather(9)
-    assert view.take() == {"generation": 9, "successes": 1}
+    assert view.take() == {"generation": 9, "successes": 1, "seen_failure": 0}
 
 
 def test_a_straggling_failure_takes_no_successes_with_it(client: redis.Redis) -> None:
@@ -377,7 +418,7 @@ def test_a_listener_may_outlast_the_lease_and_call(client: redis.Redis) -> None:
                 breaker.call(fine)
             called.append("called")
 
-    breaker = CircuitBreaker("listener", redis=client, lease=5.0, on_call=[listen], **FIRM)
+    breaker = CircuitBreaker("listener", redis=client, lease=600.0, on_call=[listen], **FIRM)
     breaker.call(fine)
     CircuitBreaker("listener", redis=client).force_open()
     make_stale(breaker, 3.0)

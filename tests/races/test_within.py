@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import threading
-import time
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -32,11 +31,10 @@ from pybreaker_redis import (
     PermitError,
     Policy,
     _events,
-    _sync,
     _view,
 )
-from pybreaker_redis._view import Verdict
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire import subscription
 
 PROBING = Policy(failure_threshold=1, reset_timeout=0.001, probe_timeout=3600)
 FIRM: dict[str, Any] = {"redis_timeout": 20.0}
@@ -140,19 +138,28 @@ def test_an_own_rejection_is_no_failure() -> None:
 # By the thread that is at work on it -----------------------------------------------------------
 
 
-@pytest.mark.parametrize("url", ["memory", "redis"])
-@pytest.mark.parametrize("lock", ["view", "refreshing", "engine", "counting"])
+IN_MEMORY = ["view", "engine", "counting"]
+LINKED = [*IN_MEMORY, "refreshing", "health", "trouble", "worker", "messenger", "subscriptions"]
+
+
+@pytest.mark.parametrize(
+    ("url", "lock"), [*(("memory", lock) for lock in IN_MEMORY), *(("redis", lock) for lock in LINKED)]
+)
 def test_a_thread_that_holds_a_lock_may_call(server: EmbeddedServer, url: str, lock: str) -> None:
     """A signal handler or a finalizer calls the breaker while its thread holds any of the locks: no deadlock."""
     breaker = CircuitBreaker("held-by-itself", redis=server.url if url == "redis" else None, **FIRM)
-    engine: Any = breaker._engine
-    engine = engine if url == "redis" else engine._memory
-    locks = {
-        "view": breaker._view._lock,
-        "refreshing": breaker._refreshing,
-        "engine": engine._lock,
-        "counting": breaker._notices.counting,
-    }
+    line: Any = breaker._line
+    engine: Any = breaker._memory or line
+    locks = {"view": breaker._view._lock, "engine": engine._lock, "counting": breaker._notices.counting}
+    if line is not None:
+        breaker.reset()
+        server = breaker._redis
+        locks["refreshing"] = server._refreshing
+        locks["health"] = server.link.health(line)._lock
+        locks["trouble"] = line.trouble._lock
+        locks["worker"] = server._worker._lock
+        locks["messenger"] = server._messenger._lock
+        locks["subscriptions"] = subscription._lock
     with locks[lock]:
         breaker._view.drop()
         assert breaker.call(int, "5") == 5
@@ -162,16 +169,16 @@ def test_a_thread_that_holds_a_lock_may_call(server: EmbeddedServer, url: str, l
             pass
         assert breaker.counts == (2, 0, 1, 0, 0)
     breaker.flush()
-    assert breaker.snapshot().failure_count == 0
+    wait_until(lambda: breaker.snapshot().failure_count == 0)
 
 
 def test_a_refresh_that_died_with_its_lock_holds_up_nobody_for_ever(
     server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal's exception can hit a thread after it took the lock and before it would release it again."""
-    monkeypatch.setattr(_sync, "patience", lambda redis_timeout: 0.05)
-    breaker = CircuitBreaker("died", redis=server.url, **FIRM)
-    thread = threading.Thread(target=breaker._refreshing.acquire)
+    breaker = CircuitBreaker("died", redis=server.url, redis_timeout=19.0)
+    monkeypatch.setattr(breaker._redis.link, "patience", 0.05)
+    thread = threading.Thread(target=breaker._redis._refreshing.acquire)
     thread.start()
     thread.join()
     results: list[int] = []
@@ -480,8 +487,8 @@ def test_an_abandoned_permit_warns_once() -> None:
 
 
 @pytest.mark.parametrize("trouble", ["ends its thread", "takes its time"])
-def test_a_listener_in_trouble_leaves_no_long_lease(server: EmbeddedServer, client: redis.Redis, trouble: str) -> None:
-    """A listener ends the subscription's thread, or blocks it: another breaker learns of its own trip."""
+def test_a_listener_in_trouble_delays_no_view(server: EmbeddedServer, client: redis.Redis, trouble: str) -> None:
+    """A listener ends its thread, or blocks it: another breaker's view learns of its trip, and later its listener."""
     hold, held = threading.Event(), threading.Event()
 
     def listener(event: Event) -> None:
@@ -492,29 +499,34 @@ def test_a_listener_in_trouble_leaves_no_long_lease(server: EmbeddedServer, clie
             hold.wait(100)
 
     names = [f"trouble-{trouble[0]}-{number}" for number in range(2)]
-    first = CircuitBreaker(names[0], redis=server.url, listeners=[listener], **FIRM)
-    second = CircuitBreaker(names[1], redis=server.url, **FIRM)
+    received: list[Event] = []
+    first = CircuitBreaker(names[0], redis=server.url, lease=3600, listeners=[listener], **FIRM)
+    second = CircuitBreaker(names[1], redis=server.url, lease=3600, listeners=[received.append], **FIRM)
     try:
-        with first.watch(3600), second.watch(3600) as watch:
+        with first.watch(), second.watch() as watch:
             wait_until(lambda: watch.active)
+            first.call(int)
             second.call(int)
             for name in names:
-                CircuitBreaker(name, redis=server.url, **FIRM).force_open(3000)
+                CircuitBreaker(name, redis=client, **FIRM).force_open(3000)
                 assert held.wait(60)
-            wait_until(lambda: second._view.decide(second._view.seen, time.monotonic()) is not Verdict.ADMIT)
+            wait_until(lambda: second.state == "open")
             with pytest.raises(CircuitOpenError):
                 second.call(int)
-            assert second._view.lease == 3600 or trouble == "ends its thread"
+            assert watch.active
+            hold.set()
+            wait_until(lambda: received)
     finally:
         hold.set()
+    assert [(event.new, event.source) for event in received] == [("open", "watch")]
 
 
-def test_a_watch_of_a_loop_that_is_gone_leaves_no_long_lease(server: EmbeddedServer) -> None:
+def test_a_watch_of_a_loop_that_is_gone_leaves_no_old_view(server: EmbeddedServer) -> None:
     """The loop was closed without cancelling its tasks: in another one the breaker learns of a trip all the same."""
     breaker = AsyncCircuitBreaker("gone", redis=server.url, **FIRM)
 
     async def watch() -> None:
-        watch = await breaker.watch(3600)
+        watch = await breaker.watch()
         while not watch.active:
             await asyncio.sleep(0.01)
         await breaker.call(asyncio.sleep, 0)
@@ -537,20 +549,23 @@ def test_a_watch_of_a_loop_that_is_gone_leaves_no_long_lease(server: EmbeddedSer
 # A view that is trusted no longer, when Redis goes ----------------------------------------------
 
 
-@pytest.mark.parametrize("way", ["watched", "dropped"])
+@pytest.mark.parametrize("way", ["hinted", "dropped"])
 def test_an_open_circuit_whose_view_was_dropped_stays_open_without_redis(own_server: EmbeddedServer, way: str) -> None:
-    """The subscription is lost with its server, or an operator did something: the open time is still known."""
+    """Something was published, or an operator did something, and the server hangs: the open time is still known."""
     breaker = CircuitBreaker("dropped", redis=own_server.url, policy=Policy(failure_threshold=1, reset_timeout=3000))
     with pytest.raises(OSError):
         breaker.call(boom)
-    breaker._subscribed(3600 if way == "watched" else None)
     os.kill(own_server.pid, signal.SIGSTOP)
+    if way == "hinted":
+        breaker._hinted()
+    else:
+        breaker._view.drop()
     try:
         for _ in range(3):
             with pytest.raises(CircuitOpenError) as rejection:
                 breaker.call(int)
             assert 2000 < rejection.value.retry_after <= 3000
-        assert breaker.snapshot().source == "local"
+        wait_until(lambda: breaker.snapshot().source == "local")
     finally:
         os.kill(own_server.pid, signal.SIGCONT)
 
@@ -562,7 +577,7 @@ def test_loops_for_one_call_each_find_back(own_server: EmbeddedServer) -> None:
     async def one() -> str:
         with contextlib.suppress(OSError, CircuitOpenError):
             await breaker.call(fail)
-        return "local" if breaker._engine.is_down else "redis"
+        return (await breaker.snapshot()).source
 
     async def fail() -> None:
         raise OSError

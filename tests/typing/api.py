@@ -166,7 +166,7 @@ def steering() -> None:
     breaker.flush()
     breaker.set_policy(reset_timeout=10, enforce=False, duration=60)
     breaker.clear_policy()
-    with breaker.watch(lease=10) as watch:
+    with breaker.watch() as watch:
         assert_type(watch, Watch)
         assert_type(watch.active, bool)
     breaker.watch().close()
@@ -233,7 +233,7 @@ async def awaiting() -> None:
     await aio.flush()
     await aio.set_policy(window=10)
     await aio.clear_forced()
-    async with await aio.watch(lease=10) as watch:
+    async with await aio.watch() as watch:
         assert_type(watch, AsyncWatch)
     await watch.close()
 
