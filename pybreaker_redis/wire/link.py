@@ -37,7 +37,7 @@ Pipelines: TypeAlias = Generator[Sequence[Command], list[Any], Any]
 class Health:
     """Whether a server, a node of a cluster or a single breaker can be used. error: why not; None while it can.
 
-    patience: seconds after which a retry that has not ended may be claimed again. failing: contains this while it fails.
+    patience: seconds after which a retry that has not ended may be claimed again. failing: contains what has an error.
     """
 
     def __init__(self, patience: float, failing: set[Health]) -> None:
@@ -217,10 +217,11 @@ class Link:
         return member in self._reporting
 
     def use(self, member: Member, hinted: bool = False) -> None:
-        """Refresh this breaker for a while. hinted: read it in the next exchange, however fresh its view is."""
-        self._used[member] = monotonic()
+        """Refresh this breaker for a while. hinted: only read it in the next exchange, however fresh its view is."""
         if hinted:
             self._hinted[member] = None
+        else:
+            self._used[member] = monotonic()
 
     def leave(self, member: Member) -> None:
         """Refresh this breaker no more, until it is used again."""
@@ -232,31 +233,31 @@ class Link:
         return max(min(*pauses, IDLE), SHORTEST_PAUSE) if pauses else None
 
     def _members(self) -> list[Member]:
-        members = (reference() for reference in self._used.keyrefs())  # a copy, since other threads add members
-        return [member for member in members if member is not None]
+        return _alive(self._used)
 
     def _is_idle(self, member: Member, now: float) -> bool:
         if member.was_called():
             self._used[member] = now
-        return now - self._used.get(member, NEVER) > IDLE
+        return now - self._used.get(member, now) > IDLE
 
     def exchange(self) -> Pipelines:
         """One exchange for all breakers. Raises no error of Redis."""
         wanted, self.wanted = self.wanted, False
         self.busy_since = now = monotonic()
         try:
-            members = self._members()
+            hinted = {member for member in _alive(self._hinted) if self._hinted.pop(member, self) is None}
+            members = [*dict.fromkeys([*self._members(), *hinted])]
             leaving = {member for member in members if self._is_idle(member, now)}
             for member in leaving:
                 self.leave(member)
             yield from self._retry(members)
-            yield from self._refresh([one for one in members if self.error(one) is None], leaving, wanted)
+            up = [member for member in members if self.error(member) is None]
+            yield from self._refresh(up, hinted, leaving, wanted)
         finally:
             self.busy_since = NEVER
 
-    def _refresh(self, members: list[Member], leaving: set[Member], wanted: bool) -> Pipelines:
+    def _refresh(self, members: list[Member], hinted: set[Member], leaving: set[Member], wanted: bool) -> Pipelines:
         sent = monotonic()
-        hinted = [member for member in members if self._hinted.pop(member, self) is None]
         reports = [(member, one) for member in members for one in member.due_reports(sent, member in leaving)]
         stale = [member for member in members if member in hinted or (wanted and member.is_stale(sent))]
         scripted = [member for member in stale if member not in hinted and member.needs_script()]
@@ -388,3 +389,8 @@ class Link:
                 break
         if health.error is not None:
             health.retried(failed=True)
+
+
+def _alive(members: weakref.WeakKeyDictionary[Member, Any]) -> list[Member]:
+    """The members of a dictionary that other threads may change meanwhile."""
+    return [member for reference in members.keyrefs() if (member := reference()) is not None]
