@@ -6,8 +6,8 @@ KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circ
 ARGV[1]  the request, in JSON or msgpack; the reply has the same form. Every field is optional:
            generation  (integer)  under which the following were gathered
            successes   (count)    since the last report
-           seen_failure (integer) the failure_number that was read before the newest of the successes ended. They end the
-                                  failures up to it; without it, all.
+           seen_failure (integer) the failure_number that was read before the newest of the successes ended. They end
+                                  the failures up to it; without it, all.
            age_ms      (integer)  milliseconds since the successes ended (default 0), for the window
            slow        (count)    calls that became slow since the last report
            pending     (count)    how many of the slow calls are still running

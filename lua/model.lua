@@ -45,7 +45,7 @@ while half open:
 Messages on the channel KEYS[1] tell watchers to read the document; a watcher believes nothing that they say:
   a transition       {from, to, reason, generation, failure_count, success_count, instance, time_ms, ...}
   a hint             {failure_count, instance, time_ms}: the run of failures has reached half of its threshold
-  an operator's act  {policy, instance, time_ms} of a new or ended policy override, or of a forced state that was cleared
+  an operator's act  {policy, instance, time_ms}: a policy override was set or cleared, or a forced state was cleared
 ]]
 local LARGEST = 90000000000000 -- cjson writes integers of 14 digits without loss; the rest is room for additions
 local LONGEST_MS = 365 * 86400 * 1000

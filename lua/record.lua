@@ -6,8 +6,8 @@ KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circ
 ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
            generation  (integer)  from the reply of acquire; required with counts or a probe
            successes   (count)    counted first
-           seen_failure (integer) the failure_number that was read before the newest of the successes ended. They end the
-                                  failures up to it; without it, all.
+           seen_failure (integer) the failure_number that was read before the newest of the successes ended. They end
+                                  the failures up to it; without it, all.
            age_ms      (integer)  milliseconds since the successes ended (default 0), for the window
            failures    (count)    counted after the successes
            slow        (count)    calls that took slow_call_duration or longer, ended or pending

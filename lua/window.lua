@@ -73,7 +73,7 @@ function breaker.advanced(window, newest)
   return window
 end
 
--- Moves calls from the newest bucket to the bucket of age_ms ago. Takes them out of the window if that bucket has left it.
+-- Moves calls from the newest bucket to the bucket of age_ms ago, or out of the window if that bucket has left it.
 function breaker.move_back(window, calls, age_ms, now)
   if calls <= 0 then return end -- all were reported before, as pending
   local age = math.floor(now / window.bucket_ms) - math.floor((now - age_ms) / window.bucket_ms)

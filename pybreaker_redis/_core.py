@@ -334,7 +334,7 @@ class BreakerCore:
                 reply = self._isolation.admit(fleet, self._complete(name, request))
             if reply is None:
                 fleet = yield from self._ask_redis(name, self._complete(name, request))
-                reply = self._isolation.applied(request, fleet, self._with_policy)
+                reply = self._isolated(request, fleet)
         except NotSent:
             self._view.give_back(request)
             raise
@@ -395,7 +395,14 @@ class BreakerCore:
 
     def _adopt_fleet(self, request: Request, reply: Reply, sent: float) -> bool:
         """The same for what the link has read or reported."""
-        return self._adopt(self._isolation.applied(request, reply, self._with_policy), sent)
+        return self._adopt(self._isolated(request, reply), sent)
+
+    def _isolated(self, request: Request, fleet: Reply) -> Reply:
+        """The fleet's reply, or that of this instance while it is isolated."""
+        if self._view.policy.quorum > 1:
+            return self._isolation.applied(request, fleet, self._with_policy)
+        self._isolation.forget()
+        return fleet
 
     def _obey(self, reply: Reply) -> None:
         """Put the policy override of a reply in force."""

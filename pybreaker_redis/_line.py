@@ -14,7 +14,7 @@ from ._policy import DEFAULTS
 from ._protocol import Reply, Request, State, read_document, read_window
 from ._slow import SlowCalls
 from ._view import NEVER, Seen, View
-from .wire.link import LONGEST_PAUSE, Health, Link
+from .wire.link import LONGEST_PAUSE, Link
 
 OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
 
@@ -86,7 +86,7 @@ class Line:
         self._start_process()
 
     def _start_process(self) -> None:
-        self.trouble = Health(self._link.patience)
+        self.trouble = self._link.new_health()
         self._lock = threading.RLock()
         self.local: LocalEngine | FixedEngine | None = None
         self._texts: Texts | None = None  # as last read
@@ -108,7 +108,7 @@ class Line:
 
     def engine(self) -> LocalEngine | FixedEngine | None:
         """The engine that decides in this process while Redis is down; None while Redis decides."""
-        if self.local is None and self._link.error(self) is None:
+        if self.local is None and not self._link.failing:  # the usual case, at no cost
             return None
         with self._lock:
             error = self._link.error(self)

@@ -60,10 +60,7 @@ def advanced(window: Window, newest: int) -> Window:
 
 
 def move_back(window: Window, calls: int, age_ms: int, now: int) -> None:
-    """Move calls from the newest bucket to the bucket of age_ms ago.
-
-    Takes them out of the window if that bucket has left it.
-    """
+    """Move calls from the newest bucket to the bucket of age_ms ago, or out of the window if that bucket has left."""
     if calls <= 0:
         return  # all were reported before, as pending
     age = now // window.bucket_ms - (now - age_ms) // window.bucket_ms

@@ -206,7 +206,7 @@ class AsyncConnections:
                 raise
             raise NotSent from error
 
-    async def _send(self, data: list[bytes], count: int, asking: bool, sent: asyncio.Event) -> list[Any]:
+    async def _send(self, data: bytes, count: int, asking: bool, sent: asyncio.Event) -> list[Any]:
         async with _deadline(self._timeout):
             connection = await self._take()
             try:
@@ -214,7 +214,7 @@ class AsyncConnections:
                     with connecting():
                         await connection.connect()  # only connect() asks a Sentinel for the master
                 sent.set()
-                await connection.send_packed_command(data, check_health=False)
+                await connection.send_packed_command([data], check_health=False)
                 replies = []
                 for _ in range(count):
                     if asking:

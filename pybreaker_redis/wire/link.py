@@ -35,10 +35,14 @@ Pipelines: TypeAlias = Generator[Sequence[Command], list[Any], Any]
 
 
 class Health:
-    """Whether a server, a node of a cluster or a single breaker can be used. error: why not; None while it can."""
+    """Whether a server, a node of a cluster or a single breaker can be used. error: why not; None while it can.
 
-    def __init__(self, patience: float) -> None:
+    patience: seconds after which a retry that has not ended may be claimed again. failing: contains what has an error.
+    """
+
+    def __init__(self, patience: float, failing: set[Health]) -> None:
         self.error: BaseException | None = None
+        self._failing = failing
         self.abandoned = False  # the last retry has not ended
         self._patience = patience
         self._retry_at = 0.0
@@ -51,6 +55,7 @@ class Health:
             new = self.error is None
             if new:
                 self.error, self._pause = error, FIRST_PAUSE
+                self._failing.add(self)
                 self._wait()
             return new
 
@@ -74,6 +79,7 @@ class Health:
                 self._wait()
             else:
                 self.error = None
+                self._failing.discard(self)
 
     def give_up(self) -> None:
         """A retry was cancelled: the next caller may claim it."""
@@ -141,7 +147,8 @@ class Link:
     """The breakers of a process that use one Redis, and whether that Redis can be used.
 
     timeout: the longest that one exchange with a server takes, in seconds. home: from a key to the node that serves it;
-    None if there is only one server. undelivered: events of exchanges, with their breakers.
+    None if there is only one server. failing: what cannot be used now. undelivered: events of exchanges, with their
+    breakers.
     """
 
     def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
@@ -149,6 +156,7 @@ class Link:
         self.patience = LONGEST_PAUSE + 10 * timeout  # seconds after which any exchange has ended, connecting included
         self.wanted = False  # a breaker waits for an exchange
         self.busy_since = NEVER  # when the exchange that is under way began
+        self.failing: set[Health] = set()
         self.undelivered: collections.deque[tuple[Any, list[Any]]] = collections.deque()
         self._home = home
         self._healths: dict[Address | None, Health] = {}
@@ -160,6 +168,7 @@ class Link:
     def after_fork(self) -> None:
         """In a child: nothing is under way, and a thread of the parent may hold the locks."""
         self.wanted, self.busy_since = False, NEVER
+        self.failing.clear()
         self._healths, self._reporting = {}, set()
 
     # Health
@@ -167,7 +176,11 @@ class Link:
     def health(self, member: Member) -> Health:
         """Of the server that serves this breaker."""
         address = None if self._home is None else self._home(member.keys.state.encode())
-        return self._healths.get(address) or self._healths.setdefault(address, Health(self.patience))
+        return self._healths.get(address) or self._healths.setdefault(address, self.new_health())
+
+    def new_health(self) -> Health:
+        """Of something that can be used, as far as is known."""
+        return Health(self.patience, self.failing)
 
     def error(self, member: Member) -> BaseException | None:
         """Why this breaker cannot use Redis now; None if it can."""
@@ -204,10 +217,11 @@ class Link:
         return member in self._reporting
 
     def use(self, member: Member, hinted: bool = False) -> None:
-        """Refresh this breaker for a while. hinted: read it in the next exchange, however fresh its view is."""
-        self._used[member] = monotonic()
+        """Refresh this breaker for a while. hinted: only read it in the next exchange, however fresh its view is."""
         if hinted:
             self._hinted[member] = None
+        else:
+            self._used[member] = monotonic()
 
     def leave(self, member: Member) -> None:
         """Refresh this breaker no more, until it is used again."""
@@ -219,31 +233,31 @@ class Link:
         return max(min(*pauses, IDLE), SHORTEST_PAUSE) if pauses else None
 
     def _members(self) -> list[Member]:
-        members = (reference() for reference in self._used.keyrefs())  # a copy, since other threads add members
-        return [member for member in members if member is not None]
+        return _alive(self._used)
 
     def _is_idle(self, member: Member, now: float) -> bool:
         if member.was_called():
             self._used[member] = now
-        return now - self._used.get(member, NEVER) > IDLE
+        return now - self._used.get(member, now) > IDLE
 
     def exchange(self) -> Pipelines:
         """One exchange for all breakers. Raises no error of Redis."""
         wanted, self.wanted = self.wanted, False
         self.busy_since = now = monotonic()
         try:
-            members = self._members()
+            hinted = {member for member in _alive(self._hinted) if self._hinted.pop(member, self) is None}
+            members = [*dict.fromkeys([*self._members(), *hinted])]
             leaving = {member for member in members if self._is_idle(member, now)}
             for member in leaving:
                 self.leave(member)
             yield from self._retry(members)
-            yield from self._refresh([one for one in members if self.error(one) is None], leaving, wanted)
+            up = [member for member in members if self.error(member) is None]
+            yield from self._refresh(up, hinted, leaving, wanted)
         finally:
             self.busy_since = NEVER
 
-    def _refresh(self, members: list[Member], leaving: set[Member], wanted: bool) -> Pipelines:
+    def _refresh(self, members: list[Member], hinted: set[Member], leaving: set[Member], wanted: bool) -> Pipelines:
         sent = monotonic()
-        hinted = [member for member in members if self._hinted.pop(member, self) is None]
         reports = [(member, one) for member in members for one in member.due_reports(sent, member in leaving)]
         stale = [member for member in members if member in hinted or (wanted and member.is_stale(sent))]
         scripted = [member for member in stale if member not in hinted and member.needs_script()]
@@ -375,3 +389,8 @@ class Link:
                 break
         if health.error is not None:
             health.retried(failed=True)
+
+
+def _alive(members: weakref.WeakKeyDictionary[Member, Any]) -> list[Member]:
+    """The members of a dictionary that other threads may change meanwhile."""
+    return [member for reference in members.keyrefs() if (member := reference()) is not None]

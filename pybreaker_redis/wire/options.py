@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
+import hiredis
 import redis
 import redis.asyncio
 import redis.asyncio.retry
@@ -20,6 +21,7 @@ from .._errors import PolicyError
 from .url import ClusterUrl, async_client_from_url, client_from_url
 
 Address: TypeAlias = tuple[str, int]
+NO_REPLY = object()  # from a reader that has no whole reply yet
 REDIS_ERRORS = (redis.RedisError, OSError)
 # errors that leave a connection usable
 _INTACT = (exceptions.NoScriptError, exceptions.AskError, exceptions.MovedError)
@@ -168,6 +170,16 @@ def address_of(client: Any) -> str:
     if is_cluster(client):
         return repr(sorted(known_nodes(client)()))
     return f"{client.connection_pool.connection_class} {sorted(client.connection_pool.connection_kwargs.items())!r}"
+
+
+def socket_of(connection: Any) -> tuple[Any, Any]:
+    """The socket of an open blocking connection, and a reader for its replies; errors are replies, too."""
+    reader = hiredis.Reader(
+        protocolError=exceptions.InvalidResponse,
+        replyError=connection._parser.parse_error,
+        notEnoughData=NO_REPLY,
+    )
+    return connection._sock, reader
 
 
 class Endpoint(NamedTuple):

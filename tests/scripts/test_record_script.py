@@ -168,15 +168,18 @@ def test_an_empty_report_renews_the_ttl(client: redis.Redis, state: str) -> None
     assert client.pttl(KEYS.state) > 3_000_000
 
 
+@pytest.mark.parametrize("gathered", [{}, {"seen_failure": 0, "age_ms": 50}])
 @pytest.mark.parametrize("policy", [None, POLICY])
 @pytest.mark.parametrize("script", ["acquire", "record"])
-def test_a_healthy_report_writes_no_document(client: redis.Redis, script: str, policy: dict[str, int] | None) -> None:
+def test_a_healthy_report_writes_no_document(
+    client: redis.Redis, script: str, policy: dict[str, int] | None, gathered: dict[str, int]
+) -> None:
     """Successes of a breaker that has nothing to forget cost one read and one new expiry."""
     machine = lua_machine(client, "discovery")
     generation = machine.run("acquire", policy)["generation"]
     client.pexpire(KEYS.state, 50_000)
     with commands(client) as seen:
-        machine.run(script, policy, generation=generation, successes=3)
+        machine.run(script, policy, generation=generation, successes=3, **gathered)
     assert [words[0] for words in seen if words[0] != "GET"] == ["MGET", "PEXPIRE"]  # the clock of the tests is a key
     assert client.pttl(KEYS.state) > 3_000_000
 

@@ -158,6 +158,14 @@ def test_an_open_document_with_half_a_deadline(client: redis.Redis, own: dict[st
     assert machine.run("snapshot")["retry_after_ms"] == (300 if wait is None else wait)
 
 
+@pytest.mark.parametrize("generation", [1, 10**9 - 1, 10**9, 10**9 + 1, 10**12 - 1, 10**12 + 7, LARGEST - 1, LARGEST])
+def test_every_generation_is_stored_exactly(client: redis.Redis, generation: int) -> None:
+    """A generation of any length is written back with all its digits."""
+    put(client, **_contract("closed"), version=1, generation=generation)
+    lua_machine(client, "discovery").run("record", generation=generation, failures=1)
+    assert f'"generation":{generation},"failure_number":1' in client.get(KEYS.state).decode()
+
+
 def test_unknown_fields(client: redis.Redis) -> None:
     """Fields that we do not know are no reason to doubt a document."""
     stored = {**_contract("closed", failures=2), "shard": "a", "tags": [1, {"x": None}], "note": None}
