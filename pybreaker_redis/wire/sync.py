@@ -314,26 +314,30 @@ class Pipe:
         self._connection = connection
         self.close = connection.disconnect
         self._socket, self._reader = socket_of(connection)
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        self.readable = poll.poll  # before a command, something to read means that the server has closed the connection
+        # before a command, something to read means that the server has closed the connection
+        self.readable = connection.can_read
+        if hasattr(select, "poll"):  # not on Windows; a fifth of the time
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            self.readable = poll.poll
 
     def exchange(self, data: bytes, count: int, timeout: float) -> list[Any]:
         """Send commands, and read so many replies."""
         deadline = monotonic() + timeout + _PER_COMMAND * count
         self._socket.sendall(data)
         replies: list[Any] = []
-        while True:
+        while len(replies) < count:
+            if monotonic() > deadline:
+                raise redis.TimeoutError(f"{count} replies took longer than {timeout:g} s")
             received = self._socket.recv(_CHUNK)
             if not received:
                 raise redis.ConnectionError("the server has closed the connection")
             self._reader.feed(received)
             while (reply := self._reader.gets()) is not NO_REPLY:
                 replies.append(reply)
-            if len(replies) >= count:
-                return replies
-            if monotonic() > deadline:
-                raise redis.TimeoutError(f"{count} replies took longer than {timeout:g} s")
+        if len(replies) > count:
+            raise redis.ConnectionError(f"{len(replies)} replies to {count} commands")
+        return replies
 
 
 def _after_fork_in_child() -> None:
