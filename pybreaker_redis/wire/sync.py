@@ -113,7 +113,8 @@ class Server:
                 self._refreshes += 1
         finally:
             lock.release()
-            self._messenger.wake()
+            if self.link.undelivered:
+                self._messenger.wake()
 
     def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -237,8 +238,6 @@ class Messenger:
 
     def wake(self) -> None:
         """Deliver all events, in order."""
-        if not self._undelivered:
-            return
         with self._lock:
             start, self._running = not self._running, True
         if start:
@@ -299,7 +298,7 @@ class Connections:
         with contextlib.suppress(IndexError):  # several threads may pop at once
             while True:
                 idle = self._idle.pop()
-                if idle.is_quiet():
+                if not idle.readable(0):
                     return idle
                 idle.close()
         new = self.connection()
@@ -315,12 +314,9 @@ class Pipe:
         self._connection = connection
         self.close = connection.disconnect
         self._socket, self._reader = socket_of(connection)
-        self._poll = select.poll()
-        self._poll.register(self._socket, select.POLLIN)
-
-    def is_quiet(self) -> bool:
-        """Whether nothing can be read, as it must be before a command: else the server has closed the connection."""
-        return not self._poll.poll(0)
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        self.readable = poll.poll  # before a command, something to read means that the server has closed the connection
 
     def exchange(self, data: bytes, count: int, timeout: float) -> list[Any]:
         """Send commands, and read so many replies."""
