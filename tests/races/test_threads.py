@@ -490,6 +490,7 @@ def test_events_of_a_refresh_are_delivered_outside_of_its_lock(client: redis.Red
     make_stale(breaker, 3.0)
     with pytest.raises(CircuitOpenError):
         breaker.call(fine)
+    wait_until(lambda: received)
     hang.set()
     hanging.join(PATIENCE)
     assert received == [("open", "slow_rate", True)]
