@@ -96,7 +96,7 @@ class Line:
         self._policy: bytes | None = None  # the stored text of the policy override in force
         self._keeps_window = False  # whoever asked for it
         self._renew_at = NEVER  # when the TTL must be renewed
-        self.news: int | None = None
+        self.news: dict[str, Any] | None = None
 
     def after_fork(self) -> None:
         """In a child: replace the locks, which a thread of the parent may hold."""
@@ -228,16 +228,18 @@ class Line:
             until = monotonic() + reply["forced_left_ms"] / 1000 if "forced_left_ms" in reply else float("inf")
             self._known = texts, seen, until if seen.state == "closed" else seen.retry_at
         if 0 < before.generation < seen.generation and owner._watch is not None and "transition" not in reply:
-            self.news = seen.generation
+            self.news = {"from": before.state, "to": seen.state, "reason": None, "generation": seen.generation}
 
     # Other instances' transitions
 
     def announce(self, history: list[dict[str, Any]]) -> None:
-        generation, self.news = self.news, None
-        for entry in history:
-            if entry.get("generation") == str(generation) and entry.get("instance") != self._owner.instance:
-                change = {key: int(value) if value.isdecimal() else value for key, value in entry.items()}
-                self._owner._notices.changed(change, "watch", entry.get("instance", ""))
+        change, self.news = self.news, None
+        assert change is not None
+        known = (entry for entry in history if entry.get("generation") == str(change["generation"]))
+        entry = next(known, {"instance": ""})
+        if entry["instance"] != self._owner.instance:  # our own transition comes with the reply that it caused
+            change |= {key: int(value) if value.isdecimal() else value for key, value in entry.items()}
+            self._owner._notices.changed(change, "watch", entry["instance"])
 
     def deliver(self, events: list[Any]) -> None:
         self._owner._deliver_events(events)
@@ -249,6 +251,7 @@ def _says(texts: Texts, reply: Reply) -> bool:
     numbers = b',"generation":%d,"failure_number":%d' % (reply["generation"], reply["failure_number"])
     if not document.startswith(b'{"state":"%b"' % reply["state"].encode()) or numbers not in document:
         return False
-    if texts.policy is None or reply.get("warning") == "corrupt_policy":
+    try:
+        return override == (None if texts.policy is None else json.loads(texts.policy))
+    except (ValueError, RecursionError):  # corrupt, and thus not in force
         return override is None
-    return override is not None and json.loads(texts.policy) == override

@@ -104,8 +104,8 @@ class Due(NamedTuple):
 class Member(Protocol):
     """A breaker, as far as its link is concerned.
 
-    trouble: the health of this breaker alone. used_at: when it last asked for a refresh. notices: its events. news: the
-    generation of a transition of another instance, whose history its listeners need; or None.
+    trouble: the health of this breaker alone. used_at: when it last asked for a refresh. notices: its events. news: a
+    transition of another instance of which its listeners must be notified; or None.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Member(Protocol):
     trouble: Health
     used_at: float
     notices: Any
-    news: int | None
+    news: Any
 
     def pause(self) -> float:
         """Seconds between two looks at what is due."""
@@ -242,7 +242,11 @@ class Link:
             members = [*dict.fromkeys([*_alive(self._used), *hinted])]
             if self.failing:
                 yield from self._retry(members)
-                members = [member for member in members if self.error(member) is None]
+                down = {member for member in members if self.error(member) is not None}
+                members = [member for member in members if member not in down]
+                for member in down:
+                    if self.busy_since - member.used_at > IDLE:
+                        self.leave(member)
             yield from self._refresh(members, hinted, wanted)
         finally:
             self.busy_since = NEVER
@@ -253,9 +257,7 @@ class Link:
         for member in [member for member, what in due.items() if what.idle]:
             self.leave(member)
         reports = [(member, request) for member, what in due.items() for request in what.reports]
-        size = (
-            READ_AT_ONCE if self._home is None else 1
-        )  # in a cluster, the keys of two breakers lie in different slots
+        size = READ_AT_ONCE if self._home is None else 1  # two breakers have different slots in a cluster
         read = [member for member, what in due.items() if what.reads]
         chunks = [read[first : first + size] for first in range(0, len(read), size)]
         if reports or chunks:
