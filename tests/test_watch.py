@@ -243,6 +243,7 @@ def test_a_run_of_failures_is_known_halfway(client: redis.Redis, watched: Callab
     policy = Policy(failure_threshold=6, reset_timeout=60)
     breaker, failing = watched(policy=policy), elsewhere(client, policy=policy)
     breaker.call(int)
+    wait_until(lambda: breaker._view._reported_at > 0 and not breaker._redis.link.is_reporting(breaker._line))
     trip(failing, 2)
     breaker.call(int)
     assert failing.snapshot().failure_count == 2
