@@ -166,10 +166,11 @@ class Link:
         self._turn = 0
 
     def after_fork(self) -> None:
-        """In a child: nothing is under way, and a thread of the parent may hold the locks."""
+        """In a child: start empty; a thread of the parent may hold the locks of the healths."""
         self.wanted, self.busy_since = False, NEVER
-        self.failing.clear()
-        self._healths, self._reporting = {}, set()
+        for held in (self.failing, self.undelivered, self._used, self._hinted, self._reporting):
+            held.clear()
+        self._healths = {}
 
     # Health
 
