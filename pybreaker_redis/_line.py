@@ -68,7 +68,7 @@ class Owner(Protocol):
 
     def _last_known(self) -> LocalEngine: ...
     def _deliver_events(self, events: list[Any]) -> None: ...
-    def _reports(self) -> list[Request]: ...
+    def _reports(self, generation: int | None = None, as_it_ends: bool = False) -> list[Request]: ...
     def _complete(self, name: str, request: Request) -> Request: ...
     def _adopt_fleet(self, request: Request, reply: Reply, sent: float) -> bool: ...
 
@@ -114,7 +114,7 @@ class Line:
         with self._lock:
             error = self._link.error(self)
             if error is None:
-                self._return()
+                self._return(None)
             elif self.local is None:
                 fixed = FixedEngine(self._mode, round(LONGEST_PAUSE * 1000)) if self._mode != "local" else None
                 self.local = fixed or self._owner._last_known()
@@ -127,15 +127,15 @@ class Line:
         """Whether a call must wait for the retry, since the last one in the background did not end."""
         return self._link.retry_is_due(self, monotonic()) and self._link.retry_was_abandoned(self)
 
-    def _return(self) -> None:
+    def _return(self, since: float | None) -> None:
         if self.local is not None:
             self.local = self._known = None
-            self._owner._view.drop()
+            self._owner._view.drop(since)
             self._owner._notices.redis_up()
 
     def restored(self, reply: Reply, sent: float) -> None:
         with self._lock:
-            self._return()
+            self._return(sent)
         self.replied({}, reply, sent)
 
     # Reports
@@ -155,7 +155,7 @@ class Line:
         idle, must_renew = now - used_at > IDLE and not hinted, self._renew_at != NEVER and now >= self._renew_at
         reports: list[Request] = []
         if is_due or must_renew or (idle and keeps_window):
-            *reports, last = owner._reports()
+            *reports, last = owner._reports(as_it_ends=True)
             if len(last) > 1 or must_renew:
                 reports.append(last)
             reports = [owner._complete("record", request) for request in reports if request["generation"] > 0]

@@ -258,10 +258,13 @@ class View:
         self._began, self._reported_at, self._base = now, NEVER, (0, NEVER)
         return Successes()
 
-    def drop(self) -> None:
-        """Stop using the view: the next call asks Redis. Gathered successes stay, for their generation may go on."""
+    def drop(self, since: float | None = None) -> None:
+        """Stop using the view: the next call asks Redis. Gathered successes stay, for their generation may go on.
+
+        since: replies to requests sent before then are not adopted; default: now.
+        """
         with self._lock:
-            seen, self._not_before = self.seen, monotonic()
+            seen, self._not_before = self.seen, monotonic() if since is None else since
             self.seen = unseen(seen.state, seen.generation, seen.failure_count, seen.counter, seen.retry_at)
 
     # Alert: while failures are near the threshold, successes are reported as they end
@@ -327,11 +330,12 @@ class View:
                 return True
             return self._ended_at > self._reported_at or counter.proved > counter.read_number - seen.failure_count
 
-    def take(self, generation: int | None = None, dated: bool = True) -> Request:
+    def take(self, generation: int | None = None, shared: bool = True, as_it_ends: bool = False) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.
 
-        generation: take nothing if the view has another one. dated: say which failures they come after, and how old
-        they are.
+        generation: take nothing if the view has another one. shared: the report is for Redis, so it says which failures
+        the successes come after. as_it_ends: leave that out if a success has just ended, so that they end all failures;
+        only for a report that the process's own failures wait for.
         """
         if self.lease <= 0:
             return {}
@@ -339,7 +343,7 @@ class View:
             seen, counter, now = self.seen, self.seen.counter, monotonic()
             if generation is not None and generation != seen.generation:
                 return {"generation": generation}
-            if not dated:  # nothing looks at the counter meanwhile: calls ended while the view was fresh
+            if not shared:  # nothing looks at the counter meanwhile: calls ended while the view was fresh
                 counter.look(min(now, seen.sent + self.lease) if seen.sent > NEVER else now)
             else:
                 counter.look(now)
@@ -350,9 +354,9 @@ class View:
             age_ms = round((now - counter.grown_at) * 1000)
             if age_ms > 0:
                 request["age_ms"] = age_ms
-            if dated:
+            if shared:
                 self._reported_at = now
-                if now - self._ended_at > JUST_NOW:
+                if not as_it_ends or now - self._ended_at > JUST_NOW:
                     request["seen_failure"] = counter.proved
             return request
 
