@@ -164,7 +164,7 @@ class Notices:
 
     def take(self) -> list[Event]:
         """Take all events that this thread has to deliver."""
-        return list(iter(self.next, None))
+        return list(iter(self.next, None)) if self._waiting.get(get_ident()) else []
 
     def receivers(self, event: Event) -> tuple[Listener, ...]:
         """The listeners of an event."""
@@ -180,11 +180,6 @@ class Notices:
     def failed(self, listener: object) -> None:
         """Log a listener's exception, which must not reach the caller."""
         logger.exception("circuit breaker %r: listener %r failed", self.name, listener)
-
-    def rejections(self) -> int:
-        """The rejected calls so far."""
-        with self.counting:
-            return self.counters["rejected"].total()
 
     def counts(self, gathered: int) -> Counts:
         """All calls so far. gathered: the successes that the view has counted."""
