@@ -27,8 +27,9 @@ class Event(NamedTuple):
     kind: `listeners` receive "state_change", "redis_error" and "redis_restored"; `on_call` receives "success",
     "failure", "ignored" and "rejected".
     breaker: its name. instance: the process that caused the event.
-    old, new, reason, generation, counts: of a state_change. Each transition notifies the one process that caused it,
-    and every watching process, with source "watch".
+    old, new, reason, generation, counts: of a state_change. Each transition notifies the one process that caused it.
+    A watching process is notified of each new generation that it reads, with source "watch"; reason and counts come
+    from the history, and are None and empty if its entry is gone.
     retry_after: of a rejection, in seconds. enforced: False in shadow mode, where the rejected call ran all the same.
     exception: of a failure, an ignored call or a redis_error.
     slow: whether a success or failure took slow_call_duration or longer; None if the policy does not measure it.

@@ -195,9 +195,7 @@ class Worker:
     def wake(self) -> None:
         """Let the thread work soon. Where no thread can run, the caller works."""
         self._awake.set()
-        if self._thread is not None:
-            return
-        with self._lock:
+        with self._lock:  # or a thread that is just ending would miss it
             if self._thread is not None:
                 return
             thread = threading.Thread(target=self._run, name="pybreaker_redis-link", daemon=True)
