@@ -21,7 +21,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-faults test-servers test-pythons soak mutants lint docs bundles bench clean
+.PHONY: help demo test coverage test-faults test-servers test-pythons soak mutants lint docs bundles bench bench-link clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -71,6 +71,11 @@ bench: $(VENV)/bench.stamp ## compare with every peer, and simulate fleets (eigh
 	@$(BIN)/python benchmarks/fleet.py
 	@$(BIN)/python benchmarks/watch.py
 	@$(BIN)/python benchmarks/charts.py
+
+bench-link: $(VENV)/bench.stamp ## one process's line to Redis, and simulated fleets (twenty minutes)
+	@$(BIN)/python benchmarks/link.py $(ARGS)
+	@$(BIN)/python benchmarks/fleet_sim.py
+	@$(BIN)/python benchmarks/fleet_sim.py --cost
 
 clean: ## remove the virtual environment and everything generated
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
