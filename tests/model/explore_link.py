@@ -15,6 +15,7 @@ The steps:
   hint       a notification arrives, is lost, or arrives twice
   refuse     Redis refuses writes and still answers reads; accept: it takes writes again
   reset      an operator resets
+  interrupt  a step of another thread comes in between, just after a thread has taken the gathered successes
   time       the clock advances to the next moment at which something ends or is due
 """
 
@@ -46,7 +47,7 @@ from pybreaker_redis._view import JUST_NOW, Seen, Successes, Verdict, View
 from pybreaker_redis.wire import commands as build
 from pybreaker_redis.wire import link as link_module
 from pybreaker_redis.wire.commands import Command
-from pybreaker_redis.wire.link import IDLE, Health, Link
+from pybreaker_redis.wire.link import FIRST_PAUSE, IDLE, Health, Link
 from pybreaker_redis.wire.options import REDIS_ERRORS, Kind
 
 START_MS = 1_700_000_000_000
@@ -56,9 +57,9 @@ INSTANT = 2.0**-30  # seconds
 NEVER = float("-inf")
 _CLOCKED = (_core, _line, _slow, _view, link_module)
 LEGAL = {
-    ("closed", "open"): {"failure_threshold", "error_rate"},
+    ("closed", "open"): {"failure_threshold", "error_rate", "slow_rate"},
     ("open", "half_open"): {"timeout"},
-    ("half_open", "open"): {"probe_failed"},
+    ("half_open", "open"): {"probe_failed", "probe_slow"},
     ("half_open", "closed"): {"probe_succeeded"},
 }
 Choice = tuple[Any, ...]
@@ -88,6 +89,7 @@ class Setup:
     resets: int = 0
     lost_hints: int = 0
     repeated_hints: int = 0
+    interrupts: int = 0
     begins_open: bool = False
     policy: tuple[tuple[str, Any], ...] = (("failure_threshold", 3), ("reset_timeout", 0.5), ("probe_timeout", 0.5))
 
@@ -135,9 +137,10 @@ def virtual_time() -> Iterator[None]:
 
 @dataclasses.dataclass(eq=False)
 class Success:
-    """A gathered success. ended: when, as a number of the world's order of events."""
+    """A gathered success. ended: when, as a number of the world's order of events. at: the same on the clock."""
 
     ended: int
+    at: float
 
 
 @dataclasses.dataclass(eq=False)
@@ -175,7 +178,7 @@ class TrueView(View):
         self.process = _world.making
 
     def ticked(self, counter: Successes) -> None:
-        self.gathered_truly[counter].append(Success(_world.event()))
+        self.gathered_truly[counter].append(Success(_world.event(), _world.now))
 
     def gather(self, generation: int) -> bool:
         counter = self.seen.counter
@@ -192,6 +195,9 @@ class TrueView(View):
                 raise Broken(f"{number} successes are reported, and only {len(gathered)} ended")
             taken, gathered[:] = gathered[:number], gathered[number:]
             request["_taken"] = _world.note(Taken(self.process, request["generation"], taken))
+            if dated and "seen_failure" not in request and _world.now - taken[-1].at > JUST_NOW + 0.001:
+                raise Broken("a late report does not say which failures it comes after")
+        _world.interrupted(self.process)
         return request
 
     def give_back(self, request: dict[str, Any]) -> None:
@@ -298,11 +304,12 @@ class Redis:
                 raise Broken(f"a success ended a later failure of its own process: {request}")
 
     def _check_transition(self, before: Any, change: dict[str, Any], reply: Any, request: dict[str, Any]) -> None:
-        if before is None or change["from"] != before.state or change["to"] != reply["state"]:
+        old = "closed" if before is None else before.state
+        if change["from"] != old or change["to"] != reply["state"]:
             raise Broken(f"a transition that does not fit its states: {change}")
         if request.get("action") != "reset" and change["reason"] not in LEGAL.get((change["from"], change["to"]), ()):
             raise Broken(f"an illegal transition: {change}")
-        if not change["generation"] == reply["generation"] > before.generation:
+        if not change["generation"] == reply["generation"] > (before.generation if before is not None else 0):
             raise Broken(f"a generation that does not grow: {change}")
         self.world.transitions[f"{change['from']} > {change['to']}"] += 1
 
@@ -319,8 +326,8 @@ class Redis:
         process, now = self.world.processes[message.process], self.world.now_ms()
         document = self.document(key)
         known = (document.generation, tuple(document.probes))
-        for sent, arrived, then, end in process.refusals[key]:
-            if then == known and arrived <= message.order and message.sent < sent + LEASE and now < end:
+        for sent, then, end in process.refusals[key]:
+            if then == known and message.view == sent and message.sent < sent + LEASE and now < end:
                 raise Broken("a refused process asks again within its lease")
         message.refusal = key, known, min(document.probes.values())
 
@@ -339,6 +346,7 @@ class Message:
     failure: Failure | None = None
     replies: list[Any] | None = None
     refusal: tuple[bytes, Any, int] | None = None
+    view: float = NEVER  # when the view was asked for that its sender had
 
 
 class Actor:
@@ -554,6 +562,8 @@ class Caller(Actor):
         assert self.breaker is not None
         failure = self.failure if "failures" in ask.request else None
         self.send([build.run(ask.name, self.breaker.keys, ask.request)], failure)
+        assert self.message is not None
+        self.message.view = self.breaker._view.seen.sent
 
     def resumes(self) -> None:
         before, self.before = self.before, None
@@ -584,13 +594,12 @@ class Caller(Actor):
             error = replies[0]
         if error is None and message.refusal is not None:
             key, known, end = message.refusal
-            self.process.refusals[key].append((message.sent, self.process.world.event(), known, end))
+            self.process.refusals[key].append((message.sent, known, end))
         self.advance(None if error else decode(replies[0]), error)
         return None
 
     def end(self) -> None:
         self.stage, self.breaker, self.permit, self.seen, self.failure, self.ask = "idle", None, None, None, None, None
-        self.process.last_call = self.process.world.now
 
 
 # Processes -------------------------------------------------------------------------------------------
@@ -604,7 +613,7 @@ class Process:
         self.address = "simulated"
         self.link = Link(TIMEOUT)
         self.refreshes = self.sent = 0
-        self.last_call = 0.0
+        self.retry_at = NEVER  # no retry may come sooner
         self.exchange: Any = None
         self.holder: Actor | None = None  # of the lock
         self.active: Caller | None = None
@@ -633,7 +642,7 @@ class Process:
 
     def check_sending(self, message: Message, by_link: bool) -> None:
         """While Redis is down only the link sends, and only retries: one script at a time."""
-        if not self.link.failing:
+        if not self.link.failing or self.world.interrupting:  # an outage may have begun since this was decided
             return
         for command in message.commands:
             for breaker in self.breakers:
@@ -643,6 +652,8 @@ class Process:
                     raise Broken(f"a call asks Redis while it is down: {command.words[-1]!r}")
                 if command.script != "record" or len(message.commands) > 1:
                     raise Broken("an exchange sends something else than one retry while Redis is down")
+                if self.world.now < self.retry_at:
+                    raise Broken("a retry comes too soon after the last one")
                 if {"successes", "failures"} & decode(command.words[-1]).keys():
                     raise Broken("a retry carries outcomes")
 
@@ -709,7 +720,7 @@ class Breaker(BreakerCore):
         assert line is not None
         world.decisions += 1
         if line.local is not None:
-            if link.error(line) is None:
+            if link.error(line) is None and world.now - seen.sent >= LEASE:
                 raise Broken("an engine of this process decides although Redis does not count as down")
             world.local_decisions += 1
             return
@@ -751,8 +762,14 @@ class World:
         self.processes = [Process(self, number, setup) for number in range(setup.processes)]
         self.left = {
             field: getattr(setup, field)
-            for field in ("calls", "failures", "times", "breaks", "late", "refusals", "resets", "lost_hints")
-        } | {"repeated_hints": setup.repeated_hints}
+            for field in (
+                *("calls", "failures", "times", "breaks", "late", "refusals", "resets", "lost_hints"),
+                *("repeated_hints", "interrupts"),
+            )
+        }
+        self.interrupt: Choice | None = None
+        self.interrupting = False
+        self.arrived: Message | None = None
         if setup.warm:
             self._warm_up()
 
@@ -768,23 +785,23 @@ class World:
         return number
 
     def _warm_up(self) -> None:
+        """As after a first call of each breaker in each process; with begins_open, the open time has just passed."""
         for process in self.processes:
             for breaker in process.breakers:
-                process.callers[0].call(breaker)
-                self._answer_all()
-                process.callers[0].succeed()
-        self._answer_all()
+                key = breaker.keys.state.encode()
+                message = Message(process.number, [], self.now, 0)
+                reply = self.redis.run(key, "record", dict(breaker._with_policy), message)
+                assert breaker._line is not None
+                breaker._line.asked()
+                breaker._adopt({**reply, "source": "redis"}, self.now)
+            process.worker.at = self.now + LEASE
         if self.setup.begins_open:
-            for index, breaker in enumerate(self.processes[0].breakers):
-                del index
-                engine = self.redis.engine(breaker.keys.state.encode())
-                document = engine._document.copy()  # type: ignore[union-attr]
-                document.now = self.now_ms()
-                _rules.trip(document, engine._policy_of(self.policy.to_request()), "failure_threshold")
-                document.change = None
+            for key, engine in self.redis.engines.items():
+                document = engine._load(engine._policy, self.now_ms())
+                _rules.trip(document, engine._policy, "failure_threshold")
                 engine._document = document
-                self.redis._check_document(breaker.keys.state.encode(), document)
-            self.now += 0.5
+                self.redis._check_document(key, document)
+            self.now += dict(self.setup.policy)["reset_timeout"]
         self.transitions.clear()
 
     def _answer_all(self) -> None:
@@ -794,7 +811,7 @@ class World:
 
     def _harmless(self) -> Choice | None:
         kinds = ("time out", "execute", "arrive", "resume", "hint", "work")
-        return next((one for kind in kinds for one in self.choices() if one[0] == kind), None)
+        return min((one for one in self.choices() if one[0] in kinds), key=lambda one: kinds.index(one[0]), default=None)
 
     # Choices
 
@@ -804,6 +821,8 @@ class World:
         for process in self.processes:
             for actor in process.actors():
                 found += self._choices_of(process, actor)
+            if left["interrupts"] > 0 and any(one._view.gathered_truly[one._view.seen.counter] for one in process.breakers):
+                found += self._interrupts_of(process)
             idle = next((one for one in process.callers if one.stage == "idle"), None)
             if idle is not None and left["calls"] > 0:
                 found += [("call", process.number, idle.number, index) for index in range(len(process.breakers))]
@@ -845,14 +864,36 @@ class World:
             if self.left["failures"] > 0:
                 yield "fail", number, index
 
+    def _interrupts_of(self, process: Process) -> Iterator[Choice]:
+        steps = [one for actor in process.actors() for one in self._choices_of(process, actor)]
+        for outer, inner in itertools.permutations(steps, 2):
+            if outer[2] != inner[2] and outer[0] in ("work", "resume", "fail"):
+                yield "interrupt", outer, inner
+
+    def interrupted(self, number: int) -> None:
+        """A thread of this process has taken what was gathered; now another thread takes its step."""
+        if self.interrupt is not None:
+            choice, self.interrupt = self.interrupt, None
+            self.left["interrupts"] -= 1
+            active = self.processes[number].active
+            self.take(choice)
+            self.processes[number].active = active
+
     def take(self, choice: Choice) -> None:
         """Take one step. Raises Broken."""
+        if choice[0] == "interrupt":
+            _, outer, self.interrupt = choice
+            self.interrupting = True
+            self.take(outer)
+            self.interrupt, self.interrupting = None, False
+            return
         kind, *given = choice
+        self.arrived = None
         self.now += INSTANT  # no two things happen at the same time
         before = {health for process in self.processes for health in process.link.failing}
         generations = self._generations()
-        ended_by = self._take(kind, given)
-        self._check_health(before, ended_by)
+        self._take(kind, given)
+        self._check_health(before)
         after = self._generations()
         if any(0 < new < old for old, new in zip(generations, after, strict=True)):
             raise Broken(f"a view goes back to an earlier generation: {generations} {after}")
@@ -862,7 +903,7 @@ class World:
         lines = [breaker._line for process in self.processes for breaker in process.breakers]
         return [0 if line is None or line.local else line._owner._view.seen.generation for line in lines]
 
-    def _take(self, kind: str, given: list[Any]) -> Message | None:
+    def _take(self, kind: str, given: list[Any]) -> None:
         left = self.left
         if kind in ("hint", "lose hint", "repeat hint"):
             hint = given[0], given[1]
@@ -889,10 +930,9 @@ class World:
             left["times"] -= 1
             self.now = max(self.now, given[0])
         else:
-            return self._act(kind, *given)
-        return None
+            self._act(kind, *given)
 
-    def _act(self, kind: str, number: int, index: int, breaker: int = 0) -> Message | None:
+    def _act(self, kind: str, number: int, index: int, breaker: int = 0) -> None:
         process, left = self.processes[number], self.left
         actor = process.worker if index < 0 else process.callers[index]
         process.active = None if index < 0 else actor
@@ -906,16 +946,17 @@ class World:
         elif kind == "execute":
             message.replies = self.redis.execute(message)
         elif kind == "arrive":
+            self.arrived = message
             actor.received(message.replies, None)
-            return message
         elif kind in ("break", "time out"):
             left["breaks"] -= kind == "break"
             self._give_up(message)
+            if actor.holds() and process.link.failing:
+                process.retry_at = self.now + FIRST_PAUSE / 2
             error = redis.ConnectionError("broken") if kind == "break" else redis.TimeoutError("overdue")
             actor.received(None, error)
         else:
             getattr(actor, {"resume": "resumes"}.get(kind, kind))()
-        return None
 
     def _give_up(self, message: Message) -> None:
         """The sender expects no answer any more. What was not executed is lost, or executed later."""
@@ -945,8 +986,9 @@ class World:
                 self.hints.append((process.number, key))
             self.hints.sort()
 
-    def _check_health(self, before: set[Health], arrived: Message | None) -> None:
+    def _check_health(self, before: set[Health]) -> None:
         """An outage begins with an error, and ends only with the answer of a script."""
+        arrived = self.arrived
         now = {health for process in self.processes for health in process.link.failing}
         self.outages += len(now - before)
         if ended := before - now:
@@ -994,7 +1036,7 @@ class World:
 
     # The end
 
-    def settle(self) -> None:
+    def settle(self, silence: bool = True) -> None:
         """Let all calls end and everything arrive; check that views and document agree, and that silence follows."""
         self.left = dict.fromkeys(self.left, 0)
         if self.redis.refuses:
@@ -1002,9 +1044,12 @@ class World:
         self._finish_calls()
         self._run_for(2 * LEASE)
         self._check_agreement()
-        self._run_for(4.0)
-        self._check_outages()
+        retried = {member for process in self.processes for member in process.link._members()}
+        self._run_for(4.0 if any(process.link.failing for process in self.processes) else 0.0)
+        self._check_outages(retried)
         self._check_outcomes()
+        if not silence:
+            return
         self._run_for(IDLE + 2.0)
         sent = [process.sent for process in self.processes]
         self._run_for(3 * IDLE)
@@ -1051,12 +1096,12 @@ class World:
                 if seen.generation != document.generation or seen.state != document.state:
                     raise Broken(f"a view disagrees when all is quiet: {seen.state} and {document.state}")
 
-    def _check_outages(self) -> None:
+    def _check_outages(self, retried: set[Any]) -> None:
         for process in self.processes:
             for breaker in process.breakers:
                 line = breaker._line
                 assert line is not None
-                if process.link.error(line) is not None and self.now - process.last_call < IDLE:
+                if process.link.error(line) is not None and line in retried:
                     raise Broken("an outage does not end although Redis answers")
                 if process.link.error(line) is None and line.engine() is not None:
                     raise Broken("an outage is over, and a breaker has not returned")
@@ -1305,45 +1350,41 @@ def told(broken: BaseException, path: list[Choice]) -> Broken:
     return found
 
 
-def search(setup: Setup, most: int = 100_000, seconds: float = math.inf) -> Found:
-    """Visit every state within the setup's bounds, breadth first, and let each one settle that has no other choice.
+def search(setup: Setup, seconds: float = math.inf) -> Found:
+    """Visit every state within the setup's bounds, depth first. Let each one settle whose calls have all begun.
 
-    most, seconds: end after so many states, or so long.
+    seconds: end after so long.
     """
     began, found = time.monotonic(), Found()
     with virtual_time():
-        seen = {World(setup).fingerprint()}
-        queue: collections.deque[list[Choice]] = collections.deque([[]])
-        while queue:
-            if len(seen) >= most or time.monotonic() - began > seconds:
+        world = World(setup)
+        seen = {world.fingerprint()}
+        stack: list[list[Choice]] = [[choice] for choice in world.choices()]
+        reached: list[Choice] | None = []  # what led to the world
+        while stack:
+            if time.monotonic() - began > seconds:
                 found.complete = False
                 break
-            path = queue.popleft()
-            world = replay(setup, path)
-            choices = world.choices()
-            for number, choice in enumerate(choices):
-                if number:
-                    world = replay(setup, path)
-                found.steps += 1
-                try:
-                    world.take(choice)
-                    state = world.fingerprint()
-                    if state in seen:
-                        continue
-                    seen.add(state)
-                    queue.append([*path, choice])
-                    found.add(world)
-                    if _is_at_end(world):
-                        world.settle()
-                except Broken as broken:
-                    raise told(broken, [*path, choice]) from broken
+            path = stack.pop()
+            if reached != path[:-1]:
+                world = replay(setup, path[:-1])
+            reached = path
+            found.steps += 1
+            try:
+                world.take(path[-1])
+                state = world.fingerprint()
+                if state in seen:
+                    continue
+                seen.add(state)
+                found.add(world)
+                stack += [[*path, choice] for choice in world.choices()]
+                if world.left["calls"] == 0 and state % 4 == 0:
+                    reached = None
+                    world.settle(silence=state % 64 == 0)
+            except Broken as broken:
+                raise told(broken, path) from broken
     found.states, found.seconds = len(seen), time.monotonic() - began
     return found
-
-
-def _is_at_end(world: World) -> bool:
-    left = world.left
-    return left["calls"] == 0 and (left["times"] == 0 or hash(world.now) % 7 == 0)
 
 
 WEIGHTS = {
@@ -1364,10 +1405,11 @@ WEIGHTS = {
     "repeat hint": 0.3,
     "refuse": 0.05,
     "reset": 0.03,
+    "interrupt": 0.2,
 }
 WALK = Setup(
     **dict.fromkeys(("calls", "failures", "times", "breaks", "late", "refusals", "resets"), 10**9),
-    **dict.fromkeys(("lost_hints", "repeated_hints"), 10**9),
+    **dict.fromkeys(("lost_hints", "repeated_hints", "interrupts"), 10**9),
 )
 
 
