@@ -1,7 +1,7 @@
 """What does a fleet cost its Redis, and how fast does it stop calling, for which lease?
 
-Every instance has its own view (pybreaker_redis._view.View) and sends the requests of a breaker, one per lease, over
-pipelined connections. No instance is ever idle: an idle one would cost nothing. After a healthy period one instance
+Every instance sends what a link sends for a healthy breaker, one read of its keys per lease, over pipelined
+connections. No instance is ever idle: an idle one would cost nothing. After a healthy period one instance
 reports the failures that trip the breaker. The others learn of the trip when their lease ends. That is the slowest
 way: a failing instance learns of a trip from the reply to its own report.
 """
@@ -24,7 +24,6 @@ from typing import Any
 import redis
 
 from pybreaker_redis import _protocol
-from pybreaker_redis._view import View
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire import commands
 from pybreaker_redis.wire.sync import Server
@@ -40,24 +39,16 @@ SAFE_LOAD = 0.6  # of a core, for sizing
 
 
 class Instance:
-    """A process that guards one service: its view and what it sends."""
+    """A process that guards one service: when it learned that the circuit is open."""
 
-    __slots__ = ("common", "learned", "view")
+    __slots__ = ("learned",)
 
-    def __init__(self, number: int, lease: float) -> None:
-        self.view = View(lease)
-        self.common: dict[str, Any] = {"instance": f"{number}-00000000"}
+    def __init__(self) -> None:
         self.learned = 0.0
 
-    def request(self) -> bytes:
-        """The report at the end of a lease: the successes gathered meanwhile."""
-        self.view.gather(self.view.seen.generation)
-        return _protocol.encode({**self.common, **self.view.take()})
-
-    def adopt(self, reply: bytes, sent: float, now: float) -> None:
-        """Take over the reply, and note when it first said open."""
-        self.view.adopt(_protocol.decode(reply), sent, now)
-        if not self.learned and self.view.seen.state == "open":
+    def adopt(self, reply: list[bytes | None], now: float) -> None:
+        """Take over a read, and note when it is the first that says open."""
+        if not self.learned and (reply[0] or b"").startswith(b'{"state":"open"'):
             self.learned = now
 
 
@@ -65,7 +56,7 @@ def simulate(pipe: Connection, url: str, name: str, lease: float, numbers: range
     """Run these instances until all have learned that the circuit is open, and send when each of them did."""
     connection = redis.Redis.from_url(url).connection_pool.get_connection()
     keys = _protocol.keys_of(name)
-    instances = [Instance(number, lease) for number in numbers]
+    instances = [Instance() for _ in numbers]
     # spread over the lease, like processes that were started at random times
     queue = collections.deque((begin + lease * i / len(instances), one) for i, one in enumerate(instances))
     missing, late = len(instances), list[float]()
@@ -78,11 +69,10 @@ def simulate(pipe: Connection, url: str, name: str, lease: float, numbers: range
             continue
         sent = monotonic()
         late.append(sent - due[0][0])
-        batch = [commands.run_encoded("record", keys, one.request()).words for _, one in due]
-        connection.send_packed_command(connection.pack_commands(batch))
+        connection.send_packed_command([commands.packed([commands.read([keys])] * len(due), asking=False)])
         for _, one in due:
             known = one.learned
-            one.adopt(connection.read_response(), sent, monotonic())
+            one.adopt(connection.read_response(), monotonic())
             missing -= not known and one.learned > 0
             queue.append((sent + lease, one))
     pipe.send([one.learned for one in instances])
@@ -119,13 +109,13 @@ def cost_of_own_connections(server: EmbeddedServer, seconds: float) -> float:
     control = redis.Redis.from_url(server.url)
     keys = _protocol.keys_of("own-connections")
     pool = redis.Redis.from_url(server.url, max_connections=OWN_CONNECTIONS).connection_pool
-    fleet = [(Instance(number, 0.1), pool.get_connection()) for number in range(OWN_CONNECTIONS)]
+    fleet = [(Instance(), pool.get_connection()) for _ in range(OWN_CONNECTIONS)]
     before, end = server_work(control), monotonic() + seconds
-    while (sent := monotonic()) < end:
+    while monotonic() < end:
+        for _, connection in fleet:
+            connection.send_command(*commands.read([keys]).words)
         for one, connection in fleet:
-            connection.send_command(*commands.run_encoded("record", keys, one.request()).words)
-        for one, connection in fleet:
-            one.adopt(connection.read_response(), sent, monotonic())
+            one.adopt(connection.read_response(), monotonic())
     after = server_work(control)
     for _, connection in fleet:
         connection.disconnect()
@@ -134,7 +124,7 @@ def cost_of_own_connections(server: EmbeddedServer, seconds: float) -> float:
 
 def server_work(control: redis.Redis) -> dict[str, float]:
     """Seconds, commands and CPU of the server so far."""
-    cpu, stat = control.info("cpu"), control.info("commandstats")["cmdstat_evalsha"]
+    cpu, stat = control.info("cpu"), control.info("commandstats")["cmdstat_mget"]
     used = cpu["used_cpu_user"] + cpu["used_cpu_sys"]
     return {"at": monotonic(), "commands": stat["calls"], "cpu": used, "script": stat["usec"] / 1e6}
 

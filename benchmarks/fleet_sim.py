@@ -5,7 +5,7 @@ The view, the line and the link of every process are the real ones, and the serv
 random part of 0.2 ms more, one way; a call takes 5 ms.
 
     python benchmarks/fleet_sim.py             # the table, in about five minutes
-    python benchmarks/fleet_sim.py --quick     # shorter, in half a minute
+    python benchmarks/fleet_sim.py --quick     # a tenth of the time
     python benchmarks/fleet_sim.py --only dead # the rows whose name contains this
     python benchmarks/fleet_sim.py --cost      # what 10,000 processes with 100 breakers each send
 """

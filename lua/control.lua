@@ -40,7 +40,7 @@ document.now = document.now or breaker.now_ms()
 
 local changed = true
 if sets_policy then
-  -- Stores the policy override with the new fields. Every instance obeys it from its next script on.
+  -- Stores the policy override with the new fields. Every instance obeys it once it has read it.
   local override, fields, expiry = request.override_in_force or {}, {}, {}
   for field, value in pairs(request.override) do override[field] = value end
   for field, value in pairs(override) do

@@ -171,9 +171,10 @@ function breaker.count_outcomes(document, request, quorum, bucket_ms)
   end
 end
 
--- The reason why a closed circuit must trip now, or nil.
-function breaker.trip_reason(document, policy)
-  if document.failure_count >= policy.failure_threshold
+-- The reason why a closed circuit must trip now, or nil. failures: of the report. Successes may leave a long run, and
+-- come without the policy that says how long it may be.
+function breaker.trip_reason(document, policy, failures)
+  if failures > 0 and document.failure_count >= policy.failure_threshold
       and breaker.has_quorum(document, policy, document.run_since_ms or document.now) then
     return 'failure_threshold'
   end
@@ -197,7 +198,7 @@ function breaker.record_closed(document, request)
   if quorum > 1 and (failures > 0 or slow > 0 and policy.slow_call_rate_threshold > 0) then
     breaker.note_reporter(document, policy, request.instance or '')
   end
-  local reason = breaker.trip_reason(document, policy)
+  local reason = breaker.trip_reason(document, policy, failures)
   if reason then
     breaker.trip(document, policy, reason)
   elseif failures > 0 and document.failure_count * 2 >= policy.failure_threshold -- most do without the function

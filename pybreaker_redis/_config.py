@@ -22,7 +22,8 @@ class Config:
     enabled: False passes every call through unguarded. defaults: the policy of services that are not in `services`.
     services: the policy of each service, by name. redis_url: the server through which with_redis() shares the state.
     redis_options: options of redis.Redis for its client; those in the URL win. watch: whether the breakers
-    subscribe to the transitions of other instances. The other options are those of CircuitBreaker.
+    subscribe to messages, so that their views follow changes within milliseconds. The other options are those of
+    CircuitBreaker.
 
     Raises PolicyError for an invalid value.
     """

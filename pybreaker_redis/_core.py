@@ -260,12 +260,12 @@ class BreakerCore:
         *slow_probes, gathered = self._reports(generation)
         return self._send([*slow_probes, *_joined(gathered, report)])
 
-    def _reports(self, generation: int | None = None) -> list[Request]:
+    def _reports(self, generation: int | None = None, as_it_ends: bool = False) -> list[Request]:
         """Take the gathered outcomes: a report for each probe that has become slow, then one of all the rest.
 
-        generation: of the report that they join; default: the view's.
+        generation: of the report that they join; default: the view's. as_it_ends: see View.take.
         """
-        request = self._view.take(generation, dated=self._own_engine() is None)
+        request = self._view.take(generation, self._own_engine() is None, as_it_ends)
         current = self._view.seen.generation
         slow_probes: list[Request] = []
         # a report of an earlier generation counts for nothing: slow calls wait for one of the view's
@@ -291,7 +291,7 @@ class BreakerCore:
             yield from self._run("record", report)
 
     def _flush(self) -> Steps[None] | None:
-        gathered = self._view.take(dated=self._own_engine() is None)
+        gathered = self._view.take(shared=self._own_engine() is None)
         return self._send([gathered]) if "successes" in gathered else None
 
     def _report_result(self, permit: BasePermit, result: Any) -> Steps[None] | None:

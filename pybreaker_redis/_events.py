@@ -27,8 +27,9 @@ class Event(NamedTuple):
     kind: `listeners` receive "state_change", "redis_error" and "redis_restored"; `on_call` receives "success",
     "failure", "ignored" and "rejected".
     breaker: its name. instance: the process that caused the event.
-    old, new, reason, generation, counts: of a state_change. Each transition notifies the one process that caused it,
-    and every watching process, with source "watch".
+    old, new, reason, generation, counts: of a state_change. Each transition notifies the one process that caused it.
+    A watching process is notified of each new generation that it reads, with source "watch"; reason and counts come
+    from the history, and are None and empty if its entry is gone.
     retry_after: of a rejection, in seconds. enforced: False in shadow mode, where the rejected call ran all the same.
     exception: of a failure, an ignored call or a redis_error.
     slow: whether a success or failure took slow_call_duration or longer; None if the policy does not measure it.
@@ -164,7 +165,7 @@ class Notices:
 
     def take(self) -> list[Event]:
         """Take all events that this thread has to deliver."""
-        return list(iter(self.next, None))
+        return list(iter(self.next, None)) if self._waiting.get(get_ident()) else []
 
     def receivers(self, event: Event) -> tuple[Listener, ...]:
         """The listeners of an event."""
@@ -180,11 +181,6 @@ class Notices:
     def failed(self, listener: object) -> None:
         """Log a listener's exception, which must not reach the caller."""
         logger.exception("circuit breaker %r: listener %r failed", self.name, listener)
-
-    def rejections(self) -> int:
-        """The rejected calls so far."""
-        with self.counting:
-            return self.counters["rejected"].total()
 
     def counts(self, gathered: int) -> Counts:
         """All calls so far. gathered: the successes that the view has counted."""

@@ -14,8 +14,9 @@ from ._policy import DEFAULTS
 from ._protocol import Reply, Request, State, read_document, read_window
 from ._slow import SlowCalls
 from ._view import NEVER, Seen, View
-from .wire.link import LONGEST_PAUSE, Link
+from .wire.link import IDLE, LONGEST_PAUSE, Due, Link
 
+USUAL_PAUSE = 0.1  # seconds between two looks at a breaker without a lease, while Redis is down
 OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
 
 
@@ -67,7 +68,7 @@ class Owner(Protocol):
 
     def _last_known(self) -> LocalEngine: ...
     def _deliver_events(self, events: list[Any]) -> None: ...
-    def _reports(self) -> list[Request]: ...
+    def _reports(self, generation: int | None = None, as_it_ends: bool = False) -> list[Request]: ...
     def _complete(self, name: str, request: Request) -> Request: ...
     def _adopt_fleet(self, request: Request, reply: Reply, sent: float) -> bool: ...
 
@@ -75,17 +76,18 @@ class Owner(Protocol):
 class Line:
     """A breaker as a member of its process's link; wire.link.Member describes the methods.
 
-    mode: the breaker's on_redis_failure. lease: seconds between two refreshes. trouble: errors of this breaker alone.
+    mode: the breaker's on_redis_failure.
     """
 
     def __init__(self, owner: Owner, server: Any, mode: OnRedisFailure) -> None:
         self._owner, self._server, self._mode = owner, server, mode
         self._link: Link = server.link
         self.name, self.keys = owner.name, owner.keys
-        self.lease = owner._view.lease
+        self.notices = owner._notices
         self._start_process()
 
     def _start_process(self) -> None:
+        self.used_at = NEVER
         self.trouble = self._link.new_health()
         self._lock = threading.RLock()
         self.local: LocalEngine | FixedEngine | None = None
@@ -93,9 +95,8 @@ class Line:
         self._known: tuple[Texts, Seen, float] | None = None  # texts, what they say, and until when they say it
         self._policy: bytes | None = None  # the stored text of the policy override in force
         self._keeps_window = False  # whoever asked for it
-        self._calls = 0, 0  # counted and rejected, as of the last look
         self._renew_at = NEVER  # when the TTL must be renewed
-        self._told: int | None = None  # the generation whose transition the listeners have to learn of
+        self.news: dict[str, Any] | None = None
 
     def after_fork(self) -> None:
         """In a child: replace the locks, which a thread of the parent may hold."""
@@ -113,7 +114,7 @@ class Line:
         with self._lock:
             error = self._link.error(self)
             if error is None:
-                self._return()
+                self._return(None)
             elif self.local is None:
                 fixed = FixedEngine(self._mode, round(LONGEST_PAUSE * 1000)) if self._mode != "local" else None
                 self.local = fixed or self._owner._last_known()
@@ -126,50 +127,53 @@ class Line:
         """Whether a call must wait for the retry, since the last one in the background did not end."""
         return self._link.retry_is_due(self, monotonic()) and self._link.retry_was_abandoned(self)
 
-    def _return(self) -> None:
+    def _return(self, since: float | None) -> None:
         if self.local is not None:
             self.local = self._known = None
-            self._owner._view.drop()
+            self._owner._view.drop(since)
             self._owner._notices.redis_up()
 
     def restored(self, reply: Reply, sent: float) -> None:
         with self._lock:
-            self._return()
+            self._return(sent)
         self.replied({}, reply, sent)
 
     # Reports
 
     def pause(self) -> float:
-        return min(self.lease, self._owner._view.policy.window / 10) if self._wants_window() else self.lease
+        lease = self._owner._view.lease or USUAL_PAUSE
+        return min(lease, self._owner._view.policy.window / 10) if self._wants_window() else lease
+
+    def due(self, now: float, wanted: bool, hinted: bool) -> Due:
+        owner, view = self._owner, self._owner._view
+        seen, keeps_window = view.seen, self._wants_window()
+        if view.lease <= 0:  # it asks at each call
+            return Due([], False, True)
+        is_due = view.is_due(now, keeps_window) or owner._slow_calls.any_overdue()
+        # an open circuit is refreshed until its time is over: calls that are rejected are not counted in the view
+        used_at = max(self.used_at, seen.counter.grown_at, NEVER if seen.state == "closed" else seen.retry_at)
+        idle, must_renew = now - used_at > IDLE and not hinted, self._renew_at != NEVER and now >= self._renew_at
+        reports: list[Request] = []
+        if is_due or must_renew or (idle and keeps_window):
+            *reports, last = owner._reports(as_it_ends=True)
+            if len(last) > 1 or must_renew:
+                reports.append(last)
+            reports = [owner._complete("record", request) for request in reports if request["generation"] > 0]
+        stale = wanted and now - seen.sent >= view.lease / 2
+        if stale and seen.sent == NEVER and not hinted:  # the first call creates the document
+            return Due([*reports, self.refresh_request()], False, idle)
+        return Due(reports, hinted or stale, idle)
 
     def _wants_window(self) -> bool:
         policy = self._owner._view.policy
         return bool(self._keeps_window or policy.error_rate_threshold or policy.slow_call_rate_threshold)
-
-    def was_called(self) -> bool:
-        owner, before = self._owner, self._calls
-        self._calls = owner._view.gathered(), owner._notices.rejections()
-        return self._calls != before
-
-    def due_reports(self, now: float, leaving: bool = False) -> list[Request]:
-        if self.lease <= 0:
-            return []
-        owner, keeps_window = self._owner, self._wants_window()
-        due = owner._view.is_due(now, keeps_window) or owner._slow_calls.any_overdue() or (leaving and keeps_window)
-        must_renew = self._renew_at != NEVER and now >= self._renew_at
-        if not due and not must_renew:
-            return []
-        *slow_probes, report = owner._reports()
-        if len(report) > 1 or must_renew:
-            slow_probes.append(report)
-        return [owner._complete("record", request) for request in slow_probes if request["generation"] > 0]
 
     def give_back(self, request: Request) -> None:
         self._owner._view.give_back(request)
 
     def asked(self) -> None:
         """A caller has run a script."""
-        if self.lease > 0:
+        if self._owner._view.lease > 0:
             self._link.use(self)
             self._renewed()
 
@@ -179,12 +183,6 @@ class Line:
         self._renew_at = monotonic() + ttl * random.uniform(0.25, 0.5)
 
     # Refreshes
-
-    def is_stale(self, now: float) -> bool:
-        return self.lease > 0 and now - self._owner._view.seen.sent >= self.lease / 2
-
-    def needs_script(self) -> bool:
-        return self._owner._view.seen.sent == NEVER
 
     def refresh_request(self, proves: bool = False) -> Request:
         owner = self._owner
@@ -230,28 +228,21 @@ class Line:
             until = monotonic() + reply["forced_left_ms"] / 1000 if "forced_left_ms" in reply else float("inf")
             self._known = texts, seen, until if seen.state == "closed" else seen.retry_at
         if 0 < before.generation < seen.generation and owner._watch is not None and "transition" not in reply:
-            self._told = seen.generation
+            self.news = {"from": before.state, "to": seen.state, "reason": None, "generation": seen.generation}
 
     # Other instances' transitions
 
-    def has_news(self) -> bool:
-        return self._told is not None
-
     def announce(self, history: list[dict[str, Any]]) -> None:
-        generation, self._told = self._told, None
-        for entry in history:
-            if entry.get("generation") == str(generation) and entry.get("instance") != self._owner.instance:
-                change = {key: int(value) if value.isdecimal() else value for key, value in entry.items()}
-                self._owner._notices.changed(change, "watch", entry.get("instance", ""))
+        change, self.news = self.news, None
+        assert change is not None
+        known = (entry for entry in history if entry.get("generation") == str(change["generation"]))
+        entry = next(known, {"instance": ""})
+        if entry["instance"] != self._owner.instance:  # our own transition comes with the reply that it caused
+            change |= {key: int(value) if value.isdecimal() else value for key, value in entry.items()}
+            self._owner._notices.changed(change, "watch", entry["instance"])
 
     def deliver(self, events: list[Any]) -> None:
         self._owner._deliver_events(events)
-
-    def take_events(self) -> list[Any]:
-        return self._owner._notices.take()
-
-    def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
-        self._owner._notices.script_ran(name, seconds, error)
 
 
 def _says(texts: Texts, reply: Reply) -> bool:
@@ -260,6 +251,7 @@ def _says(texts: Texts, reply: Reply) -> bool:
     numbers = b',"generation":%d,"failure_number":%d' % (reply["generation"], reply["failure_number"])
     if not document.startswith(b'{"state":"%b"' % reply["state"].encode()) or numbers not in document:
         return False
-    if texts.policy is None or reply.get("warning") == "corrupt_policy":
+    try:
+        return override == (None if texts.policy is None else json.loads(texts.policy))
+    except (ValueError, RecursionError):  # corrupt, and thus not in force
         return override is None
-    return override is not None and json.loads(texts.policy) == override

@@ -127,8 +127,8 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     config: a Config, or what pybreaker_redis.config.load() takes (a path, a dict), or None for the defaults.
     failures, ignore, is_failure, listeners, on_call: as for CircuitBreaker, for every breaker.
 
-    Construction needs no server. While Redis is down, each breaker logs one warning and applies the same rules in this
-    process. Raises ConfigError; PolicyError.
+    Construction needs no server. While Redis is down, one warning is logged, and each breaker applies the same rules in
+    this process. Raises ConfigError; PolicyError.
     """
 
     _breaker_type = CircuitBreaker

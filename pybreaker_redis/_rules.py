@@ -227,10 +227,17 @@ def count_outcomes(document: Document, request: Request, quorum: int, bucket: in
         move_back(document.window, successes - counted, age_ms, document.now)
 
 
-def trip_reason(document: Document, policy: Policy) -> str | None:
-    """The reason why a closed circuit must trip now, or None."""
+def trip_reason(document: Document, policy: Policy, failures: int) -> str | None:
+    """The reason why a closed circuit must trip now, or None. failures: of the report.
+
+    Successes may leave a long run, and come without the policy that says how long it may be.
+    """
     run_since_ms = document.now if document.run_since_ms is None else document.run_since_ms
-    if document.failure_count >= policy["failure_threshold"] and has_quorum(document, policy, run_since_ms):
+    if (
+        failures > 0
+        and document.failure_count >= policy["failure_threshold"]
+        and has_quorum(document, policy, run_since_ms)
+    ):
         return "failure_threshold"
     window = document.window
     if window is None or window.calls < policy["minimum_calls"]:
@@ -253,7 +260,7 @@ def record_closed(document: Document, request: Request, policy: Policy) -> bool:
     count_outcomes(document, request, policy["quorum"], bucket_ms(policy))
     if policy["quorum"] > 1 and (failures > 0 or (slow > 0 and policy["slow_call_rate_threshold"] > 0)):
         note_reporter(document, policy, request.get("instance", ""))
-    reason = trip_reason(document, policy)
+    reason = trip_reason(document, policy, failures)
     if reason is not None:
         trip(document, policy, reason)
     elif failures > 0 and reaches_half(document, policy, before):

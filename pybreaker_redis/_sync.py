@@ -323,17 +323,18 @@ class CircuitBreaker(BreakerCore):
         """Subscribe to what is published about this breaker, so that its view follows within milliseconds.
 
         All breakers of this process that watch the same server share one subscription, held by one thread. A message
-        is a hint to read the state at once; listeners receive every transition of other instances (source "watch").
-        Without a subscription, and while it is lost, a view is as old as its lease allows. End it with close(), or use
-        it as a `with` block. Raises PolicyError for a breaker without Redis.
+        is a hint to read the state at once; its content is not read. Listeners receive the transitions of other
+        instances (source "watch"), once for each generation that this process reads. Without a subscription, and while
+        it is lost, a view is as old as its lease allows. End it with close(), or use it as a `with` block. Raises
+        PolicyError for a breaker without Redis.
         """
         return self._watch_with(Watch)
 
     def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
         """Set a policy override for the whole fleet: fields of Policy, added to those set before.
 
-        Every instance obeys from its next script call on. duration: seconds until the whole policy override ends;
-        None: until clear_policy(). Raises PolicyError; RedisUnavailableError.
+        Every instance obeys within two leases, or within milliseconds if it watches. duration: seconds until the whole
+        policy override ends; None: until clear_policy(). Raises PolicyError; RedisUnavailableError.
         """
         self._drive(self._command("set_policy", duration, fields))
 

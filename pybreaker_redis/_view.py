@@ -68,24 +68,20 @@ class Successes(Counter):
         self._read_at = 0
         self.grown_at = NEVER
 
-    def look(self, now: float) -> bool:
-        """Whether the count has grown since the last look."""
+    def look(self, now: float) -> int:
+        """Note how far the count has grown. Returns the successes since the last take."""
         total = self.total()
-        if grown := total > self._looked_at:
+        if total > self._looked_at:
             self._looked_at, self.grown_at = total, now
         if total > self._read_at:
             self.proved = self.read_number
-        return grown
+        return total - self._taken
 
     def read(self, number: int, now: float) -> None:
         """Note that the process has just read that the latest failure has this number."""
         self.look(now)
         if number > self.read_number:
             self.read_number, self._read_at = number, self._looked_at
-
-    def waiting(self) -> int:
-        """The successes since the last take, as of the last look."""
-        return self._looked_at - self._taken
 
     def take(self) -> int:
         """The successes since the last take."""
@@ -218,8 +214,9 @@ class View:
                 counter.read(reply["failure_number"], now)
                 self._note_failures(reply, now)
             if counter is seen.counter and now < seen.closed_until and not reply.get("ramp_left_ms"):
-                seen.failure_count = reply["failure_count"]  # a new Seen would slow down failing calls
-                self._extend(seen, sent, now)
+                # a new Seen would slow down failing calls
+                seen.sent, seen.arrived, seen.failure_count = sent, now, reply["failure_count"]
+                self._set_ends(seen, sent + self.lease, now)
             else:
                 self.seen = self._seen_from(reply, counter, sent, now)
         return True
@@ -231,12 +228,9 @@ class View:
                 return False
             if seen.failure_count > 0 and self.lease > 0:
                 self._alert_until = max(self._alert_until, now + self.lease)
-            self._extend(seen, sent, now)
+            seen.sent, seen.arrived = sent, now
+            self._set_ends(seen, sent + self.lease, now)
         return True
-
-    def _extend(self, seen: Seen, sent: float, now: float) -> None:
-        seen.sent, seen.arrived = sent, now
-        self._set_ends(seen, sent + self.lease, now)
 
     def _seen_from(self, reply: Reply, counter: Successes, sent: float, now: float) -> Seen:
         seen = unseen(reply["state"], reply["generation"], reply["failure_count"], counter)
@@ -264,10 +258,13 @@ class View:
         self._began, self._reported_at, self._base = now, NEVER, (0, NEVER)
         return Successes()
 
-    def drop(self) -> None:
-        """Stop using the view: the next call asks Redis. Gathered successes stay, for their generation may go on."""
+    def drop(self, since: float | None = None) -> None:
+        """Stop using the view: the next call asks Redis. Gathered successes stay, for their generation may go on.
+
+        since: replies to requests sent before then are not adopted; default: now.
+        """
         with self._lock:
-            seen, self._not_before = self.seen, monotonic()
+            seen, self._not_before = self.seen, monotonic() if since is None else since
             self.seen = unseen(seen.state, seen.generation, seen.failure_count, seen.counter, seen.retry_at)
 
     # Alert: while failures are near the threshold, successes are reported as they end
@@ -319,11 +316,6 @@ class View:
             even_earlier, counters = self._earlier_successes, {*self._earlier, self.seen.counter}
             return even_earlier + sum(counter.total() for counter in counters)
 
-    def gathered(self) -> int:
-        """All successes of this generation."""
-        with self._lock:
-            return self.seen.counter.total()
-
     def is_due(self, now: float, keeps_window: bool) -> bool:
         """Whether the gathered successes should be reported now.
 
@@ -332,18 +324,18 @@ class View:
         """
         with self._lock:
             seen, counter = self.seen, self.seen.counter
-            counter.look(now)
-            if seen.state != "closed" or not counter.waiting():
+            if not counter.look(now) or seen.state != "closed":
                 return False
             if keeps_window and now - self._reported_at >= min(now - self._began, self.policy.window) / 10:
                 return True
             return self._ended_at > self._reported_at or counter.proved > counter.read_number - seen.failure_count
 
-    def take(self, generation: int | None = None, dated: bool = True) -> Request:
+    def take(self, generation: int | None = None, shared: bool = True, as_it_ends: bool = False) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.
 
-        generation: take nothing if the view has another one. dated: say which failures they come after, and how old
-        they are.
+        generation: take nothing if the view has another one. shared: the report is for Redis, so it says which failures
+        the successes come after. as_it_ends: leave that out if a success has just ended, so that they end all failures;
+        only for a report that the process's own failures wait for.
         """
         if self.lease <= 0:
             return {}
@@ -351,7 +343,7 @@ class View:
             seen, counter, now = self.seen, self.seen.counter, monotonic()
             if generation is not None and generation != seen.generation:
                 return {"generation": generation}
-            if not dated:  # nothing looks at the counter meanwhile: calls ended while the view was fresh
+            if not shared:  # nothing looks at the counter meanwhile: calls ended while the view was fresh
                 counter.look(min(now, seen.sent + self.lease) if seen.sent > NEVER else now)
             else:
                 counter.look(now)
@@ -362,9 +354,9 @@ class View:
             age_ms = round((now - counter.grown_at) * 1000)
             if age_ms > 0:
                 request["age_ms"] = age_ms
-            if dated:
+            if shared:
                 self._reported_at = now
-                if now - self._ended_at > JUST_NOW:
+                if not as_it_ends or now - self._ended_at > JUST_NOW:
                     request["seen_failure"] = counter.proved
             return request
 

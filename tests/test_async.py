@@ -974,7 +974,7 @@ def test_abandoned_generator(make: Make, end: str) -> None:
 
 
 def test_a_stale_view_is_refreshed_by_one(server: EmbeddedServer, client: redis.Redis) -> None:
-    """1,000 tasks that find a stale view send one command among them."""
+    """1,000 tasks that find a stale view send one command among them; another reports their successes."""
     for name in SCRIPTS:
         client.script_load(compose(name))
 
@@ -985,9 +985,13 @@ def test_a_stale_view_is_refreshed_by_one(server: EmbeddedServer, client: redis.
         breaker = on(server)(lease=3600, **PATIENT)
         before = asked()
         assert await asyncio.gather(*(breaker.call(fine) for _ in range(1000))) == ["fine"] * 1000
-        assert asked() - before == 1
+        assert asked() - before <= 2  # the first success of a generation is reported as it ends
         await breaker.flush()
-        assert asked() - before == 2
+        async with asyncio.timeout(20):
+            while asked() - before < 2:
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(0.05)
+        assert asked() - before <= 3
 
     asyncio.run(main())
 

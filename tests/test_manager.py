@@ -190,9 +190,12 @@ def test_states_cost_nothing_while_views_are_fresh(
 ) -> None:
     """get_all_states() of watched breakers that were used sends no command."""
     manager = make_manager(lease=60.0)
+    before = client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0)
     for number in range(10):
         wait_until(lambda n=number: manager.get_or_create(f"s{n}")._watch.active)
         manager.call(f"s{number}", int)
+    # each has asked once, and has reported its first success
+    wait_until(lambda: client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0) - before == 2 * 10)
     client.config_resetstat()
     assert set(manager.get_all_states().values()) == {"closed"}
     assert "cmdstat_evalsha" not in client.info("commandstats")

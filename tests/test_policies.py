@@ -1012,8 +1012,13 @@ def test_state_never_asks(make_any: Make, client: redis.Redis, lease: float) -> 
         assert isinstance(found, str)
         return found
 
+    def asked() -> int:
+        return int(client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0))
+
     assert known() == "closed"
     breaker.call(fine)
+    if isinstance(breaker, CircuitBreaker) and breaker._line is not None and lease > 0:
+        wait_until(lambda: asked() == 2)  # a thread reports the first success
     assert known() == "closed"
     fail(breaker)
     assert known() in ("open", "half_open")
@@ -1060,6 +1065,22 @@ def test_state_of_another_process_is_unknown(make: Make) -> None:
     assert other.snapshot().state == "open"
     rejects(other)
     assert other.state == "open"
+
+
+def test_late_successes_trip_nothing(client: redis.Redis) -> None:
+    """Successes from before failures of others end none of them, and do not trip by a threshold that nobody gave."""
+    policy = Policy(failure_threshold=10)
+    breaker = CircuitBreaker("discovery", redis=client, policy=policy, lease=600, redis_timeout=20)
+    other = CircuitBreaker("discovery", redis=client, policy=policy, lease=0, redis_timeout=21)
+    breaker.call(int)
+    breaker.flush()
+    wait_until(lambda: time.monotonic() - breaker._view._ended_at > 0.1)  # no longer reported as they end
+    breaker.call(int)
+    fail(other, 9)
+    breaker.flush()
+    assert (other.snapshot().state, other.snapshot().failure_count) == ("closed", 9)
+    fail(other)
+    assert other.snapshot().state == "open"
 
 
 # History

@@ -1,11 +1,15 @@
-"""Keys, requests and replies, without a server."""
+"""Keys, requests and replies; and stored documents, which the client reads as the scripts do."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import random
 from typing import Any
 
 import pytest
+import redis
+from conftest import Machine, lua_machine
 
 from pybreaker_redis import HistoryEntry, PolicyError
 from pybreaker_redis._protocol import (
@@ -17,6 +21,8 @@ from pybreaker_redis._protocol import (
     history_entry,
     history_fields,
     keys_of,
+    read_document,
+    read_window,
     seconds,
     snapshot_from,
 )
@@ -133,3 +139,160 @@ def test_control_request_out_of_range(duration: Any) -> None:
     """A duration that makes no sense is refused."""
     with pytest.raises(PolicyError, match="duration must be from"):
         control_request("force_open", duration)
+
+
+# Stored documents
+
+HEALTHY = (
+    '{"state":"closed","failure_count":2,"success_count":0,"last_failure_time":1700000000,"opened_at":null,'
+    '"version":1,"generation":1700000000001,"failure_number":7}'
+)
+WINDOW = (
+    ',"window":{"bucket_ms":6000,"newest":283333333,"calls":9,"failures":4,"slow":1,'
+    '"past":"5,2,1; 5,2,1 0,0,0 0,0,0 0,0,0 0,0,0 0,0,0 0,0,0 0,0,0 0,0,0"}}'
+)
+
+
+@pytest.mark.parametrize("window", ["", WINDOW])
+def test_a_healthy_document(window: str) -> None:
+    """A closed document, with or without a window, says what a script would reply."""
+    text = (HEALTHY if not window else HEALTHY[:-1] + window).encode()
+    assert read_document(text) == {
+        "state": "closed",
+        "generation": 1_700_000_000_001,
+        "failure_count": 2,
+        "failure_number": 7,
+        "success_count": 0,
+        "source": "redis",
+    }
+    assert read_window(text) == ({"calls": 9, "failures": 4, "slow": 1} if window else {})
+    for never_failed in (text.replace(b"1700000000,", b"null,"),):
+        assert read_document(never_failed) == read_document(text)
+
+
+def test_nothing_stored() -> None:
+    """No document says nothing."""
+    assert read_document(None) is None
+    assert read_window(None) == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"closed"', '"open"'),
+        ('"closed"', '"half_open"'),
+        ('"closed"', '"Closed"'),
+        ('"failure_count":2', '"failure_count":-2'),
+        ('"failure_count":2', '"failure_count":2.0'),
+        ('"failure_count":2', '"failure_count":12345678901'),
+        ('"failure_count":2', '"failure_count":8'),  # more than were ever numbered
+        ('"failure_count":2', '"failure_count":"2"'),
+        ('"failure_count":2', '"failure_count":null'),
+        ('"failure_count":2,', ""),
+        ('"success_count":0', '"success_count":1'),
+        ("1700000000,", "17000000000,"),
+        ("1700000000,", "-1,"),
+        ("1700000000,", "1e9,"),
+        ('"opened_at":null', '"opened_at":1700000000'),
+        ('"version":1', '"version":2'),
+        ('"version":1,', ""),
+        ("1700000000001", "0"),
+        ("1700000000001", "01700000000001"),
+        ("1700000000001", "17000000000011"),
+        ("1700000000001", "-1"),
+        ("1700000000001", "1.7e12"),
+        ('"failure_number":7', '"failure_number":12345678901234'),
+        ('"failure_number":7', '"failure_number":-7'),
+        (',"failure_number":7', ""),
+        ("}", ',"trips":1}'),
+        ("}", ',"forced_until_ms":1700000060000,"forced":"closed"}'),
+        ("}", ',"closed_at_ms":1700000000000}'),
+        ("}", ',"run_since_ms":1700000000000}'),
+        ("}", ',"reporters":{"1-a":1700000000000}}'),
+        ("}", ',"window":{"bucket_ms":1},"trips":1}'),
+        ("}", ',"window":{"bucket_ms":{}}}'),
+        ("}", ',"window":[]}'),
+        ("}", ',"window":{"bucket_ms":1}'),
+        ("}", "} "),
+        ("}", "}\n"),
+        ("}", "}}"),
+        ("}", ""),
+        ("{", " {"),
+        ("{", ""),
+        (",", ", "),
+        (":", ": "),
+        ('"generation"', '"Generation"'),
+    ],
+)
+def test_any_other_document(old: str, new: str) -> None:
+    """A document that save() does not write for a healthy breaker is left to a script."""
+    assert old in HEALTHY
+    assert read_document(HEALTHY.replace(old, new).encode()) is None
+
+
+@pytest.mark.parametrize("text", [b"", b"{}", b"null", b"\xff\xfe", b"[" * 100_000, b"1" * 100_000, b"\x80", b"{" * 9])
+def test_other_values(text: bytes) -> None:
+    """A value of another program is left to a script, too, however large."""
+    assert read_document(text) is None
+    assert read_window(text) == {}
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        {},
+        {"failure_threshold": 2},
+        {"error_rate_threshold": 0.5, "minimum_calls": 4, "window_ms": 10_000},
+        {"failure_threshold": 3, "slow_call_rate_threshold": 0.5, "slow_call_duration_ms": 10, "minimum_calls": 4},
+        {"failure_threshold": 2, "quorum": 2},
+        {"failure_threshold": 2, "backoff_multiplier": 2, "success_threshold": 2},
+        {"failure_threshold": 2, "ramp_up_ms": 5_000},
+    ],
+)
+def test_documents_that_the_scripts_write(client: redis.Redis, policy: dict[str, Any]) -> None:
+    """Along 400 calls: where the client reads a document, a script replies the same; healthy ones are all read."""
+    machine: Machine = lua_machine(client, "discovery")
+    chance = random.Random(str(policy))
+    keys = keys_of("discovery")
+    read = 0
+    for _ in range(400):
+        machine.advance(chance.choice([0, 1, 10, 500, 3_000, 40_000]))
+        reply = machine.run("acquire", policy, instance=chance.choice("ab"))
+        if reply["admitted"]:
+            report = chance.choice([{"successes": 3}, {"failures": 1}, {"failures": 1, "successes": 2}, {"slow": 1}])
+            probe = {"probe": reply["probe"]} if "probe" in reply else {}
+            if probe:
+                report = chance.choice([{"successes": 1}, {"failures": 1}])
+            machine.run("record", policy, generation=reply["generation"], instance="a", **probe, **report)
+        text = client.get(keys.state)
+        found = read_document(text)
+        stored = json.loads(text)
+        healthy = stored["state"] == "closed" and set(stored) <= CONTRACT | {"window"}
+        assert (found is not None) == healthy, text
+        if found is None:
+            continue
+        read += 1
+        window = read_window(text)
+        assert (
+            window == {key: stored["window"][key] for key in ("calls", "failures", "slow")}
+            if "window" in stored
+            else not window
+        )
+        said = machine.run("record", policy, instance="a")
+        fields = ("state", "generation", "failure_count", "failure_number", "success_count")
+        assert [found[field] for field in fields] == [said[field] for field in fields], text
+        assert not said.keys() & {"retry_after_ms", "ramp_left_ms", "forced", "forced_left_ms", "warning"}, said
+    assert read > (0 if policy.keys() & LASTING else 20)
+
+
+LASTING = {"quorum", "backoff_multiplier", "ramp_up_ms"}  # a closed document holds more than a window for long
+CONTRACT = {
+    "state",
+    "failure_count",
+    "success_count",
+    "last_failure_time",
+    "opened_at",
+    "version",
+    "generation",
+    "failure_number",
+}

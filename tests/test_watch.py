@@ -93,8 +93,9 @@ def watched(client: redis.Redis) -> Iterator[Callable[..., CircuitBreaker]]:
 def test_a_trip_is_known_at_once(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
     """A trip of another instance rejects here, with the right wait, for one read and one script of ours."""
     breaker = watched()
-    breaker.call(int)
     before = commands(client, "evalsha")
+    breaker.call(int)
+    wait_until(lambda: commands(client, "evalsha") == before + 2)  # the second reports the first success
     for _ in range(100):
         breaker.call(int)
     trip(elsewhere(client))
@@ -102,7 +103,9 @@ def test_a_trip_is_known_at_once(client: redis.Redis, watched: Callable[..., Cir
     with pytest.raises(CircuitOpenError) as rejected:
         breaker.call(int)
     assert 50 < rejected.value.retry_after <= 60
-    assert commands(client, "evalsha") - before == 4  # the other's first call and its two reports; ours reads the trip
+    assert (
+        commands(client, "evalsha") - before == 2 + 4
+    )  # the other's first call and its two reports; ours reads the trip
 
 
 def test_listeners_receive_what_others_did(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
@@ -177,26 +180,28 @@ def test_one_subscription_for_all(client: redis.Redis, watched: Callable[..., Ci
 def test_prefixes(client: redis.Redis, watched: Callable[..., CircuitBreaker], prefix: str) -> None:
     """A prefix is no pattern: only its own breakers are watched."""
     breaker = watched("a b*", prefix=prefix)
-    breaker.call(int)
-    read_at = breaker._view.seen.sent
     trip(elsewhere(client, "a b*", prefix="axb]yc"))
-    witness = watched("other", prefix=prefix)
-    trip(elsewhere(client, "other", prefix=prefix))  # published later: once it has taken effect, nothing is under way
-    wait_until(lambda: witness.state == "open")
-    assert (breaker.state, breaker._view.seen.sent) == ("closed", read_at)
+    witness = elsewhere(client, "other", prefix=prefix, lease=LONG)
+    with witness.watch() as watch:
+        wait_until(lambda: watch.active)
+        trip(CircuitBreaker("other", redis=client, prefix=prefix, policy=POLICY, redis_timeout=0.3))
+        wait_until(lambda: witness.state == "open")  # published later: once it has taken effect, nothing is under way
+    assert (breaker.state, breaker._view.seen.generation) == ("closed", 0)
     trip(elsewhere(client, "a b*", prefix=prefix))
     wait_until(lambda: breaker.state == "open")
 
 
 def test_watching_sends_nothing(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
-    """A healthy breaker that watches sends nothing within its lease."""
+    """A healthy breaker that watches sends nothing within its lease, once its first success is reported."""
     breaker = watched()
+    before = commands(client, "evalsha")
     breaker.call(int)
-    before = commands(client, "evalsha"), commands(client, "mget")
+    wait_until(lambda: commands(client, "evalsha") == before + 2)
+    both = commands(client, "evalsha"), commands(client, "mget")
     end = time.monotonic() + 0.5
     while time.monotonic() < end:
         breaker.call(int)
-    assert (commands(client, "evalsha"), commands(client, "mget")) == before
+    assert (commands(client, "evalsha"), commands(client, "mget")) == both
 
 
 def test_watching_lengthens_no_lease(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
@@ -238,6 +243,7 @@ def test_a_run_of_failures_is_known_halfway(client: redis.Redis, watched: Callab
     policy = Policy(failure_threshold=6, reset_timeout=60)
     breaker, failing = watched(policy=policy), elsewhere(client, policy=policy)
     breaker.call(int)
+    wait_until(lambda: breaker._view._reported_at > 0 and not breaker._redis.link.is_reporting(breaker._line))
     trip(failing, 2)
     breaker.call(int)
     assert failing.snapshot().failure_count == 2

@@ -125,11 +125,7 @@ class AsyncServer:
 
     async def close(self) -> None:
         """Close this loop's connections; the next call opens others."""
-        here = self._here()
-        if here.timer is not None:
-            here.timer.cancel()
-            here.timer = None
-        for node in list(here.nodes.values()):
+        for node in list(self._here().nodes.values()):
             await node.close()
 
     async def _one(self, command: Command) -> Any:

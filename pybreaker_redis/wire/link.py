@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from time import monotonic
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from redis.exceptions import ResponseError
 
@@ -25,7 +25,7 @@ from .options import REDIS_ERRORS, Address, concerns_server
 
 IDLE = 10.0  # seconds after its last call for which a breaker is refreshed
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0  # seconds between two retries
-SHORTEST_PAUSE, USUAL_PAUSE = 0.01, 0.1  # seconds between two looks at what is due; a lease decides
+SHORTEST_PAUSE = 0.01  # seconds between two looks at what is due
 READ_AT_ONCE = 250  # breakers in one MGET
 NEVER = float("-inf")
 logger = logging.getLogger("pybreaker_redis")
@@ -90,30 +90,39 @@ class Health:
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
 
+class Due(NamedTuple):
+    """What a breaker wants of an exchange.
+
+    reports: requests for record.lua. reads: whether to read its keys. idle: whether it has not been called lately.
+    """
+
+    reports: list[Request]
+    reads: bool
+    idle: bool
+
+
 class Member(Protocol):
-    """A breaker, as far as its link is concerned."""
+    """A breaker, as far as its link is concerned.
+
+    trouble: the health of this breaker alone. used_at: when it last asked for a refresh. notices: its events. news: a
+    transition of another instance of which its listeners must be notified; or None.
+    """
 
     name: str
     keys: Keys
-    trouble: Health  # of this breaker alone
+    trouble: Health
+    used_at: float
+    notices: Any
+    news: Any
 
     def pause(self) -> float:
-        """The longest time between two looks at its reports; 0 if it has none."""
+        """Seconds between two looks at what is due."""
 
-    def was_called(self) -> bool:
-        """Whether calls were counted or rejected since this was last asked."""
-
-    def due_reports(self, now: float, leaving: bool = False) -> list[Request]:
-        """Take the gathered outcomes that should be reported now. leaving: it will not be asked again soon."""
+    def due(self, now: float, wanted: bool, hinted: bool) -> Due:
+        """Take what is due. wanted: some breaker needs a refresh, so refresh this one, too. hinted: read its keys."""
 
     def give_back(self, request: Request) -> None:
         """Keep the outcomes of a report that no server has executed."""
-
-    def is_stale(self, now: float) -> bool:
-        """Whether its view is so old that it should be refreshed with the others."""
-
-    def needs_script(self) -> bool:
-        """Whether a script, rather than a read, must refresh it."""
 
     def refresh_request(self, proves: bool = False) -> Request:
         """The request for record.lua that asks for the state. proves: and for a proof that the server takes writes."""
@@ -127,20 +136,11 @@ class Member(Protocol):
     def restored(self, reply: Reply, sent: float) -> None:
         """Return to Redis: it has accepted a write."""
 
-    def has_news(self) -> bool:
-        """Whether it wants its history, to notify its listeners of another instance's transition."""
-
     def announce(self, history: list[dict[str, Any]]) -> None:
         """Notify the listeners."""
 
     def deliver(self, events: list[Any]) -> None:
         """Call the listeners; on asyncio, in a task."""
-
-    def take_events(self) -> list[Any]:
-        """The events that this thread has to deliver."""
-
-    def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
-        """Notify the instruments of a command."""
 
 
 class Link:
@@ -160,16 +160,17 @@ class Link:
         self.undelivered: collections.deque[tuple[Any, list[Any]]] = collections.deque()
         self._home = home
         self._healths: dict[Address | None, Health] = {}
-        self._used: weakref.WeakKeyDictionary[Member, float] = weakref.WeakKeyDictionary()
+        self._used: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
         self._hinted: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
         self._reporting: set[Member] = set()
         self._turn = 0
 
     def after_fork(self) -> None:
-        """In a child: nothing is under way, and a thread of the parent may hold the locks."""
+        """In a child: start empty; a thread of the parent may hold the locks of the healths."""
         self.wanted, self.busy_since = False, NEVER
-        self.failing.clear()
-        self._healths, self._reporting = {}, set()
+        for held in (self.failing, self.undelivered, self._used, self._hinted, self._reporting):
+            held.clear()
+        self._healths = {}
 
     # Health
 
@@ -221,7 +222,8 @@ class Link:
         if hinted:
             self._hinted[member] = None
         else:
-            self._used[member] = monotonic()
+            member.used_at = monotonic()
+            self._used[member] = None
 
     def leave(self, member: Member) -> None:
         """Refresh this breaker no more, until it is used again."""
@@ -229,57 +231,63 @@ class Link:
 
     def pause(self) -> float | None:
         """Seconds to the next look at what is due; None if no breaker was used lately."""
-        pauses = [member.pause() or USUAL_PAUSE for member in self._members()]
+        pauses = [member.pause() for member in _alive(self._used)]
         return max(min(*pauses, IDLE), SHORTEST_PAUSE) if pauses else None
-
-    def _members(self) -> list[Member]:
-        return _alive(self._used)
-
-    def _is_idle(self, member: Member, now: float) -> bool:
-        if member.was_called():
-            self._used[member] = now
-        return now - self._used.get(member, now) > IDLE
 
     def exchange(self) -> Pipelines:
         """One exchange for all breakers. Raises no error of Redis."""
         wanted, self.wanted = self.wanted, False
-        self.busy_since = now = monotonic()
+        self.busy_since = monotonic()
         try:
             hinted = {member for member in _alive(self._hinted) if self._hinted.pop(member, self) is None}
-            members = [*dict.fromkeys([*self._members(), *hinted])]
-            leaving = {member for member in members if self._is_idle(member, now)}
-            for member in leaving:
-                self.leave(member)
-            yield from self._retry(members)
-            up = [member for member in members if self.error(member) is None]
-            yield from self._refresh(up, hinted, leaving, wanted)
+            members = [*dict.fromkeys([*_alive(self._used), *hinted])]
+            if self.failing:
+                yield from self._retry(members)
+                down = {member for member in members if self.error(member) is not None}
+                members = [member for member in members if member not in down]
+                for member in down:
+                    if self.busy_since - member.used_at > IDLE:
+                        self.leave(member)
+            yield from self._refresh(members, hinted, wanted)
         finally:
             self.busy_since = NEVER
 
-    def _refresh(self, members: list[Member], hinted: set[Member], leaving: set[Member], wanted: bool) -> Pipelines:
+    def _refresh(self, members: list[Member], hinted: set[Member], wanted: bool) -> Pipelines:
         sent = monotonic()
-        reports = [(member, one) for member in members for one in member.due_reports(sent, member in leaving)]
-        stale = [member for member in members if member in hinted or (wanted and member.is_stale(sent))]
-        scripted = [member for member in stale if member not in hinted and member.needs_script()]
-        asked = [*reports, *((member, member.refresh_request()) for member in scripted)]
-        read = [member for member in stale if member not in scripted]
-        if not asked and not read:
-            return
-        calls = [build.run("record", member.keys, request) for member, request in asked]
+        due = {member: member.due(sent, wanted, member in hinted) for member in members}
+        for member in [member for member, what in due.items() if what.idle]:
+            self.leave(member)
+        reports = [(member, request) for member, what in due.items() for request in what.reports]
+        size = READ_AT_ONCE if self._home is None else 1  # two breakers have different slots in a cluster
+        read = [member for member, what in due.items() if what.reads]
+        chunks = [read[first : first + size] for first in range(0, len(read), size)]
+        if reports or chunks:
+            replies = yield from self._report(reports, [build.read([one.keys for one in chunk]) for chunk in chunks])
+            for (member, request), reply in zip(reports, replies, strict=False):
+                self._receive(member, request, reply, sent)
+            undecided = self._take_reads(chunks, replies[len(reports) :], sent)
+            if undecided:
+                yield from self._decide(members, undecided)
+            if news := [member for member in read if member.news]:
+                yield from self._announce(members, news)
+            self._collect(members)
+
+    def _report(self, reports: list[tuple[Member, Request]], reads: list[Command]) -> Pipelines:
+        """Send reports and reads. Returns their replies."""
         reporting = {member for member, _ in reports}
         self._reporting |= reporting
         try:
-            replies = yield from self._send([*calls, *self._reads(read)])
+            return (
+                yield from self._send(
+                    [*(build.run("record", member.keys, request) for member, request in reports), *reads]
+                )
+            )
         except NotSent:
-            for member, request in asked:
+            for member, request in reports:
                 member.give_back(request)
             raise
         finally:
             self._reporting -= reporting
-        for (member, request), reply in zip(asked, replies, strict=False):
-            self._receive(member, request, reply, sent)
-        yield from self._decide(self._take_reads(read, replies[len(calls) :], sent))
-        yield from self._announce(stale)
 
     def _send(self, commands: Sequence[Command]) -> Pipelines:
         """The replies; the error of a lost server in place of each reply that is missing."""
@@ -290,60 +298,46 @@ class Link:
 
     def _receive(self, member: Member, request: Request, reply: Any, sent: float, read: bool = False) -> None:
         error = reply if isinstance(reply, Exception) else None
-        member.script_ran("record", monotonic() - sent, error)
+        member.notices.script_ran("record", monotonic() - sent, error)
         if error is None:
             member.replied(request, decode(reply), sent, read)
-            self._collect(member)
             return
         self.failed(member, error)
         if isinstance(error, ResponseError):  # refused: the script has changed nothing
             member.give_back(request)
 
-    def _reads(self, members: list[Member]) -> list[Command]:
-        step = READ_AT_ONCE if self._home is None else 1  # the keys of two breakers lie in different slots
-        return [
-            build.read([member.keys for member in members[first : first + step]])
-            for first in range(0, len(members), step)
-        ]
-
-    def _take_reads(self, members: list[Member], replies: list[Any], sent: float) -> list[Member]:
+    def _take_reads(self, chunks: list[list[Member]], replies: list[Any], sent: float) -> list[Member]:
         """Let the breakers read what is stored. Returns those that need a script."""
-        step = READ_AT_ONCE if self._home is None else 1
         undecided = []
-        for first, reply in zip(range(0, len(members), step), replies, strict=True):
-            for place, member in enumerate(members[first : first + step]):
+        for chunk, reply in zip(chunks, replies, strict=True):
+            for place, member in enumerate(chunk):
                 if isinstance(reply, Exception):
                     self.failed(member, reply)
-                elif member.read(reply[2 * place], reply[2 * place + 1], sent):
-                    self._collect(member)
-                else:
+                elif not member.read(reply[2 * place], reply[2 * place + 1], sent):
                     undecided.append(member)
         return undecided
 
-    def _decide(self, members: list[Member]) -> Pipelines:
+    def _decide(self, members: list[Member], undecided: list[Member]) -> Pipelines:
         """Let the script read what the breakers cannot."""
-        if not members:
-            return
-        sent, requests = monotonic(), [member.refresh_request() for member in members]
-        calls = [build.run("record", member.keys, request) for member, request in zip(members, requests, strict=True)]
-        replies = yield from self._send(calls)
-        for member, request, reply in zip(members, requests, replies, strict=True):
+        self._collect(members)
+        sent, requests = monotonic(), [member.refresh_request() for member in undecided]
+        pairs = list(zip(undecided, requests, strict=True))
+        replies = yield from self._send([build.run("record", member.keys, request) for member, request in pairs])
+        for (member, request), reply in zip(pairs, replies, strict=True):
             self._receive(member, request, reply, sent, read=True)
 
-    def _announce(self, members: list[Member]) -> Pipelines:
+    def _announce(self, members: list[Member], news: list[Member]) -> Pipelines:
         """Read the transitions that other instances have caused."""
-        members = [member for member in members if member.has_news()]
-        if not members:
-            return
-        replies = yield from self._send([build.history(member.keys, 10) for member in members])
-        for member, reply in zip(members, replies, strict=True):
+        self._collect(members)
+        replies = yield from self._send([build.history(member.keys, 10) for member in news])
+        for member, reply in zip(news, replies, strict=True):
             member.announce(history_fields(reply) if isinstance(reply, list) else [])
-            self._collect(member)
 
-    def _collect(self, member: Member) -> None:
-        """Take the breaker's new events, before another task of this thread does."""
-        if events := member.take_events():
-            self.undelivered.append((member, events))
+    def _collect(self, members: list[Member]) -> None:
+        """Take the new events of the breakers, before another task of this thread does."""
+        for member in members:
+            if events := member.notices.take():
+                self.undelivered.append((member, events))
 
     # Retries
 
@@ -375,14 +369,14 @@ class Link:
             sent = monotonic()
             (reply,) = yield from self._send([build.run("record", member.keys, member.refresh_request(proves=True))])
             error = reply if isinstance(reply, Exception) else None
-            member.script_ran("record", monotonic() - sent, error)
+            member.notices.script_ran("record", monotonic() - sent, error)
             if error is None:
                 if health.error is not None:
                     health.retried(failed=False)
                     logger.warning("Redis answers again")
                 member.trouble.retried(failed=False)
                 member.restored(decode(reply), sent)
-                self._collect(member)
+                self._collect(members)
             elif health.error is None or not concerns_server(error):
                 self._trouble(member, error)
             else:

@@ -113,7 +113,8 @@ class Server:
                 self._refreshes += 1
         finally:
             lock.release()
-            self._messenger.wake()
+            if self.link.undelivered:
+                self._messenger.wake()
 
     def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -194,9 +195,7 @@ class Worker:
     def wake(self) -> None:
         """Let the thread work soon. Where no thread can run, the caller works."""
         self._awake.set()
-        if self._thread is not None:
-            return
-        with self._lock:
+        with self._lock:  # or a thread that is just ending would miss it
             if self._thread is not None:
                 return
             thread = threading.Thread(target=self._run, name="pybreaker_redis-link", daemon=True)
@@ -237,8 +236,6 @@ class Messenger:
 
     def wake(self) -> None:
         """Deliver all events, in order."""
-        if not self._undelivered:
-            return
         with self._lock:
             start, self._running = not self._running, True
         if start:
@@ -299,7 +296,7 @@ class Connections:
         with contextlib.suppress(IndexError):  # several threads may pop at once
             while True:
                 idle = self._idle.pop()
-                if idle.is_quiet():
+                if not idle.readable(0):
                     return idle
                 idle.close()
         new = self.connection()
@@ -315,29 +312,30 @@ class Pipe:
         self._connection = connection
         self.close = connection.disconnect
         self._socket, self._reader = socket_of(connection)
-        self._poll = select.poll()
-        self._poll.register(self._socket, select.POLLIN)
-
-    def is_quiet(self) -> bool:
-        """Whether nothing can be read, as it must be before a command: else the server has closed the connection."""
-        return not self._poll.poll(0)
+        # before a command, something to read means that the server has closed the connection
+        self.readable = connection.can_read
+        if hasattr(select, "poll"):  # not on Windows; a fifth of the time
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            self.readable = poll.poll
 
     def exchange(self, data: bytes, count: int, timeout: float) -> list[Any]:
         """Send commands, and read so many replies."""
         deadline = monotonic() + timeout + _PER_COMMAND * count
         self._socket.sendall(data)
         replies: list[Any] = []
-        while True:
+        while len(replies) < count:
+            if monotonic() > deadline:
+                raise redis.TimeoutError(f"{count} replies took longer than {timeout:g} s")
             received = self._socket.recv(_CHUNK)
             if not received:
                 raise redis.ConnectionError("the server has closed the connection")
             self._reader.feed(received)
             while (reply := self._reader.gets()) is not NO_REPLY:
                 replies.append(reply)
-            if len(replies) >= count:
-                return replies
-            if monotonic() > deadline:
-                raise redis.TimeoutError(f"{count} replies took longer than {timeout:g} s")
+        if len(replies) > count:
+            raise redis.ConnectionError(f"{len(replies)} replies to {count} commands")
+        return replies
 
 
 def _after_fork_in_child() -> None:

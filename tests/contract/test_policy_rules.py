@@ -794,13 +794,14 @@ def test_a_run_for_a_quorum_begins_under_it(machine: Machine) -> None:
 
 
 def test_a_quorum_and_a_threshold_that_is_passed(machine: Machine) -> None:
-    """Where quorum and threshold are set to what the row has passed, a slow call is judged by the reporters of now."""
+    """Where quorum and threshold are set to what the run has passed, the next failure trips, and no slow call does."""
     policy = {**PLAIN, "slow_call_rate_threshold": 1.0, "minimum_calls": 10**6}
     begin(machine, policy)
     report(machine, policy, failures=2, instance="a")
     machine.run("control", policy, action="set_policy", override={"quorum": 2, "failure_threshold": 2})
     assert report(machine, policy, slow=1, pending=1, instance="a")["state"] == "closed"
-    assert report(machine, policy, slow=1, pending=1, instance="b")["state"] == "open"
+    assert report(machine, policy, slow=1, pending=1, instance="b")["state"] == "closed"
+    assert report(machine, policy, failures=1, instance="b")["state"] == "open"
 
 
 @pytest.mark.parametrize("rule", [{"failure_threshold": 5}, {"failure_threshold": 10**6, "error_rate_threshold": 0.5}])

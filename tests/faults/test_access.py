@@ -117,7 +117,7 @@ def test_no_right_of_the_documented_acl_is_idle() -> None:
 
 
 def test_watch_with_the_documented_acl() -> None:
-    """With the rights that SECURITY.md adds for it, a user can watch; without them the short lease stays."""
+    """With the rights that SECURITY.md adds for it, a user can watch; without them a view is as old as its lease."""
     [more] = re.findall(r"With `watch\(\)` add `([^`]*)`", SECURITY.read_text())
     with restartable() as target, target.client() as admin:
         admin.execute_command("ACL", "SETUSER", "breaker", "reset", "on", ">pw", *documented_rules(), *more.split())

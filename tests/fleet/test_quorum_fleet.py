@@ -39,8 +39,8 @@ def boom() -> None:
 class FrozenRedis:
     """What a breaker's own connection is otherwise: here the scripts run on the clock of the tests."""
 
-    def __init__(self, client: redis.Redis) -> None:
-        self.client = client
+    def __init__(self, client: redis.Redis, replaced: Any) -> None:
+        self.client, self.link = client, replaced.link
         self.sha1 = {name: client.script_load(on_frozen_clock(name)) for name in SCRIPTS}
 
     def run(self, name: str, keys: Keys, request: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class SimulatedFleet:
         breaker = CircuitBreaker(
             "fleet", redis=self.client, policy=policy, lease=0, listeners=[self.events[number].append]
         )
-        breaker._redis = FrozenRedis(self.client)
+        breaker._redis = FrozenRedis(self.client, breaker._redis)
         return breaker
 
     def changes(self, number: int) -> list[tuple[Any, ...]]:

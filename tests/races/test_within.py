@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import warnings
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -147,7 +148,8 @@ LINKED = [*IN_MEMORY, "refreshing", "health", "trouble", "worker", "messenger", 
 )
 def test_a_thread_that_holds_a_lock_may_call(server: EmbeddedServer, url: str, lock: str) -> None:
     """A signal handler or a finalizer calls the breaker while its thread holds any of the locks: no deadlock."""
-    breaker = CircuitBreaker("held-by-itself", redis=server.url if url == "redis" else None, **FIRM)
+    timeout = 2.0
+    breaker = CircuitBreaker("held-by-itself", redis=server.url if url == "redis" else None, redis_timeout=timeout)
     line: Any = breaker._line
     engine: Any = breaker._memory or line
     locks = {"view": breaker._view._lock, "engine": engine._lock, "counting": breaker._notices.counting}
@@ -160,6 +162,7 @@ def test_a_thread_that_holds_a_lock_may_call(server: EmbeddedServer, url: str, l
         locks["worker"] = server._worker._lock
         locks["messenger"] = server._messenger._lock
         locks["subscriptions"] = subscription._lock
+    began = time.monotonic()
     with locks[lock]:
         breaker._view.drop()
         assert breaker.call(int, "5") == 5
@@ -168,6 +171,7 @@ def test_a_thread_that_holds_a_lock_may_call(server: EmbeddedServer, url: str, l
         with breaker.acquire():
             pass
         assert breaker.counts == (2, 0, 1, 0, 0)
+        assert time.monotonic() - began < 3 * timeout  # once for each call that may have to wait
     breaker.flush()
     wait_until(lambda: breaker.snapshot().failure_count == 0)
 
@@ -500,8 +504,9 @@ def test_a_listener_in_trouble_delays_no_view(server: EmbeddedServer, client: re
 
     names = [f"trouble-{trouble[0]}-{number}" for number in range(2)]
     received: list[Event] = []
-    first = CircuitBreaker(names[0], redis=server.url, lease=3600, listeners=[listener], **FIRM)
-    second = CircuitBreaker(names[1], redis=server.url, lease=3600, listeners=[received.append], **FIRM)
+    options: dict[str, Any] = {"redis": server.url, "lease": 3600, "redis_timeout": 20.0 + len(trouble) / 100}
+    first = CircuitBreaker(names[0], listeners=[listener], **options)
+    second = CircuitBreaker(names[1], listeners=[received.append], **options)
     try:
         with first.watch(), second.watch() as watch:
             wait_until(lambda: watch.active)
@@ -523,7 +528,7 @@ def test_a_listener_in_trouble_delays_no_view(server: EmbeddedServer, client: re
 
 def test_a_watch_of_a_loop_that_is_gone_leaves_no_old_view(server: EmbeddedServer) -> None:
     """The loop was closed without cancelling its tasks: in another one the breaker learns of a trip all the same."""
-    breaker = AsyncCircuitBreaker("gone", redis=server.url, **FIRM)
+    breaker = AsyncCircuitBreaker("gone", redis=server.url, redis_timeout=2.0)
 
     async def watch() -> None:
         watch = await breaker.watch()
