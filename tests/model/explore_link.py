@@ -141,6 +141,7 @@ class Success:
 
     ended: int
     at: float
+    counted: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -163,7 +164,6 @@ class Taken:
     generation: int
     successes: list[Success]
     fate: str = ""
-    executed: int = 0
     given_up: bool = False
 
 
@@ -187,15 +187,15 @@ class TrueView(View):
             self.ticked(counter)
         return gathered
 
-    def take(self, generation: int | None = None, dated: bool = True) -> dict[str, Any]:
-        request, counter = super().take(generation, dated), self.seen.counter
+    def take(self, generation: int | None = None, shared: bool = True, as_it_ends: bool = False) -> dict[str, Any]:
+        request, counter = super().take(generation, shared, as_it_ends), self.seen.counter
         if number := request.get("successes", 0):
             gathered = self.gathered_truly[counter]
             if number > len(gathered):
                 raise Broken(f"{number} successes are reported, and only {len(gathered)} ended")
             taken, gathered[:] = gathered[:number], gathered[number:]
             request["_taken"] = _world.note(Taken(self.process, request["generation"], taken))
-            if dated and "seen_failure" not in request and _world.now - taken[-1].at > JUST_NOW + 0.001:
+            if shared and "seen_failure" not in request and _world.now - taken[-1].at > JUST_NOW + 0.001:
                 raise Broken("a late report does not say which failures it comes after")
         _world.interrupted(self.process)
         return request
@@ -346,6 +346,7 @@ class Message:
     failure: Failure | None = None
     replies: list[Any] | None = None
     refusal: tuple[bytes, Any, int] | None = None
+    retries: bool = False
     view: float = NEVER  # when the view was asked for that its sender had
 
 
@@ -614,6 +615,7 @@ class Process:
         self.link = Link(TIMEOUT)
         self.refreshes = self.sent = 0
         self.retry_at = NEVER  # no retry may come sooner
+        self.had_outage = False
         self.exchange: Any = None
         self.holder: Actor | None = None  # of the lock
         self.active: Caller | None = None
@@ -652,6 +654,7 @@ class Process:
                     raise Broken(f"a call asks Redis while it is down: {command.words[-1]!r}")
                 if command.script != "record" or len(message.commands) > 1:
                     raise Broken("an exchange sends something else than one retry while Redis is down")
+                message.retries = True
                 if self.world.now < self.retry_at:
                     raise Broken("a retry comes too soon after the last one")
                 if {"successes", "failures"} & decode(command.words[-1]).keys():
@@ -951,7 +954,7 @@ class World:
         elif kind in ("break", "time out"):
             left["breaks"] -= kind == "break"
             self._give_up(message)
-            if actor.holds() and process.link.failing:
+            if message.retries:
                 process.retry_at = self.now + FIRST_PAUSE / 2
             error = redis.ConnectionError("broken") if kind == "break" else redis.TimeoutError("overdue")
             actor.received(None, error)
@@ -974,10 +977,11 @@ class World:
     # Checks
 
     def check_executed(self, taken: Taken) -> None:
-        taken.executed += 1
         taken.fate = "executed"
-        if taken.executed > 1:
-            raise Broken("successes are counted twice")
+        for success in taken.successes:
+            success.counted += 1
+            if success.counted > 1:
+                raise Broken("successes are counted twice")
 
     def published(self, key: bytes, message: dict[str, Any]) -> None:
         if self.setup.watch:
@@ -990,6 +994,8 @@ class World:
         """An outage begins with an error, and ends only with the answer of a script."""
         arrived = self.arrived
         now = {health for process in self.processes for health in process.link.failing}
+        for process in self.processes:
+            process.had_outage |= bool(process.link.failing)
         self.outages += len(now - before)
         if ended := before - now:
             self.recoveries += len(ended)
@@ -1023,7 +1029,7 @@ class World:
                 yield from (seen.sent + LEASE, seen.sent + 2 * LEASE, seen.retry_at)
                 if process.holder is not None:
                     yield seen.sent + 2 * LEASE + TIMEOUT
-                if view._ended_at > view._reported_at and view.gathered():
+                if view._ended_at > view._reported_at and view.gathered_truly[seen.counter]:
                     yield view._ended_at + JUST_NOW + 0.001
                 local = breaker._line.local if breaker._line is not None else None
                 if local is not None and local._document is not None and local._document.state == "open":
@@ -1044,7 +1050,12 @@ class World:
         self._finish_calls()
         self._run_for(2 * LEASE)
         self._check_agreement()
-        retried = {member for process in self.processes for member in process.link._members()}
+        retried = {
+            member
+            for process in self.processes
+            for member in process.link._used
+            if self.now - member.used_at < IDLE / 2
+        }
         self._run_for(4.0 if any(process.link.failing for process in self.processes) else 0.0)
         self._check_outages(retried)
         self._check_outcomes()
@@ -1093,6 +1104,8 @@ class World:
                     continue
                 if document is None or not process.hint_due.get(key) or breaker._watch is None:
                     continue
+                if process.had_outage and breaker._line not in process.link._used:
+                    continue  # its hint may be lost with the read
                 if seen.generation != document.generation or seen.state != document.state:
                     raise Broken(f"a view disagrees when all is quiet: {seen.state} and {document.state}")
 
@@ -1117,9 +1130,8 @@ class World:
         for process in self.processes:
             for breaker in process.breakers:
                 held, total = breaker._view.gathered_truly[breaker._view.seen.counter], breaker._view.seen.counter
-                total.look(self.now)
-                if total.waiting() != len(held):
-                    raise Broken(f"{len(held)} successes wait, and the view knows of {total.waiting()}")
+                if (waiting := total.look(self.now)) != len(held):
+                    raise Broken(f"{len(held)} successes wait, and the view knows of {waiting}")
 
     # Fingerprint
 
@@ -1216,7 +1228,7 @@ class _Fingerprint:
             for (key, number), one in sorted(self._live().items())
         ]
         hints = tuple(sorted(key for number, key in world.hints if number == process.number))
-        used = tuple(self.time(link._used.get(member, NEVER), IDLE + 1) is None for member in members)
+        used = tuple(member in link._used for member in members)
         hinted = tuple(member in link._hinted for member in members)
         return (
             *(link.wanted, self.time(link.busy_since, link.patience), used, hinted, self.health(health)),
@@ -1251,7 +1263,7 @@ class _Fingerprint:
             *(self.time(view._not_before), self.future(view._alert_until), self.future(view._next_report_at)),
             *(self.time(view._ended_at, JUST_NOW), view._ended_at > view._reported_at),
             *(view._base[0], self.time(view._base[1], 1.0), len(breaker._asking)),
-            *(known, local, line._told, line._texts is None, self.health(line.trouble)),
+            *(known, local, bool(line.news), line._texts is None, self.health(line.trouble)),
         )
 
     def actor(self, actor: Any) -> Any:

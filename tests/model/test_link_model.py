@@ -122,6 +122,14 @@ def asks_twice(breaker: BreakerCore, name: str, request: Any) -> Any:
         return (yield from ask_redis(breaker, name, request))
 
 
+announce = Line.announce
+
+
+def announces_all(line: Line, history: list[dict[str, Any]]) -> None:
+    """Takes each transition for one of another process."""
+    announce(line, [{**entry, "instance": "another"} for entry in history])
+
+
 def never(*_: Any) -> bool:
     return False
 
@@ -145,8 +153,8 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
         (("2 * lease + (link", "4 * lease + (link"),),
     ),
     "starts the open time anew with each read": (
-        *("after its end", setup(policy={"failure_threshold": 1}), View, "_extend"),
-        (("    seen.sent, seen", "    seen.retry_at += now - seen.arrived\n    seen.sent, seen"),),
+        *("after its end", setup(policy={"failure_threshold": 1}), View, "extend"),
+        (("seen.sent, seen.arrived =", "seen.retry_at += now - seen.arrived; seen.sent, seen.arrived ="),),
     ),
     "keeps no refusal": (
         *("asks again within its lease", setup(policy={"failure_threshold": 1}), Seen, "verdict"),
@@ -154,7 +162,7 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
     ),
     "lets a read end an outage": (
         *("although Redis has executed no script", WALK, Link, "_take_reads"),
-        (("elif member.read(", "elif self.health(member).retried(failed=False) or member.read("),),
+        (("elif not member.read(", "elif self.health(member).retried(failed=False) or not member.read("),),
     ),
     "repeats the report of an exchange": (
         *("successes are counted twice", WALK, Link, "_receive"),
@@ -166,12 +174,9 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
         (("if isinstance(error, ResponseError):", "if False:"),),
     ),
     "never decides for itself": ("while it is down|although Redis counts", WALK, Line, "engine", lambda _: None),
-    "does not return": ("does not count as down|has not returned", WALK, Line, "_return", lambda _: None),
+    "does not return": ("does not count as down|has not returned", WALK, Line, "_return", lambda *_: None),
     "retries all the time": ("too soon", WALK, Health, "is_due", lambda health, now: health.error is not None),
-    "tells its own transitions again": (
-        *("notified twice", WALK, Line, "announce"),
-        ((' and entry.get("instance") != self._owner.instance', ""),),
-    ),
+    "tells its own transitions again": ("notified twice", WALK, Line, "announce", announces_all),
     "ignores hints": ("disagrees", WALK, Link, "use", (("self._hinted[member] = None", "pass"),)),
 }
 
