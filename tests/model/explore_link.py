@@ -267,7 +267,10 @@ class Redis:
             and request.get("probe") is None
         )
         if "_taken" in request:
-            self.world.check_executed(self.world.taken[request["_taken"]])
+            taken = self.world.taken[request["_taken"]]
+            self.world.check_executed(taken)
+            if taken.generation != request.get("generation"):
+                raise Broken("successes are reported under another generation than theirs")
             if counts:
                 self._check_successes(key, before, request)
         failure = message.failure if request.get("failures") else None
@@ -483,6 +486,8 @@ class Caller(Actor):
         if answer is Verdict.ASK:
             self.stage = "asking"
             self.drive(breaker._ask())
+            if len(breaker._asking) > breaker._view.policy.half_open_max_calls:
+                raise Broken("more calls of a process ask than there can be probes")
             return None
         breaker.check_decision(self, breaker._view.seen, self.began, refreshed)
         self.running(answer)
@@ -814,7 +819,9 @@ class World:
 
     def _harmless(self) -> Choice | None:
         kinds = ("time out", "execute", "arrive", "resume", "hint", "work")
-        return min((one for one in self.choices() if one[0] in kinds), key=lambda one: kinds.index(one[0]), default=None)
+        return min(
+            (one for one in self.choices() if one[0] in kinds), key=lambda one: kinds.index(one[0]), default=None
+        )
 
     # Choices
 
@@ -824,7 +831,9 @@ class World:
         for process in self.processes:
             for actor in process.actors():
                 found += self._choices_of(process, actor)
-            if left["interrupts"] > 0 and any(one._view.gathered_truly[one._view.seen.counter] for one in process.breakers):
+            if left["interrupts"] > 0 and any(
+                one._view.gathered_truly[one._view.seen.counter] for one in process.breakers
+            ):
                 found += self._interrupts_of(process)
             idle = next((one for one in process.callers if one.stage == "idle"), None)
             if idle is not None and left["calls"] > 0:
@@ -894,17 +903,20 @@ class World:
         self.arrived = None
         self.now += INSTANT  # no two things happen at the same time
         before = {health for process in self.processes for health in process.link.failing}
-        generations = self._generations()
+        views = self._views()
         self._take(kind, given)
         self._check_health(before)
-        after = self._generations()
-        if any(0 < new < old for old, new in zip(generations, after, strict=True)):
-            raise Broken(f"a view goes back to an earlier generation: {generations} {after}")
+        for (generation, sent), (later, sent_later) in zip(views, self._views(), strict=True):
+            if 0 < later < generation:
+                raise Broken(f"a view goes back to an earlier generation: from {generation} to {later}")
+            if 0 < later == generation and NEVER < sent_later < sent:
+                raise Broken(f"a view goes back to an earlier reply: from {sent} to {sent_later}")
 
-    def _generations(self) -> list[int]:
-        """Of each view; 0 while an engine of its process decides, which goes on with the generation that it began with."""
+    def _views(self) -> list[tuple[int, float]]:
+        """Generation and age of each view; zeros while an engine of its process decides, which keeps its generation."""
         lines = [breaker._line for process in self.processes for breaker in process.breakers]
-        return [0 if line is None or line.local else line._owner._view.seen.generation for line in lines]
+        views = [None if line is None or line.local else line._owner._view.seen for line in lines]
+        return [(0, NEVER) if seen is None else (seen.generation, seen.sent) for seen in views]
 
     def _take(self, kind: str, given: list[Any]) -> None:
         left = self.left
@@ -1066,6 +1078,8 @@ class World:
         self._run_for(3 * IDLE)
         if sent != [process.sent for process in self.processes]:
             raise Broken("a process sends something although nobody has called it for a long time")
+        if any(process.worker.at is not None for process in self.processes):
+            raise Broken("a background thread does not end")
 
     def _finish_calls(self) -> None:
         while True:
@@ -1211,7 +1225,13 @@ class _Fingerprint:
         until = max(one.open_until_ms - ms, 0) if one.state == "open" else None
         probes = tuple((slot, max(end - ms, 0)) for slot, end in one.probes.items())
         return (
-            *(one.state, one.failure_count, one.failure_number, one.success_count, self.generations.get(one.generation)),
+            *(
+                one.state,
+                one.failure_count,
+                one.failure_number,
+                one.success_count,
+                self.generations.get(one.generation),
+            ),
             *(until, probes, one.probe_seq, one.trips),
         )
 
@@ -1363,7 +1383,7 @@ def told(broken: BaseException, path: list[Choice]) -> Broken:
 
 
 def search(setup: Setup, seconds: float = math.inf) -> Found:
-    """Visit every state within the setup's bounds, depth first. Let each one settle whose calls have all begun.
+    """Visit every state within the setup's bounds, depth first. Let some settle of those whose calls have all begun.
 
     seconds: end after so long.
     """
@@ -1390,9 +1410,9 @@ def search(setup: Setup, seconds: float = math.inf) -> Found:
                 seen.add(state)
                 found.add(world)
                 stack += [[*path, choice] for choice in world.choices()]
-                if world.left["calls"] == 0 and state % 4 == 0:
+                if world.left["calls"] == 0 and state % 16 == 0:
                     reached = None
-                    world.settle(silence=state % 64 == 0)
+                    world.settle(silence=state % 512 == 0)
             except Broken as broken:
                 raise told(broken, path) from broken
     found.states, found.seconds = len(seen), time.monotonic() - began
