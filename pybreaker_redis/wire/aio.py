@@ -234,8 +234,9 @@ class AsyncConnections:
 
     async def _lose(self, connection: Any) -> None:
         self._losses += 1
-        await connection.disconnect(nowait=True)
-        await self.close()
+        if not _is_closed():  # else its sockets are closed already
+            await connection.disconnect(nowait=True)
+            await self.close()
 
     async def _take(self) -> Any:
         while self._idle:

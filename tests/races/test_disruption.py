@@ -291,6 +291,8 @@ def test_a_slow_listener_of_an_outage_holds_up_no_one(own_server: EmbeddedServer
         "busy", redis=own_server.url, policy=MANY, lease=0.1, redis_timeout=0.5, listeners=[listen]
     )
     breaker.call(fine)
+    link = breaker._redis.link
+    wait_until(lambda: breaker._view._reported_at > 0 and not link.is_busy())  # the first success is reported
     make_stale(breaker, 10.0)  # beyond two leases and redis_timeout: the next callers wait for the refresh
     done: list[int] = []
     threads = [threading.Thread(target=lambda: done.append(breaker.call(fine)), daemon=True) for _ in range(8)]
