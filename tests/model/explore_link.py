@@ -48,7 +48,7 @@ from pybreaker_redis.wire import commands as build
 from pybreaker_redis.wire import link as link_module
 from pybreaker_redis.wire.commands import Command
 from pybreaker_redis.wire.link import FIRST_PAUSE, IDLE, Health, Link
-from pybreaker_redis.wire.options import REDIS_ERRORS, Kind
+from pybreaker_redis.wire.options import Kind
 
 START_MS = 1_700_000_000_000
 LEASE, TIMEOUT = 0.125, 0.25  # binary fractions: sums of times are exact
