@@ -266,7 +266,9 @@ class Redis:
             and request.get("generation") == before.generation
             and request.get("probe") is None
         )
-        if "_taken" in request:
+        if "_taken" in request and "successes" not in request:  # left out: of a local generation
+            self.world.taken[request["_taken"]].fate = "generation ended"
+        elif "_taken" in request:
             taken = self.world.taken[request["_taken"]]
             self.world.check_executed(taken)
             if taken.generation != request.get("generation"):
@@ -650,6 +652,8 @@ class Process:
     def check_sending(self, message: Message, by_link: bool) -> None:
         """While Redis is down only the link sends, and only retries: one script at a time."""
         if not self.link.failing or self.world.interrupting:  # an outage may have begun since this was decided
+            return
+        if by_link and {"_decide", "_announce"} & set(_where(self.exchange)):  # of an exchange that began before
             return
         for command in message.commands:
             for breaker in self.breakers:
