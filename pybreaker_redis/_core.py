@@ -162,7 +162,7 @@ class BreakerCore:
 
     def _must_wait(self, began: float, now: float, refreshed: bool) -> bool:
         """Refresh a view whose lease is over. Returns whether the call has to wait until that is done."""
-        seen, lease = self._view.seen, self._view.lease
+        lease = self._view.lease
         if self._own_engine() is not None:
             if self._line is not None and self._line.must_wait_for_retry() and not refreshed:
                 return True
@@ -174,7 +174,7 @@ class BreakerCore:
             return False
         self._join_again()
         self._redis.soon(self._line)
-        link = self._redis.link
+        seen, link = self._view.seen, self._redis.link
         if refreshed:  # measured from the call's arrival, or a lease shorter than a round trip would never do
             return began - seen.sent >= 2 * lease and now - began < link.timeout
         if seen.verdict(now) is Verdict.ASK and not self._asking:

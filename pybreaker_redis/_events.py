@@ -94,6 +94,7 @@ class Notices:
         self.instance = instance
         # by thread; no queue is ever replaced, since a signal handler may use it at any time
         self._waiting: dict[int, collections.deque[Event]] = {}
+        self._told: collections.deque[int] = collections.deque(maxlen=64)
         self.counting = threading.RLock()
         self.counters = {kind: Counter() for kind in ("success", "slow", "failure", "ignored", "rejected")}
 
@@ -118,7 +119,11 @@ class Notices:
             self._put(Event("rejected", self.name, self.instance, retry_after=retry_after, enforced=enforced))
 
     def changed(self, change: dict[str, Any], source: str, instance: str | None = None) -> None:
-        """Notify the listeners of a transition."""
+        """Notify the listeners of a transition, once for each generation of the fleet's."""
+        if source in ("redis", "watch"):
+            if change["generation"] in self._told:
+                return
+            self._told.append(change["generation"])
         self._put(
             Event(
                 "state_change",

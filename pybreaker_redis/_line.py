@@ -208,6 +208,8 @@ class Line:
         return True
 
     def replied(self, request: Request, reply: Reply, sent: float, read: bool = False) -> None:
+        if self.local is not None:  # asked before an outage began
+            return
         reply["source"] = "redis"
         self._renewed()
         texts, self._texts = self._texts, None

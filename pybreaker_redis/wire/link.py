@@ -248,7 +248,14 @@ class Link:
                 for member in down:
                     if self.busy_since - member.used_at > IDLE:
                         self.leave(member)
-            yield from self._refresh(members, hinted, wanted)
+            self._reporting.update(members)  # before outcomes are taken: a failure must not overtake them
+            try:
+                yield from self._refresh(members, hinted, wanted)
+            finally:
+                self._reporting.difference_update(members)
+            for member in hinted:
+                if self.error(member) is not None:
+                    self._hinted[member] = None  # read it after the outage
         finally:
             self.busy_since = NEVER
 
@@ -258,6 +265,7 @@ class Link:
         for member in [member for member, what in due.items() if what.idle]:
             self.leave(member)
         reports = [(member, request) for member, what in due.items() for request in what.reports]
+        self._reporting.difference_update({*members} - {member for member, _ in reports})
         size = READ_AT_ONCE if self._home is None else 1  # two breakers have different slots in a cluster
         read = [member for member, what in due.items() if what.reads]
         chunks = [read[first : first + size] for first in range(0, len(read), size)]
@@ -268,26 +276,21 @@ class Link:
             undecided = self._take_reads(chunks, replies[len(reports) :], sent)
             if undecided:
                 yield from self._decide(members, undecided)
-            if news := [member for member in read if member.news]:
+            if news := [member for member in members if member.news]:
                 yield from self._announce(members, news)
             self._collect(members)
 
     def _report(self, reports: list[tuple[Member, Request]], reads: list[Command]) -> Pipelines:
         """Send reports and reads. Returns their replies."""
-        reporting = {member for member, _ in reports}
-        self._reporting |= reporting
+        calls = [build.run("record", member.keys, request) for member, request in reports]
         try:
-            return (
-                yield from self._send(
-                    [*(build.run("record", member.keys, request) for member, request in reports), *reads]
-                )
-            )
+            replies = yield from self._send([*calls, *reads])
         except NotSent:
             for member, request in reports:
                 member.give_back(request)
             raise
-        finally:
-            self._reporting -= reporting
+        self._reporting.difference_update(member for member, _ in reports)
+        return replies
 
     def _send(self, commands: Sequence[Command]) -> Pipelines:
         """The replies; the error of a lost server in place of each reply that is missing."""
@@ -331,7 +334,8 @@ class Link:
         self._collect(members)
         replies = yield from self._send([build.history(member.keys, 10) for member in news])
         for member, reply in zip(news, replies, strict=True):
-            member.announce(history_fields(reply) if isinstance(reply, list) else [])
+            if not isinstance(reply, REDIS_ERRORS):  # else the next exchange asks again
+                member.announce(history_fields(reply))
 
     def _collect(self, members: list[Member]) -> None:
         """Take the new events of the breakers, before another task of this thread does."""
