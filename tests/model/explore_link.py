@@ -622,7 +622,6 @@ class Process:
         self.link = Link(TIMEOUT)
         self.refreshes = self.sent = 0
         self.retry_at = NEVER  # no retry may come sooner
-        self.had_outage = False
         self.exchange: Any = None
         self.holder: Actor | None = None  # of the lock
         self.active: Caller | None = None
@@ -1010,8 +1009,6 @@ class World:
         """An outage begins with an error, and ends only with the answer of a script."""
         arrived = self.arrived
         now = {health for process in self.processes for health in process.link.failing}
-        for process in self.processes:
-            process.had_outage |= bool(process.link.failing)
         self.outages += len(now - before)
         if ended := before - now:
             self.recoveries += len(ended)
@@ -1122,8 +1119,6 @@ class World:
                     continue
                 if document is None or not process.hint_due.get(key) or breaker._watch is None:
                     continue
-                if process.had_outage and breaker._line not in process.link._used:
-                    continue  # its hint may be lost with the read
                 if seen.generation != document.generation or seen.state != document.state:
                     raise Broken(f"a view disagrees when all is quiet: {seen.state} and {document.state}")
 
