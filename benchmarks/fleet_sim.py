@@ -13,6 +13,7 @@ random part of 0.2 ms more, one way; a call takes 5 ms.
 from __future__ import annotations
 
 import argparse
+import functools
 import heapq
 import itertools
 import json
@@ -190,10 +191,12 @@ class Process:
         if self.link.wanted:
             self._schedule(HOP)
         elif (pause := self.link.pause()) is not None:
-            self.world.after(pause, self._poll)
+            self.exchanges += 1
+            self.world.after(pause, functools.partial(self._poll, self.exchanges))
 
-    def _poll(self) -> None:
-        if not self._running and not self._scheduled:
+    def _poll(self, exchange: int) -> None:
+        """Look at what is due, unless there was an exchange in the meantime."""
+        if exchange == self.exchanges and not self._running and not self._scheduled:
             self._exchange()
 
     def send(self, steps: Iterator[Any], perform: Callable[[Any], Any], then: Callable[[Any], None]) -> None:

@@ -352,7 +352,9 @@ class BreakerCore:
 
     def _run_on(self, engine: Engine, name: str, request: Request) -> Reply:
         sent = monotonic()
-        reply = engine.run(name, self._complete(name, request))
+        complete = self._complete(name, request)
+        complete.pop("seen_failure", None)  # a number of the fleet's; here, all outcomes come in order
+        reply = engine.run(name, complete)
         self._isolation.forget()
         seen = self._view.seen
         # only this process changes the state: a reply under the generation of a closed view brings nothing new

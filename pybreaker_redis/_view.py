@@ -333,9 +333,9 @@ class View:
     def take(self, generation: int | None = None, shared: bool = True, as_it_ends: bool = False) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.
 
-        generation: take nothing if the view has another one. shared: the report is for Redis, so it says which failures
-        the successes come after. as_it_ends: leave that out if a success has just ended, so that they end all failures;
-        only for a report that the process's own failures wait for.
+        generation: take nothing if the view has another one. shared: Redis decides, so that the link looks at the counter
+        in every lease. as_it_ends: if a success has just ended, leave out which failures it came after, so that it ends
+        them all; only for a report that the process's own failures wait for.
         """
         if self.lease <= 0:
             return {}
@@ -354,10 +354,9 @@ class View:
             age_ms = round((now - counter.grown_at) * 1000)
             if age_ms > 0:
                 request["age_ms"] = age_ms
-            if shared:
-                self._reported_at = now
-                if not as_it_ends or now - self._ended_at > JUST_NOW:
-                    request["seen_failure"] = counter.proved
+            self._reported_at = now
+            if not as_it_ends or now - self._ended_at > JUST_NOW:
+                request["seen_failure"] = counter.proved
             return request
 
     def give_back(self, request: Request) -> None:
