@@ -64,7 +64,7 @@ def test_one_outage_of_an_event_loop(target: EmbeddedServer, breakers: int) -> N
     assert found["waited"] < 1.5
 
 
-@pytest.mark.parametrize("watch", [False, True], ids=["lease", "watch"])
+@pytest.mark.parametrize("watch", [False, pytest.param(True, marks=long)], ids=["lease", "watch"])
 def test_healthy_threads_wait_for_no_refresh(target: EmbeddedServer, watch: bool) -> None:
     """While the server hangs, a call that needs nothing from it takes its usual time: none comes near redis_timeout."""
     found = link_fleet.calls_while_hung(target, watch=watch, hangs=HANGS[watch], redis_timeout=1.0, warm=0.3)
@@ -73,7 +73,7 @@ def test_healthy_threads_wait_for_no_refresh(target: EmbeddedServer, watch: bool
     assert found["p99_ms"] < 100
 
 
-@pytest.mark.parametrize("watch", [False, True], ids=["lease", "watch"])
+@pytest.mark.parametrize("watch", [False, pytest.param(True, marks=long)], ids=["lease", "watch"])
 def test_healthy_tasks_wait_for_no_refresh(target: EmbeddedServer, watch: bool) -> None:
     """Nor does one of 1,000 tasks."""
     found = asyncio.run(
@@ -86,7 +86,7 @@ def test_healthy_tasks_wait_for_no_refresh(target: EmbeddedServer, watch: bool) 
 
 # A trip comes from failures -----------------------------------------------------------------------
 
-SHORT = [OneBad(client, rule, seconds=2.0) for rule in ("threshold", "rate") for client in ("manager", "watch")]
+SHORT = [OneBad("manager", rule, seconds=2.0) for rule in ("threshold", "rate")]
 LONG = [
     OneBad(client, rule, healthy, bad_rate=rate, late=late)
     for rule in ("threshold", "rate")
@@ -142,7 +142,7 @@ def test_a_hanging_probe(target: EmbeddedServer) -> None:
     assert found["closed"]  # as soon as the probe has ended
 
 
-@pytest.mark.parametrize("rate", [1, 10])
+@pytest.mark.parametrize("rate", [pytest.param(1, marks=long), 10])
 def test_a_hundred_breakers(target: EmbeddedServer, rate: float) -> None:
     """The breakers of one process are refreshed together: 12 exchanges a second."""
     found = link_fleet.exchanges_of_many(target, rate=rate, seconds=1.5)

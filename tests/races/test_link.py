@@ -113,6 +113,7 @@ def test_a_failure_waits_for_the_success_before_it(server: EmbeddedServer, monke
     policy = Policy(failure_threshold=9)
     breaker = settled(CircuitBreaker("ordered", redis=server.url, lease=60, policy=policy, **FIRM))
     fail(breaker, 2)  # from now on the process is alert
+    breaker._view.hinted()  # and may report at once
     under_way, go_on, order = threading.Event(), threading.Event(), list[str]()
     exchange, run = breaker._redis.exchange, breaker._redis.run
 

@@ -180,7 +180,7 @@ def test_a_refresh_that_died_with_its_lock_holds_up_nobody_for_ever(
     server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A signal's exception can hit a thread after it took the lock and before it would release it again."""
-    breaker = CircuitBreaker("died", redis=server.url, redis_timeout=19.0)
+    breaker = CircuitBreaker("died", redis=server.url, redis_timeout=1.0)
     monkeypatch.setattr(breaker._redis.link, "patience", 0.05)
     thread = threading.Thread(target=breaker._redis._refreshing.acquire)
     thread.start()
