@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+OUTAGES := tests/faults tests/link tests/model
 TYPED := pybreaker_redis tests/typing/api.py
 SECONDS ?= 600
 
@@ -21,7 +22,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test coverage test-faults test-servers test-pythons soak mutants lint docs bundles bench bench-link clean
+.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons soak mutants lint docs bundles bench bench-link clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -30,14 +31,17 @@ help: ## show this list
 demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one shared breaker
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
-test: $(VENV)/dev.stamp ## run all tests but the long ones (five minutes)
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/dev.stamp ## run the tests, but for outages, the link and models, and the long ones (five minutes)
+	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES)) $(ARGS)
 
-coverage: $(VENV)/dev.stamp ## the same, and print the coverage (nine minutes)
+test-outages: $(VENV)/dev.stamp ## run those of outages, of the link and of models (three minutes)
+	@$(BIN)/python -m pytest $(OUTAGES) $(ARGS)
+
+coverage: $(VENV)/dev.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
-	@$(BIN)/python -m pytest tests/faults tests/model tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
+	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
 
 test-servers: $(VENV)/dev.stamp ## run contract, scripts and cluster tests on every server found (four minutes)
 	@$(BIN)/python -m pytest tests/faults/test_every_server.py tests/faults/test_cluster.py -m 'long or not long' \
