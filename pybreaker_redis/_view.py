@@ -333,9 +333,9 @@ class View:
     def take(self, generation: int | None = None, shared: bool = True, as_it_ends: bool = False) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.
 
-        generation: take nothing if the view has another one. shared: Redis decides, so that the link looks at the counter
-        in every lease. as_it_ends: if a success has just ended, leave out which failures it came after, so that it ends
-        them all; only for a report that the process's own failures wait for.
+        generation: take nothing if the view has another one. shared: Redis decides, so that the link looks at the
+        counter in every lease. as_it_ends: if a success has just ended, leave out which failures it came after, so that
+        it ends them all; only for a report that the process's own failures wait for.
         """
         if self.lease <= 0:
             return {}
