@@ -16,9 +16,9 @@ from ._core import BreakerCore
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event, Listener, Notices
 from ._permit import SETTLED, BasePermit, warns_if_lost
-from ._protocol import Ask, HistoryEntry, Snapshot, Steps, check_history_count, history_entries
+from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
-from .wire.aio import async_server_of, forget_ended, leave_to_parent
+from .wire.aio import async_server_of, carry_out, forget_ended, leave_to_parent
 from .wire.options import ASYNCIO, REDIS_ERRORS
 from .wire.subscription import AsyncSubscription, BaseWatch
 
@@ -317,30 +317,22 @@ class AsyncCircuitBreaker(BreakerCore):
 
     async def _run_to_end(self, steps: Steps[T], ask: Ask | None = None, events: list[Event] | None = None) -> T:
         """Carry out the steps, and deliver their events. ask: already taken from the steps. events: already pending."""
-        events = events or []
-        try:
-            return await self._carry_out(steps, ask, events)
-        finally:
-            await self._deliver(events)
+        pending = events or []
 
-    async def _carry_out(self, steps: Steps[T], ask: Ask | None, events: list[Event]) -> T:
-        """Carry out the steps. Adds their events, and those of no other task, to `events`."""
+        def run_script(ask: Ask) -> Awaitable[Reply]:
+            pending.extend(self._notices.take())  # before another task of this thread takes them
+            return self._run_script(ask)
+
         try:
-            ask = ask or next(steps)
-            while True:
-                events += self._notices.take()
-                try:
-                    if "failures" in ask.request and self._redis.link.is_reporting(self._line):
-                        await self._redis.wait_for_reports(self._line)
-                    reply = await self._redis.run(ask.name, self.keys, ask.request)
-                except BaseException as error:
-                    ask = steps.throw(error)
-                else:
-                    ask = steps.send(reply)
-        except StopIteration as end:
-            return cast(T, end.value)
+            return await carry_out(steps, run_script, ask)
         finally:
-            events += self._notices.take()
+            pending += self._notices.take()
+            await self._deliver(pending)
+
+    async def _run_script(self, ask: Ask) -> Reply:
+        if "failures" in ask.request and self._redis.link.is_reporting(self._line):
+            await self._redis.wait_for_reports(self._line)
+        return await self._redis.run(ask.name, self.keys, ask.request)  # type: ignore[no-any-return]
 
     def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         loop = asyncio.get_running_loop()

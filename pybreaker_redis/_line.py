@@ -49,9 +49,6 @@ class FixedEngine:
             "source": self.source,
         }
 
-    def after_fork(self) -> None:
-        """Nothing to do: it keeps no state."""
-
 
 class Owner(Protocol):
     """A breaker, as far as its line is concerned."""
@@ -99,11 +96,8 @@ class Line:
         self.news: dict[str, Any] | None = None
 
     def after_fork(self) -> None:
-        """In a child: replace the locks, which a thread of the parent may hold."""
-        local = self.local
+        """In a child: start anew, with locks of its own: a thread of the parent may hold the others."""
         self._start_process()
-        if local is not None:
-            local.after_fork()
 
     # Outages
 

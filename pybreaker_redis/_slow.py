@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from time import monotonic
 
 from ._permit import BasePermit
@@ -45,21 +46,24 @@ class SlowCalls:
 
     def any_overdue(self) -> bool:
         """Whether a running call has become slow since overdue() was called."""
-        limit, oldest = self._view.policy.slow_call_duration, next(iter(list(self._running)), None)
+        limit = self._view.policy.slow_call_duration
+        oldest = None if limit is None else self._oldest()
         return limit is not None and oldest is not None and oldest.started <= monotonic() - limit
 
     def overdue(self) -> list[BasePermit]:
         """Take the running calls that have become slow. Each is returned once, to one caller."""
         found: list[BasePermit] = []
         limit = self._view.policy.slow_call_duration
-        while limit is not None and self._running:
-            try:
-                permit = next(iter(self._running))
-            except (StopIteration, RuntimeError):  # another thread removed one just now
-                continue
+        while limit is not None and (permit := self._oldest()) is not None:
             if permit.started > monotonic() - limit:
                 break
             permit.pending_since = monotonic()
             if self._running.pop(permit, permit) is None:
                 found.append(permit)
         return found
+
+    def _oldest(self) -> BasePermit | None:
+        while self._running:
+            with contextlib.suppress(StopIteration, RuntimeError):  # another thread removed one just now
+                return next(iter(self._running))
+        return None

@@ -280,10 +280,7 @@ class CircuitBreaker(BreakerCore):
 
     def _notify(self, event: Event) -> None:
         for listener in self._notices.receivers(event):
-            try:
-                listener(event)
-            except Exception:
-                self._notices.failed(listener)
+            self._notices.call(listener, event)
 
     # State and operator actions
 

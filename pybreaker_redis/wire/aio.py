@@ -164,10 +164,13 @@ class OnLoop:
         self.timer: asyncio.TimerHandle | None = None
 
 
-async def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Awaitable[Any]]) -> T:
-    """Perform each step that the generator yields: send it the result, or throw it the error. Returns its result."""
+async def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Awaitable[Any]], first: Any = None) -> T:
+    """Perform each step that the generator yields: send it the result, or throw it the error. Returns its result.
+
+    first: a step that was already taken from the generator.
+    """
     try:
-        step = next(steps)
+        step = first or next(steps)
         while True:
             try:
                 result = await perform(step)

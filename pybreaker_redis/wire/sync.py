@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import os
 import select
@@ -70,8 +71,10 @@ class Server:
     def _start_process(self) -> None:
         self._refreshing = threading.RLock()
         self._refreshes = 0
-        self._worker = Worker(weakref.WeakMethod(self._refresh), self.link.pause)
-        self._messenger = Messenger(self.link.undelivered)
+        self._worker = Worker("pybreaker_redis-link", weakref.WeakMethod(self._refresh), self.link.pause)
+        # events have a thread of their own: a slow listener must not delay a refresh
+        deliver = functools.partial(_deliver_all, self.link.undelivered)
+        self._messenger = Worker("pybreaker_redis-listeners", lambda: deliver, lambda: None)
 
     def after_fork(self) -> None:
         """In a child: close its copies of the sockets, and start without threads."""
@@ -182,12 +185,14 @@ def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Any]) -> T
 class Worker:
     """A daemon thread that works when it is woken, and at each pause. Starts on demand; ends when there is no pause.
 
-    work: a weak reference to what it does; the thread ends with it. pause: returns seconds, or None when nothing is
-    left to do.
+    name: of the thread. work: a reference to what it does, which may be a weak one. pause: returns seconds, or None to
+    work only when it is woken.
     """
 
-    def __init__(self, work: weakref.WeakMethod[Callable[[], None]], pause: Callable[[], float | None]) -> None:
-        self._work, self._pause = work, pause
+    def __init__(
+        self, name: str, work: Callable[[], Callable[[], None] | None], pause: Callable[[], float | None]
+    ) -> None:
+        self._name, self._work, self._pause = name, work, pause
         self._awake = threading.Event()
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -198,13 +203,12 @@ class Worker:
         with self._lock:  # or a thread that is just ending would miss it
             if self._thread is not None:
                 return
-            thread = threading.Thread(target=self._run, name="pybreaker_redis-link", daemon=True)
-            try:
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            with contextlib.suppress(RuntimeError):  # the interpreter exits, or a limit is reached
                 thread.start()
-            except RuntimeError:  # the interpreter exits, or a limit is reached
-                self._work_once()
-            else:
                 self._thread = thread
+                return
+        self._work_once()
 
     def _run(self) -> None:
         while True:
@@ -226,35 +230,17 @@ class Worker:
             work()
 
 
-class Messenger:
-    """Delivers the events of exchanges on a thread of its own: a slow listener must not delay a refresh."""
-
-    def __init__(self, undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:
-        self._undelivered = undelivered
-        self._lock = threading.RLock()
-        self._running = False
-
-    def wake(self) -> None:
-        """Deliver all events, in order."""
-        with self._lock:
-            start, self._running = not self._running, True
-        if start:
-            try:
-                threading.Thread(target=self._run, name="pybreaker_redis-listeners", daemon=True).start()
-            except RuntimeError:  # the interpreter exits, or a limit is reached
-                self._run()
-
-    def _run(self) -> None:
-        while True:
-            with self._lock:
-                if not self._undelivered:
-                    self._running = False
-                    return
-            member, events = self._undelivered.popleft()
-            try:
-                member.deliver(events)
-            except BaseException:  # such as a listener's SystemExit
-                logger.exception("a listener ended its thread")
+def _deliver_all(undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:
+    """Deliver the events of exchanges, in order."""
+    while True:
+        try:
+            member, events = undelivered.popleft()
+        except IndexError:  # where no thread can run, several callers may deliver
+            return
+        try:
+            member.deliver(events)
+        except BaseException:  # such as a listener's SystemExit
+            logger.exception("a listener ended its thread")
 
 
 class Connections:

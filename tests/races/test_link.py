@@ -235,7 +235,7 @@ def test_a_thread_that_ends_misses_nothing() -> None:
             done.append(1)
 
     work = Work()
-    worker = Worker(weakref.WeakMethod(work.work), lambda: None)  # it ends as soon as nothing wakes it
+    worker = Worker("test", weakref.WeakMethod(work.work), lambda: None)  # it ends as soon as nothing wakes it
     for number in range(1, 500):
         worker.wake()
         wait_until(lambda number=number: len(done) >= number)
