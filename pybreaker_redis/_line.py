@@ -16,7 +16,7 @@ from ._slow import SlowCalls
 from ._view import NEVER, Seen, View
 from .wire.link import IDLE, LONGEST_PAUSE, Due, Link
 
-USUAL_PAUSE = 0.1  # seconds between two looks at a breaker without a lease, while Redis is down
+USUAL_PAUSE = 0.1  # seconds between two checks of a breaker without a lease, while Redis is down
 OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
 
 

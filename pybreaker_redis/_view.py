@@ -20,8 +20,8 @@ from ._protocol import Reply, Request, State
 NEVER = float("-inf")
 MOST_COUNTERS = 64
 FIRST_SHARE = 0.1  # of the calls, right after a recovery with a ramp
-GROWTH = 1.0  # seconds: failures that grow quickly, or a high rate, keep a process alert for as long
-JUST_NOW = 0.05  # seconds: a success that is reported within them is reported as it ends
+GROWTH = 1.0  # seconds for which quickly growing failures, or a high rate, keep a process alert
+JUST_NOW = 0.05  # seconds after its end within which a success counts as reported as it ends
 
 
 class Verdict(enum.Enum):

@@ -1,8 +1,8 @@
-"""The link: one process's line to one Redis. One exchange refreshes all its breakers; an outage is theirs together.
+"""The link: one process's line to one Redis. One exchange refreshes all its breakers, and they share each outage.
 
 An exchange first retries what is down, breaker by breaker. Then it sends, in one pipeline, the reports that are due and
 a read of the state and policy keys of every breaker that was used lately. A breaker reads a healthy document itself.
-Any other document goes through a script, once for as long as the stored bytes stay the same. No I/O.
+Any other document goes through a script, whose verdict holds while the stored bytes stay the same. No I/O.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from .options import REDIS_ERRORS, Address, concerns_server
 
 IDLE = 10.0  # seconds after its last call for which a breaker is refreshed
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0  # seconds between two retries
-SHORTEST_PAUSE = 0.01  # seconds between two looks at what is due
+SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
 READ_AT_ONCE = 250  # breakers in one MGET
 NEVER = float("-inf")
 logger = logging.getLogger("pybreaker_redis")
@@ -116,10 +116,10 @@ class Member(Protocol):
     news: Any
 
     def pause(self) -> float:
-        """Seconds between two looks at what is due."""
+        """Seconds between two checks for due reports."""
 
     def due(self, now: float, wanted: bool, hinted: bool) -> Due:
-        """Take what is due. wanted: some breaker needs a refresh, so refresh this one, too. hinted: read its keys."""
+        """Take the reports that are due. wanted: a refresh is needed, so join it. hinted: read the keys in any case."""
 
     def give_back(self, request: Request) -> None:
         """Keep the outcomes of a report that no server has executed."""
@@ -146,9 +146,9 @@ class Member(Protocol):
 class Link:
     """The breakers of a process that use one Redis, and whether that Redis can be used.
 
-    timeout: the longest that one exchange with a server takes, in seconds. home: from a key to the node that serves it;
-    None if there is only one server. failing: what cannot be used now. undelivered: events of exchanges, with their
-    breakers.
+    timeout: the longest time in seconds that one exchange with a server takes. home: returns the node that serves a
+    key; None if there is only one server. failing: what cannot be used now. undelivered: events of exchanges, with
+    their breakers.
     """
 
     def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
@@ -175,12 +175,12 @@ class Link:
     # Health
 
     def health(self, member: Member) -> Health:
-        """Of the server that serves this breaker."""
+        """The health of the server that serves this breaker."""
         address = None if self._home is None else self._home(member.keys.state.encode())
         return self._healths.get(address) or self._healths.setdefault(address, self.new_health())
 
     def new_health(self) -> Health:
-        """Of something that can be used, as far as is known."""
+        """The health of a server, node or breaker that has not failed yet."""
         return Health(self.patience, self.failing)
 
     def error(self, member: Member) -> BaseException | None:
@@ -214,7 +214,7 @@ class Link:
         return monotonic() - self.busy_since < self.patience
 
     def is_reporting(self, member: Member) -> bool:
-        """Whether a report of this breaker is under way. A failure that came after it must be counted after it."""
+        """Whether a report of this breaker is under way. A later failure must be counted after it."""
         return member in self._reporting
 
     def use(self, member: Member, hinted: bool = False) -> None:
@@ -230,7 +230,7 @@ class Link:
         self._used.pop(member, None)
 
     def pause(self) -> float | None:
-        """Seconds to the next look at what is due; None if no breaker was used lately."""
+        """Seconds to the next check for due reports; None if no breaker was used lately."""
         pauses = [member.pause() for member in _alive(self._used)]
         return max(min(*pauses, IDLE), SHORTEST_PAUSE) if pauses else None
 
