@@ -83,11 +83,11 @@ class Successes(Counter):
         if number > self.read_number:
             self.read_number, self._read_at = number, self._looked_at
 
-    def take(self) -> int:
-        """The successes since the last take."""
-        total = self.total()
+    def take(self, now: float) -> int:
+        """The successes since the last take. Those that end after its look() wait for the next one."""
+        self.look(now)
         # not below zero: a signal handler may have taken them meanwhile. No call from here on: it would let one in
-        new = total - self._taken if total > self._taken else 0
+        new = self._looked_at - self._taken if self._looked_at > self._taken else 0
         self._taken += new
         return new
 
@@ -176,7 +176,7 @@ class View:
     def after_fork(self) -> None:
         """In a child: drop the gathered successes, which the parent reports, and the lock, which it may hold."""
         self._lock = threading.RLock()
-        self.seen.counter.take()
+        self.seen.counter.take(monotonic())
         self._earlier_successes -= self.successes()
 
     @property
@@ -343,11 +343,8 @@ class View:
             seen, counter, now = self.seen, self.seen.counter, monotonic()
             if generation is not None and generation != seen.generation:
                 return {"generation": generation}
-            if not shared:  # nothing looks at the counter meanwhile: calls ended while the view was fresh
-                counter.look(min(now, seen.sent + self.lease) if seen.sent > NEVER else now)
-            else:
-                counter.look(now)
-            gathered = counter.take()
+            # not shared: nothing looks at the counter meanwhile, and its calls ended while the view was fresh
+            gathered = counter.take(now if shared or seen.sent == NEVER else min(now, seen.sent + self.lease))
             if not gathered:
                 return {"generation": seen.generation}
             request: Request = {"generation": seen.generation, "successes": gathered}

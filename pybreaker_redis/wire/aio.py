@@ -217,7 +217,7 @@ class AsyncConnections:
                 replies = []
                 for _ in range(count):
                     if asking:
-                        await connection.read_response()
+                        await _read(connection)
                     replies.append(await _read(connection))
             except BaseException:
                 await self._lose(connection)
@@ -260,8 +260,8 @@ def forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, A
 
 
 async def _read(connection: Any) -> Any:
-    try:
-        return await connection.read_response()
+    try:  # the caller disconnects: redis-py would fail at it where the event loop is closed already
+        return await connection.read_response(disconnect_on_error=False)
     except redis.ResponseError as error:
         return error
 

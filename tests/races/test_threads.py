@@ -40,7 +40,7 @@ from pybreaker_redis import (
     _core,
     _events,
 )
-from pybreaker_redis._view import Verdict, View
+from pybreaker_redis._view import Successes, Verdict, View
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire import link as link_module
 from pybreaker_redis.wire.commands import Command
@@ -229,6 +229,25 @@ def test_gathering_loses_nothing() -> None:
 
     run_threads(33, work)
     assert sum(taken) + view.take().get("successes", 0) == 32 * 2000
+
+
+class Racing(Successes):
+    """Another thread's success ends right after each look."""
+
+    __slots__ = ()
+
+    def look(self, now: float) -> int:
+        found = super().look(now)
+        self.tick()
+        return found
+
+
+def test_a_success_that_ends_during_a_take_waits_for_the_next() -> None:
+    """It has no age yet: it must neither fail the report nor be lost."""
+    counter = Racing()
+    assert [counter.take(now) for now in (1.0, 2.0, 3.0)] == [0, 1, 1]
+    assert counter.grown_at == 3.0
+    assert counter.total() == 3
 
 
 def test_a_straggler_gathers_nothing() -> None:
