@@ -55,7 +55,7 @@ class Owner(Protocol):
 
     name: str
     keys: Any
-    instance: str
+    _instance: str
     _view: View
     _notices: Notices
     _slow_calls: SlowCalls
@@ -233,7 +233,7 @@ class Line:
         assert change is not None
         known = (entry for entry in history if entry.get("generation") == str(change["generation"]))
         entry = next(known, {"instance": ""})
-        if entry["instance"] != self._owner.instance:  # our own transition comes with the reply that it caused
+        if entry["instance"] != self._owner._instance:  # our own transition comes with the reply that it caused
             change |= {key: int(value) if value.isdecimal() else value for key, value in entry.items()}
             self._owner._notices.changed(change, "watch", entry["instance"])
 
