@@ -101,6 +101,8 @@ class AsyncServer:
 
     async def _refresh(self, here: OnLoop) -> None:
         while True:
+            if (rest := self.link.rest()) > 0:
+                await asyncio.sleep(rest)
             await carry_out(self.link.exchange(), self.exchange)
             while self.link.undelivered:
                 member, events = self.link.undelivered.popleft()

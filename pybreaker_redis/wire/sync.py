@@ -8,6 +8,7 @@ import functools
 import logging
 import select
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from time import monotonic
@@ -71,7 +72,9 @@ class Server:
         self._subscription = Subscription()
         self._refreshing = threading.RLock()
         self._refreshes = 0
-        self._worker = Worker("pybreaker_redis-link", weakref.WeakMethod(self._refresh), self.link.pause)
+        self._worker = Worker(
+            "pybreaker_redis-link", weakref.WeakMethod(self._refresh), self.link.pause, self.link.rest
+        )
         # events have a thread of their own: a slow listener must not delay a refresh
         deliver = functools.partial(_deliver_all, self.link.undelivered)
         self._messenger = Worker("pybreaker_redis-listeners", lambda: deliver, lambda: None)
@@ -190,13 +193,17 @@ class Worker:
     """A daemon thread that works when it is woken, and at each pause. Starts on demand; ends when there is no pause.
 
     name: of the thread. work: a reference to what it does, which may be a weak one. pause: returns seconds, or None to
-    work only when it is woken.
+    work only when it is woken. rest: returns the seconds for which it must not work yet, though it was woken.
     """
 
     def __init__(
-        self, name: str, work: Callable[[], Callable[[], None] | None], pause: Callable[[], float | None]
+        self,
+        name: str,
+        work: Callable[[], Callable[[], None] | None],
+        pause: Callable[[], float | None],
+        rest: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self._name, self._work, self._pause = name, work, pause
+        self._name, self._work, self._pause, self._rest = name, work, pause, rest
         self._awake = threading.Event()
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -223,6 +230,7 @@ class Worker:
                         self._thread = None
                         return
             self._awake.wait(pause)
+            time.sleep(self._rest())
             self._awake.clear()
             try:
                 self._work_once()
