@@ -1,6 +1,7 @@
 """A circuit breaker that lives in Redis and is shared by every process that guards the same service."""
 
 from ._async import AsyncCircuitBreaker, AsyncPermit, AsyncWatch
+from ._classify import Classification
 from ._config import Config
 from ._errors import CircuitBreakerError, CircuitOpenError, ConfigError, PermitError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event
@@ -18,6 +19,7 @@ __all__ = [
     "CircuitBreakerError",
     "CircuitBreakerManager",
     "CircuitOpenError",
+    "Classification",
     "Config",
     "ConfigError",
     "Counts",

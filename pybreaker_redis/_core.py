@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
 from . import _protocol
-from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, exception_types
+from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome
 from ._config import check_options
 from ._errors import CircuitOpenError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices, logger
@@ -54,7 +54,7 @@ class BreakerCore:
         lease: float = 0.1,
         failures: Exceptions = Exception,
         ignore: Exceptions = (),
-        is_failure: Callable[[Any], bool] | None = None,
+        is_failure: Callable[[Any], object] | None = None,
         listeners: Iterable[Listener] = (),
         on_call: Iterable[Listener] = (),
         on_redis_failure: OnRedisFailure = "local",
@@ -62,16 +62,14 @@ class BreakerCore:
         redis_timeout: float = 0.25,
     ) -> None:
         check_options(lease, on_redis_failure, redis_timeout)
-        if is_failure is not None and (not callable(is_failure) or inspect.iscoroutinefunction(is_failure)):
-            raise PolicyError(f"is_failure must be a plain function of the result, or None, not {is_failure!r}")
+        if policy is not None and not isinstance(policy, Policy):
+            raise PolicyError(f"policy must be a Policy, as in Policy(failure_threshold=3), not {policy!r}")
         self.name = name
         self.policy = policy or Policy()
         self.keys = _protocol.keys_of(name, prefix)
         self.corrupt_documents = 0
         self._prefix = prefix
-        self._classifier = Classifier(
-            exception_types("failures", failures), exception_types("ignore", ignore), is_failure
-        )
+        self._classifier = Classifier(name, failures, ignore, is_failure)
         self._notices = Notices(name, listeners, on_call)
         for listener in (*self._notices.listeners, *self._notices.on_call):
             if self._kind is BLOCKING and inspect.iscoroutinefunction(listener):

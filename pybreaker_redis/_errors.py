@@ -29,10 +29,12 @@ class CircuitOpenError(CircuitBreakerError):
     name: the breaker's. state: "open", "half_open", or "closed" during the ramp after a recovery. retry_after: seconds
     until a call may be admitted. While open, until the next probe; while half open, until the next slot expires, so at
     most probe_timeout; during a ramp, until it ends.
+
+    It can be a base beside another library's error, whose handlers then see a rejection as well.
     """
 
     def __init__(self, name: str, state: str, retry_after: float) -> None:
-        super().__init__(name, state, retry_after)
+        Exception.__init__(self, name, state, retry_after)  # not super(): another base may want other arguments
         self.name = name
         self.state = state
         self.retry_after = retry_after

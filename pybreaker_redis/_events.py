@@ -10,6 +10,7 @@ from threading import get_ident
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from ._classify import Outcome
+from ._errors import PolicyError
 from ._protocol import COUNTS, State
 from ._view import Counter
 
@@ -81,12 +82,19 @@ class Instrument:
         """Called with each transition and outage, like any listener."""
 
 
+def _checked(option: str, given: Iterable[Listener]) -> tuple[Listener, ...]:
+    found = () if callable(given) or isinstance(given, str) else tuple(given)
+    if callable(given) or not all(callable(one) for one in found):
+        raise PolicyError(f"{option} must be a list of callables, as in {option}=[print], not {given!r}")
+    return found
+
+
 class Notices:
     """Queues a breaker's events and counts its calls. The shells deliver the events, outside every lock."""
 
     def __init__(self, name: str, listeners: Iterable[Listener], on_call: Iterable[Listener]) -> None:
         self.name = name
-        self.listeners, self.on_call = tuple(listeners), tuple(on_call)
+        self.listeners, self.on_call = _checked("listeners", listeners), _checked("on_call", on_call)
         self.instruments = tuple(one for one in self.listeners if isinstance(one, Instrument))
 
     def start_process(self, instance: str) -> None:

@@ -8,10 +8,10 @@ from time import monotonic
 from typing import Any, Generic, ParamSpec, Self, TypeAlias, TypeVar
 
 from ._async import AsyncCircuitBreaker, AsyncWatch
-from ._classify import Exceptions
+from ._classify import Classification, Exceptions
 from ._config import Config
 from ._core import BreakerCore
-from ._errors import ConfigError
+from ._errors import ConfigError, PolicyError
 from ._events import Event
 from ._policy import Policy
 from ._protocol import State, Steps
@@ -42,7 +42,8 @@ class ManagerCore(Generic[B]):
         *,
         failures: Exceptions = Exception,
         ignore: Exceptions = (),
-        is_failure: Callable[[Any], bool] | None = None,
+        is_failure: Callable[[Any], object] | None = None,
+        classify: Mapping[str, Classification] | None = None,
         listeners: Iterable[Callable[[Event], object]] = (),
         on_call: Iterable[Callable[[Event], object]] = (),
     ) -> None:
@@ -54,6 +55,10 @@ class ManagerCore(Generic[B]):
             "listeners": tuple(listeners),
             "on_call": tuple(on_call),
         }
+        self._classify = dict(classify or {})
+        for service, own in self._classify.items():
+            if not isinstance(own, Classification):
+                raise PolicyError(f"the classification of {service!r} must be a Classification, not {own!r}")
         self._client: Any = None
         self._breakers: dict[str, B] = {}
 
@@ -100,8 +105,12 @@ class ManagerCore(Generic[B]):
             on_redis_failure=config.on_redis_failure,
             redis_timeout=config.redis_timeout,
             prefix=config.prefix,
-            **self._hooks,
+            **{**self._hooks, **self._own_classification(service)},
         )
+
+    def _own_classification(self, service: str) -> dict[str, Any]:
+        given = vars(self._classify.get(service, Classification()))
+        return {option: value for option, value in given.items() if value is not None}
 
     def _all(self) -> Iterator[tuple[str, B]]:
         """The breakers of every service that is configured or was used."""
@@ -123,6 +132,7 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     CircuitBreakerManager(config) keeps them in memory; with_redis(config) shares them with every other process.
     config: a Config, or what pybreaker_redis.config.load() takes (a path, a dict), or None for the defaults.
     failures, ignore, is_failure, listeners, on_call: as for CircuitBreaker, for every breaker.
+    classify: a Classification by service, for those whose failures are of another kind.
 
     Construction needs no server. While Redis is down, one warning is logged, and each breaker applies the same rules in
     this process. Raises ConfigError; PolicyError.

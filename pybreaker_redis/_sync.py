@@ -99,8 +99,10 @@ class CircuitBreaker(BreakerCore):
     redis: a redis-py client (Redis, RedisCluster, Sentinel master), a URL, or None to keep the state in this process.
     policy: when the breaker trips and how it recovers. None: Policy().
     lease: seconds for which calls may rely on a reply from Redis. 0: each call asks before and reports after.
-    failures: exception types that count as failures. Any other exception counts as success: the service did answer.
-    ignore: exception types that count as neither success nor failure.
+    failures: the exceptions that count as failures: a type, several, or a function of the exception that returns true.
+        Any other exception counts as success: the service did answer. If the function raises, that is logged once, and
+        the call counts as failed.
+    ignore: likewise, the exceptions that count as neither success nor failure.
     is_failure: a function of the result. A call counts as a failure if it returns true.
     listeners: callables that receive an Event for each transition and each outage of Redis.
     on_call: callables that receive an Event for every call: success, failure, ignored or rejected.
