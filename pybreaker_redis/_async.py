@@ -7,13 +7,13 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
 from os import getpid
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Self, TypeAlias, TypeVar, cast, overload
 
 from ._classify import FAILURE, IGNORED, SUCCESS
-from ._core import BreakerCore
+from ._core import BreakerCore, Fallback, check_fallback
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event, Listener, Notices
 from ._permit import SETTLED, BasePermit, warns_if_lost
@@ -26,18 +26,10 @@ from .wire.subscription import BaseWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
+F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 _IfLost: TypeAlias = Callable[[T], Coroutine[Any, Any, None]]
-_USE_SYNC = "is not a coroutine function, so AsyncCircuitBreaker cannot await it: use CircuitBreaker"
-
-
-class AsyncGuarded(Protocol[P, R_co]):
-    """A decorated function: it keeps its signature, and has its breaker as `.breaker`."""
-
-    breaker: AsyncCircuitBreaker
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+_USE_SYNC = "cannot be awaited, so AsyncCircuitBreaker cannot guard it: use CircuitBreaker"
 
 
 class AsyncPermit(BasePermit):
@@ -63,7 +55,12 @@ class AsyncPermit(BasePermit):
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
-        if error is None and stage != SETTLED and self._tick is not None:
+        if (
+            error is None
+            and stage != SETTLED
+            and self._tick is not None
+            and self.started > self._breaker._innermost.failed_at
+        ):
             self._tick()
             return
         self.end()
@@ -147,51 +144,92 @@ class AsyncCircuitBreaker(BreakerCore):
         """
         seen, now = self._view.seen, monotonic()
         if now >= seen.closed_until:
-            return await self._call_with_permit(func, args, kwargs, now)
+            return await self._call_with_permit(func, args, kwargs, now, self._fallback)  # type: ignore[no-any-return]
         try:
             result = await func(*args, **kwargs)
         except BaseException as error:
             await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
-        if self._only_counts:
+        if self._only_counts and now > self._innermost.failed_at:
             seen.tick()
         elif (rest := self._judge(result, seen, now)) is not None:
             await rest
         return result
 
-    def __call__(self, func: Callable[P, R]) -> AsyncGuarded[P, R]:
-        """Decorate a coroutine function, or an async generator function, whose whole iteration is then guarded.
+    @overload
+    def __call__(self, func: F, /) -> F: ...
+    @overload
+    def __call__(self, *, fallback: Callable[[CircuitOpenError], Any]) -> Callable[[F], F]: ...
 
-        Raises TypeError for any other function.
+    def __call__(self, func: Any = None, *, fallback: Any = None) -> Any:
+        """Decorate func, which keeps its kind: a coroutine function, an async generator function, one that contextlib
+        made, or any other callable whose result can be awaited.
+
+        The decorated function has the breaker as `.breaker`. fallback: see CircuitBreaker; for this function only.
+        Raises TypeError for a function that is none of these, and PolicyError for a fallback that is no function.
         """
-        guarded: Any
-        if inspect.isasyncgenfunction(inspect.unwrap(func)):
+        if func is None:
+            if fallback is None:
+                raise TypeError("decorate a function, or give a fallback: @breaker(fallback=...)")
+            check_fallback(fallback)
+            return lambda func: self._decorate(func, fallback)
+        return self._decorate(func, fallback or self._fallback)
 
-            def guarded(*args: P.args, **kwargs: P.kwargs) -> Any:
-                return self._iterate(cast("AsyncGenerator[Any, Any]", func(*args, **kwargs)))
-
-        elif inspect.iscoroutinefunction(func):
-            guarded = self._guard(func)
-        else:
+    def _decorate(self, func: Any, fallback: Fallback | None) -> Any:
+        if isinstance(func, (classmethod, staticmethod)):  # callable only once they are bound
+            return type(func)(self._decorate(func.__func__, fallback))
+        if not callable(func) or inspect.isgeneratorfunction(func):
             raise TypeError(f"{func!r} {_USE_SYNC}")
+        guarded: Any
+        if inspect.isasyncgenfunction(func):
+            guarded = self._guard_generator(func, fallback)
+        elif inspect.iscoroutinefunction(func):
+            guarded = self._guard(func, fallback)
+        else:
+            plain = inspect.isroutine(func) or inspect.isclass(func)
+            if plain and inspect.unwrap(func) is func:  # else only its result tells
+                raise TypeError(f"{func!r} {_USE_SYNC}")
+
+            def guarded(*args: Any, **kwargs: Any) -> Any:
+                result = func(*args, **kwargs)
+                if inspect.isasyncgen(result):
+                    return self._guard_generator(lambda: result, fallback)()
+                if isinstance(result, contextlib._AsyncGeneratorContextManager):
+                    return self._around(result)
+                if inspect.isawaitable(result):
+                    return self._await(result, fallback)
+                raise TypeError(f"{func!r} {_USE_SYNC}")
+
         guarded = functools.wraps(func)(guarded)
         guarded.breaker = self
-        return cast("AsyncGuarded[P, R]", guarded)
+        return guarded
 
-    def _guard(self, func: Callable[P, Awaitable[R]]) -> Callable[P, Coroutine[Any, Any, R]]:
+    async def _await(self, awaitable: Awaitable[T], fallback: Fallback | None) -> T:
+        """Guard what is already there to be awaited. A coroutine that is rejected is closed."""
+
+        async def work() -> T:
+            return await awaitable
+
+        try:
+            return await self._guard(work, fallback)()
+        finally:
+            if isinstance(awaitable, Coroutine):
+                awaitable.close()
+
+    def _guard(self, func: Callable[P, Awaitable[R]], fallback: Fallback | None) -> Callable[P, Coroutine[Any, Any, R]]:
         """call() bound to one function, which saves attribute look-ups."""
-        view, only_counts = self._view, self._only_counts
+        view, only_counts, innermost = self._view, self._only_counts, self._innermost
 
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
             if now >= seen.closed_until:
-                return await self._call_with_permit(func, args, kwargs, now)
+                return await self._call_with_permit(func, args, kwargs, now, fallback)  # type: ignore[no-any-return]
             try:
                 result = await func(*args, **kwargs)
             except BaseException as error:
                 await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
-            if only_counts:
+            if only_counts and now > innermost.failed_at:
                 seen.tick()
             elif (rest := self._judge(result, seen, now)) is not None:
                 await rest
@@ -199,15 +237,21 @@ class AsyncCircuitBreaker(BreakerCore):
 
         return guarded
 
-    async def _call_with_permit(self, func: Callable[..., Awaitable[R]], args: Any, kwargs: Any, now: float) -> R:
+    async def _call_with_permit(self, func: Any, args: Any, kwargs: Any, now: float, fallback: Fallback | None) -> Any:
         """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
         if getpid() != process.pid:
             process.start()
         seen = self._view.seen
-        if now < seen.open_until and not self._notices.on_call:
-            self._notices.count("rejected")
-            raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        permit = self._admitted(seen.generation) if now < seen.watched_until else await self._admit(now)
+        try:
+            if now < seen.open_until and not self._notices.on_call:
+                self._notices.count("rejected")
+                raise CircuitOpenError(self.name, "open", seen.retry_at - now)
+            permit = self._admitted(seen.generation) if now < seen.watched_until else await self._admit(now)
+        except CircuitOpenError as rejected:
+            if fallback is None:
+                raise
+            instead = fallback(rejected)
+            return await instead if inspect.isawaitable(instead) else instead
         permit.begin()
         try:
             result = await func(*args, **kwargs)
@@ -216,7 +260,7 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         finally:
             permit.end()
-        if self._every_result_succeeds and self._finish(permit):
+        if self._every_result_succeeds and not self._innermost.has_failed(permit.started) and self._finish(permit):
             await self._deliver()
         else:
             await self._drive(self._report_result(permit, result))
@@ -224,31 +268,52 @@ class AsyncCircuitBreaker(BreakerCore):
 
     def _judge(self, result: Any, seen: Seen, now: float) -> Awaitable[None] | None:
         """Count a call that the view admitted, where the fast path does not apply. Returns what has to be awaited."""
-        if not self._every_result_succeeds:
+        if not self._every_result_succeeds or self._innermost.has_failed(now):
             return self._drive(self._report_result(self._permit(self, seen.generation, now), result))
         seen.tick()
         self._notices.call_ended(SUCCESS, seen.generation)
         return self._start_delivery(iter(self._notices.next, None))
 
-    async def _iterate(self, generator: AsyncGenerator[Any, Any]) -> AsyncGenerator[Any, Any]:
-        permit = await self._admit(monotonic())
-        try:
-            async with contextlib.aclosing(generator):
-                item = await anext(generator)
-                while True:
-                    try:
-                        sent = yield item
-                    except GeneratorExit:
-                        raise
-                    except BaseException as error:
-                        item = await generator.athrow(error)
-                    else:
-                        item = await generator.asend(sent)
-        except StopAsyncIteration:
-            await self._drive(self._report(permit, SUCCESS))
-        except BaseException as error:
-            await self._drive(self._report_end(permit, error))
-            raise
+    def _guard_generator(self, func: Callable[..., AsyncGenerator[Any, Any]], fallback: Fallback | None) -> Any:
+        async def guarded(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+            try:
+                permit = await self._admit(monotonic())
+            except CircuitOpenError as rejected:
+                if fallback is None:
+                    raise
+                async for item in fallback(rejected):
+                    yield item
+                return
+            generator = func(*args, **kwargs)
+            step = functools.partial(anext, generator)
+            try:
+                async with contextlib.aclosing(generator):
+                    while True:
+                        permit.begin()  # part of a probe while it runs, but not while it is suspended
+                        try:
+                            item = await step()
+                        finally:
+                            permit.end()
+                        try:
+                            sent = yield item
+                        except GeneratorExit:
+                            raise
+                        except BaseException as error:
+                            step = functools.partial(generator.athrow, error)
+                        else:
+                            step = functools.partial(generator.asend, sent)
+            except StopAsyncIteration:
+                await self._drive(self._report(permit, SUCCESS))
+            except BaseException as error:
+                await self._drive(self._report_end(permit, error))
+                raise
+
+        return guarded
+
+    @contextlib.asynccontextmanager
+    async def _around(self, manager: Any) -> AsyncIterator[Any]:
+        async with self.acquire(), manager._recreate_cm() as value:
+            yield value
 
     def acquire(self) -> Acquiring:
         """A permit for one call: await it, or use it as the `async with` block of that call.

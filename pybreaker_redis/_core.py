@@ -18,16 +18,17 @@ from ._events import Counts, Event, Listener, Notices, logger
 from ._isolation import Isolation
 from ._line import FixedEngine, Line, OnRedisFailure
 from ._memory import LocalEngine, MemoryEngine, document_for
-from ._permit import BasePermit, in_probe, resource_warnings_are_shown
+from ._permit import BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
 from ._policy import RULES, Policy, override_request, request_field
 from ._process import process
 from ._protocol import Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
 from ._slow import SlowCalls
 from ._view import Verdict, View
-from .wire.options import BLOCKING, REDIS_ERRORS, Kind, client_of
+from .wire.options import BLOCKING, REDIS_ERRORS, Kind, address_of, client_of
 from .wire.subscription import BaseWatch
 
 W = TypeVar("W", bound=BaseWatch)
+Fallback: TypeAlias = Callable[[CircuitOpenError], Any]
 Engine: TypeAlias = MemoryEngine | FixedEngine
 ASKED_AGAIN = 0.1  # seconds after which a call is told to come back while other calls ask for the slots of probes
 _NEWS = {"override", "transition"}
@@ -57,6 +58,7 @@ class BreakerCore:
         is_failure: Callable[[Any], object] | None = None,
         listeners: Iterable[Listener] = (),
         on_call: Iterable[Listener] = (),
+        fallback: Fallback | None = None,
         on_redis_failure: OnRedisFailure = "local",
         prefix: str = "circuit_breaker",
         redis_timeout: float = 0.25,
@@ -64,6 +66,9 @@ class BreakerCore:
         check_options(lease, on_redis_failure, redis_timeout)
         if policy is not None and not isinstance(policy, Policy):
             raise PolicyError(f"policy must be a Policy, as in Policy(failure_threshold=3), not {policy!r}")
+        if fallback is not None:
+            check_fallback(fallback)
+        self._fallback = fallback
         self.name = name
         self.policy = policy or Policy()
         self.keys = _protocol.keys_of(name, prefix)
@@ -79,6 +84,8 @@ class BreakerCore:
         self._only_counts = self._every_result_succeeds and not self._notices.on_call
         self._client = None if redis is None else client_of(redis, self._kind)
         self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
+        # in memory, each object is a breaker of its own
+        self._innermost = Innermost() if redis is None else innermost_of(self.keys.state, address_of(self._client))
         if resource_warnings_are_shown():
             self._permit = self._warning_permit
         self._view = View(float(lease), self.policy)
@@ -158,7 +165,7 @@ class BreakerCore:
         if verdict is Verdict.ADMIT:
             ramp_left = seen.ramp_until - now
             return self._reject("closed", ramp_left) if view.held_back(ramp_left) else self._admitted(seen.generation)
-        if (verdict is Verdict.ASK or seen.state == "half_open") and in_probe(self):
+        if (verdict is Verdict.ASK or seen.state == "half_open") and in_probe(self._innermost):
             return self._permit(self, None, now)  # part of the probe, whose own outcome counts
         if verdict is Verdict.REJECT:
             return self._reject(seen.state, seen.retry_at - now)
@@ -255,7 +262,8 @@ class BreakerCore:
         if plain and generation is not None and self._gather(generation):
             return None
         self._notices.count(outcome, slow)
-        if generation is None or (outcome == IGNORED and probe is None) or (plain and self._view.lease > 0):
+        nothing = outcome == IGNORED and probe is None and (not slow or pending)
+        if generation is None or nothing or (plain and self._view.lease > 0):
             return None
         report: Request = {"generation": generation}
         if probe is not None:
@@ -266,6 +274,10 @@ class BreakerCore:
             report["successes"] = 1
         if outcome != IGNORED and (pending or slow):
             report["counted" if pending else "slow"] = 1
+        elif slow and not pending:  # cancelled, or timed out from outside: it was slow however it ended
+            report["slow"] = 1
+            if probe is None:
+                report["pending"] = 1  # nothing will count it as a call
         *slow_probes, gathered = self._reports(generation)
         return self._send([*slow_probes, *_joined(gathered, report)])
 
@@ -310,15 +322,23 @@ class BreakerCore:
             outcome = self._classifier.of_result(result)
         except BaseException as error:
             return _raise_after(self._report(permit, IGNORED, error), error)
-        return self._report(permit, outcome)
+        if outcome == FAILURE:
+            self._innermost.failed(None)
+            return self._report(permit, FAILURE)
+        return self._report_end(permit, None)
 
     def _report_end(self, permit: BasePermit, error: BaseException | None) -> Steps[None] | None:
         """Classify the end of a call or block, and count it. error: the exception that ended it, if any."""
-        if error is None:
-            return self._report(permit, SUCCESS)
+        if error is None:  # a success, unless a nested guard has counted a failure
+            return self._report(permit, IGNORED if self._innermost.has_failed(permit.started) else SUCCESS)
         if isinstance(error, CircuitOpenError) and error.name == self.name:
             return self._report(permit, IGNORED, error)  # a nested rejection says nothing about the service
-        return self._report(permit, self._classifier.of_exception(error), error)
+        if self._innermost.has_counted(error, permit.started):
+            return self._report(permit, IGNORED, error)
+        outcome = self._classifier.of_exception(error)
+        if outcome == FAILURE and permit.generation is not None:
+            self._innermost.failed(error)
+        return self._report(permit, outcome, error)
 
     # Script calls and their replies
 
@@ -474,6 +494,8 @@ class BreakerCore:
 
     def _snapshot(self) -> Steps[Snapshot]:
         process.check()
+        if (steps := self._flush()) is not None:  # it includes what this process has gathered
+            yield from steps
         engine = self._own_engine()
         if engine is None:
             try:
@@ -509,6 +531,12 @@ class BreakerCore:
             self._obey(reply)
             self._check(reply)
             self._view.drop()
+
+
+def check_fallback(given: object) -> None:
+    """Raise PolicyError unless this can be called with the CircuitOpenError of a rejected call."""
+    if not callable(given):
+        raise PolicyError(f"fallback must be a function of the CircuitOpenError, or None, not {given!r}")
 
 
 def _joined(gathered: Request, report: Request) -> list[Request]:

@@ -82,9 +82,9 @@ class Instrument:
         """Called with each transition and outage, like any listener."""
 
 
-def _checked(option: str, given: Iterable[Listener]) -> tuple[Listener, ...]:
-    found = () if callable(given) or isinstance(given, str) else tuple(given)
-    if callable(given) or not all(callable(one) for one in found):
+def _checked(option: str, given: Any) -> tuple[Listener, ...]:
+    found: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) and not callable(given) else (None,)
+    if not all(callable(one) for one in found):
         raise PolicyError(f"{option} must be a list of callables, as in {option}=[print], not {given!r}")
     return found
 

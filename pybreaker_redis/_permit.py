@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
+import functools
 import warnings
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Generator
+from threading import get_ident
+from time import monotonic
+from typing import Any, TypeVar, cast
 
-from ._classify import Outcome
+from ._classify import FAILURE, Outcome
 from ._errors import PermitError
 from ._protocol import Steps
 
 P = TypeVar("P", bound="BasePermit")
+T = TypeVar("T")
 _probes: contextvars.ContextVar[tuple[weakref.ref[BasePermit], ...]] = contextvars.ContextVar(
     "pybreaker_redis_probes", default=()
 )
@@ -75,6 +80,27 @@ class BasePermit:
             # not reset(): blocks in generators end in any order or context; in_probe() skips permits that are settled
             _probes.set(tuple(one for one in _probes.get() if one() is not self))
 
+    def around(self, generator: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+        """The same generator, as part of the probe while it runs, but not while it is suspended."""
+        resume: Callable[[], Any] = functools.partial(next, generator)
+        while True:
+            self.begin()
+            try:
+                item = resume()
+            except StopIteration as end:
+                return cast(T, end.value)
+            finally:
+                self.end()
+            try:
+                sent = yield item
+            except GeneratorExit:
+                generator.close()
+                raise
+            except BaseException as error:
+                resume = functools.partial(generator.throw, error)
+            else:
+                resume = functools.partial(generator.send, sent)
+
     def settle(self) -> None:
         """Mark the outcome as known."""
         self._stage = SETTLED
@@ -83,6 +109,8 @@ class BasePermit:
         stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
         if stage == SETTLED:
             raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
+        if outcome == FAILURE and stage == ENTERED:
+            self._breaker._innermost.failed(error)
         report: Steps[None] | None = self._breaker._report(self, outcome, error)
         return report
 
@@ -112,7 +140,53 @@ def resource_warnings_are_shown() -> bool:
     return next(actions, "default") != "ignore"
 
 
-def in_probe(breaker: object) -> bool:
-    """Whether this code runs within a probe of the breaker."""
+def in_probe(innermost: Innermost) -> bool:
+    """Whether this code runs within a probe of the same breaker."""
     permits = (mark() for mark in _probes.get())
-    return any(permit is not None and permit._breaker is breaker and not permit.settled for permit in permits)
+    return any(
+        permit is not None and permit._breaker._innermost is innermost and not permit.settled for permit in permits
+    )
+
+
+class Innermost:
+    """Lets a failure count once where guards of the same breaker are nested: at the innermost guard that sees it.
+
+    The same breaker has the same name, prefix and Redis, whatever the object or its class. failed_at: when a guard last
+    counted a failure, on the monotonic clock; a call that began later cannot have one within.
+    """
+
+    def __init__(self) -> None:
+        self.failed_at = float("-inf")
+        self._last: dict[int, float] = {}  # by thread or task: when it last counted a failure
+
+    def failed(self, error: BaseException | None) -> None:
+        """A guard counts a failure, perhaps an exception that will pass other guards."""
+        self.failed_at = now = monotonic()
+        if len(self._last) >= 1000:  # of threads and tasks that are mostly gone
+            self._last.clear()
+        self._last[_running()] = now
+        if error is not None:
+            error.__dict__["_pybreaker_redis"] = self, now
+
+    def has_counted(self, error: BaseException, since: float) -> bool:
+        """Whether a guard has counted this exception since then: the same object may be raised again by later calls."""
+        by, at = error.__dict__.get("_pybreaker_redis", (None, 0.0))
+        return by is self and at >= since
+
+    def has_failed(self, since: float) -> bool:
+        """Whether this thread or task has counted a failure since then."""
+        return self.failed_at >= since and self._last.get(_running(), since - 1) >= since
+
+
+def _running() -> int:
+    if asyncio._get_running_loop() is not None and (task := asyncio.current_task()) is not None:
+        return id(task)
+    return -get_ident()
+
+
+_innermost: weakref.WeakValueDictionary[tuple[object, ...], Innermost] = weakref.WeakValueDictionary()
+
+
+def innermost_of(*identity: object) -> Innermost:
+    """What all breakers of the same name, prefix and Redis share."""
+    return _innermost.get(identity) or _innermost.setdefault(identity, Innermost())

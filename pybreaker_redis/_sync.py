@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from os import getpid
 from time import monotonic
-from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
+from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 
 from ._classify import FAILURE, IGNORED, SUCCESS
-from ._core import BreakerCore
+from ._core import BreakerCore, Fallback, check_fallback
 from ._errors import CircuitOpenError, RedisUnavailableError
 from ._events import Event
 from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
@@ -24,19 +25,14 @@ from .wire.sync import carry_out, server_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
-R_co = TypeVar("R_co", covariant=True)
+F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
-_SUSPENDED = frozenset({types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType})
+# results that run later: their permit is for then
+_SUSPENDED: frozenset[Any] = frozenset(
+    {types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, contextlib._GeneratorContextManager}
+)
 _new = object.__new__
 _USE_ASYNC = "is a coroutine function, which CircuitBreaker cannot await: use AsyncCircuitBreaker"
-
-
-class Guarded(Protocol[P, R_co]):
-    """A decorated function: it keeps its signature, and has its breaker as `.breaker`."""
-
-    breaker: CircuitBreaker
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
 
 
 class Permit(BasePermit):
@@ -70,7 +66,12 @@ class Permit(BasePermit):
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
-        if error is None and stage != SETTLED and (tick := self._tick) is not None:
+        if (
+            error is None
+            and stage != SETTLED
+            and (tick := self._tick) is not None
+            and self.started > self._breaker._innermost.failed_at
+        ):
             tick()
             return
         self.end()
@@ -106,6 +107,8 @@ class CircuitBreaker(BreakerCore):
     is_failure: a function of the result. A call counts as a failure if it returns true.
     listeners: callables that receive an Event for each transition and each outage of Redis.
     on_call: callables that receive an Event for every call: success, failure, ignored or rejected.
+    fallback: a function of the CircuitOpenError of a rejected call, which returns its result; for a generator function,
+        what to iterate over. It is not called for errors of the guarded function, nor for blocks.
     on_redis_failure: what to do while Redis is down. "local" applies the same rules in this process, "open" rejects
         every call, "closed" admits every call.
     prefix: the first part of every key in Redis.
@@ -127,63 +130,88 @@ class CircuitBreaker(BreakerCore):
         """
         seen, now = self._view.seen, monotonic()
         if now >= seen.closed_until:
-            return self._call_with_permit(func, args, kwargs, now)
+            return self._call_with_permit(func, args, kwargs, now, self._fallback)  # type: ignore[no-any-return]
         try:
             result = func(*args, **kwargs)
         except BaseException as error:
             self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
-        if self._only_counts and type(result) not in _SUSPENDED:
+        if self._only_counts and type(result) not in _SUSPENDED and now > self._innermost.failed_at:
             seen.tick()
             return result
         return self._judge(func, result, seen, now)
 
-    def __call__(self, func: Callable[P, R]) -> Guarded[P, R]:
-        """Decorate func. Raises TypeError for a coroutine function."""
+    @overload
+    def __call__(self, func: F, /) -> F: ...
+    @overload
+    def __call__(self, *, fallback: Callable[[CircuitOpenError], R]) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+
+    def __call__(self, func: Any = None, *, fallback: Any = None) -> Any:
+        """Decorate func, which keeps its kind: a function, a generator function, or one that contextlib made.
+
+        The decorated function has the breaker as `.breaker`. fallback: see CircuitBreaker; for this function only.
+        Raises TypeError for a coroutine function, and PolicyError for a fallback that is no function.
+        """
+        if func is None:
+            if fallback is None:
+                raise TypeError("decorate a function, or give a fallback: @breaker(fallback=...)")
+            check_fallback(fallback)
+            return lambda func: self._decorate(func, fallback)
+        return self._decorate(func, fallback or self._fallback)
+
+    def _decorate(self, func: Any, fallback: Fallback | None) -> Any:
+        if isinstance(func, (classmethod, staticmethod)):  # callable only once they are bound
+            return type(func)(self._decorate(func.__func__, fallback))
         if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
             raise TypeError(f"{func!r} {_USE_ASYNC}")
-        if not callable(func):  # a classmethod object, for example: it is callable only once it is bound
+        if not callable(func):
             raise TypeError(f"{func!r} is not callable: decorate a function")
+        guarded: Any
         if inspect.isgeneratorfunction(func):
 
-            def guarded(*args: P.args, **kwargs: P.kwargs) -> Any:
-                return (yield from self._iterate(func(*args, **kwargs)))
+            def guarded(*args: Any, **kwargs: Any) -> Any:
+                return (yield from self._iterate(func(*args, **kwargs), fallback))
 
         else:
-            guarded = self._guard(func)
+            guarded = self._guard(func, fallback)
         guarded = functools.wraps(func)(guarded)
-        guarded.breaker = self  # type: ignore[attr-defined]
-        return cast("Guarded[P, R]", guarded)
+        guarded.breaker = self
+        return guarded
 
-    def _guard(self, func: Callable[P, R]) -> Callable[P, R]:
+    def _guard(self, func: Callable[P, R], fallback: Fallback | None) -> Callable[P, R]:
         """call() bound to one function, which saves attribute look-ups."""
-        view, only_counts = self._view, self._only_counts
+        view, only_counts, innermost = self._view, self._only_counts, self._innermost
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
             if now >= seen.closed_until:
-                return self._call_with_permit(func, args, kwargs, now)
+                return self._call_with_permit(func, args, kwargs, now, fallback)  # type: ignore[no-any-return]
             try:
                 result = func(*args, **kwargs)
             except BaseException as error:
                 self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
-            if only_counts and type(result) not in _SUSPENDED:
+            if only_counts and type(result) not in _SUSPENDED and now > innermost.failed_at:
                 seen.tick()
                 return result
             return self._judge(func, result, seen, now)
 
         return guarded
 
-    def _call_with_permit(self, func: Callable[..., R], args: Any, kwargs: Any, now: float) -> R:
+    def _call_with_permit(self, func: Any, args: Any, kwargs: Any, now: float, fallback: Fallback | None) -> Any:
         """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
         if getpid() != process.pid:
             process.start()
         seen = self._view.seen
-        if now < seen.open_until and not self._notices.on_call:
-            self._notices.count("rejected")
-            raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        permit = self._admitted(seen.generation) if now < seen.watched_until else self._admit(now)
+        try:
+            if now < seen.open_until and not self._notices.on_call:
+                self._notices.count("rejected")
+                raise CircuitOpenError(self.name, "open", seen.retry_at - now)
+            permit = self._admitted(seen.generation) if now < seen.watched_until else self._admit(now)
+        except CircuitOpenError as rejected:
+            if fallback is None:
+                raise
+            return fallback(rejected)
         permit.begin()
         try:
             result = func(*args, **kwargs)
@@ -196,7 +224,7 @@ class CircuitBreaker(BreakerCore):
 
     def _judge(self, func: Any, result: R, seen: Seen, now: float) -> R:
         """Count a result of the fast path that is_failure or on_call must see, or that must still be iterated."""
-        if not self._every_result_succeeds or type(result) in _SUSPENDED:
+        if not self._every_result_succeeds or type(result) in _SUSPENDED or self._innermost.has_failed(now):
             return self._settle_result(func, result, self._permit(self, seen.generation, now))
         seen.tick()
         self._notices.call_ended(SUCCESS, seen.generation)
@@ -205,7 +233,7 @@ class CircuitBreaker(BreakerCore):
 
     def _settle_result(self, func: Any, result: R, permit: BasePermit) -> R:
         if type(result) not in _SUSPENDED:
-            if self._every_result_succeeds and self._finish(permit):
+            if self._every_result_succeeds and not self._innermost.has_failed(permit.started) and self._finish(permit):
                 self._deliver()
             else:
                 self._drive(self._report_result(permit, result))
@@ -213,20 +241,32 @@ class CircuitBreaker(BreakerCore):
         # nothing has run yet: a generator asks for its own permit when it starts
         self._drive(self._report(permit, IGNORED))
         if isinstance(result, types.GeneratorType):
-            return cast(R, self._iterate(result))
+            return cast(R, self._iterate(result, None))
+        if isinstance(result, contextlib._GeneratorContextManager):
+            return cast(R, self._around(result))
         if isinstance(result, types.CoroutineType):
             result.close()
         raise TypeError(f"{func!r} {_USE_ASYNC}")
 
-    def _iterate(self, generator: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
-        permit = self._admit(monotonic())
+    def _iterate(self, generator: Generator[Any, Any, Any], fallback: Fallback | None) -> Generator[Any, Any, Any]:
         try:
-            result = yield from generator
+            permit = self._admit(monotonic())
+        except CircuitOpenError as rejected:
+            if fallback is None:
+                raise
+            return (yield from fallback(rejected))
+        try:
+            result = yield from (generator if permit.probe is None else permit.around(generator))
         except BaseException as error:
             self._drive(self._report_end(permit, error))
             raise
         self._drive(self._report_result(permit, result))
         return result
+
+    @contextlib.contextmanager
+    def _around(self, manager: Any) -> Iterator[Any]:
+        with self.acquire(), manager._recreate_cm() as value:
+            yield value
 
     def acquire(self) -> Permit:
         """A permit for one call, which is also its `with` block. Raises CircuitOpenError if the call is rejected."""

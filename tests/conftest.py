@@ -100,6 +100,13 @@ def make_breaker(request: pytest.FixtureRequest, client: redis.Redis) -> Callabl
     return lambda name="discovery", **options: CircuitBreaker(name, redis=shared, **options)
 
 
+def stored_calls(breaker: Any, client: redis.Redis) -> int:
+    """The calls in the window as it is stored, without those that the process has gathered."""
+    if breaker._memory is not None:
+        return int(breaker._memory.run("snapshot", {})["calls"])
+    return int(json.loads(client.get(breaker.keys.state) or "{}").get("window", {}).get("calls", 0))
+
+
 class LuaEngine:
     """The scripts on a real server, on the tests' clock."""
 

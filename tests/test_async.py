@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from conftest import wait_until
+from conftest import stored_calls, wait_until
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, PermitError, Policy
 from pybreaker_redis import PolicyError as Refused
@@ -1300,17 +1300,17 @@ def test_out_of_range(make: Make) -> None:
     asyncio.run(main())
 
 
-def test_flush(make: Make) -> None:
+def test_flush(make: Make, client: redis.Redis) -> None:
     """Successes are gathered under a lease, and counted by flush() and close()."""
 
     async def main() -> None:
         rate = Policy(error_rate_threshold=1, minimum_calls=10**6, window=3600)
         breaker = make(lease=600, policy=rate, **PATIENT)
         for end in (breaker.flush, breaker.close):
-            while (await breaker.snapshot()).calls == breaker.counts.successes:
+            while stored_calls(breaker, client) == breaker.counts.successes:
                 await breaker.call(fine)
             await end()
-            assert (await breaker.snapshot()).calls == breaker.counts.successes
+            assert stored_calls(breaker, client) == breaker.counts.successes
 
     asyncio.run(main())
 

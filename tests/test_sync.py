@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import wait_until
+from conftest import stored_calls, wait_until
 
 from pybreaker_redis import (
     AsyncCircuitBreaker,
@@ -1076,18 +1076,18 @@ def test_history_count(make_breaker: Make, count: Any) -> None:
         make_breaker(**STRICT).history(count)
 
 
-def test_flush(make_breaker: Make) -> None:
+def test_flush(make_breaker: Make, client: redis.Redis) -> None:
     """Successes are gathered under a lease, and counted by flush()."""
     rate = Policy(error_rate_threshold=1, minimum_calls=10**6, window=3600)
     breaker = make_breaker(lease=600, policy=rate, **PATIENT)
 
     def gathered() -> bool:
         breaker.call(int)
-        return breaker.snapshot().calls < breaker.counts.successes
+        return stored_calls(breaker, client) < breaker.counts.successes
 
     wait_until(gathered)
     breaker.flush()
-    wait_until(lambda: breaker.snapshot().calls == breaker.counts.successes)
+    wait_until(lambda: stored_calls(breaker, client) == breaker.counts.successes)
 
 
 def test_a_success_after_a_failure_is_reported_at_once(make_breaker: Make) -> None:

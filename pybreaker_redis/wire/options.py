@@ -165,6 +165,15 @@ def remap_of(client: Any) -> Callable[[Address], Address]:
     return lambda address: manager.remap_host_port(*address)
 
 
+def address_of(client: Any) -> str:
+    """A text that is the same for blocking and asyncio clients of the same server."""
+    if is_cluster(client):
+        return repr(sorted(known_nodes(client)()))
+    pool = client.connection_pool
+    given = pool.connection_kwargs
+    return repr([getattr(pool, "service_name", None), *(given.get(key) for key in ("path", "host", "port", "db"))])
+
+
 def socket_of(connection: Any) -> tuple[Any, Any]:
     """The socket of an open blocking connection, and a reader for its replies; errors are replies, too."""
     reader = hiredis.Reader(

@@ -77,7 +77,6 @@ def search(query: str, *, limit: int = 10) -> list[str]:
 
 
 assert_type(search("x", limit=3), list[str])
-assert_type(search.breaker, CircuitBreaker)
 search(1)  # type: ignore[arg-type]
 search("x", pages=2)  # type: ignore[call-arg]
 
@@ -210,7 +209,6 @@ async def stream(query: str) -> AsyncIterator[bytes]:
 
 async def awaiting() -> None:
     assert_type(await fetch("x", limit=2), list[str])
-    assert_type(fetch.breaker, AsyncCircuitBreaker)
     await fetch(1)  # type: ignore[arg-type]
     await aio.call(fetch, "x", limt=2)  # type: ignore[call-arg]
     assert_type(await aio.call(fetch, "x"), list[str])
