@@ -22,8 +22,9 @@ class Config:
     enabled: False passes every call through unguarded. defaults: the policy of services that are not in `services`.
     services: the policy of each service, by name. redis_url: the server through which with_redis() shares the state.
     redis_options: options of redis.Redis for its client; those in the URL win. watch: whether the breakers
-    subscribe to messages, so that their views follow changes within milliseconds. The other options are those of
-    CircuitBreaker.
+    subscribe to messages, so that their views follow changes within milliseconds. idle_after: seconds after which a
+    manager forgets a breaker that nobody asked it for; what Redis stores of it stays until its TTL ends. None: never.
+    The other options are those of CircuitBreaker.
 
     Raises PolicyError for an invalid value.
     """
@@ -38,9 +39,12 @@ class Config:
     on_redis_failure: OnRedisFailure = "local"
     redis_timeout: float = 0.25
     prefix: str = "circuit_breaker"
+    idle_after: float | None = 3600.0
 
     def __post_init__(self) -> None:
         check_options(self.lease, self.on_redis_failure, self.redis_timeout)
+        if self.idle_after is not None:
+            _check_seconds("idle_after", self.idle_after, 0.0, float("inf"))
         for option in ("enabled", "watch"):
             if not isinstance(getattr(self, option), bool):
                 raise PolicyError(f"{option} must be True or False, not {getattr(self, option)!r}")

@@ -516,6 +516,9 @@ class BreakerCore:
         request = {**self._with_policy, **_protocol.control_request(action, duration)}
         if policy is not None:
             request["override"] = override_request(policy)
+            duration_of_slow = policy.get("slow_call_duration", self._view.policy.slow_call_duration)
+            if policy.get("slow_call_rate_threshold") and not duration_of_slow:
+                raise PolicyError("slow_call_rate_threshold needs slow_call_duration: set both")
         sent = monotonic()
         if self._memory is not None:
             reply = self._memory.run("control", request)

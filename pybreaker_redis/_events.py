@@ -102,9 +102,9 @@ class Notices:
         self.instance = instance
         # by thread; no queue is ever replaced, since a signal handler may use it at any time
         self._waiting: dict[int, collections.deque[Event]] = {}
-        self._told: collections.deque[int] = collections.deque(maxlen=64)
+        self._notified: tuple[int, ...] = ()  # the latest generations
         self.counting = threading.RLock()
-        self.counters = {kind: Counter() for kind in ("success", "slow", "failure", "ignored", "rejected")}
+        self._counters: dict[str, Counter] = {}
 
     def call_ended(
         self, outcome: Outcome, generation: int | None, error: BaseException | None = None, slow: bool | None = None
@@ -118,7 +118,9 @@ class Notices:
 
     def count(self, outcome: str, slow: bool | None = False) -> None:
         """Count a call that the view does not count."""
-        self.counters["slow" if slow and outcome == "success" else outcome].tick()
+        kind = "slow" if slow and outcome == "success" else outcome
+        counter = self._counters.get(kind) or self._counters.setdefault(kind, Counter())
+        counter.tick()
 
     def rejected(self, retry_after: float, enforced: bool) -> None:
         """Count a rejection, and notify on_call. enforced: False in shadow mode."""
@@ -129,9 +131,9 @@ class Notices:
     def changed(self, change: dict[str, Any], source: str, instance: str | None = None) -> None:
         """Notify the listeners of a transition, once for each generation of the fleet's."""
         if source in ("redis", "watch"):
-            if change["generation"] in self._told:
+            if change["generation"] in self._notified:
                 return
-            self._told.append(change["generation"])
+            self._notified = (*self._notified[-31:], change["generation"])
         self._put(
             Event(
                 "state_change",
@@ -198,6 +200,6 @@ class Notices:
     def counts(self, gathered: int) -> Counts:
         """All calls so far. gathered: the successes that the view has counted."""
         with self.counting:
-            found = {kind: counter.total() for kind, counter in self.counters.items()}
-        successes = found["success"] + found["slow"] + gathered
-        return Counts(successes, found["slow"], found["failure"], found["ignored"], found["rejected"])
+            found = {kind: counter.total() for kind, counter in list(self._counters.items())}
+        success, slow, *others = (found.get(kind, 0) for kind in ("success", "slow", "failure", "ignored", "rejected"))
+        return Counts(success + slow + gathered, slow, *others)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from time import monotonic
 from typing import Any, Generic, ParamSpec, Self, TypeAlias, TypeVar
@@ -23,6 +24,7 @@ from .wire.url import async_client_from_url, client_from_url
 P = ParamSpec("P")
 R = TypeVar("R")
 B = TypeVar("B", bound=BreakerCore)
+FORGET_EVERY = 60.0  # seconds
 _PASSING = Policy(failure_threshold=10**9, enforce=False)
 
 
@@ -61,6 +63,9 @@ class ManagerCore(Generic[B]):
                 raise PolicyError(f"the classification of {service!r} must be a Classification, not {own!r}")
         self._client: Any = None
         self._breakers: dict[str, B] = {}
+        self._forgotten: weakref.WeakValueDictionary[str, B] = weakref.WeakValueDictionary()
+        self._used_at: dict[str, float] = {}
+        self._forgot_at = monotonic()
 
     @classmethod
     def with_redis(cls, config: Source | None = None, *, redis: Any = None, **hooks: Any) -> Self:
@@ -87,12 +92,26 @@ class ManagerCore(Generic[B]):
         """
         breaker = self._breakers.get(service)
         if breaker is None:
+            self._forget_idle()
             # no lock, which a forked child could inherit locked: if several threads create a breaker, the first stays
-            breaker = self._breakers.setdefault(service, self._make(service))
+            breaker = self._breakers.setdefault(service, self._forgotten.get(service) or self._make(service))
+        self._used_at[service] = monotonic()
         if breaker._watch is None and self._client is not None and self.config.enabled and self.config.watch:
             breaker._watch = self._watch_type(breaker)
             breaker._view.drop()  # so that the next call joins the subscription
         return breaker
+
+    def _forget_idle(self) -> None:
+        """Drop breakers that nobody asked for lately. Whoever still holds one gets the same again."""
+        idle_after, now = self.config.idle_after, monotonic()
+        if idle_after is None or 0 <= now - self._forgot_at < min(idle_after, FORGET_EVERY):
+            return
+        self._forgot_at = now
+        for service in [service for service, used_at in list(self._used_at.items()) if now - used_at >= idle_after]:
+            breaker = self._breakers.get(service)
+            if breaker is not None and breaker.state == "closed":  # in memory, nobody else knows that it is open
+                del self._used_at[service], self._breakers[service]
+                self._forgotten[service] = breaker
 
     def _make(self, service: str) -> B:
         config = self.config

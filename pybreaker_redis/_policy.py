@@ -167,6 +167,9 @@ class Policy:
             rule.check(name, getattr(self, name))
         if self.slow_call_rate_threshold is not None and self.slow_call_duration is None:
             raise PolicyError("slow_call_rate_threshold needs slow_call_duration: without it no call counts as slow")
+        if self.max_reset_timeout is not None and self.max_reset_timeout < self.reset_timeout:
+            most, first = self.max_reset_timeout, self.reset_timeout
+            raise PolicyError(f"max_reset_timeout must be at least reset_timeout ({first:g} s), not {most:g} s")
 
     def to_request(self) -> dict[str, Any]:
         """The fields that differ from the defaults, in the scripts' units."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -180,12 +181,15 @@ def test_rejections_are_counted_whoever_listens(client: redis.Redis) -> None:
     """With metrics every rejection is counted, next to a logger or an `on_call` too; only `on_call` receives it."""
     metrics, scrape = prometheus()
     received: list[Event] = []
+    breakers = []  # what a breaker counted that is gone counts all the same, as long as another one has its name
     for listeners, on_call in (([metrics], []), ([metrics, LoggingListener()], []), ([metrics], [received.append])):
         breaker = CircuitBreaker("discovery", redis=client, lease=60, listeners=listeners, on_call=on_call, **PATIENT)
+        breakers[:] = [breaker]
         breaker.force_open()
         for _ in range(3):
             with pytest.raises(CircuitOpenError):
                 breaker.call(int)
+    gc.collect()
     assert scrape()["calls_total", ("discovery", "rejected")] == 9
     assert [event.kind for event in received] == ["rejected"] * 3
 
@@ -354,8 +358,8 @@ def test_a_scrape_is_one_pipeline(own_server: EmbeddedServer, meter: Any) -> Non
     """Fifty breakers cost a scrape fifty commands in one round trip, on a connection that stays."""
     with redis.Redis.from_url(own_server.url) as client:
         metrics, scrape = meter(redis=client)
-        for number in range(50):
-            breaker = CircuitBreaker(f"s{number}", redis=client, listeners=[metrics], **PATIENT)
+        breakers = [CircuitBreaker(f"s{number}", redis=client, listeners=[metrics], **PATIENT) for number in range(50)]
+        for breaker in breakers:
             breaker.call(int)
             breaker.close()
         scrape()  # loads the script and connects
@@ -387,8 +391,9 @@ def test_a_scrape_of_a_hung_server_ends(own_server: EmbeddedServer, meter: Any) 
     """A scrape waits one timeout, gives what the process knows, and counts the error."""
     with redis.Redis.from_url(own_server.url) as client:
         metrics, scrape = meter(redis=client, timeout=0.1)
-        for number in range(20):
-            breaker = CircuitBreaker(f"s{number}", redis=client, lease=60, listeners=[metrics], **PATIENT)
+        names = [f"s{number}" for number in range(20)]
+        breakers = [CircuitBreaker(name, redis=client, lease=60, listeners=[metrics], **PATIENT) for name in names]
+        for breaker in breakers:
             breaker.call(int)
         scrape()
         with stopped(own_server):

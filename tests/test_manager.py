@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import gc
 import inspect
 import logging
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +33,7 @@ from pybreaker_redis import (
     Event,
     Policy,
     PolicyError,
+    _manager,
 )
 from pybreaker_redis.embedded import EmbeddedServer
 
@@ -438,3 +441,32 @@ def test_a_dict() -> None:
     assert manager.get_state("a") == "open"
     with pytest.raises(ConfigError, match="failure_treshold"):
         CircuitBreakerManager({"circuit_breaker": {"services": {"a": {"failure_treshold": 1}}}})
+
+
+def test_breakers_that_nobody_asks_for_are_forgotten(
+    make_manager: Callable[..., CircuitBreakerManager], client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With their memory and subscription; but not an open one, and whoever holds one still gets the same."""
+    monkeypatch.setattr(_manager, "FORGET_EVERY", 0.0)
+    manager = make_manager(idle_after=0.05, defaults=ONE)
+    manager.call("idle", int)
+    held = manager.get_or_create("held")
+    trip(manager, "open")
+    idle = weakref.ref(manager.get_or_create("idle"))
+    time.sleep(0.1)
+    manager.call("other", int)
+    assert repr(manager) == "<CircuitBreakerManager ['open', 'other']>"
+    wait_until(lambda: gc.collect() >= 0 and idle() is None)
+    assert manager.get_or_create("held") is held
+    assert manager.get_state("open") == "open"
+    assert manager.call("idle", int) == 0
+
+
+def test_nothing_is_forgotten_while_it_is_used(make_manager: Callable[..., CircuitBreakerManager]) -> None:
+    """By default a breaker is kept for an hour; with None, for ever."""
+    for idle_after in (3600.0, None):
+        manager = make_manager(idle_after=idle_after)
+        breaker = manager.get_or_create("a")
+        for number in range(3):
+            manager.get_or_create(f"b{number}")
+        assert manager.get_or_create("a") is breaker

@@ -1132,3 +1132,16 @@ def test_garbage_under_the_policy_key_is_logged_once(
     logged = [record.getMessage() for record in caplog.records if "corrupt_policy" in record.getMessage()]
     assert len(logged) == 2
     assert all(breaker.keys.policy in message for message in logged)
+
+
+def test_fields_that_do_not_fit_each_other(make_breaker: Callable[..., CircuitBreaker]) -> None:
+    """What would do nothing is refused, with what to do; what is in force already counts."""
+    with pytest.raises(PolicyError, match="max_reset_timeout must be at least reset_timeout"):
+        Policy(reset_timeout=60, max_reset_timeout=30)
+    Policy(reset_timeout=60, max_reset_timeout=60)
+    breaker = make_breaker()
+    with pytest.raises(PolicyError, match="set both"):
+        breaker.set_policy(slow_call_rate_threshold=0.5)
+    breaker.set_policy(slow_call_rate_threshold=0.5, slow_call_duration=1.0)
+    breaker.set_policy(slow_call_rate_threshold=0.6)
+    breaker.clear_policy()

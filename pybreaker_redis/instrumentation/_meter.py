@@ -5,14 +5,15 @@ from __future__ import annotations
 import collections
 import dataclasses
 import threading
+import weakref
 from time import monotonic
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from .._core import BreakerCore
-from .._events import Counts, Event, Instrument
+from .._events import Counts, Event, Instrument, Notices
 from .._process import process
 from .._protocol import Snapshot, State, decode, snapshot_from
-from .._view import NEVER
+from .._view import NEVER, View
 from ..wire import commands
 from ..wire.options import BLOCKING, REDIS_ERRORS, client_of, error_kind
 from ..wire.sync import server_of
@@ -20,6 +21,7 @@ from ..wire.sync import server_of
 CallOutcome: TypeAlias = Literal["success", "slow", "failure", "ignored", "rejected"]
 OUTCOMES: tuple[CallOutcome, ...] = get_args(CallOutcome)
 STATES: tuple[State, ...] = get_args(State)
+NO_CALLS = Counts(0, 0, 0, 0, 0)
 DURATION_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -67,7 +69,7 @@ class Meter(Instrument):
     def __init__(self, redis: Any = None, timeout: float = 0.25) -> None:
         self._client = None if redis is None else client_of(redis, BLOCKING)
         self._server = None if redis is None else server_of(self._client, timeout)
-        self._breakers: list[BreakerCore] = []
+        self._breakers: weakref.WeakKeyDictionary[BreakerCore, None] = weakref.WeakKeyDictionary()
         self._start_process()
         process.add(self)
 
@@ -79,10 +81,16 @@ class Meter(Instrument):
         self._counting, self._reading = threading.RLock(), threading.RLock()
         self._transitions: collections.Counter[Transition] = collections.Counter()
         self._errors: collections.Counter[str] = collections.Counter()
+        self._ended: dict[str, Counts] = {}  # by name: the counts of breakers that are gone
 
     def attach(self, breaker: BreakerCore) -> None:
         with self._counting:
-            self._breakers.append(breaker)
+            self._breakers[breaker] = None
+        weakref.finalize(breaker, self._detach, breaker.name, breaker._notices, breaker._view).atexit = False
+
+    def _detach(self, name: str, notices: Notices, view: View) -> None:
+        with self._counting:
+            self._ended[name] = _sum([notices.counts(view.successes()), self._ended.get(name, NO_CALLS)])
 
     def __call__(self, event: Event) -> None:
         if event.kind == "state_change" and event.source != "watch":
@@ -103,13 +111,14 @@ class Meter(Instrument):
         process.check()
         with self._reading:
             with self._counting:
-                breakers = list(self._breakers)
+                breakers, ended = list(self._breakers), dict(self._ended)
             named: dict[str, list[BreakerCore]] = {}
             for breaker in breakers:
                 named.setdefault(breaker.name, []).append(breaker)
             snapshots = self._snapshots([same[0] for same in named.values()])
             readings = [
-                _read_one(name, same, snapshot) for (name, same), snapshot in zip(named.items(), snapshots, strict=True)
+                _read_one(name, same, snapshot, ended.get(name, NO_CALLS))
+                for (name, same), snapshot in zip(named.items(), snapshots, strict=True)
             ]
             with self._counting:
                 return Reading(readings, dict(self._transitions), dict(self._errors))
@@ -143,9 +152,13 @@ def _local_snapshot(breaker: BreakerCore) -> Snapshot | None:
     return snapshot_from(breaker.name, engine.run("snapshot", breaker._with_policy), breaker.policy)
 
 
-def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None) -> BreakerReading:
+def _sum(counts: list[Counts]) -> Counts:
+    return Counts(*map(sum, zip(*counts, strict=True)))
+
+
+def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None, ended: Counts) -> BreakerReading:
     now, ages = monotonic(), [breaker._view.seen.sent for breaker in breakers if breaker._redis is not None]
-    counts = Counts(*(sum(each) for each in zip(*(breaker.counts for breaker in breakers), strict=True)))
+    counts = _sum([ended, *(breaker.counts for breaker in breakers)])
     return BreakerReading(
         name,
         state=snapshot.state if snapshot else breakers[0].state,
