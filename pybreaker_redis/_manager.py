@@ -19,7 +19,7 @@ from ._policy import Policy
 from ._protocol import State, Steps
 from ._sync import CircuitBreaker
 from ._view import Verdict
-from .wire.url import async_client_from_url, client_from_url
+from .wire.options import ASYNCIO, BLOCKING, Kind, client_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,7 +34,7 @@ class ManagerCore(Generic[B]):
     """The configuration and breakers of a manager; the shells add the I/O."""
 
     _breaker_type: Callable[..., B]
-    _client_from_url: Callable[..., Any]
+    _kind: Kind
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class ManagerCore(Generic[B]):
 
     def _share(self, client: Any) -> None:
         url, options = self.config.redis_url, self.config.redis_options
-        self._client = type(self)._client_from_url(url, **options) if client is None else client
+        self._client = self._kind.from_url(url, **options) if client is None else client_of(client, self._kind)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {sorted(self._breakers)}>"
@@ -132,7 +132,7 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     """
 
     _breaker_type = CircuitBreaker
-    _client_from_url = staticmethod(client_from_url)
+    _kind = BLOCKING
 
     def call(self, service: str, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call func(*args, **kwargs), guarded by the breaker of the service.
@@ -175,7 +175,7 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
     """
 
     _breaker_type = AsyncCircuitBreaker
-    _client_from_url = staticmethod(async_client_from_url)
+    _kind = ASYNCIO
 
     async def call(self, service: str, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Await func(*args, **kwargs), guarded by the breaker of the service.

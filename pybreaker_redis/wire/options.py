@@ -35,7 +35,7 @@ class Kind(NamedTuple):
     client: Any
     cluster: Any
     retry: Any
-    from_url: Callable[[str], Any]
+    from_url: Callable[..., Any]
 
 
 BLOCKING = Kind("redis.Redis", redis.Redis, redis.RedisCluster, Retry, client_from_url)
@@ -50,15 +50,49 @@ ASYNCIO = Kind(
 
 def client_of(given: Any, kind: Kind) -> Any:
     """The given client, or the one that this process shares for a URL. Raises PolicyError for anything else."""
-    if isinstance(given, (kind.client, kind.cluster, ClusterUrl)):
+    if isinstance(given, str):
+        key = kind is ASYNCIO, given
+        found = _by_url.get(key)
+        if found is None:
+            found = _by_url[key] = kind.from_url(given)
+        return found
+    remedy = next((text for types, text in _REMEDIES if isinstance(given, types)), "")
+    if not remedy and _is_fake(given):
+        remedy = "in tests, pass None or the URL of a pybreaker_redis.embedded.EmbeddedServer"
+    elif not remedy and isinstance(given, (kind.client, kind.cluster, ClusterUrl)):
         return given
-    if not isinstance(given, str):
-        raise PolicyError(f"redis must be a {kind.name} (or cluster) client, a URL or None, not {given!r}")
-    key = kind is ASYNCIO, given
-    found = _by_url.get(key)
-    if found is None:
-        found = _by_url[key] = kind.from_url(given)
-    return found
+    elif not remedy and isinstance(given, (BLOCKING.client, BLOCKING.cluster, ASYNCIO.client, ASYNCIO.cluster)):
+        remedy = f"use {'AsyncCircuitBreaker' if kind is BLOCKING else 'CircuitBreaker'} for this client"
+    what = f"{type(given).__module__}.{type(given).__qualname__}"
+    expected = f"redis must be a {kind.name} (or cluster) client, a URL or None"
+    raise PolicyError(f"{expected}, not a {what}{remedy and f': {remedy}'}")
+
+
+# what is easily taken for a client, and what to pass instead
+_REMEDIES: tuple[tuple[tuple[type, ...], str], ...] = (
+    (
+        (
+            redis.client.Pipeline,
+            redis.client.PubSub,
+            redis.cluster.ClusterPipeline,
+            redis.asyncio.client.Pipeline,
+            redis.asyncio.client.PubSub,
+            redis.asyncio.cluster.ClusterPipeline,
+        ),
+        "pass the client that made it",
+    ),
+    ((redis.Sentinel, redis.asyncio.Sentinel), "pass its master_for(service)"),
+    ((redis.ConnectionPool, redis.asyncio.ConnectionPool), "pass a client with this connection_pool"),
+)
+
+
+def _is_fake(given: Any) -> bool:
+    """Whether this is a mock, or a client that connects to no server, such as one of fakeredis."""
+    connection_class = getattr(getattr(given, "connection_pool", None), "connection_class", None)
+    if isinstance(given, (BLOCKING.client, ASYNCIO.client)) and connection_class is None:
+        return True
+    classes = (*type(given).__mro__, *getattr(connection_class, "__mro__", ()))
+    return any(one.__module__.partition(".")[0] in ("fakeredis", "unittest", "mock") for one in classes)
 
 
 def intact(replies: list[Any]) -> bool:
