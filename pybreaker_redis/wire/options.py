@@ -21,6 +21,10 @@ from .._errors import PolicyError
 from .url import ClusterUrl, async_client_from_url, client_from_url
 
 Address: TypeAlias = tuple[str, int]
+MOST_CONNECTIONS = 100  # to one server, of a client that names no limit; redis-py 7 and later name the same
+_UNLIMITED = 2**31  # what earlier ones name
+PROOF_AFTER = 1.0  # seconds after which an idle connection must prove that it still leads to the server
+SHORTEST_PATIENCE = 0.02
 NO_REPLY = object()  # from a reader that has no whole reply yet
 REDIS_ERRORS = (redis.RedisError, OSError)
 # errors that leave a connection usable
@@ -111,8 +115,35 @@ def connection(pool: Any, kind: Kind, timeout: float | None, **options: Any) -> 
 
     timeout: seconds to connect and for each reply; None if the caller has its own deadline.
     """
-    kwargs = connection_options(pool.connection_kwargs, timeout) | options
-    return pool.connection_class(**kwargs, retry=kind.retry(NoBackoff(), 0))
+    kwargs = connection_options(pool.connection_kwargs, timeout) | options | {"retry": kind.retry(NoBackoff(), 0)}
+    make = getattr(type(pool), "make_connection", None)
+    if make is None or make.__module__.startswith("redis."):
+        return pool.connection_class(**kwargs)
+    own = copy.copy(pool)  # a pool class of the user's makes its connections itself
+    own.connection_kwargs = kwargs
+    own.reset()  # the user's pool counts its own connections only
+    return own.make_connection()
+
+
+def limit_of(pool: Any) -> int:
+    """How many connections to a pool's target may be open at once: as many as the pool itself allows."""
+    limit: int = getattr(pool, "max_connections", _UNLIMITED)
+    return MOST_CONNECTIONS if limit >= _UNLIMITED else limit
+
+
+def patience(connecting_took: float, timeout: float) -> float:
+    """How long an answer may take that proves a connection. As long as opening another one would; all in seconds."""
+    return min(max(connecting_took, SHORTEST_PATIENCE), timeout / 2)
+
+
+def none_free(limit: int, timeout: float) -> redis.RedisError:
+    """The error of a caller that got no connection. It says nothing about the server: that answers the others."""
+    return redis.RedisError(f"all {limit} connections that max_connections allows were in use for {timeout:g} s")
+
+
+def lost_meanwhile() -> redis.ConnectionError:
+    """The error of a caller that waited for a connection; else each would time out on the dead server in turn."""
+    return redis.ConnectionError("another call lost the server while this one waited for a connection")
 
 
 def connection_options(given: dict[str, Any], timeout: float | None) -> dict[str, Any]:
@@ -139,6 +170,7 @@ def pool_of(client: Any, kind: Kind, timeout: float) -> Any:
     share = timeout / (len(manager.sentinels) + 1)
     own.sentinels = [_impatient(sentinel, kind, share) for sentinel in manager.sentinels]
     kwargs = connection_options(without("connection_pool", pool.connection_kwargs), timeout)
+    kwargs["max_connections"] = pool.max_connections
     connect = {"connection_class": pool.connection_class, "is_master": pool.is_master}
     return type(pool)(pool.service_name, own, **kwargs, **connect)
 
