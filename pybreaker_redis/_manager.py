@@ -17,8 +17,8 @@ from ._policy import Policy
 from ._protocol import State, Steps
 from ._sync import CircuitBreaker, Watch
 from ._view import Verdict
+from .wire.options import ASYNCIO, BLOCKING, Kind, client_of
 from .wire.subscription import BaseWatch
-from .wire.url import async_client_from_url, client_from_url
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,7 +34,7 @@ class ManagerCore(Generic[B]):
 
     _breaker_type: Callable[..., B]
     _watch_type: type[BaseWatch]
-    _client_from_url: Callable[..., Any]
+    _kind: Kind
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class ManagerCore(Generic[B]):
 
     def _share(self, client: Any) -> None:
         url, options = self.config.redis_url, self.config.redis_options
-        self._client = type(self)._client_from_url(url, **options) if client is None else client
+        self._client = self._kind.from_url(url, **options) if client is None else client_of(client, self._kind)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {sorted(self._breakers)}>"
@@ -128,8 +128,7 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     this process. Raises ConfigError; PolicyError.
     """
 
-    _breaker_type, _watch_type = CircuitBreaker, Watch
-    _client_from_url = staticmethod(client_from_url)
+    _breaker_type, _watch_type, _kind = CircuitBreaker, Watch, BLOCKING
 
     def call(self, service: str, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call func(*args, **kwargs), guarded by the breaker of the service.
@@ -167,8 +166,7 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
     One manager may serve several event loops, and may be created before any of them runs.
     """
 
-    _breaker_type, _watch_type = AsyncCircuitBreaker, AsyncWatch
-    _client_from_url = staticmethod(async_client_from_url)
+    _breaker_type, _watch_type, _kind = AsyncCircuitBreaker, AsyncWatch, ASYNCIO
 
     async def call(self, service: str, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Await func(*args, **kwargs), guarded by the breaker of the service.

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import logging
+import queue
 import select
 import threading
 import time
@@ -20,15 +21,21 @@ from redis.exceptions import NoScriptError
 from .._process import process
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
-from .commands import Command, packed
-from .link import Link, Member
+from .commands import PING, Command, packed
+from .link import NEVER, Link, Member
 from .options import (
     BLOCKING,
     NO_REPLY,
+    PROOF_AFTER,
+    REDIS_ERRORS,
     Address,
     connecting,
     connection,
     intact,
+    limit_of,
+    lost_meanwhile,
+    none_free,
+    patience,
     pools_of,
     socket_of,
 )
@@ -80,8 +87,8 @@ class Server:
         self._messenger = Worker("pybreaker_redis-listeners", lambda: deliver, lambda: None)
 
     def _after_fork(self) -> None:
-        """In a child: close its copies of the sockets, and start without threads."""
-        self.close()
+        """In a child: start without threads and connections, which closes its copies of the idle sockets."""
+        self._nodes = {}  # threads of the parent hold some of its connections and locks, or wait for them
         self.link.after_fork()
         self._start_process()
 
@@ -256,66 +263,167 @@ def _deliver_all(undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:
 
 
 class Connections:
-    """A stack of idle connections to the target of a pool: a server, a socket, a Sentinel's master or a node."""
+    """The connections to the target of a pool: a server, a socket, a Sentinel's master or a node.
+
+    There are never more than the pool allows. A caller that finds all of them in use waits for its turn.
+    """
 
     def __init__(self, pool: Any, timeout: float) -> None:
-        self._pool, self._timeout = pool, timeout
+        self._pool, self._limit = pool, limit_of(pool)
+        self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
+        self._patience = self._timeout / 2  # seconds that a proof may take: as long as connecting took
         self._idle: collections.deque[Pipe] = collections.deque()
+        # in use or idle; weak, since a signal handler's exception may let a thread lose one at any point
+        self._pipes: weakref.WeakSet[Pipe] = weakref.WeakSet()
+        self._adding = threading.RLock()
+        self._waiting: collections.deque[queue.SimpleQueue[Pipe]] = collections.deque()
+        self._losses = self._closes = 0
 
     def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
         """The replies, in order; that of a failed command is its error."""
+        losses, closes = self._losses, self._closes
         pipe = self._take()
+        if losses != self._losses:
+            self._drop(pipe)
+            raise lost_meanwhile()
         try:
+            if monotonic() - pipe.used_at > PROOF_AFTER or pipe.readable(0):
+                self._prepare(pipe)
             replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), self._timeout)
-        except BaseException:
-            self._lose(pipe)
+        except BaseException as error:
+            if isinstance(error, REDIS_ERRORS):
+                self._losses += 1
+                self.close()
+            self._drop(pipe)
             raise
         if asking:
             replies = replies[1::2]
-        if intact(replies):
+        if not intact(replies):
+            self.close()  # after a failover, idle connections lead to the old master
+        if closes == self._closes:
             self._idle.append(pipe)
+            if self._waiting:
+                self._hand_over()
         else:
-            self._lose(pipe)
+            self._drop(pipe)
         return replies
 
     def connection(self, **options: Any) -> Any:
         return connection(self._pool, BLOCKING, self._timeout, **options)
 
     def close(self) -> None:
+        """Close the idle connections now, and each of the others after its exchange."""
+        self._closes += 1
+        self._close_idle()
+
+    def _close_idle(self) -> None:
         with contextlib.suppress(IndexError):  # several threads may pop at once
             while True:
-                self._idle.pop().close()
+                self._drop(self._idle.pop())
 
-    def _lose(self, pipe: Pipe) -> None:
+    def _prepare(self, pipe: Pipe) -> None:
+        """Open a new connection, unless one that was idle for long proves that it still leads to the server."""
+        timeout = self._timeout
+        if pipe.is_open() and not pipe.readable(0):
+            if pipe.proves(self._patience):
+                return
+            self._close_idle()  # the others were idle for longer
+            timeout -= self._patience
         pipe.close()
-        self.close()  # after a failover, idle connections lead to the old master
-
-    def _take(self) -> Pipe:
-        with contextlib.suppress(IndexError):  # several threads may pop at once
-            while True:
-                idle = self._idle.pop()
-                if not idle.readable(0):
-                    return idle
-                idle.close()
-        new = self.connection()
+        new, began = connection(self._pool, BLOCKING, timeout), monotonic()
         with connecting():
             new.connect()  # only connect() asks a Sentinel for the master
-        return Pipe(new)
+        self._patience = patience(monotonic() - began, self._timeout)
+        pipe.open(new, self._timeout)
+
+    # Turns
+
+    def _take(self) -> Pipe:
+        """A connection for this caller alone; a new one is not open yet. Raises redis.RedisError if all are in use."""
+        if not self._waiting and (pipe := self._free()) is not None:
+            return pipe
+        turn: queue.SimpleQueue[Pipe] = queue.SimpleQueue()
+        self._waiting.append(turn)
+        try:
+            self._hand_over()
+            return turn.get(timeout=self._timeout)
+        except queue.Empty:
+            raise none_free(self._limit, self._timeout) from None
+        finally:
+            with contextlib.suppress(ValueError):  # another thread has taken it from the line
+                self._waiting.remove(turn)
+
+    def _hand_over(self) -> None:
+        """Give free connections to the callers that have waited longest.
+
+        Who adds a caller or a connection calls this afterwards: so no caller waits while a connection is free.
+        """
+        while self._waiting and (pipe := self._free()) is not None:
+            try:
+                self._waiting.popleft().put(pipe)
+            except IndexError:  # the last one has given up
+                self._idle.append(pipe)
+
+    def _free(self) -> Pipe | None:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            pass
+        with self._adding:
+            pipe = Pipe()
+            self._pipes.add(pipe)
+            if len(self._pipes) <= self._limit:
+                return pipe
+            self._pipes.discard(pipe)
+            return None
+
+    def _drop(self, pipe: Pipe) -> None:
+        """Close a connection; another one may take its place."""
+        pipe.close()
+        self._pipes.discard(pipe)
+        if self._waiting:
+            self._hand_over()
 
 
 class Pipe:
-    """An open connection. Reads and writes its socket directly: redis-py's layers take a third of a script's time."""
+    """One of the connections, once it is open.
 
-    def __init__(self, connection: Any) -> None:
+    Reads and writes its socket directly: redis-py's layers take a third of a script's time. used_at: when.
+    """
+
+    def __init__(self) -> None:
+        self._connection: Any = None
+        self.used_at = NEVER
+
+    def open(self, connection: Any, timeout: float) -> None:
+        """Take over an open connection. timeout: seconds for each read."""
         self._connection = connection
-        self.close = connection.disconnect
         self._socket, self._reader = socket_of(connection)
+        self._socket.settimeout(timeout)
         # before a command, something to read means that the server has closed the connection
         self.readable = connection.can_read
         if hasattr(select, "poll"):  # not on Windows; a fifth of the time
             poll = select.poll()
             poll.register(self._socket, select.POLLIN)
             self.readable = poll.poll
+
+    def is_open(self) -> bool:
+        return self._connection is not None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.disconnect()
+
+    def proves(self, seconds: float) -> bool:
+        """Whether the server answers on this connection within these seconds. An error is an answer, too."""
+        usual = self._socket.gettimeout()
+        try:
+            self._socket.settimeout(seconds)
+            self.exchange(PING, 1, seconds)
+            self._socket.settimeout(usual)
+        except REDIS_ERRORS:
+            return False
+        return True
 
     def exchange(self, data: bytes, count: int, timeout: float) -> list[Any]:
         """Send commands, and read so many replies."""
@@ -333,4 +441,5 @@ class Pipe:
                 replies.append(reply)
         if len(replies) > count:
             raise redis.ConnectionError(f"{len(replies)} replies to {count} commands")
+        self.used_at = monotonic()
         return replies
