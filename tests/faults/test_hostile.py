@@ -112,8 +112,8 @@ def test_a_count_of_zero(field: str) -> None:
 
 
 EXTREMES = [
-    {"failure_threshold": 10**9, "reset_timeout": 31_536_000.0, "success_threshold": 10**9},
-    {"half_open_max_calls": 1000, "probe_timeout": 31_536_000.0, "ttl": 31_536_000.0},
+    {"failure_threshold": 10**9, "reset_timeout": 2_592_000.0, "success_threshold": 10**9},
+    {"half_open_max_calls": 1000, "probe_timeout": 86_400.0, "ttl": 31_536_000.0},
     {"failure_threshold": 1, "reset_timeout": 0.001, "probe_timeout": 0.001, "ttl": 1.0},
 ]
 
