@@ -8,6 +8,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator
+from os import getpid
 from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeAlias, TypeVar, cast
 
@@ -16,11 +17,12 @@ from ._core import BreakerCore
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event, Listener, Notices
 from ._permit import SETTLED, BasePermit, warns_if_lost
+from ._process import process
 from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from .wire.aio import async_server_of, carry_out, forget_ended, leave_to_parent
 from .wire.options import ASYNCIO, REDIS_ERRORS
-from .wire.subscription import AsyncSubscription, BaseWatch
+from .wire.subscription import BaseWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,13 +105,7 @@ class Acquiring:
 
 
 class AsyncWatch(BaseWatch):
-    """A breaker's membership in a subscription of the running event loop; also an `async with` block."""
-
-    def _key(self) -> tuple[object, ...]:
-        return *super()._key(), asyncio.get_running_loop()
-
-    def _open(self) -> AsyncSubscription:
-        return AsyncSubscription(*self._subscription())
+    """A breaker's membership in a subscription of each event loop that calls it; also an `async with` block."""
 
     async def close(self) -> None:
         """Leave the subscription."""
@@ -205,6 +201,8 @@ class AsyncCircuitBreaker(BreakerCore):
 
     async def _call_with_permit(self, func: Callable[..., Awaitable[R]], args: Any, kwargs: Any, now: float) -> R:
         """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
+        if getpid() != process.pid:
+            process.start()
         seen = self._view.seen
         if now < seen.open_until and not self._notices.on_call:
             self._notices.count("rejected")
@@ -409,6 +407,7 @@ class AsyncCircuitBreaker(BreakerCore):
     async def history(self, count: int = 100) -> list[HistoryEntry]:
         """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
         check_history_count(count)
+        process.check()
         if self._memory is not None:
             return history_entries(self._memory.history(count))
         try:

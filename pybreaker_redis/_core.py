@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import os
 import secrets
-import weakref
 from collections.abc import Callable, Iterable, Mapping
+from os import getpid
 from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
@@ -20,6 +20,7 @@ from ._line import FixedEngine, Line, OnRedisFailure
 from ._memory import LocalEngine, MemoryEngine, document_for
 from ._permit import BasePermit, in_probe, resource_warnings_are_shown
 from ._policy import RULES, Policy, override_request, request_field
+from ._process import process
 from ._protocol import Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
 from ._slow import SlowCalls
 from ._view import Verdict, View
@@ -32,7 +33,6 @@ ASKED_AGAIN = 0.1  # seconds after which a call is told to come back while other
 _NEWS = {"override", "transition"}
 _NEEDS_POLICY = {"failures", "slow", "probe", "counted"}
 _OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", "failures", "slow", "pending", "counted", "probe"}
-_breakers: weakref.WeakSet[BreakerCore] = weakref.WeakSet()
 
 
 class BreakerCore:
@@ -90,24 +90,23 @@ class BreakerCore:
         self._isolation = Isolation(self._local_engine, self._quorum, self._isolation_changed)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
-        self._rejoin: BaseWatch | None = None  # set by a fork: the next script call joins again
         # one of the two: the state machine in this process, or the breaker's part in the link to Redis
         self._memory = MemoryEngine(quorum_of_one=True) if redis is None else None
         self._line = None if redis is None else Line(self, self._redis, on_redis_failure)
         self._start_process()
-        _breakers.add(self)
+        process.add(self)
         for instrument in self._notices.instruments:
             instrument.attach(self)
 
     def _start_process(self) -> None:
         # The random digits tell apart the breakers of one process, and containers that share host name and process id,
         # so that each knows its own transitions. A script takes 200 characters.
-        self.instance = f"{self.host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
-        self._notices.start_process(self.instance)
+        self._instance = f"{self.host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
+        self._notices.start_process(self._instance)
         given = self.policy.to_request()
         # a report of only successes omits the policy unless a field matters to it: parsing it costs the script time
         self._without_policy: Request = {}
-        self._with_policy: Request = {"instance": self.instance, **({"policy": given} if given else {})}
+        self._with_policy: Request = {"instance": self._instance, **({"policy": given} if given else {})}
         if any(rule.on_success and request_field(name) in given for name, rule in RULES.items()):
             self._without_policy = self._with_policy
         self._warned_of_window = False
@@ -129,6 +128,12 @@ class BreakerCore:
         return f"<{type(self).__name__} {self.name!r}>"
 
     @property
+    def instance(self) -> str:
+        """The name of this process in the history and in events: `host:pid-` and eight random hex digits."""
+        process.check()
+        return self._instance
+
+    @property
     def state(self) -> State:
         """The state as this process last read it. Asks Redis nothing; snapshot() does.
 
@@ -139,6 +144,7 @@ class BreakerCore:
     @property
     def counts(self) -> Counts:
         """The calls of this breaker in this process so far, by outcome; for metrics."""
+        process.check()
         return self._notices.counts(self._view.successes())
 
     # Admission
@@ -148,6 +154,8 @@ class BreakerCore:
 
         began: when the call arrived, on the monotonic clock. refreshed: whether the caller has waited for a refresh.
         """
+        if getpid() != process.pid:
+            process.start()
         view, now = self._view, monotonic()
         if now - view.seen.sent >= view.lease and self._must_wait(began, now, refreshed):
             return Verdict.WAIT
@@ -174,9 +182,10 @@ class BreakerCore:
                 for report in self._reports():
                     self._run_here("record", report)
             return False
+        if self._watch is not None:
+            self._watch.join()
         if lease <= 0:
             return False
-        self._join_again()
         self._redis.soon(self._line)
         seen, link = self._view.seen, self._redis.link
         if refreshed:  # measured from the call's arrival, or a lease shorter than a round trip would never do
@@ -242,6 +251,8 @@ class BreakerCore:
 
     def _report(self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None) -> Steps[None] | None:
         """Count an outcome. Returns the steps that report it to Redis, or None if it was counted here."""
+        if getpid() != process.pid:
+            process.start()
         permit.settle()
         slow, pending = self._slow_calls.ended(permit)
         generation, probe = permit.generation, permit.probe
@@ -296,6 +307,7 @@ class BreakerCore:
             yield from self._run("record", report)
 
     def _flush(self) -> Steps[None] | None:
+        process.check()
         gathered = self._view.take(shared=self._own_engine() is None)
         return self._send([gathered]) if "successes" in gathered else None
 
@@ -331,7 +343,6 @@ class BreakerCore:
         """Call a script. Its reply becomes the view, and its transition an event."""
         if (reply := self._run_here(name, request)) is not None:
             return reply
-        self._join_again()
         sent = monotonic()
         try:
             if name == "acquire" and self._isolation.is_open():
@@ -469,16 +480,12 @@ class BreakerCore:
     def _watch_with(self, kind: Callable[[BreakerCore], W]) -> W:
         if self._line is None:
             raise PolicyError(f"circuit breaker {self.name!r} has nothing to watch without Redis: pass redis=...")
+        process.check()
         if self._watch is not None:
             self._watch._leave()
         watch = self._watch = kind(self)
+        watch.join()
         return watch
-
-    def _join_again(self) -> None:
-        """In a child: join a subscription of its own."""
-        if self._rejoin is not None:
-            watch, self._rejoin = self._rejoin, None
-            watch._join()
 
     def _hinted(self) -> None:
         """Read the state now: something was published about this breaker, or may have been missed."""
@@ -488,6 +495,7 @@ class BreakerCore:
     # State and operator actions
 
     def _snapshot(self) -> Steps[Snapshot]:
+        process.check()
         engine = self._own_engine()
         if engine is None:
             try:
@@ -504,6 +512,7 @@ class BreakerCore:
         self, action: str, duration: float | None = None, policy: Mapping[str, Any] | None = None
     ) -> Steps[None]:
         """Carry out an operator's action in Redis, or not at all. Raises RedisUnavailableError."""
+        process.check()
         request = {**self._with_policy, **_protocol.control_request(action, duration)}
         if policy is not None:
             request["override"] = override_request(policy)
@@ -536,12 +545,3 @@ def _raise_after(steps: Steps[None] | None, error: BaseException) -> Steps[None]
     if steps is not None:
         yield from steps
     raise error
-
-
-def _after_fork_in_child() -> None:
-    for breaker in _breakers:
-        breaker._after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -55,7 +55,7 @@ class Owner(Protocol):
 
     name: str
     keys: Any
-    instance: str
+    _instance: str
     _view: View
     _notices: Notices
     _slow_calls: SlowCalls
@@ -90,7 +90,7 @@ class Line:
         self.local: LocalEngine | FixedEngine | None = None
         self._texts: Texts | None = None  # as last read
         self._known: tuple[Texts, Seen, float] | None = None  # texts, what they say, and until when they say it
-        self._policy: bytes | None = None  # the stored text of the policy override in force
+        self._policy: tuple[bytes | None, Any] = None, None  # a policy override: as stored, and as the script reads it
         self._keeps_window = False  # whoever asked for it
         self._renew_at = NEVER  # when the TTL must be renewed
         self.news: dict[str, Any] | None = None
@@ -154,7 +154,7 @@ class Line:
                 reports.append(last)
             reports = [owner._complete("record", request) for request in reports if request["generation"] > 0]
         stale = wanted and now - seen.sent >= view.lease / 2
-        if stale and seen.sent == NEVER and not hinted:  # the first call creates the document
+        if stale and seen.sent == NEVER and self.used_at > NEVER:  # the first call creates the document
             return Due([*reports, self.refresh_request()], False, idle)
         return Due(reports, hinted or stale, idle)
 
@@ -198,7 +198,7 @@ class Line:
                 return True
         self._texts, window = texts, read_window(document)
         self._keeps_window = bool(window)
-        reply = read_document(document) if policy == self._policy else None
+        reply = read_document(document) if self._policy == (policy, self._owner._override) else None
         if reply is None:
             return False
         self._take_over({}, {**reply, **window, "override": self._owner._override}, sent, texts)
@@ -213,7 +213,7 @@ class Line:
         if not read or texts is None or not _says(texts, reply):
             self._take_over(request, reply, sent, None)
             return
-        self._policy = texts.policy
+        self._policy = texts.policy, reply.get("override")
         self._take_over(request, {**reply, **read_window(texts.document)}, sent, texts)
 
     def _take_over(self, request: Request, reply: Reply, sent: float, texts: Texts | None) -> None:
@@ -236,7 +236,7 @@ class Line:
         assert change is not None
         known = (entry for entry in history if entry.get("generation") == str(change["generation"]))
         entry = next(known, {"instance": ""})
-        if entry["instance"] != self._owner.instance:  # our own transition comes with the reply that it caused
+        if entry["instance"] != self._owner._instance:  # our own transition comes with the reply that it caused
             change |= {key: int(value) if value.isdecimal() else value for key, value in entry.items()}
             self._owner._notices.changed(change, "watch", entry["instance"])
 

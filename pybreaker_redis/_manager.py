@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from time import monotonic
 from typing import Any, Generic, ParamSpec, Self, TypeAlias, TypeVar
@@ -17,8 +15,9 @@ from ._errors import ConfigError
 from ._events import Event
 from ._policy import Policy
 from ._protocol import State, Steps
-from ._sync import CircuitBreaker
+from ._sync import CircuitBreaker, Watch
 from ._view import Verdict
+from .wire.subscription import BaseWatch
 from .wire.url import async_client_from_url, client_from_url
 
 P = ParamSpec("P")
@@ -34,6 +33,7 @@ class ManagerCore(Generic[B]):
     """The configuration and breakers of a manager; the shells add the I/O."""
 
     _breaker_type: Callable[..., B]
+    _watch_type: type[BaseWatch]
     _client_from_url: Callable[..., Any]
 
     def __init__(
@@ -84,8 +84,9 @@ class ManagerCore(Generic[B]):
         if breaker is None:
             # no lock, which a forked child could inherit locked: if several threads create a breaker, the first stays
             breaker = self._breakers.setdefault(service, self._make(service))
-        if self._client is not None and self.config.enabled and self.config.watch:
-            self._subscribe(breaker)
+        if breaker._watch is None and self._client is not None and self.config.enabled and self.config.watch:
+            breaker._watch = self._watch_type(breaker)
+            breaker._view.drop()  # so that the next call joins the subscription
         return breaker
 
     def _make(self, service: str) -> B:
@@ -102,10 +103,6 @@ class ManagerCore(Generic[B]):
             host=config.host,
             **self._hooks,
         )
-
-    def _subscribe(self, breaker: B) -> None:
-        """Let the breaker join the shared subscription, unless it has joined."""
-        raise NotImplementedError
 
     def _all(self) -> Iterator[tuple[str, B]]:
         """The breakers of every service that is configured or was used."""
@@ -132,7 +129,7 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     this process. Raises ConfigError; PolicyError.
     """
 
-    _breaker_type = CircuitBreaker
+    _breaker_type, _watch_type = CircuitBreaker, Watch
     _client_from_url = staticmethod(client_from_url)
 
     def call(self, service: str, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -164,10 +161,6 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _subscribe(self, breaker: CircuitBreaker) -> None:
-        if breaker._watch is None:
-            breaker.watch()
-
 
 class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
     """CircuitBreakerManager for asyncio: takes the same arguments; all methods but get_or_create() are awaited.
@@ -175,7 +168,7 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
     One manager may serve several event loops, and may be created before any of them runs.
     """
 
-    _breaker_type = AsyncCircuitBreaker
+    _breaker_type, _watch_type = AsyncCircuitBreaker, AsyncWatch
     _client_from_url = staticmethod(async_client_from_url)
 
     async def call(self, service: str, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -200,27 +193,12 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
         """Report the gathered successes, and close this loop's subscription and connections."""
         for breaker in self._unsubscribe():
             await breaker.close()
-        if self._client is not None:
-            self._joined.clear()
 
     async def __aenter__(self) -> AsyncCircuitBreakerManager:
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.close()
-
-    def _share(self, client: Any) -> None:
-        super()._share(client)
-        self._joined: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[str]] = weakref.WeakKeyDictionary()
-
-    def _subscribe(self, breaker: AsyncCircuitBreaker) -> None:
-        try:
-            joined = self._joined.setdefault(asyncio.get_running_loop(), set())
-        except RuntimeError:  # no loop yet: the first call in one subscribes
-            return
-        if breaker.name not in joined:
-            joined.add(breaker.name)
-            breaker._watch_with(AsyncWatch)
 
 
 def _config_from(source: Source | None) -> Config:

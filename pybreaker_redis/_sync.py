@@ -6,6 +6,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Generator
+from os import getpid
 from time import monotonic
 from typing import Any, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
@@ -14,10 +15,11 @@ from ._core import BreakerCore
 from ._errors import CircuitOpenError, RedisUnavailableError
 from ._events import Event
 from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
+from ._process import process
 from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from .wire.options import BLOCKING, REDIS_ERRORS
-from .wire.subscription import BaseWatch, Subscription
+from .wire.subscription import BaseWatch
 from .wire.sync import carry_out, server_of
 
 P = ParamSpec("P")
@@ -77,10 +79,7 @@ class Permit(BasePermit):
 
 
 class Watch(BaseWatch):
-    """A breaker's membership in a subscription; also a `with` block."""
-
-    def _open(self) -> Subscription:
-        return Subscription(*self._subscription())
+    """A breaker's membership in the subscription of its process; also a `with` block."""
 
     def close(self) -> None:
         """Leave the subscription."""
@@ -177,6 +176,8 @@ class CircuitBreaker(BreakerCore):
 
     def _call_with_permit(self, func: Callable[..., R], args: Any, kwargs: Any, now: float) -> R:
         """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
+        if getpid() != process.pid:
+            process.start()
         seen = self._view.seen
         if now < seen.open_until and not self._notices.on_call:
             self._notices.count("rejected")
@@ -345,6 +346,7 @@ class CircuitBreaker(BreakerCore):
     def history(self, count: int = 100) -> list[HistoryEntry]:
         """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
         check_history_count(count)
+        process.check()
         if self._memory is not None:
             return history_entries(self._memory.history(count))
         try:

@@ -10,6 +10,7 @@ import dataclasses
 import enum
 import itertools
 import random
+import sysconfig
 import threading
 from collections.abc import Callable
 from time import monotonic
@@ -24,6 +25,9 @@ GROWTH = 1.0  # seconds for which quickly growing failures, or a high rate, keep
 JUST_NOW = 0.05  # seconds after its end within which a success counts as reported as it ends
 
 
+HAS_GLOBAL_LOCK = not sysconfig.get_config_var("Py_GIL_DISABLED")
+
+
 class Verdict(enum.Enum):
     """What the view says about the next call."""
 
@@ -34,7 +38,7 @@ class Verdict(enum.Enum):
 
 
 class Counter:
-    """Counts from zero. tick() counts one, atomically and without a lock.
+    """Counts from zero. tick() counts one, atomically; without a lock where Python has its global one.
 
     Reading ticks too; `_reads` subtracts that. One thread reads at a time.
     """
@@ -42,13 +46,24 @@ class Counter:
     __slots__ = ("_reads", "tick")
 
     def __init__(self) -> None:
-        self.tick = itertools.count(1).__next__
+        tick = itertools.count(1).__next__
+        self.tick = tick if HAS_GLOBAL_LOCK else _locked(tick)
         self._reads = 0
 
     def total(self) -> int:
         """All ticks ever."""
         self._reads = reads = self._reads + 1  # kept: a signal handler may read again after the tick
         return self.tick() - reads
+
+
+def _locked(tick: Callable[[], int]) -> Callable[[], int]:
+    lock = threading.RLock()
+
+    def locked() -> int:
+        with lock:
+            return tick()
+
+    return locked
 
 
 class Successes(Counter):

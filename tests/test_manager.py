@@ -180,6 +180,7 @@ def test_a_server_that_goes_after_close(caplog: pytest.LogCaptureFixture) -> Non
         EmbeddedServer() as server,
         CircuitBreakerManager.with_redis(Config(redis_url=server.url, redis_timeout=20)) as manager,
     ):
+        assert manager.call("a", int) == 0
         wait_until(lambda: manager.get_or_create("a")._watch.active)
     wait_until(lambda: not any(t.name == "pybreaker_redis-watch" for t in {*threading.enumerate()} - before))
     assert "subscription" not in caplog.text
@@ -192,8 +193,8 @@ def test_states_cost_nothing_while_views_are_fresh(
     manager = make_manager(lease=60.0)
     before = client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0)
     for number in range(10):
-        wait_until(lambda n=number: manager.get_or_create(f"s{n}")._watch.active)
         manager.call(f"s{number}", int)
+        wait_until(lambda n=number: manager.get_or_create(f"s{n}")._watch.active)
     # each has asked once, and has reported its first success
     wait_until(lambda: client.info("commandstats").get("cmdstat_evalsha", {}).get("calls", 0) - before == 2 * 10)
     client.config_resetstat()

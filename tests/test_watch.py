@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
@@ -19,6 +20,7 @@ from conftest import stopped, wait_until
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy, PolicyError
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire import subscription
+from pybreaker_redis.wire.link import BURST, BURST_TIME
 
 POLICY = Policy(failure_threshold=2, reset_timeout=60)
 
@@ -158,18 +160,16 @@ def test_nothing_that_was_before_is_notified(client: redis.Redis, watched: Calla
 
 
 def test_one_subscription_for_all(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
-    """Any number of breakers on one server share a subscription; it ends with the last of them."""
+    """Any number of breakers of one client share a subscription, whatever their prefix; it ends with the last."""
     before = subscriptions(client)
-    breakers = [watched(f"service {n}") for n in range(20)]
-    by_url = elsewhere(client, "by url")
+    breakers = [*(watched(f"service {n}") for n in range(20)), watched("service 7", prefix="staging")]
     assert subscriptions(client) == before + 1
     trip(elsewhere(client, "service 7"))
     wait_until(lambda: breakers[7].state == "open")
     assert [breaker.state for breaker in breakers].count("open") == 1
-    with by_url.watch() as watch:
-        wait_until(lambda: watch.active)
-        assert subscriptions(client) == before + 1
-    assert not watch.active
+    wait_until(lambda: client.pubsub_numpat() == 2)
+    trip(elsewhere(client, "service 7", prefix="staging"))
+    wait_until(lambda: breakers[20].state == "open")
     for breaker in breakers:
         assert breaker._watch is not None
         breaker._watch.close()
@@ -301,7 +301,7 @@ def forged(generation: int) -> list[str | bytes]:
         '{"policy":"set_policy"}',
         "1" * 10_000,
         "[" * 100_000,
-        "x" * 4_000_000,
+        "x" * 25_000_000,
         '{"from":"closed","to":"open","reason":"x","generation":1e30,"failure_count":0}',
         '{"from":"closed","to":"open","reason":"x","generation":1e999,"failure_count":0}',
         '{"from":"closed","to":"open","reason":"x","generation":9e13,"failure_count":0,"retry_after_ms":1e300}',
@@ -425,6 +425,78 @@ def test_fork(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> No
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         raise
+
+
+@pytest.mark.parametrize("seconds", [pytest.param(30.0, marks=pytest.mark.long), pytest.param(2.0, id="short")])
+def test_two_databases_of_one_server(client: redis.Redis, seconds: float) -> None:
+    """Channels have no database: whatever happens to the same name in another one changes no decision here."""
+    path = client.connection_pool.connection_kwargs["path"]
+    elsewhere_url = f"unix://{path}?db=1"
+    received: list[Event] = []
+    names = ["healthy", "dead"]
+    policy = Policy(failure_threshold=2, reset_timeout=3600)
+    here = {name: CircuitBreaker(name, redis=client, policy=policy, listeners=[received.append]) for name in names}
+    watches = [breaker.watch() for breaker in here.values()]
+    there = {name: CircuitBreaker(name, redis=elsewhere_url, policy=POLICY, lease=0) for name in names}
+    trip(here["dead"])
+    assert here["healthy"].call(int) == 0
+    wait_until(lambda: all(watch.active for watch in watches))
+    history = len(here["dead"].history())
+    del received[:]
+    decisions = 0
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        for name in names:
+            there[name].reset()
+            trip(there[name])
+        for _ in range(20):
+            assert here["healthy"].call(int) == 0
+            assert rejects(here["dead"])
+            decisions += 2
+    assert decisions >= 40
+    assert there["healthy"].snapshot().state == "open"
+    assert (here["healthy"].state, here["dead"].state) == ("closed", "open")
+    assert not received
+    assert not here["healthy"].history()
+    assert len(here["dead"].history()) == history
+    for watch in watches:
+        watch.close()
+
+
+def test_a_flood_of_messages(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """However many messages anyone publishes, they cause a bounded number of reads, and the last one is not missed."""
+    breaker = watched()
+    breaker.call(int)
+    reads, began = commands(client, "mget"), time.monotonic()
+    messages = 0
+    while time.monotonic() - began < 1:
+        client.publish(breaker.keys.state, "x")
+        messages += 1
+    trip(elsewhere(client))
+    wait_until(lambda: breaker.state == "open")
+    tenths = (time.monotonic() - began) / BURST_TIME + 2
+    assert commands(client, "mget") - reads <= tenths * BURST  # an exchange reads once, whatever it was hinted of
+    assert messages > tenths * BURST
+
+
+def test_a_slow_listener_delays_no_decision(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """While a listener of one breaker sleeps, trips and recoveries of all others, and of its own, are known at once."""
+    done = threading.Event()
+    slow = watched("slow", listeners=[lambda event: done.wait(60)])
+    other = watched("other")
+    assert (slow.call(int), other.call(int)) == (0, 0)
+    trip(elsewhere(client, "slow"))
+    wait_until(lambda: slow.state == "open")
+    trip(elsewhere(client, "other"))
+    wait_until(lambda: other.state == "open")
+    with pytest.raises(CircuitOpenError) as rejected:
+        other.call(int)
+    assert rejected.value.retry_after <= 60
+    elsewhere(client, "slow").reset()
+    elsewhere(client, "other").reset()
+    wait_until(lambda: (slow.state, other.state) == ("closed", "closed"))
+    assert not done.is_set()
+    done.set()
 
 
 # asyncio ----------------------------------------------------------------------------------------

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import os
 import threading
-import weakref
 from time import monotonic
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from .._core import BreakerCore
 from .._events import Counts, Event, Instrument
+from .._process import process
 from .._protocol import Snapshot, State, decode, snapshot_from
 from .._view import NEVER
 from ..wire import commands
@@ -22,7 +21,6 @@ CallOutcome: TypeAlias = Literal["success", "slow", "failure", "ignored", "rejec
 OUTCOMES: tuple[CallOutcome, ...] = get_args(CallOutcome)
 STATES: tuple[State, ...] = get_args(State)
 DURATION_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-_meters: weakref.WeakSet[Meter] = weakref.WeakSet()
 
 
 class Transition(NamedTuple):
@@ -71,7 +69,7 @@ class Meter(Instrument):
         self._server = None if redis is None else server_of(self._client, timeout)
         self._breakers: list[BreakerCore] = []
         self._start_process()
-        _meters.add(self)
+        process.add(self)
 
     def _after_fork(self) -> None:
         """In a child: start from zero, since the parent exports its own counts, and replace the locks it may hold."""
@@ -102,6 +100,7 @@ class Meter(Instrument):
 
     def read(self) -> Reading:
         """Read everything now, in one exchange of at most about one timeout. Raises no error of Redis."""
+        process.check()
         with self._reading:
             with self._counting:
                 breakers = list(self._breakers)
@@ -162,12 +161,3 @@ def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None)
             "rejected": counts.rejected,
         },
     )
-
-
-def _after_fork_in_child() -> None:
-    for meter in _meters:
-        meter._after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

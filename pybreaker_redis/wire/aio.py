@@ -6,13 +6,13 @@ import asyncio
 import collections
 import contextlib
 import itertools
-import os
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, MutableMapping, Sequence
 from typing import Any, TypeVar
 
 import redis
 
+from .._process import process
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import Command, packed
@@ -21,7 +21,6 @@ from .options import (
     ASYNCIO,
     REDIS_ERRORS,
     Address,
-    address_of,
     can_read,
     connecting,
     connection,
@@ -29,6 +28,7 @@ from .options import (
     pools_of,
 )
 from .route import Leg, Routes, exchange
+from .subscription import AsyncSubscription
 
 T = TypeVar("T")
 
@@ -52,14 +52,14 @@ class AsyncServer:
     """wire.sync.Server for asyncio, with separate connections for each event loop."""
 
     def __init__(self, client: Any, timeout: float) -> None:
-        self.address = address_of(client)
         self._pool_of, clustered = pools_of(client, ASYNCIO, timeout)
         self._routes = Routes(client) if clustered else None
         self._timeout = timeout
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, OnLoop] = weakref.WeakKeyDictionary()
         self.link = Link(timeout, self._routes.home if self._routes else None)
+        process.add(self)
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In a child: leave the parent's connections alone, and start without any."""
         leave_to_parent(self._by_loop)
         self._by_loop = weakref.WeakKeyDictionary()
@@ -101,6 +101,8 @@ class AsyncServer:
 
     async def _refresh(self, here: OnLoop) -> None:
         while True:
+            if (rest := self.link.rest()) > 0:
+                await asyncio.sleep(rest)
             await carry_out(self.link.exchange(), self.exchange)
             while self.link.undelivered:
                 member, events = self.link.undelivered.popleft()
@@ -118,6 +120,10 @@ class AsyncServer:
     async def history(self, keys: Keys, count: int) -> list[dict[str, Any]]:
         """The newest transitions, newest first. Raises redis.RedisError or OSError."""
         return history_fields(await self._one(build.history(keys, count)))
+
+    def subscription(self) -> AsyncSubscription:
+        """The subscription that all breakers of the running loop share."""
+        return self._here().subscription
 
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
@@ -162,6 +168,7 @@ class OnLoop:
         self.nodes: dict[Address | None, AsyncConnections] = {}
         self.task: asyncio.Task[None] | None = None
         self.timer: asyncio.TimerHandle | None = None
+        self.subscription = AsyncSubscription()
 
 
 async def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Awaitable[Any]], first: Any = None) -> T:
@@ -219,6 +226,8 @@ class AsyncConnections:
                     if asking:
                         await _read(connection)
                     replies.append(await _read(connection))
+            except GeneratorExit:  # collected before its end: its loop is gone, and the sockets with it
+                raise
             except BaseException:
                 await self._lose(connection)
                 raise
@@ -298,13 +307,3 @@ async def _deadline(seconds: float) -> AsyncIterator[None]:
 def leave_to_parent(held: MutableMapping[Any, Any]) -> None:
     """In a child: keep these objects of the parent alive, and unused. See _parents."""
     _parents.append(list(held.items()))
-
-
-def _after_fork_in_child() -> None:
-    for by_timeout in list(_shared.values()):
-        for server in by_timeout.values():
-            server.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -27,6 +27,7 @@ IDLE = 10.0  # seconds after its last call for which a breaker is refreshed
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0  # seconds between two retries
 SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
 READ_AT_ONCE = 250  # breakers in one MGET
+BURST, BURST_TIME = 10, 0.1  # exchanges in the background, within so many seconds
 NEVER = float("-inf")
 logger = logging.getLogger("pybreaker_redis")
 
@@ -164,6 +165,7 @@ class Link:
         self._hinted: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
         self._reporting: set[Member] = set()
         self._turn = 0
+        self._burst = 0, NEVER  # exchanges since when
 
     def after_fork(self) -> None:
         """In a child: start empty; a thread of the parent may hold the locks of the healths."""
@@ -233,6 +235,12 @@ class Link:
         """Seconds to the next check for due reports; None if no breaker was used lately."""
         pauses = [member.pause() for member in _alive(self._used)]
         return max(min(*pauses, IDLE), SHORTEST_PAUSE) if pauses else None
+
+    def rest(self) -> float:
+        """Seconds to wait before the next exchange in the background: anyone can publish hints, and any number."""
+        (count, since), now = self._burst, monotonic()
+        self._burst = (count + 1, since) if 0 <= now - since < BURST_TIME else (1, now)
+        return since + BURST_TIME - now if self._burst[0] > BURST else 0.0
 
     def exchange(self) -> Pipelines:
         """One exchange for all breakers. Raises no error of Redis."""

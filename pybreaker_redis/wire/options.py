@@ -165,13 +165,6 @@ def remap_of(client: Any) -> Callable[[Address], Address]:
     return lambda address: manager.remap_host_port(*address)
 
 
-def address_of(client: Any) -> str:
-    """A text that is the same for clients of the same server."""
-    if is_cluster(client):
-        return repr(sorted(known_nodes(client)()))
-    return f"{client.connection_pool.connection_class} {sorted(client.connection_pool.connection_kwargs.items())!r}"
-
-
 def socket_of(connection: Any) -> tuple[Any, Any]:
     """The socket of an open blocking connection, and a reader for its replies; errors are replies, too."""
     reader = hiredis.Reader(

@@ -1,15 +1,14 @@
-"""One subscription for any number of breakers: a message is a hint to read a breaker's state at once."""
+"""One subscription for all breakers of a link: a message is a hint to read a breaker's state at once."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import random
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from redis.exceptions import ConnectionError, ResponseError
@@ -19,9 +18,6 @@ from .._protocol import state_pattern
 PING_EVERY = 1.0  # seconds; a connection that is silent for twice as long is lost
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 logger = logging.getLogger("pybreaker_redis")
-_lock = threading.RLock()
-_subscriptions: dict[tuple[object, ...], Subscription | AsyncSubscription] = {}
-_tasks: set[asyncio.Task[None]] = set()
 
 
 class Watcher(Protocol):
@@ -30,112 +26,138 @@ class Watcher(Protocol):
     keys: Any
     _redis: Any
     _prefix: str
-    _rejoin: BaseWatch | None
 
     def _hinted(self) -> None: ...
 
 
 class Audience:
-    """The breakers of one subscription. A message is only a hint to read a breaker's keys again. No I/O."""
+    """The breakers of one subscription, and its side of the conversation. No I/O.
 
-    def __init__(self, prefix: str) -> None:
-        self.pattern = state_pattern(prefix)
+    connected: whether the subscription stands. A message is only a hint to read a breaker's keys again.
+    """
+
+    def __init__(self) -> None:
         self.connected = False
-        self._ended = False
+        self._running = False  # a thread or task holds the subscription, or tries to
         self._members: weakref.WeakKeyDictionary[Watcher, bytes] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
+        self.opened()
 
     def __bool__(self) -> bool:
         return bool(self._members)
 
     def join(self, breaker: Watcher) -> bool:
-        """Add a breaker. Returns False if the subscription has ended."""
+        """Add a breaker. Returns whether the caller must start the subscription."""
+        if breaker in self._members and self._running:  # the usual case, without the lock
+            return False
         with self._lock:
-            if not self._ended:
-                self._members[breaker] = breaker.keys.state.encode()
-                if self.connected:
-                    breaker._hinted()
-            return not self._ended
+            is_new = breaker not in self._members
+            self._members[breaker] = breaker.keys.state.encode()
+            starts, self._running = not self._running, True
+        if is_new and self.connected:
+            breaker._hinted()
+        return starts
 
     def leave(self, breaker: Watcher) -> None:
         """Remove a breaker."""
         with self._lock:
             self._members.pop(breaker, None)
 
-    def has_ended(self) -> bool:
-        """Whether no breaker is left. From then on none can join."""
+    def stop(self, only_if_empty: bool = False) -> bool:
+        """End the subscription; the next join() starts another one. Returns False if it is still needed."""
         with self._lock:
-            self._ended = self._ended or not self._members
-            return self._ended
+            if only_if_empty and self._members:
+                return False
+            self._running = self.connected = False
+            return True
 
-    def end(self) -> None:
-        """End the subscription, for all breakers."""
+    def opened(self) -> None:
+        """A new connection is open."""
+        self._subscribed: set[str] = set()
+        self._unconfirmed = 0
+        self._pinged = False
+
+    def lost(self, error: BaseException) -> bool:
+        """The connection is lost, or could not be opened. Returns whether the subscription stood."""
+        stood, self.connected = self.connected, False
+        if stood and self._members:
+            logger.warning("circuit breakers: the subscription is lost: %r", error)
+        return stood
+
+    def to_send(self, silent: bool) -> tuple[str, ...]:
+        """The command to send now, or (). silent: nothing came for PING_EVERY. Raises ConnectionError if it is lost."""
         with self._lock:
-            self._ended, self.connected = True, False
+            missing = {state_pattern(breaker._prefix) for breaker in self._members} - self._subscribed
+        if missing:
+            self._subscribed |= missing
+            self._unconfirmed += len(missing)
+            return ("PSUBSCRIBE", *missing)
+        if silent and self._pinged:
+            raise ConnectionError("no answer to a PING on the subscription")
+        self._pinged = silent
+        return ("PING",) if silent else ()
 
-    def up(self) -> None:
-        """The subscription stands: read every breaker, since messages may have been missed."""
-        self.connected = True
-        self._hint()
+    def receive(self, read: Callable[[], Any]) -> None:
+        """Take a reply. A message's content is not read: anyone can publish."""
+        self._pinged = False
+        try:
+            kind, *rest = read()
+        except ResponseError:
+            if self._unconfirmed:
+                raise
+            return  # a refused PING is a sign of life, too: the disk may be full, or an ACL may forbid it
+        if kind in (b"pmessage", "pmessage"):
+            channel = rest[1].encode() if isinstance(rest[1], str) else rest[1]
+            self._hint(lambda key: key == channel)
+        elif kind in (b"psubscribe", "psubscribe"):
+            self._unconfirmed -= 1
+            self.connected = True
+            self._hint(lambda key: True)  # messages may have been missed
 
-    def down(self, error: BaseException) -> None:
-        """The subscription is lost."""
-        if self.connected and self._members:
-            logger.warning("circuit breakers %r: the subscription is lost: %r", self.pattern, error)
-        self.connected = False
-
-    def receive(self, reply: list[Any]) -> None:
-        """Hint the breakers that a message concerns. Its content is not read: anyone can publish."""
-        if reply[0] in (b"pmessage", "pmessage"):
-            self._hint(reply[2].encode() if isinstance(reply[2], str) else reply[2])
-
-    def _hint(self, channel: bytes | None = None) -> None:
+    def _hint(self, concerns: Callable[[bytes], bool]) -> None:
         with self._lock:
-            concerned = [breaker for breaker, key in list(self._members.items()) if channel in (None, key)]
+            concerned = [breaker for breaker, key in list(self._members.items()) if concerns(key)]
         for breaker in concerned:
             breaker._hinted()
 
 
 class Subscription:
-    """A thread that holds the subscription of an audience until no breaker is left in it."""
+    """The subscription of a link. A thread holds it until no breaker is left in it."""
 
-    def __init__(self, connect: Callable[[], Any], prefix: str) -> None:
-        self.audience = Audience(prefix)
-        self._connect = connect
+    def __init__(self) -> None:
+        self.audience = Audience()
 
-    def start(self) -> None:
-        """Begin, once a breaker has joined."""
-        threading.Thread(target=self._run, name="pybreaker_redis-watch", daemon=True).start()
-
-    def _run(self) -> None:
-        pauses = _pauses()
-        while not self.audience.has_ended():
+    def join(self, breaker: Watcher) -> None:
+        """Add a breaker, and start the subscription if it does not run."""
+        if self.audience.join(breaker):
+            thread = threading.Thread(
+                target=self._run, args=(breaker._redis.subscriber,), name="pybreaker_redis-watch", daemon=True
+            )
             try:
-                for _ in self._listen():
-                    pauses = _pauses()
+                thread.start()
+            except RuntimeError:  # the interpreter exits, or a limit is reached: the next call tries again
+                self.audience.stop()
+
+    def _run(self, connect: Callable[[], Any]) -> None:
+        pauses = _pauses()
+        while not self.audience.stop(only_if_empty=True):
+            try:
+                self._listen(connect())
             except Exception as error:
-                self.audience.down(error)
+                pauses = _pauses() if self.audience.lost(error) else pauses
                 time.sleep(next(pauses))
 
-    def _listen(self) -> Iterator[None]:
-        """Yields when the subscription stands; ends when no breaker is left."""
-        connection = self._connect()
+    def _listen(self, connection: Any) -> None:
         try:
             connection.connect()  # only connect() asks a Sentinel for the master
-            connection.send_command("PSUBSCRIBE", self.audience.pattern)
-            connection.read_response()
-            self.audience.up()
-            yield
-            pinged = False
+            self.audience.opened()
+            silent = False
             while self.audience:
-                if connection.can_read(PING_EVERY):
-                    self.audience.receive(_reply(connection.read_response))
-                    pinged = False
-                elif pinged:
-                    raise ConnectionError("no answer to a PING on the subscription")
-                else:
-                    connection.send_command("PING")
-                    pinged = True
+                if command := self.audience.to_send(silent):
+                    connection.send_command(*command)
+                silent = not connection.can_read(PING_EVERY)
+                if not silent:
+                    self.audience.receive(connection.read_response)
         finally:
             connection.disconnect()
 
@@ -143,112 +165,89 @@ class Subscription:
 class AsyncSubscription:
     """The same as a task of one event loop."""
 
-    def __init__(self, connect: Callable[[], Any], prefix: str) -> None:
-        self.audience = Audience(prefix)
-        self._connect = connect
+    def __init__(self) -> None:
+        self.audience = Audience()
 
-    def start(self) -> None:
-        """Begin, once a breaker has joined."""
-        task = asyncio.get_running_loop().create_task(self._run(), name="pybreaker_redis-watch")
-        _tasks.add(task)  # the loop keeps only a weak reference
-        task.add_done_callback(_tasks.discard)
+    def join(self, breaker: Watcher) -> None:
+        """Add a breaker, and start the subscription if it does not run."""
+        if self.audience.join(breaker):
+            # kept: the loop has only a weak reference
+            self._task = asyncio.get_running_loop().create_task(
+                self._run(breaker._redis.subscriber), name="pybreaker_redis-watch"
+            )
 
-    async def _run(self) -> None:
+    async def _run(self, connect: Callable[[], Any]) -> None:
         pauses = _pauses()
         try:
-            while not self.audience.has_ended():
+            while not self.audience.stop(only_if_empty=True):
                 try:
-                    async for _ in self._listen():
-                        pauses = _pauses()
+                    await self._listen(connect())
                 except Exception as error:
-                    self.audience.down(error)
+                    pauses = _pauses() if self.audience.lost(error) else pauses
                     await asyncio.sleep(next(pauses))
-        finally:
-            self.audience.end()
+        except BaseException:  # cancelled
+            self.audience.stop()
+            raise
 
-    async def _listen(self) -> AsyncIterator[None]:
-        connection = self._connect()
+    async def _listen(self, connection: Any) -> None:
         reader: asyncio.Future[Any] | None = None
         try:
             async with asyncio.timeout(2 * PING_EVERY):
                 await connection.connect()
-                await connection.send_command("PSUBSCRIBE", self.audience.pattern)
-                await connection.read_response()
-            self.audience.up()
-            yield
-            pinged = False
+            self.audience.opened()
+            silent = False
             while self.audience:
+                if command := self.audience.to_send(silent):
+                    await connection.send_command(*command)
                 reader = reader or asyncio.ensure_future(connection.read_response())
                 await asyncio.wait({reader}, timeout=PING_EVERY)
-                if reader.done():
-                    reply, reader, pinged = _reply(reader.result), None, False
-                    self.audience.receive(reply)
-                elif pinged:
-                    raise ConnectionError("no answer to a PING on the subscription")
-                else:
-                    await connection.send_command("PING")
-                    pinged = True
-        finally:
-            if reader is not None:
-                reader.cancel()
-                await asyncio.wait({reader})
-            await connection.disconnect(nowait=True)
+                silent = not reader.done()
+                if not silent:
+                    self.audience.receive(reader.result)
+                    reader = None
+        except GeneratorExit:  # collected before its end: its loop is gone, and the sockets with it
+            raise
+        except BaseException:
+            await self._close(connection, reader)
+            raise
+        await self._close(connection, reader)
+
+    async def _close(self, connection: Any, reader: asyncio.Future[Any] | None) -> None:
+        if reader is not None:
+            reader.cancel()
+            await asyncio.wait({reader})
+        await connection.disconnect(nowait=True)
 
 
 class BaseWatch:
-    """A breaker's membership in a subscription."""
+    """A breaker's membership in the subscription of its link; on asyncio, of each event loop that calls it."""
 
     def __init__(self, breaker: Any) -> None:
         self._breaker: Watcher = breaker
-        self._audience: Audience | None = None
-        self._join()
+        self._closed = False
+        self._joined: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
     def active(self) -> bool:
         """Whether the subscription stands now."""
-        return self._audience is not None and self._audience.connected
+        return any(joined.audience.connected for joined in self._joined)
 
-    def _key(self) -> tuple[object, ...]:
-        return self._breaker._redis.address, self._breaker._prefix
-
-    def _subscription(self) -> tuple[Callable[[], Any], str]:
-        return self._breaker._redis.subscriber, self._breaker._prefix
-
-    def _open(self) -> Subscription | AsyncSubscription:
-        raise NotImplementedError
-
-    def _join(self) -> None:
-        key = self._key()
-        with _lock:
-            for ended in [key for key, held in _subscriptions.items() if held.audience.has_ended()]:
-                del _subscriptions[ended]
-            shared = _subscriptions.get(key)
-            if shared is None or not shared.audience.join(self._breaker):
-                shared = _subscriptions[key] = self._open()
-                shared.audience.join(self._breaker)
-                shared.start()
-        self._audience = shared.audience
+    def join(self) -> None:
+        """Join the subscription, if the breaker has not done so. It starts with the first that joins."""
+        if not self._closed:
+            subscription = self._breaker._redis.subscription()
+            self._joined.add(subscription)
+            subscription.join(self._breaker)
 
     def _leave(self) -> None:
-        if self._breaker._rejoin is self:
-            self._breaker._rejoin = None
-        audience, self._audience = self._audience, None
-        if audience is not None:
-            audience.leave(self._breaker)
+        self._closed = True
+        joined, self._joined = self._joined, weakref.WeakSet()
+        for subscription in joined:
+            subscription.audience.leave(self._breaker)
 
     def after_fork(self) -> None:
-        """In a child: the parent's thread holds the subscription; the next script call joins a new one."""
-        if self._audience is not None:
-            self._audience = None
-            self._breaker._rejoin = self
-
-
-def _reply(read: Callable[[], Any]) -> Any:
-    """The reply. An error reply to a PING is a sign of life, too: the disk may be full, or an ACL may forbid PING."""
-    try:
-        return read()
-    except ResponseError as refused:
-        return ["refused", refused]
+        """In a child: the parent has the subscription; the next call joins one of this process."""
+        self._joined = weakref.WeakSet()
 
 
 def _pauses() -> Iterator[float]:
@@ -256,13 +255,3 @@ def _pauses() -> Iterator[float]:
     while True:
         yield pause * random.uniform(0.75, 1.25)
         pause = min(pause * 2, LONGEST_PAUSE)
-
-
-def _after_fork_in_child() -> None:
-    global _lock
-    _lock = threading.RLock()
-    _subscriptions.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

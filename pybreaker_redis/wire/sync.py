@@ -6,9 +6,9 @@ import collections
 import contextlib
 import functools
 import logging
-import os
 import select
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from time import monotonic
@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import redis
 from redis.exceptions import NoScriptError
 
+from .._process import process
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import Command, packed
@@ -25,7 +26,6 @@ from .options import (
     BLOCKING,
     NO_REPLY,
     Address,
-    address_of,
     connecting,
     connection,
     intact,
@@ -33,6 +33,7 @@ from .options import (
     socket_of,
 )
 from .route import Leg, Routes, exchange
+from .subscription import Subscription
 
 T = TypeVar("T")
 logger = logging.getLogger("pybreaker_redis")
@@ -56,27 +57,29 @@ class Server:
     Commands go over connections of our own, which leaves the client as it was. They are never repeated, since that
     could count a report twice. A process needs one connection for each thread that talks to Redis at the same time,
     however many breakers it has. No reference to the client is kept: it is the weak key of _shared.
-    address: a text that is the same for clients of the same server.
     """
 
     def __init__(self, client: Any, timeout: float) -> None:
-        self.address = address_of(client)
         self._pool_of, clustered = pools_of(client, BLOCKING, timeout)
         self._routes = Routes(client) if clustered else None
         self._timeout = timeout
         self._nodes: dict[Address | None, Connections] = {}
         self.link = Link(timeout, self._routes.home if self._routes else None)
         self._start_process()
+        process.add(self)
 
     def _start_process(self) -> None:
+        self._subscription = Subscription()
         self._refreshing = threading.RLock()
         self._refreshes = 0
-        self._worker = Worker("pybreaker_redis-link", weakref.WeakMethod(self._refresh), self.link.pause)
+        self._worker = Worker(
+            "pybreaker_redis-link", weakref.WeakMethod(self._refresh), self.link.pause, self.link.rest
+        )
         # events have a thread of their own: a slow listener must not delay a refresh
         deliver = functools.partial(_deliver_all, self.link.undelivered)
         self._messenger = Worker("pybreaker_redis-listeners", lambda: deliver, lambda: None)
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In a child: close its copies of the sockets, and start without threads."""
         self.close()
         self.link.after_fork()
@@ -141,6 +144,10 @@ class Server:
         carry_out(self._routes.learn_masters(), self._send)
         return [self._node(address) for address in self._routes.masters()]
 
+    def subscription(self) -> Subscription:
+        """The subscription that all breakers of the link share."""
+        return self._subscription
+
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
         return self._node(None if self._routes is None else self._routes.any_node()).connection(protocol=2)
@@ -186,13 +193,17 @@ class Worker:
     """A daemon thread that works when it is woken, and at each pause. Starts on demand; ends when there is no pause.
 
     name: of the thread. work: a reference to what it does, which may be a weak one. pause: returns seconds, or None to
-    work only when it is woken.
+    work only when it is woken. rest: returns the seconds for which it must not work yet, though it was woken.
     """
 
     def __init__(
-        self, name: str, work: Callable[[], Callable[[], None] | None], pause: Callable[[], float | None]
+        self,
+        name: str,
+        work: Callable[[], Callable[[], None] | None],
+        pause: Callable[[], float | None],
+        rest: Callable[[], float] = lambda: 0.0,
     ) -> None:
-        self._name, self._work, self._pause = name, work, pause
+        self._name, self._work, self._pause, self._rest = name, work, pause, rest
         self._awake = threading.Event()
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
@@ -219,6 +230,7 @@ class Worker:
                         self._thread = None
                         return
             self._awake.wait(pause)
+            time.sleep(self._rest())
             self._awake.clear()
             try:
                 self._work_once()
@@ -322,13 +334,3 @@ class Pipe:
         if len(replies) > count:
             raise redis.ConnectionError(f"{len(replies)} replies to {count} commands")
         return replies
-
-
-def _after_fork_in_child() -> None:
-    for by_timeout in list(_shared.values()):
-        for server in by_timeout.values():
-            server.after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)

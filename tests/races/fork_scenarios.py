@@ -18,7 +18,6 @@ import redis
 from race_workers import FIRM, PATIENCE, Boom, boom, fine, run_threads
 
 from pybreaker_redis import CircuitBreaker, Policy
-from pybreaker_redis.wire import subscription
 
 MANY = Policy(failure_threshold=1_000_000_000)
 CHILD_PATIENCE = 10.0
@@ -131,7 +130,7 @@ def held(url: str, which: str) -> object:
         "trouble": line.trouble._lock,
         "worker": server._worker._lock,
         "messenger": server._messenger._lock,
-        "subscriptions": subscription._lock,
+        "subscription": server.subscription().audience._lock,
     }
     inside, done = threading.Event(), threading.Event()
 

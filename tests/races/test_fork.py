@@ -49,7 +49,7 @@ LOCKS = [
     "trouble",
     "worker",
     "messenger",
-    "subscriptions",
+    "subscription",
 ]
 
 

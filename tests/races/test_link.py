@@ -108,6 +108,34 @@ def test_a_document_that_changes_before_the_script_reads_it(
     assert breaker.state == "open"
 
 
+def test_an_override_that_ends_before_it_was_read_twice(
+    server: EmbeddedServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script reads another override than the process did, and nobody reads it again before it is cleared."""
+    policy = Policy()
+    breaker = settled(CircuitBreaker("overridden", redis=server.url, policy=policy, lease=60, **FIRM))
+    other = CircuitBreaker("overridden", redis=client, lease=0, **FIRM)
+    other.set_policy(failure_threshold=7)
+    sent = during_exchange(breaker, monkeypatch, lambda _: other.set_policy(failure_threshold=8))
+    refresh(breaker)
+    assert sent == ["MGET", "record"]
+    assert breaker._view.policy.failure_threshold == 8
+    other.clear_policy()
+    refresh(breaker)
+    assert breaker._view.policy == policy
+
+
+def test_a_first_call_and_a_hint_at_once(server: EmbeddedServer, client: redis.Redis) -> None:
+    """The exchange of a first call creates the document, though a message asks for no more than a read."""
+    breaker = CircuitBreaker("hinted", redis=server.url, **FIRM)
+    breaker._hinted()
+    wait_until(lambda: not breaker._redis.link.is_busy() and not breaker._redis.link.wanted)
+    assert not client.exists(breaker.keys.state)
+    breaker._redis.link.use(breaker._line, hinted=True)
+    refresh(breaker)
+    assert client.exists(breaker.keys.state)
+
+
 def test_a_failure_waits_for_the_success_before_it(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """A success is on its way to Redis when a call fails: the failure is counted after it, and stays counted."""
     policy = Policy(failure_threshold=9)

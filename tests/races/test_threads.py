@@ -39,6 +39,7 @@ from pybreaker_redis import (
     Policy,
     _core,
     _events,
+    _view,
 )
 from pybreaker_redis._view import Successes, Verdict, View
 from pybreaker_redis.embedded import EmbeddedServer
@@ -210,8 +211,10 @@ def test_a_lower_generation_is_taken_when_it_is_newer() -> None:
     assert (view.seen.state, view.seen.generation) == ("closed", 7)
 
 
-def test_gathering_loses_nothing() -> None:
-    """What 32 threads gather while another takes is taken whole."""
+@pytest.mark.parametrize("has_global_lock", [True, False])
+def test_gathering_loses_nothing(monkeypatch: pytest.MonkeyPatch, has_global_lock: bool) -> None:
+    """What 32 threads gather while another takes is taken whole, also as it is counted without a global lock."""
+    monkeypatch.setattr(_view, "HAS_GLOBAL_LOCK", has_global_lock)
     view = View(10.0)
     view.adopt(reply("closed", 7), 0.0, 0.0)
     taken: list[int] = []

@@ -35,7 +35,6 @@ from pybreaker_redis import (
     _view,
 )
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.wire import subscription
 
 PROBING = Policy(failure_threshold=1, reset_timeout=0.001, probe_timeout=3600)
 FIRM: dict[str, Any] = {"redis_timeout": 20.0}
@@ -140,7 +139,7 @@ def test_an_own_rejection_is_no_failure() -> None:
 
 
 IN_MEMORY = ["view", "engine", "counting"]
-LINKED = [*IN_MEMORY, "refreshing", "health", "trouble", "worker", "messenger", "subscriptions"]
+LINKED = [*IN_MEMORY, "refreshing", "health", "trouble", "worker", "messenger", "subscription"]
 
 
 @pytest.mark.parametrize(
@@ -161,7 +160,7 @@ def test_a_thread_that_holds_a_lock_may_call(server: EmbeddedServer, url: str, l
         locks["trouble"] = line.trouble._lock
         locks["worker"] = server._worker._lock
         locks["messenger"] = server._messenger._lock
-        locks["subscriptions"] = subscription._lock
+        locks["subscription"] = server.subscription().audience._lock
     began = time.monotonic()
     with locks[lock]:
         breaker._view.drop()
