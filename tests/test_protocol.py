@@ -212,6 +212,7 @@ def test_nothing_stored() -> None:
         ("}", ',"window":{"bucket_ms":1},"trips":1}'),
         ("}", ',"window":{"bucket_ms":{}}}'),
         ("}", ',"window":[]}'),
+        pytest.param("}", ',"window":{"past":"' + "0" * 65_536 + '"}}', id="longer than 64 KB"),
         ("}", ',"window":{"bucket_ms":1}'),
         ("}", "} "),
         ("}", "}\n"),

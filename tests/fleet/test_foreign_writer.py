@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import redis
+from conftest import wait_until
 
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Policy
 from pybreaker_redis._protocol import keys_of
@@ -112,3 +113,30 @@ def test_a_healthy_service_does_not(server: EmbeddedServer, writer: Writer, leas
     assert service.failures == 8
     assert service.breaker.history() == []
     assert service.breaker.snapshot().failure_count <= 2
+
+
+def test_it_closes_an_open_circuit(server: EmbeddedServer, client: redis.Redis) -> None:
+    """A circuit that the other program closes is a new one: with a generation of its own, which watchers notice."""
+    policy, events = Policy(failure_threshold=2, reset_timeout=3600.0), []
+    one, other = (CircuitBreaker("discovery", redis=server.url, policy=policy, redis_timeout=20.0) for _ in range(2))
+    watching = CircuitBreaker(
+        "discovery", redis=server.url, policy=policy, redis_timeout=20.0, listeners=[events.append]
+    )
+
+    def fails(breaker: CircuitBreaker) -> bool:
+        with contextlib.suppress(CircuitOpenError):
+            with pytest.raises(ZeroDivisionError):
+                breaker.call(divmod, 1, 0)
+            return True
+        return False
+
+    with watching.watch():
+        assert [fails(one), fails(other)] == [True, True]
+        wait_until(lambda: not fails(one) and not fails(watching))
+        opened = one.snapshot().generation
+        client.set(KEY, json.dumps({"state": "closed", "failure_count": 0}), px=3_600_000)
+        wait_until(lambda: fails(watching))
+        assert watching.snapshot().generation > opened
+        wait_until(lambda: fails(one))
+        assert one.snapshot().state == "open"
+        wait_until(lambda: [(event.old, event.new) for event in events].count(("open", "closed")) == 1)
