@@ -11,7 +11,7 @@ function breaker.request(limit_of, kinds)
   if #KEYS ~= 3 or #ARGV ~= 1 or not ok or type(request) ~= 'table' then return nil, breaker.bad_call() end
   for field, value in next, request do
     local limit = limit_of and limit_of(field)
-    local kind = limit or field == 'instance' and 'text' or field == 'policy' and 'policy' or kinds and kinds[field]
+    local kind = limit or (field == 'instance' or field == 'host') and 'text' or field == 'policy' and 'policy' or kinds and kinds[field]
     local fits = limit and type(value) == 'number' and value >= 0 and value <= limit and value % 1 == 0
       or kind == 'text' and type(value) == 'string' and #value <= 200 and string.find(value, '^[ -~]*$')
     local problem
@@ -54,7 +54,7 @@ function breaker.field_problem(request, field, value, kind)
     return nil
   end
   if kind == 'policy' then return breaker.policy_problem(field, value) end
-  if kind == 'duration' and breaker.is_integer(value, 1, 30 * 86400 * 1000) then return nil end
+  if kind == 'duration' and breaker.is_integer(value, 1, 30 * DAY_MS) then return nil end
   if not kind then return tostring(field) .. ': unknown field' end
   local wanted = 'a string of at most 200 printable ASCII characters'
   if kind == 'duration' then wanted = 'an integer from 1 to 30 days of milliseconds' end
@@ -82,19 +82,19 @@ function breaker.policy_field(_, field)
   if field == 'quorum' then return 1, 1, 100, false, 'failure_threshold' end
   if field == 'failure_threshold' then return 5, 1, 1e9, false, 'minimum_calls' end
   if field == 'minimum_calls' then return 20, 1, 1e9, false, 'window_ms' end
-  if field == 'window_ms' then return 60000, 10, LONGEST_MS, false, 'error_rate_threshold' end
+  if field == 'window_ms' then return 60000, 10, 365 * DAY_MS, false, 'error_rate_threshold' end
   if field == 'error_rate_threshold' then return 0, 0, 1, true, 'slow_call_rate_threshold' end
   if field == 'slow_call_rate_threshold' then return 0, 0, 1, true, 'slow_call_duration_ms' end
-  if field == 'slow_call_duration_ms' then return 0, 0, LONGEST_MS, false, 'reset_timeout_ms' end
-  if field == 'reset_timeout_ms' then return 30000, 1, LONGEST_MS, false, 'probe_timeout_ms' end
-  if field == 'probe_timeout_ms' then return 30000, 1, LONGEST_MS, false, 'success_threshold' end
+  if field == 'slow_call_duration_ms' then return 0, 0, 365 * DAY_MS, false, 'reset_timeout_ms' end
+  if field == 'reset_timeout_ms' then return 30000, 1, 30 * DAY_MS, false, 'probe_timeout_ms' end
+  if field == 'probe_timeout_ms' then return 30000, 1, DAY_MS, false, 'success_threshold' end
   if field == 'success_threshold' then return 1, 1, 1e9, false, 'half_open_max_calls' end
   if field == 'half_open_max_calls' then return 1, 1, 1000, false, 'backoff_multiplier' end
   if field == 'backoff_multiplier' then return 1, 1, 1000, true, 'max_reset_timeout_ms' end
-  if field == 'max_reset_timeout_ms' then return 0, 0, LONGEST_MS, false, 'jitter' end
+  if field == 'max_reset_timeout_ms' then return 0, 0, 30 * DAY_MS, false, 'jitter' end
   if field == 'jitter' then return 0, 0, 1, true, 'ttl_ms' end
-  if field == 'ttl_ms' then return 3600000, 1000, LONGEST_MS, false, 'ramp_up_ms' end
-  if field == 'ramp_up_ms' then return 0, 0, LONGEST_MS, false, 'enforce' end
+  if field == 'ttl_ms' then return 3600000, 1000, 365 * DAY_MS, false, 'ramp_up_ms' end
+  if field == 'ramp_up_ms' then return 0, 0, 365 * DAY_MS, false, 'enforce' end
   if field == 'enforce' then return true end
 end
 
@@ -151,6 +151,7 @@ function breaker.reply(document, request)
   local reply = {state = document.state, generation = document.generation, failure_count = document.failure_count,
     failure_number = document.failure_number, success_count = document.success_count}
   if document.change then reply.transition = document.change end
+  if document.window and document.window.shorter_since then reply.window_ms = document.window.bucket_ms * 10 end
   if document.state ~= 'closed' or document.closed_at_ms or document.forced or document.warning
       or request.override_in_force or request.warning then
     breaker.reply_more(reply, document, request)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from . import _protocol
 from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, exception_types
-from ._config import check_options
+from ._config import check_options, host_of
 from ._errors import CircuitOpenError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices, logger
 from ._isolation import Isolation
@@ -60,11 +60,12 @@ class BreakerCore:
         on_redis_failure: OnRedisFailure = "local",
         prefix: str = "circuit_breaker",
         redis_timeout: float = 0.25,
+        host: str | None = None,
     ) -> None:
         check_options(lease, on_redis_failure, redis_timeout)
         if is_failure is not None and (not callable(is_failure) or inspect.iscoroutinefunction(is_failure)):
             raise PolicyError(f"is_failure must be a plain function of the result, or None, not {is_failure!r}")
-        self.name = name
+        self.name, self.host = name, host_of(host)
         self.policy = policy or Policy()
         self.keys = _protocol.keys_of(name, prefix)
         self.corrupt_documents = 0
@@ -98,7 +99,9 @@ class BreakerCore:
             instrument.attach(self)
 
     def _start_process(self) -> None:
-        self._instance = f"{os.getpid()}-{secrets.token_hex(4)}"
+        # The random digits tell apart the breakers of one process, and containers that share host name and process id,
+        # so that each knows its own transitions. A script takes 200 characters.
+        self._instance = f"{self.host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
         self._notices.start_process(self._instance)
         given = self.policy.to_request()
         # a report of only successes omits the policy unless a field matters to it: parsing it costs the script time
@@ -106,6 +109,7 @@ class BreakerCore:
         self._with_policy: Request = {"instance": self._instance, **({"policy": given} if given else {})}
         if any(rule.on_success and request_field(name) in given for name, rule in RULES.items()):
             self._without_policy = self._with_policy
+        self._warned_of_window = False
         self._asking: set[object] = set()  # one token for each call that asks for a permit now
 
     def _after_fork(self) -> None:
@@ -125,7 +129,7 @@ class BreakerCore:
 
     @property
     def instance(self) -> str:
-        """The name of this process in the history and in events."""
+        """The name of this process in the history and in events: `host:pid-` and eight random hex digits."""
         process.check()
         return self._instance
 
@@ -198,7 +202,8 @@ class BreakerCore:
             *slow_probes, request = self._reports()
             for report in slow_probes:
                 yield from self._run("record", report)
-            reply = yield from self._run("acquire", request)
+            # a generation alone says nothing: a closed document that another program wrote would go on under it
+            reply = yield from self._run("acquire", request if len(request) > 1 else {})
         finally:
             self._asking.discard(token)
         if not reply["admitted"] or reply.get("shadow"):
@@ -401,6 +406,8 @@ class BreakerCore:
         adopted = self._view.adopt(reply, sent, monotonic())
         if self._warned or "warning" in reply:
             self._check(reply)
+        if "window_ms" in reply and not self._warned_of_window:
+            self._check_window(reply["window_ms"] / 1000)
         if change := reply.get("transition"):
             logger.info("circuit breaker %r: %s -> %s (%s)", self.name, change["from"], change["to"], change["reason"])
             self._notices.changed(change, reply["source"])
@@ -432,6 +439,19 @@ class BreakerCore:
             key = self.keys.policy if warning == "corrupt_policy" else self.keys.state
             logger.warning("circuit breaker %r: %s under key %s", self.name, warning, key)
         self._warned = warning
+
+    def _check_window(self, kept: float) -> None:
+        """Warn once if another client's window is kept instead of this policy's."""
+        policy = self._view.policy
+        if (policy.error_rate_threshold or policy.slow_call_rate_threshold) and policy.window < kept:
+            self._warned_of_window = True
+            logger.warning(
+                "circuit breaker %r: rates are judged over the last %g s, the longest window that a client asks for,"
+                " not over %g s as this policy says",
+                self.name,
+                kept,
+                policy.window,
+            )
 
     def _quorum(self, fleet: Reply) -> int:
         self._obey(fleet)

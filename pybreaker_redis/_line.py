@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from ._events import Notices
 from ._memory import LocalEngine
 from ._policy import DEFAULTS
-from ._protocol import Reply, Request, State, read_document, read_window
+from ._protocol import LARGEST_TEXT, Reply, Request, State, read_document, read_window
 from ._slow import SlowCalls
 from ._view import NEVER, Seen, View
 from .wire.link import IDLE, LONGEST_PAUSE, Due, Link
@@ -180,8 +180,11 @@ class Line:
 
     def refresh_request(self, proves: bool = False) -> Request:
         owner = self._owner
-        generation = owner._view.seen.generation
-        return {**owner._with_policy} if proves or generation <= 0 else {**owner._with_policy, "generation": generation}
+        seen = owner._view.seen
+        if proves or seen.generation <= 0 or seen.state != "closed":
+            return {**owner._with_policy}
+        # a closed circuit goes on under this generation if another program rewrites its document without one
+        return {**owner._with_policy, "generation": seen.generation}
 
     def read(self, document: bytes | None, policy: bytes | None, sent: float) -> bool:
         if self.local is not None:  # an outage began meanwhile: only a write can end it
@@ -247,7 +250,9 @@ def _says(texts: Texts, reply: Reply) -> bool:
     numbers = b',"generation":%d,"failure_number":%d' % (reply["generation"], reply["failure_number"])
     if not document.startswith(b'{"state":"%b"' % reply["state"].encode()) or numbers not in document:
         return False
+    if texts.policy is None or len(texts.policy) > LARGEST_TEXT:
+        return override is None
     try:
-        return override == (None if texts.policy is None else json.loads(texts.policy))
+        return override == json.loads(texts.policy)  # type: ignore[no-any-return]
     except (ValueError, RecursionError):  # corrupt, and thus not in force
         return override is None

@@ -100,6 +100,7 @@ class ManagerCore(Generic[B]):
             on_redis_failure=config.on_redis_failure,
             redis_timeout=config.redis_timeout,
             prefix=config.prefix,
+            host=config.host,
             **self._hooks,
         )
 

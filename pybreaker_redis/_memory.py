@@ -13,11 +13,10 @@ from typing import Any
 
 from . import _rules
 from ._policy import default_request
-from ._protocol import LONGEST_OVERRIDE, Reply, Request, State
+from ._protocol import LONGEST_OPEN_MS, Reply, Request, State
 from ._rules import Document
 from ._window import Sums, bucket_ms, sums, window_at
 
-LONGEST_OVERRIDE_MS = int(LONGEST_OVERRIDE * 1000)
 HISTORY_ENTRIES = 1000
 _DEFAULTS = default_request()
 _UNSET = object()
@@ -74,7 +73,8 @@ class MemoryEngine:
         """The reply of the script called name."""
         with self._lock:
             now = self._now_ms()
-            if self._override_until_ms is not None and self._override_until_ms <= now:
+            expired = self._override_until_ms is not None and self._override_until_ms <= now
+            if expired or request.get("action") == "reset":  # a reset replaces everything but the history
                 self._override = self._override_until_ms = None
             policy = self._policy_of(request.get("policy"))
             document = self._load(policy, now)
@@ -112,7 +112,7 @@ class MemoryEngine:
         if document.probes:
             document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
-            document.window = window_at(document.window, bucket_ms(policy), now)
+            document.window = window_at(document.window, bucket_ms(policy), now, "window_ms" in (self._override or {}))
         closed_at_ms = document.closed_at_ms
         ramped = closed_at_ms is not None and now >= closed_at_ms + policy["ramp_up_ms"]
         if ramped and _rules.recent_trips(document, policy) == 0:
@@ -147,7 +147,7 @@ class MemoryEngine:
             changed = self._override is not None
             self._override = self._override_until_ms = None
             return {"changed": changed}
-        changed = _rules.control(document, action, duration_ms or LONGEST_OVERRIDE_MS)
+        changed = _rules.control(document, action, duration_ms or LONGEST_OPEN_MS)
         if changed:
             self._document = document
         return {"changed": changed}
@@ -204,6 +204,8 @@ class MemoryEngine:
             reply["forced"], reply["forced_left_ms"] = document.forced, document.forced_until_ms - document.now
         if self._override is not None:
             reply["override"] = self._override
+        if document.window is not None and document.window.shorter_since is not None:
+            reply["window_ms"] = document.window.bucket_ms * 10
         if document.change is not None:
             reply["transition"] = document.change
         return reply

@@ -108,6 +108,7 @@ class CircuitBreaker(BreakerCore):
         every call, "closed" admits every call.
     prefix: the first part of every key in Redis.
     redis_timeout: seconds to wait for a connection to Redis, and for each reply.
+    host: one voice of the quorum, and part of the name that the history shows. None: the machine's host name.
 
     Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """
@@ -311,7 +312,9 @@ class CircuitBreaker(BreakerCore):
         self._drive(self._command("clear_forced"))
 
     def reset(self) -> None:
-        """Close the circuit, and drop all counts and any forced state. Calls that are running will not count.
+        """Close the circuit; drop all counts, any forced state and the policy override. The history stays.
+
+        Calls that are running will not count.
 
         Raises RedisUnavailableError.
         """

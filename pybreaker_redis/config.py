@@ -40,7 +40,7 @@ from .wire.url import parse
 
 ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
 _ALIASES = {"timeout_seconds": "reset_timeout"}
-_BREAKER_OPTIONS = ("watch", "lease", "on_redis_failure", "redis_timeout", "prefix")
+_BREAKER_OPTIONS = ("watch", "lease", "on_redis_failure", "redis_timeout", "prefix", "host")
 
 
 def _policy_fields(given: Any) -> dict[str, Any]:
@@ -81,6 +81,7 @@ class _CircuitBreaker(_Section):
     on_redis_failure: Literal["local", "open", "closed"] = "local"
     redis_timeout: float = 0.25
     prefix: str = "circuit_breaker"
+    host: str | None = None
 
 
 def _url(value: str) -> str:
