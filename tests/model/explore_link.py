@@ -672,6 +672,9 @@ class Process:
 class Watching:
     """Stands in for a Watch."""
 
+    def join(self) -> None:
+        """Its messages come all the same."""
+
     def after_fork(self) -> None:
         """Nothing to do."""
 
@@ -689,11 +692,11 @@ class Breaker(BreakerCore):
 
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
-        self.instance = f"process-{_world.making}"
-        self._notices.start_process(self.instance)
+        self._instance = f"process-{_world.making}"
+        self._notices.start_process(self._instance)
         for request in (self._with_policy, self._without_policy):
             if "instance" in request:
-                request["instance"] = self.instance
+                request["instance"] = self._instance
         changed = self._notices.changed
 
         def once(change: dict[str, Any], source: str, instance: str | None = None) -> None:
