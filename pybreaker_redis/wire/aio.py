@@ -9,12 +9,14 @@ import itertools
 import os
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, MutableMapping, Sequence
+from time import monotonic
 from typing import Any, TypeVar
 
 import redis
 
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
+from . import exits, sync
 from .commands import Command, packed
 from .link import Link, Member
 from .options import (
@@ -22,6 +24,7 @@ from .options import (
     REDIS_ERRORS,
     Address,
     address_of,
+    blocking,
     can_read,
     connecting,
     connection,
@@ -58,6 +61,7 @@ class AsyncServer:
         self._timeout = timeout
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, OnLoop] = weakref.WeakKeyDictionary()
         self.link = Link(timeout, self._routes.home if self._routes else None)
+        exits.servers.add(self)
 
     def after_fork(self) -> None:
         """In a child: leave the parent's connections alone, and start without any."""
@@ -90,6 +94,17 @@ class AsyncServer:
         if (error := self.link.error(member)) is not None:
             raise error
 
+    async def report(self, members: list[Member]) -> None:
+        """Report all that these breakers have gathered. Raises no error of Redis."""
+        await carry_out(self.link.report(members), self.exchange)
+        self._deliver()
+
+    def end(self) -> None:
+        """Report what is gathered, over blocking connections, since no event loop runs any more. Raises nothing."""
+        ends = monotonic() + self._timeout
+        node = lambda address: sync.Connections(blocking(self._pool_of(address)), self._timeout)  # noqa: E731
+        sync.end(self.link, self._routes, node, ends)
+
     def _start(self) -> asyncio.Task[None]:
         here = self._here()
         if here.timer is not None:
@@ -102,14 +117,17 @@ class AsyncServer:
     async def _refresh(self, here: OnLoop) -> None:
         while True:
             await carry_out(self.link.exchange(), self.exchange)
-            while self.link.undelivered:
-                member, events = self.link.undelivered.popleft()
-                member.deliver(events)
+            self._deliver()
             if not self.link.wanted:
                 break
         pause = self.link.pause()
         if pause is not None:
             here.timer = asyncio.get_running_loop().call_later(pause, self._start)
+
+    def _deliver(self) -> None:
+        while self.link.undelivered:
+            member, events = self.link.undelivered.popleft()
+            member.deliver(events)
 
     async def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""

@@ -8,6 +8,7 @@ Any other document goes through a script, whose verdict holds while the stored b
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import random
 import threading
@@ -20,6 +21,7 @@ from redis.exceptions import ResponseError
 
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
+from . import exits
 from .commands import Command
 from .options import REDIS_ERRORS, Address, concerns_server
 
@@ -121,6 +123,9 @@ class Member(Protocol):
     def due(self, now: float, wanted: bool, hinted: bool) -> Due:
         """Take the reports that are due. wanted: a refresh is needed, so join it. hinted: read the keys in any case."""
 
+    def gathered(self, ends: bool = False) -> list[Request]:
+        """Take the reports of all that is gathered. ends: the process ends: take what matters, and gather no more."""
+
     def give_back(self, request: Request) -> None:
         """Keep the outcomes of a report that no server has executed."""
 
@@ -148,12 +153,15 @@ class Link:
 
     timeout: the longest time in seconds that one exchange with a server takes. home: returns the node that serves a
     key; None if there is only one server. failing: what cannot be used now. undelivered: events of exchanges, with
-    their breakers.
+    their breakers. held: breakers that nobody else holds, and whose reports matter. ended: the process is ending, so
+    that nobody will look at what its breakers gather.
     """
 
     def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
         self.timeout = timeout
         self.patience = LONGEST_PAUSE + 10 * timeout  # seconds after which any exchange has ended, connecting included
+        self.ended = False
+        self.held: collections.deque[Member] = collections.deque()
         self.wanted = False  # a breaker waits for an exchange
         self.busy_since = NEVER  # when the exchange that is under way began
         self.failing: set[Health] = set()
@@ -168,7 +176,7 @@ class Link:
     def after_fork(self) -> None:
         """In a child: start empty; a thread of the parent may hold the locks of the healths."""
         self.wanted, self.busy_since = False, NEVER
-        for held in (self.failing, self.undelivered, self._used, self._hinted, self._reporting):
+        for held in (self.failing, self.undelivered, self.held, self._used, self._hinted, self._reporting):
             held.clear()
         self._healths = {}
 
@@ -191,11 +199,11 @@ class Link:
         """A command of this breaker has failed: an outage of its server, or an error that concerns only the breaker."""
         if not concerns_server(error):
             self._trouble(member, error)
-        elif self.health(member).fail(error):
+        elif self.health(member).fail(error) and not self.ended:
             logger.warning("Redis does not answer; the breakers of this process continue on their own: %s", error)
 
     def _trouble(self, member: Member, error: BaseException) -> None:
-        if member.trouble.fail(error):
+        if member.trouble.fail(error) and not self.ended:
             message = "circuit breaker %r: Redis refuses its commands; this process continues on its own: %s"
             logger.warning(message, member.name, error)
 
@@ -219,6 +227,9 @@ class Link:
 
     def use(self, member: Member, hinted: bool = False) -> None:
         """Refresh this breaker for a while. hinted: only read it in the next exchange, however fresh its view is."""
+        exits.begin()
+        if self.ended:
+            member.gathered(ends=True)
         if hinted:
             self._hinted[member] = None
         else:
@@ -231,7 +242,7 @@ class Link:
 
     def pause(self) -> float | None:
         """Seconds to the next check for due reports; None if no breaker was used lately."""
-        pauses = [member.pause() for member in _alive(self._used)]
+        pauses = [member.pause() for member in [*_alive(self._used), *self.held]]
         return max(min(*pauses, IDLE), SHORTEST_PAUSE) if pauses else None
 
     def exchange(self) -> Pipelines:
@@ -239,6 +250,8 @@ class Link:
         wanted, self.wanted = self.wanted, False
         self.busy_since = monotonic()
         try:
+            if self.held:
+                yield from self._report_held()
             hinted = {member for member in _alive(self._hinted) if self._hinted.pop(member, self) is None}
             members = [*dict.fromkeys([*_alive(self._used), *hinted])]
             if self.failing:
@@ -258,6 +271,32 @@ class Link:
                     self._hinted[member] = None  # read it after the outage
         finally:
             self.busy_since = NEVER
+
+    def end(self) -> Pipelines:
+        """The last exchange of a process: only reports, and only of what is not down."""
+        self.ended = True
+        yield from self._report_held()
+        yield from self.report(_alive(self._used))
+
+    def _report_held(self) -> Pipelines:
+        held = []
+        with contextlib.suppress(IndexError):  # another event loop may take them, too
+            while self.held:
+                held.append(self.held.popleft())
+        try:
+            yield from self.report(held)
+        except NotSent:
+            self.held.extend(held)
+            raise
+
+    def report(self, members: list[Member]) -> Pipelines:
+        """Report all that these breakers have gathered, in one exchange."""
+        members, sent = [member for member in members if self.error(member) is None], monotonic()
+        reports = [(member, request) for member in members for request in member.gathered(self.ended)]
+        replies = (yield from self._report(reports, [])) if reports else []
+        for (member, request), reply in zip(reports, replies, strict=True):
+            self._receive(member, request, reply, sent)
+        self._collect(members)
 
     def _refresh(self, members: list[Member], hinted: set[Member], wanted: bool) -> Pipelines:
         sent = monotonic()

@@ -19,6 +19,7 @@ from redis.exceptions import NoScriptError
 
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
+from . import exits
 from .commands import Command, packed
 from .link import Link, Member
 from .options import (
@@ -67,6 +68,7 @@ class Server:
         self._nodes: dict[Address | None, Connections] = {}
         self.link = Link(timeout, self._routes.home if self._routes else None)
         self._start_process()
+        exits.servers.add(self)
 
     def _start_process(self) -> None:
         self._refreshing = threading.RLock()
@@ -101,6 +103,23 @@ class Server:
             lock.release()
         if (error := self.link.error(member)) is not None:
             raise error
+
+    def report(self, members: list[Member]) -> None:
+        """Report all that these breakers have gathered. Raises no error of Redis."""
+        carry_out(self.link.report(members), self.exchange)
+        if self.link.undelivered:
+            self._messenger.wake()
+
+    def end(self) -> None:
+        """Report what is gathered, after an exchange that is under way. Raises nothing."""
+        ends = monotonic() + self._timeout
+        lock = self._refreshing
+        if lock.acquire(timeout=self._timeout):
+            try:
+                end(self.link, self._routes, self._node, ends)
+            finally:
+                lock.release()
+        self.close()
 
     def _refresh(self, wanted: bool = False) -> None:
         lock, before = self._refreshing, self._refreshes
@@ -182,6 +201,19 @@ def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Any]) -> T
         return end.value  # type: ignore[no-any-return]
 
 
+def end(link: Link, routes: Routes | None, node: Callable[[Address | None], Connections], ends: float) -> None:
+    """Carry out a link's last exchange, over the connections to its nodes. Raises nothing.
+
+    ends: until when, on the monotonic clock.
+    """
+
+    def send(leg: Leg) -> list[Any]:
+        return node(leg.address).send(leg.commands, leg.asking, ends - monotonic())
+
+    with contextlib.suppress(Exception):
+        carry_out(link.end(), lambda commands: carry_out(exchange(routes, commands), send))
+
+
 class Worker:
     """A daemon thread that works when it is woken, and at each pause. Starts on demand; ends when there is no pause.
 
@@ -208,10 +240,12 @@ class Worker:
                 thread.start()
                 self._thread = thread
                 return
-        self._work_once()
+        if (work := self._work()) is not None:
+            work()
 
     def _run(self) -> None:
-        while True:
+        work = self._work()  # held while the thread runs: a breaker that is freed may leave a report
+        while work is not None:
             pause = self._pause()
             if pause is None:
                 with self._lock:
@@ -221,13 +255,9 @@ class Worker:
             self._awake.wait(pause)
             self._awake.clear()
             try:
-                self._work_once()
+                work()
             except Exception:
                 logger.exception("refreshing the circuit breakers failed")
-
-    def _work_once(self) -> None:
-        if (work := self._work()) is not None:
-            work()
 
 
 def _deliver_all(undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:
@@ -250,11 +280,12 @@ class Connections:
         self._pool, self._timeout = pool, timeout
         self._idle: collections.deque[Pipe] = collections.deque()
 
-    def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
-        """The replies, in order; that of a failed command is its error."""
-        pipe = self._take()
+    def send(self, commands: Sequence[Command], asking: bool = False, left: float | None = None) -> list[Any]:
+        """The replies, in order; that of a failed command is its error. left: seconds, if they are fewer than usual."""
+        timeout = self._timeout if left is None else left
+        pipe = self._take(timeout)
         try:
-            replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), self._timeout)
+            replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), timeout)
         except BaseException:
             self._lose(pipe)
             raise
@@ -278,14 +309,18 @@ class Connections:
         pipe.close()
         self.close()  # after a failover, idle connections lead to the old master
 
-    def _take(self) -> Pipe:
+    def _take(self, timeout: float) -> Pipe:
+        if timeout <= 0:
+            raise redis.TimeoutError("no time is left")
         with contextlib.suppress(IndexError):  # several threads may pop at once
             while True:
                 idle = self._idle.pop()
                 if not idle.readable(0):
+                    if timeout < self._timeout:
+                        idle.settimeout(timeout)
                     return idle
                 idle.close()
-        new = self.connection()
+        new = connection(self._pool, BLOCKING, timeout)
         with connecting():
             new.connect()  # only connect() asks a Sentinel for the master
         return Pipe(new)
@@ -298,6 +333,7 @@ class Pipe:
         self._connection = connection
         self.close = connection.disconnect
         self._socket, self._reader = socket_of(connection)
+        self.settimeout = self._socket.settimeout
         # before a command, something to read means that the server has closed the connection
         self.readable = connection.can_read
         if hasattr(select, "poll"):  # not on Windows; a fifth of the time
