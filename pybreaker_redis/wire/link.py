@@ -28,6 +28,7 @@ from .options import REDIS_ERRORS, Address, concerns_server
 IDLE = 10.0  # seconds after its last call for which a breaker is refreshed
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0  # seconds between two retries
 SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
+LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins held
 READ_AT_ONCE = 250  # breakers in one MGET
 NEVER = float("-inf")
 logger = logging.getLogger("pybreaker_redis")
@@ -171,6 +172,7 @@ class Link:
         self._used: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
         self._hinted: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
         self._reporting: set[Member] = set()
+        self._empty_since = float("inf")  # when a check first found no breaker
         self._turn = 0
 
     def after_fork(self) -> None:
@@ -235,6 +237,7 @@ class Link:
         else:
             member.used_at = monotonic()
             self._used[member] = None
+            self._empty_since = float("inf")
 
     def leave(self, member: Member) -> None:
         """Refresh this breaker no more, until it is used again."""
@@ -243,7 +246,12 @@ class Link:
     def pause(self) -> float | None:
         """Seconds to the next check for due reports; None if no breaker was used lately."""
         pauses = [member.pause() for member in [*_alive(self._used), *self.held]]
-        return max(min(*pauses, IDLE), SHORTEST_PAUSE) if pauses else None
+        if pauses:
+            self._empty_since = float("inf")
+            return max(min(*pauses, IDLE), SHORTEST_PAUSE)
+        now = monotonic()
+        self._empty_since = min(self._empty_since, now)
+        return LAST_PAUSE if now - self._empty_since < LAST_PAUSE / 2 else None
 
     def exchange(self) -> Pipelines:
         """One exchange for all breakers. Raises no error of Redis."""
