@@ -122,7 +122,6 @@ class BreakerCore:
                 own.after_fork()
         if self._watch is not None:
             self._watch.after_fork()
-            self._view.drop()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"

@@ -149,14 +149,38 @@ class Line:
         idle, must_renew = now - used_at > IDLE and not hinted, self._renew_at != NEVER and now >= self._renew_at
         reports: list[Request] = []
         if is_due or must_renew or (idle and keeps_window):
-            *reports, last = owner._reports(as_it_ends=True)
-            if len(last) > 1 or must_renew:
-                reports.append(last)
-            reports = [owner._complete("record", request) for request in reports if request["generation"] > 0]
+            reports = self._take(must_renew, as_it_ends=True)
         stale = wanted and now - seen.sent >= view.lease / 2
         if stale and seen.sent == NEVER and self.used_at > NEVER:  # the first call creates the document
             return Due([*reports, self.refresh_request()], False, idle)
         return Due(reports, hinted or stale, idle)
+
+    def gathered(self, ends: bool = False) -> list[Request]:
+        view = self._owner._view
+        if view.lease <= 0:
+            return []
+        reports = self._take() if not ends or self._has_news() else []
+        if ends:
+            view.end()
+        return reports
+
+    def _has_news(self) -> bool:
+        """Whether anything is gathered that matters to Redis."""
+        view, now = self._owner._view, monotonic()
+        grown = self._wants_window() and view.seen.counter.look(now) > 0
+        return grown or view.is_due(now, False) or self._owner._slow_calls.any_overdue()
+
+    def __del__(self) -> None:
+        # nobody holds the breaker; the link does until it has reported what is gathered
+        if not self._link.ended and self._owner._view.lease > 0 and self.local is None and self._has_news():
+            self._link.held.append(self)
+
+    def _take(self, renews: bool = False, as_it_ends: bool = False) -> list[Request]:
+        """Take what is gathered. renews: with a report in any case, since it renews the TTL. as_it_ends: see View."""
+        *reports, last = self._owner._reports(as_it_ends=as_it_ends)
+        if len(last) > 1 or renews:
+            reports.append(last)
+        return [self._owner._complete("record", request) for request in reports if request["generation"] > 0]
 
     def _wants_window(self) -> bool:
         policy = self._owner._view.policy

@@ -151,7 +151,10 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
 
     def close(self) -> None:
         """Report the gathered successes, and close subscription and connections; a later call opens new ones."""
-        for breaker in self._unsubscribe():
+        breakers = self._unsubscribe()
+        if breakers and (server := breakers[0]._redis) is not None:
+            server.report([breaker._line for breaker in breakers])  # in one exchange
+        for breaker in breakers:
             breaker.close()
 
     def __enter__(self) -> CircuitBreakerManager:
@@ -189,7 +192,10 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
 
     async def close(self) -> None:
         """Report the gathered successes, and close this loop's subscription and connections."""
-        for breaker in self._unsubscribe():
+        breakers = self._unsubscribe()
+        if breakers and (server := breakers[0]._redis) is not None:
+            await server.report([breaker._line for breaker in breakers])
+        for breaker in breakers:
             await breaker.close()
 
     async def __aenter__(self) -> AsyncCircuitBreakerManager:

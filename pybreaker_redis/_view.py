@@ -191,6 +191,7 @@ class View:
     def after_fork(self) -> None:
         """In a child: drop the gathered successes, which the parent reports, and the lock, which it may hold."""
         self._lock = threading.RLock()
+        self.drop()  # the first call of a child asks Redis, and so makes the child known to its link
         self.seen.counter.take(monotonic())
         self._earlier_successes -= self.successes()
 
@@ -281,6 +282,11 @@ class View:
         with self._lock:
             seen, self._not_before = self.seen, monotonic() if since is None else since
             self.seen = unseen(seen.state, seen.generation, seen.failure_count, seen.counter, seen.retry_at)
+
+    def end(self) -> None:
+        """Gather no more: from now on each call asks before and reports after it, as without a lease."""
+        self.lease = 0.0
+        self.drop()
 
     # Alert: while failures are near the threshold, successes are reported as they end
 

@@ -16,6 +16,7 @@ import redis
 from .._process import process
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
+from . import exits, sync
 from .commands import PING, Command, packed
 from .link import NEVER, Link, Member
 from .options import (
@@ -23,6 +24,7 @@ from .options import (
     PROOF_AFTER,
     REDIS_ERRORS,
     Address,
+    blocking,
     can_read,
     connecting,
     connection,
@@ -30,7 +32,7 @@ from .options import (
     limit_of,
     lost_meanwhile,
     none_free,
-    patience,
+    patience_after,
     pools_of,
 )
 from .route import Leg, Routes, exchange
@@ -63,6 +65,7 @@ class AsyncServer:
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, OnLoop] = weakref.WeakKeyDictionary()
         self.link = Link(timeout, self._routes.home if self._routes else None)
         process.add(self)
+        exits.servers.add(self)
 
     def _after_fork(self) -> None:
         """In a child: leave the parent's connections alone, and start without any."""
@@ -95,6 +98,17 @@ class AsyncServer:
         if (error := self.link.error(member)) is not None:
             raise error
 
+    async def report(self, members: list[Member]) -> None:
+        """Report all that these breakers have gathered. Raises no error of Redis."""
+        await carry_out(self.link.report(members), self.exchange)
+        self._deliver()
+
+    def end(self) -> None:
+        """Report what is gathered, over blocking connections, since no event loop runs any more. Raises nothing."""
+        ends = monotonic() + self._timeout
+        node = lambda address: sync.Connections(blocking(self._pool_of(address)), self._timeout)  # noqa: E731
+        sync.end(self.link, self._routes, node, ends)
+
     def _start(self) -> asyncio.Task[None]:
         here = self._here()
         if here.timer is not None:
@@ -109,14 +123,17 @@ class AsyncServer:
             if (rest := self.link.rest()) > 0:
                 await asyncio.sleep(rest)
             await carry_out(self.link.exchange(), self.exchange)
-            while self.link.undelivered:
-                member, events = self.link.undelivered.popleft()
-                member.deliver(events)
+            self._deliver()
             if not self.link.wanted:
                 break
         pause = self.link.pause()
         if pause is not None:
             here.timer = asyncio.get_running_loop().call_later(pause, self._start)
+
+    def _deliver(self) -> None:
+        while self.link.undelivered:
+            member, events = self.link.undelivered.popleft()
+            member.deliver(events)
 
     async def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -284,7 +301,7 @@ class AsyncConnections:
         began = monotonic()
         with connecting():
             await connection.connect()  # only connect() asks a Sentinel for the master
-        self._patience = patience(monotonic() - began, self._timeout)
+        self._patience = patience_after(monotonic() - began, self._timeout)
 
     async def _proves(self, connection: Any) -> bool:
         """Whether the server answers on this connection, and soon. An error is an answer, too."""

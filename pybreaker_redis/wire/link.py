@@ -8,6 +8,7 @@ Any other document goes through a script, whose verdict holds while the stored b
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import random
 import threading
@@ -20,12 +21,14 @@ from redis.exceptions import ResponseError
 
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
+from . import exits
 from .commands import Command
 from .options import REDIS_ERRORS, Address, concerns_server
 
 IDLE = 10.0  # seconds after its last call for which a breaker is refreshed
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0  # seconds between two retries
 SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
+LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins held
 READ_AT_ONCE = 250  # breakers in one MGET
 BURST, BURST_TIME = 10, 0.1  # exchanges in the background, within so many seconds
 NEVER = float("-inf")
@@ -122,6 +125,9 @@ class Member(Protocol):
     def due(self, now: float, wanted: bool, hinted: bool) -> Due:
         """Take the reports that are due. wanted: a refresh is needed, so join it. hinted: read the keys in any case."""
 
+    def gathered(self, ends: bool = False) -> list[Request]:
+        """Take the reports of all that is gathered. ends: the process ends: take what matters, and gather no more."""
+
     def give_back(self, request: Request) -> None:
         """Keep the outcomes of a report that no server has executed."""
 
@@ -149,12 +155,15 @@ class Link:
 
     timeout: the longest time in seconds that one exchange with a server takes. home: returns the node that serves a
     key; None if there is only one server. failing: what cannot be used now. undelivered: events of exchanges, with
-    their breakers.
+    their breakers. held: breakers that nobody else holds, and whose reports matter. ended: the process is ending, so
+    that nobody will look at what its breakers gather.
     """
 
     def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
         self.timeout = timeout
         self.patience = LONGEST_PAUSE + 10 * timeout  # seconds after which any exchange has ended, connecting included
+        self.ended = False
+        self.held: collections.deque[Member] = collections.deque()
         self.wanted = False  # a breaker waits for an exchange
         self.busy_since = NEVER  # when the exchange that is under way began
         self.failing: set[Health] = set()
@@ -164,13 +173,14 @@ class Link:
         self._used: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
         self._hinted: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
         self._reporting: set[Member] = set()
+        self._empty_since = float("inf")  # when a check first found no breaker
         self._turn = 0
         self._burst = 0, NEVER  # exchanges since when
 
     def after_fork(self) -> None:
         """In a child: start empty; a thread of the parent may hold the locks of the healths."""
         self.wanted, self.busy_since = False, NEVER
-        for held in (self.failing, self.undelivered, self._used, self._hinted, self._reporting):
+        for held in (self.failing, self.undelivered, self.held, self._used, self._hinted, self._reporting):
             held.clear()
         self._healths = {}
 
@@ -193,11 +203,11 @@ class Link:
         """A command of this breaker has failed: an outage of its server, or an error that concerns only the breaker."""
         if not concerns_server(error):
             self._trouble(member, error)
-        elif self.health(member).fail(error):
+        elif self.health(member).fail(error) and not self.ended:
             logger.warning("Redis does not answer; the breakers of this process continue on their own: %s", error)
 
     def _trouble(self, member: Member, error: BaseException) -> None:
-        if member.trouble.fail(error):
+        if member.trouble.fail(error) and not self.ended:
             message = "circuit breaker %r: Redis refuses its commands; this process continues on its own: %s"
             logger.warning(message, member.name, error)
 
@@ -221,11 +231,15 @@ class Link:
 
     def use(self, member: Member, hinted: bool = False) -> None:
         """Refresh this breaker for a while. hinted: only read it in the next exchange, however fresh its view is."""
+        exits.begin()
+        if self.ended:
+            member.gathered(ends=True)
         if hinted:
             self._hinted[member] = None
         else:
             member.used_at = monotonic()
             self._used[member] = None
+            self._empty_since = float("inf")
 
     def leave(self, member: Member) -> None:
         """Refresh this breaker no more, until it is used again."""
@@ -233,8 +247,13 @@ class Link:
 
     def pause(self) -> float | None:
         """Seconds to the next check for due reports; None if no breaker was used lately."""
-        pauses = [member.pause() for member in _alive(self._used)]
-        return max(min(*pauses, IDLE), SHORTEST_PAUSE) if pauses else None
+        pauses = [member.pause() for member in [*_alive(self._used), *self.held]]
+        if pauses:
+            self._empty_since = float("inf")
+            return max(min(*pauses, IDLE), SHORTEST_PAUSE)
+        now = monotonic()
+        self._empty_since = min(self._empty_since, now)
+        return LAST_PAUSE if now - self._empty_since < LAST_PAUSE / 2 else None
 
     def rest(self) -> float:
         """Seconds to wait before the next exchange in the background: anyone can publish hints, and any number."""
@@ -247,6 +266,8 @@ class Link:
         wanted, self.wanted = self.wanted, False
         self.busy_since = monotonic()
         try:
+            if self.held:
+                yield from self._report_held()
             hinted = {member for member in _alive(self._hinted) if self._hinted.pop(member, self) is None}
             members = [*dict.fromkeys([*_alive(self._used), *hinted])]
             if self.failing:
@@ -266,6 +287,32 @@ class Link:
                     self._hinted[member] = None  # read it after the outage
         finally:
             self.busy_since = NEVER
+
+    def end(self) -> Pipelines:
+        """The last exchange of a process: only reports, and only of what is not down."""
+        self.ended = True
+        yield from self._report_held()
+        yield from self.report(_alive(self._used))
+
+    def _report_held(self) -> Pipelines:
+        held = []
+        with contextlib.suppress(IndexError):  # another event loop may take them, too
+            while self.held:
+                held.append(self.held.popleft())
+        try:
+            yield from self.report(held)
+        except NotSent:
+            self.held.extend(held)
+            raise
+
+    def report(self, members: list[Member]) -> Pipelines:
+        """Report all that these breakers have gathered, in one exchange."""
+        members, sent = [member for member in members if self.error(member) is None], monotonic()
+        reports = [(member, request) for member in members for request in member.gathered(self.ended)]
+        replies = (yield from self._report(reports, [])) if reports else []
+        for (member, request), reply in zip(reports, replies, strict=True):
+            self._receive(member, request, reply, sent)
+        self._collect(members)
 
     def _refresh(self, members: list[Member], hinted: set[Member], wanted: bool) -> Pipelines:
         sent = monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +14,7 @@ import hiredis
 import redis
 import redis.asyncio
 import redis.asyncio.retry
+import redis.sentinel
 from redis import exceptions
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -131,7 +133,7 @@ def limit_of(pool: Any) -> int:
     return MOST_CONNECTIONS if limit >= _UNLIMITED else limit
 
 
-def patience(connecting_took: float, timeout: float) -> float:
+def patience_after(connecting_took: float, timeout: float) -> float:
     """How long an answer may take that proves a connection. As long as opening another one would; all in seconds."""
     return min(max(connecting_took, SHORTEST_PATIENCE), timeout / 2)
 
@@ -173,6 +175,23 @@ def pool_of(client: Any, kind: Kind, timeout: float) -> Any:
     kwargs["max_connections"] = pool.max_connections
     connect = {"connection_class": pool.connection_class, "is_master": pool.is_master}
     return type(pool)(pool.service_name, own, **kwargs, **connect)
+
+
+def blocking(pool: Any) -> Any:
+    """The counterpart of an asyncio pool, for connection(). Raises LookupError for a class that is not redis-py's."""
+    module, name = pool.connection_class.__module__, pool.connection_class.__name__
+    if not module.startswith("redis.asyncio."):
+        raise LookupError(f"{module}.{name} has no blocking counterpart")
+    connection_class = getattr(sys.modules[module.replace(".asyncio", "")], name)
+    own = ("redis_connect_func", "parser_class", "encoder_class", "connection_pool")  # for asyncio
+    kwargs = {key: value for key, value in pool.connection_kwargs.items() if key not in own}
+    kwargs |= {"connection_class": connection_class, "retry": Retry(NoBackoff(), 0)}
+    manager = getattr(pool, "sentinel_manager", None)
+    if manager is None:
+        return redis.ConnectionPool(**kwargs)
+    sentinel = redis.sentinel.Sentinel([], min_other_sentinels=manager.min_other_sentinels)
+    sentinel.sentinels = [redis.Redis(connection_pool=blocking(one.connection_pool)) for one in manager.sentinels]
+    return redis.sentinel.SentinelConnectionPool(pool.service_name, sentinel, is_master=pool.is_master, **kwargs)
 
 
 def _impatient(client: Any, kind: Kind, timeout: float) -> Any:

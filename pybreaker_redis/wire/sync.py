@@ -21,6 +21,7 @@ from redis.exceptions import NoScriptError
 from .._process import process
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
+from . import exits
 from .commands import PING, Command, packed
 from .link import NEVER, Link, Member
 from .options import (
@@ -35,7 +36,7 @@ from .options import (
     limit_of,
     lost_meanwhile,
     none_free,
-    patience,
+    patience_after,
     pools_of,
     socket_of,
 )
@@ -74,6 +75,7 @@ class Server:
         self.link = Link(timeout, self._routes.home if self._routes else None)
         self._start_process()
         process.add(self)
+        exits.servers.add(self)
 
     def _start_process(self) -> None:
         self._subscription = Subscription()
@@ -111,6 +113,23 @@ class Server:
             lock.release()
         if (error := self.link.error(member)) is not None:
             raise error
+
+    def report(self, members: list[Member]) -> None:
+        """Report all that these breakers have gathered. Raises no error of Redis."""
+        carry_out(self.link.report(members), self.exchange)
+        if self.link.undelivered:
+            self._messenger.wake()
+
+    def end(self) -> None:
+        """Report what is gathered, after an exchange that is under way. Raises nothing."""
+        ends = monotonic() + self._timeout
+        lock = self._refreshing
+        if lock.acquire(timeout=self._timeout):
+            try:
+                end(self.link, self._routes, self._node, ends)
+            finally:
+                lock.release()
+        self.close()
 
     def _refresh(self, wanted: bool = False) -> None:
         lock, before = self._refreshing, self._refreshes
@@ -196,6 +215,19 @@ def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Any]) -> T
         return end.value  # type: ignore[no-any-return]
 
 
+def end(link: Link, routes: Routes | None, node: Callable[[Address | None], Connections], ends: float) -> None:
+    """Carry out a link's last exchange, over the connections to its nodes. Raises nothing.
+
+    ends: until when, on the monotonic clock.
+    """
+
+    def send(leg: Leg) -> list[Any]:
+        return node(leg.address).send(leg.commands, leg.asking, ends - monotonic())
+
+    with contextlib.suppress(Exception):
+        carry_out(link.end(), lambda commands: carry_out(exchange(routes, commands), send))
+
+
 class Worker:
     """A daemon thread that works when it is woken, and at each pause. Starts on demand; ends when there is no pause.
 
@@ -226,10 +258,12 @@ class Worker:
                 thread.start()
                 self._thread = thread
                 return
-        self._work_once()
+        if (work := self._work()) is not None:
+            work()
 
     def _run(self) -> None:
-        while True:
+        work = self._work()  # held while the thread runs: a breaker that is freed may leave a report
+        while work is not None:
             pause = self._pause()
             if pause is None:
                 with self._lock:
@@ -240,13 +274,9 @@ class Worker:
             time.sleep(self._rest())
             self._awake.clear()
             try:
-                self._work_once()
+                work()
             except Exception:
                 logger.exception("refreshing the circuit breakers failed")
-
-    def _work_once(self) -> None:
-        if (work := self._work()) is not None:
-            work()
 
 
 def _deliver_all(undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:
@@ -279,17 +309,20 @@ class Connections:
         self._waiting: collections.deque[queue.SimpleQueue[Pipe]] = collections.deque()
         self._losses = self._closes = 0
 
-    def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
-        """The replies, in order; that of a failed command is its error."""
+    def send(self, commands: Sequence[Command], asking: bool = False, left: float | None = None) -> list[Any]:
+        """The replies, in order; that of a failed command is its error. left: seconds, if they are fewer than usual."""
         losses, closes = self._losses, self._closes
-        pipe = self._take()
+        timeout = self._timeout if left is None else left
+        pipe = self._take(timeout)
         if losses != self._losses:
             self._drop(pipe)
             raise lost_meanwhile()
         try:
             if monotonic() - pipe.used_at > PROOF_AFTER or pipe.readable(0):
-                self._prepare(pipe)
-            replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), self._timeout)
+                self._prepare(pipe, timeout)
+            if left is not None:
+                pipe.settimeout(left)
+            replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), timeout)
         except BaseException as error:
             if isinstance(error, REDIS_ERRORS):
                 self._losses += 1
@@ -321,34 +354,36 @@ class Connections:
             while True:
                 self._drop(self._idle.pop())
 
-    def _prepare(self, pipe: Pipe) -> None:
+    def _prepare(self, pipe: Pipe, timeout: float) -> None:
         """Open a new connection, unless one that was idle for long proves that it still leads to the server."""
-        timeout = self._timeout
         if pipe.is_open() and not pipe.readable(0):
-            if pipe.proves(self._patience):
+            patience = min(self._patience, timeout / 2)
+            if pipe.proves(patience):
                 return
             self._close_idle()  # the others were idle for longer
-            timeout -= self._patience
+            timeout -= patience
         pipe.close()
         new, began = connection(self._pool, BLOCKING, timeout), monotonic()
         with connecting():
             new.connect()  # only connect() asks a Sentinel for the master
-        self._patience = patience(monotonic() - began, self._timeout)
+        self._patience = patience_after(monotonic() - began, self._timeout)
         pipe.open(new, self._timeout)
 
     # Turns
 
-    def _take(self) -> Pipe:
+    def _take(self, timeout: float) -> Pipe:
         """A connection for this caller alone; a new one is not open yet. Raises redis.RedisError if all are in use."""
+        if timeout <= 0:
+            raise redis.TimeoutError("no time is left")
         if not self._waiting and (pipe := self._free()) is not None:
             return pipe
         turn: queue.SimpleQueue[Pipe] = queue.SimpleQueue()
         self._waiting.append(turn)
         try:
             self._hand_over()
-            return turn.get(timeout=self._timeout)
+            return turn.get(timeout=timeout)
         except queue.Empty:
-            raise none_free(self._limit, self._timeout) from None
+            raise none_free(self._limit, timeout) from None
         finally:
             with contextlib.suppress(ValueError):  # another thread has taken it from the line
                 self._waiting.remove(turn)
@@ -399,7 +434,8 @@ class Pipe:
         """Take over an open connection. timeout: seconds for each read."""
         self._connection = connection
         self._socket, self._reader = socket_of(connection)
-        self._socket.settimeout(timeout)
+        self.settimeout = self._socket.settimeout
+        self.settimeout(timeout)
         # before a command, something to read means that the server has closed the connection
         self.readable = connection.can_read
         if hasattr(select, "poll"):  # not on Windows; a fifth of the time

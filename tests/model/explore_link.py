@@ -119,7 +119,7 @@ def virtual_time() -> Iterator[None]:
     level = logging.getLogger("pybreaker_redis").level
     try:
         for module in _CLOCKED:
-            module.monotonic = lambda: _world.now  # type: ignore[attr-defined]
+            module.monotonic = lambda: getattr(_world, "now", 0.0)  # type: ignore[attr-defined]
         for module in (_line, _view, link_module):
             module.random = Still  # type: ignore[attr-defined]
         _memory.clock_ms = lambda: _world.now_ms()
