@@ -125,7 +125,7 @@ class CircuitBreaker(BreakerCore):
         If func returns a generator, its whole iteration is guarded. Raises TypeError if func returns a coroutine.
         """
         seen, now = self._view.seen, monotonic()
-        if now >= seen.closed_until:
+        if not seen.sent <= now < seen.closed_until:
             return self._call_with_permit(func, args, kwargs, now)
         try:
             result = func(*args, **kwargs)
@@ -160,7 +160,7 @@ class CircuitBreaker(BreakerCore):
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
-            if now >= seen.closed_until:
+            if not seen.sent <= now < seen.closed_until:
                 return self._call_with_permit(func, args, kwargs, now)
             try:
                 result = func(*args, **kwargs)
@@ -177,10 +177,11 @@ class CircuitBreaker(BreakerCore):
     def _call_with_permit(self, func: Callable[..., R], args: Any, kwargs: Any, now: float) -> R:
         """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
         seen = self._view.seen
-        if now < seen.open_until and not self._notices.on_call:
+        if seen.sent <= now < seen.open_until and not self._notices.on_call:
             self._notices.count("rejected")
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        permit = self._admitted(seen.generation) if now < seen.watched_until else self._admit(now)
+        watched = seen.sent <= now < seen.watched_until
+        permit = self._admitted(seen.generation) if watched else self._admit(now)
         permit.begin()
         try:
             result = func(*args, **kwargs)
@@ -228,7 +229,7 @@ class CircuitBreaker(BreakerCore):
     def acquire(self) -> Permit:
         """A permit for one call, which is also its `with` block. Raises CircuitOpenError if the call is rejected."""
         seen, now = self._view.seen, monotonic()
-        if now < seen.closed_until:
+        if seen.sent <= now < seen.closed_until:
             permit = _new(self._permit)  # calling the class would take half as long again
             permit._breaker = self
             permit._stage = ADMITTED

@@ -311,14 +311,14 @@ class Pipe:
         self._socket.sendall(data)
         replies: list[Any] = []
         while len(replies) < count:
-            if monotonic() > deadline:
-                raise redis.TimeoutError(f"{count} replies took longer than {timeout:g} s")
             received = self._socket.recv(_CHUNK)
             if not received:
                 raise redis.ConnectionError("the server has closed the connection")
             self._reader.feed(received)
             while (reply := self._reader.gets()) is not NO_REPLY:
                 replies.append(reply)
+            if len(replies) < count and monotonic() > deadline:
+                raise redis.TimeoutError(f"{count} replies took longer than {timeout:g} s")
         if len(replies) > count:
             raise redis.ConnectionError(f"{len(replies)} replies to {count} commands")
         return replies
