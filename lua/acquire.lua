@@ -25,6 +25,7 @@ Reply      admitted        (bool)
            forced          "open" or "closed" while an operator forces the state
            forced_left_ms  milliseconds until the forced state ends
            override        {field: value} of the policy override, if there is one
+           override_left_ms  milliseconds until the policy override ends, if it was given an end
            warning         what was wrong with a stored value
            window_ms       milliseconds of the window, while other reports ask for a shorter one
            transition      {from, to, reason, generation, failure_count, success_count, calls, failures, slow} if this

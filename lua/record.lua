@@ -20,7 +20,7 @@ ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
          accepts writes.
 Reply      applied    (bool)  false if the generation has ended or the slot has expired
            state, generation, failure_count, failure_number, success_count, retry_after_ms, ramp_left_ms, forced,
-           forced_left_ms, override, warning, window_ms, transition  as acquire replies
+           forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
 Errors     BADREQUEST field: problem. Nothing was changed.
 Publishes  the transition, or {failure_count, instance, time_ms} when a run of at least two failures reaches half of
            failure_threshold, so that watchers read the document at once

@@ -121,14 +121,20 @@ function breaker.policy_misfit(name, field, value)
   return string.format('%s.%s: must be %s, not %s', name, field, wanted, string.sub(tostring(value), 1, 100))
 end
 
--- Applies the policy override, which an operator stored for the fleet, to the caller's policy.
+-- Applies the policy override, which an operator stored for the fleet, to the caller's policy. Its text carries its
+-- end, until_ms, so that processes can tell one that was prolonged from one that was not.
 function breaker.take_override(request, text)
   local override = breaker.decode(text)
-  if not override or breaker.policy_problem('policy', override) then
+  local until_ms = override and override.until_ms
+  if until_ms then override.until_ms = nil end
+  if not override or breaker.policy_problem('policy', override)
+      or until_ms and not breaker.is_integer(until_ms, 0, LARGEST) then
     request.warning = 'corrupt_policy'
     return
   end
-  request.policy, request.override_in_force = request.policy or {}, override
+  local left_ms = until_ms and until_ms - breaker.now_ms()
+  if left_ms and left_ms <= 0 then return end
+  request.policy, request.override_in_force, request.override_left_ms = request.policy or {}, override, left_ms
   for field, value in pairs(override) do request.policy[field] = value end
 end
 
@@ -164,7 +170,9 @@ function breaker.reply_more(reply, document, request)
   if document.forced then
     reply.forced, reply.forced_left_ms = document.forced, document.forced_until_ms - document.now
   end
-  if request.override_in_force then reply.override = request.override_in_force end
+  if request.override_in_force then
+    reply.override, reply.override_left_ms = request.override_in_force, request.override_left_ms
+  end
   if document.warning or request.warning then reply.warning = document.warning or request.warning end
   if document.state ~= 'closed' then reply.retry_after_ms = breaker.retry_after_ms(document, request) end
   if document.closed_at_ms then

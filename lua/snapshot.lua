@@ -18,6 +18,7 @@ Reply      exists             (bool)
            reporters          {host: unix milliseconds}, kept for a quorum
            policy             {field: value} of all fields in force
            override           {field: value} of the policy override, if there is one
+           override_left_ms   milliseconds until the policy override ends, if it was given an end
            now_ms             the server's clock in unix milliseconds
            warning, window_ms  as acquire replies
 Errors     BADREQUEST field: problem

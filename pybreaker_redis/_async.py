@@ -146,7 +146,7 @@ class AsyncCircuitBreaker(BreakerCore):
         Raises TypeError if the result of func cannot be awaited.
         """
         seen, now = self._view.seen, monotonic()
-        if now >= seen.closed_until:
+        if not seen.sent <= now < seen.closed_until:
             return await self._call_with_permit(func, args, kwargs, now)
         try:
             result = await func(*args, **kwargs)
@@ -184,7 +184,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
-            if now >= seen.closed_until:
+            if not seen.sent <= now < seen.closed_until:
                 return await self._call_with_permit(func, args, kwargs, now)
             try:
                 result = await func(*args, **kwargs)
@@ -204,10 +204,11 @@ class AsyncCircuitBreaker(BreakerCore):
         if getpid() != process.pid:
             process.start()
         seen = self._view.seen
-        if now < seen.open_until and not self._notices.on_call:
+        if seen.sent <= now < seen.open_until and not self._notices.on_call:
             self._notices.count("rejected")
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        permit = self._admitted(seen.generation) if now < seen.watched_until else await self._admit(now)
+        watched = seen.sent <= now < seen.watched_until
+        permit = self._admitted(seen.generation) if watched else await self._admit(now)
         permit.begin()
         try:
             result = await func(*args, **kwargs)
@@ -259,7 +260,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
     async def _acquire(self) -> AsyncPermit:
         seen, now = self._view.seen, monotonic()
-        if now < seen.closed_until:
+        if seen.sent <= now < seen.closed_until:
             tick = seen.tick if self._only_counts else None
             return self._permit(self, seen.generation, now, None, tick)
         return cast(AsyncPermit, await self._admit(now))

@@ -220,7 +220,7 @@ def _config_from(source: Source | None) -> Config:
 def _fresh_state(breaker: BreakerCore) -> Steps[State]:
     """The state: from the view while that is fresh, else from Redis."""
     seen, now = breaker._view.seen, monotonic()
-    if now - seen.sent < breaker._view.lease and seen.verdict(now) is not Verdict.ASK:
+    if seen.age() < breaker._view.lease and seen.verdict(now) is not Verdict.ASK:
         return seen.state
     snapshot = yield from breaker._snapshot()
     return breaker._isolation.state if snapshot.isolated else snapshot.state

@@ -16,6 +16,7 @@ from ._policy import LONGEST_OPEN, Policy, request_field
 
 T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
+Forced: TypeAlias = Literal["open", "closed"]
 Request: TypeAlias = dict[str, Any]
 Reply: TypeAlias = dict[str, Any]
 
@@ -115,7 +116,7 @@ class Snapshot:
     last_failure_time: int | None
     opened_at: int | None
     retry_after: float | None
-    forced: Literal["open", "closed"] | None
+    forced: Forced | None
     forced_until: float | None
     trips: int
     probes_in_flight: int

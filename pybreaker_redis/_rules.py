@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-from ._protocol import EXACT, LONGEST_OPEN_MS, Request, State
+from ._protocol import EXACT, LONGEST_OPEN_MS, Forced, Request, State
 from ._window import Sums, Window, bucket_ms, move_back, sums
 
 Policy: TypeAlias = dict[str, Any]  # all fields, in the scripts' units
-_FORCED: dict[str, Literal["open", "closed"]] = {"force_open": "open", "force_closed": "closed"}
+_FORCED: dict[str, Forced] = {"force_open": "open", "force_closed": "closed"}
+_TIMES = ("last_failure_time", "opened_at", "closed_at_ms", "run_since_ms", "open_until_ms", "forced_until_ms")
 _local_generations = itertools.count(2)  # FixedEngine has -1
 
 
@@ -41,7 +42,7 @@ class Document:
     open_until_ms: int = 0
     probe_seq: int = 0
     probes: dict[int, int] = dataclasses.field(default_factory=dict)
-    forced: Literal["open", "closed"] | None = None
+    forced: Forced | None = None
     forced_until_ms: int | None = None
     is_local: bool = False
     now: int = 0
@@ -56,6 +57,14 @@ class Document:
         copy.__dict__.update(self.__dict__)  # a sixth of the time of dataclasses.replace()
         copy.probes, copy.reporters = self.probes.copy(), self.reporters.copy()
         return copy
+
+    def turn_back(self, by_ms: int) -> None:
+        """Move every time back, as the clock was. A window has a rule of its own."""
+        for field in _TIMES:
+            if (at := getattr(self, field)) is not None:
+                setattr(self, field, at - (by_ms if field.endswith("_ms") else by_ms // 1000))
+        self.probes = {slot: end - by_ms for slot, end in self.probes.items()}
+        self.reporters = {instance: at - by_ms for instance, at in self.reporters.items()}
 
 
 def open_time_ms(policy: Policy, trips: int) -> int:

@@ -126,7 +126,7 @@ class CircuitBreaker(BreakerCore):
         If func returns a generator, its whole iteration is guarded. Raises TypeError if func returns a coroutine.
         """
         seen, now = self._view.seen, monotonic()
-        if now >= seen.closed_until:
+        if not seen.sent <= now < seen.closed_until:
             return self._call_with_permit(func, args, kwargs, now)
         try:
             result = func(*args, **kwargs)
@@ -161,7 +161,7 @@ class CircuitBreaker(BreakerCore):
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
-            if now >= seen.closed_until:
+            if not seen.sent <= now < seen.closed_until:
                 return self._call_with_permit(func, args, kwargs, now)
             try:
                 result = func(*args, **kwargs)
@@ -180,10 +180,11 @@ class CircuitBreaker(BreakerCore):
         if getpid() != process.pid:
             process.start()
         seen = self._view.seen
-        if now < seen.open_until and not self._notices.on_call:
+        if seen.sent <= now < seen.open_until and not self._notices.on_call:
             self._notices.count("rejected")
             raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-        permit = self._admitted(seen.generation) if now < seen.watched_until else self._admit(now)
+        watched = seen.sent <= now < seen.watched_until
+        permit = self._admitted(seen.generation) if watched else self._admit(now)
         permit.begin()
         try:
             result = func(*args, **kwargs)
@@ -231,7 +232,7 @@ class CircuitBreaker(BreakerCore):
     def acquire(self) -> Permit:
         """A permit for one call, which is also its `with` block. Raises CircuitOpenError if the call is rejected."""
         seen, now = self._view.seen, monotonic()
-        if now < seen.closed_until:
+        if seen.sent <= now < seen.closed_until:
             permit = _new(self._permit)  # calling the class would take half as long again
             permit._breaker = self
             permit._stage = ADMITTED

@@ -69,7 +69,7 @@ def commands(client: redis.Redis, name: str) -> int:
 def elsewhere(client: redis.Redis, name: str = "discovery", **options: Any) -> CircuitBreaker:
     """A breaker as another process has it: it shares no link with those of `client`."""
     url = "unix://" + client.connection_pool.connection_kwargs["path"]
-    return CircuitBreaker(name, redis=url, **{"policy": POLICY, **options})
+    return CircuitBreaker(name, redis=url, **{"policy": POLICY, "redis_timeout": 20.0, **options})
 
 
 LONG = 600.0  # a lease: within a test only a hint refreshes such a view
@@ -81,7 +81,7 @@ def watched(client: redis.Redis) -> Iterator[Callable[..., CircuitBreaker]]:
     watches = []
 
     def make(name: str = "discovery", **options: Any) -> CircuitBreaker:
-        breaker = CircuitBreaker(name, redis=client, **{"policy": POLICY, "lease": LONG, **options})
+        breaker = CircuitBreaker(name, redis=client, **{"policy": POLICY, "lease": LONG, "redis_timeout": 20.0, **options})
         watches.append(breaker.watch())
         wait_until(lambda: watches[-1].active)
         return breaker

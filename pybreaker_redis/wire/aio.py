@@ -13,12 +13,13 @@ from typing import Any, TypeVar
 
 import redis
 
+from .._clock import NEVER
 from .._process import process
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import exits, sync
 from .commands import PING, Command, packed
-from .link import NEVER, Link, Member
+from .link import Link, Member
 from .options import (
     ASYNCIO,
     PROOF_AFTER,

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from redis.exceptions import ResponseError
 
+from .._clock import NEVER, age
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import exits
@@ -31,7 +32,6 @@ SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
 LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins held
 READ_AT_ONCE = 250  # breakers in one MGET
 BURST, BURST_TIME = 10, 0.1  # exchanges in the background, within so many seconds
-NEVER = float("-inf")
 logger = logging.getLogger("pybreaker_redis")
 
 # Yields commands. Is sent their replies (a failed command's is its error), or is thrown the error of a lost server.
@@ -49,7 +49,7 @@ class Health:
         self._failing = failing
         self.abandoned = False  # the last retry has not ended
         self._patience = patience
-        self._retry_at = 0.0
+        self._waits_since, self._waits_for = NEVER, 0.0
         self._pause = FIRST_PAUSE
         self._lock = threading.RLock()
 
@@ -63,16 +63,16 @@ class Health:
                 self._wait()
             return new
 
-    def is_due(self, now: float) -> bool:
+    def is_due(self) -> bool:
         """Whether it is time for a retry."""
-        return self.error is not None and now >= self._retry_at
+        return self.error is not None and age(self._waits_since, monotonic()) >= self._waits_for
 
-    def claim(self, now: float) -> bool:
+    def claim(self) -> bool:
         """Whether the caller is to retry. If it never finishes, another caller may claim the retry later."""
         with self._lock:
-            due = self.is_due(now)
+            due = self.is_due()
             if due:
-                self.abandoned, self._retry_at = True, now + self._patience
+                self.abandoned, self._waits_since, self._waits_for = True, monotonic(), self._patience
             return due
 
     def retried(self, failed: bool) -> None:
@@ -87,10 +87,10 @@ class Health:
 
     def give_up(self) -> None:
         """A retry was cancelled: the next caller may claim it."""
-        self._retry_at = 0.0
+        self._waits_for = 0.0
 
     def _wait(self) -> None:
-        self._retry_at = monotonic() + self._pause * random.uniform(0.75, 1.25)
+        self._waits_since, self._waits_for = monotonic(), self._pause * random.uniform(0.75, 1.25)
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
 
@@ -211,9 +211,9 @@ class Link:
             message = "circuit breaker %r: Redis refuses its commands; this process continues on its own: %s"
             logger.warning(message, member.name, error)
 
-    def retry_is_due(self, member: Member, now: float) -> bool:
+    def retry_is_due(self, member: Member) -> bool:
         """Whether the breaker or its server is down, and should be retried now."""
-        return member.trouble.is_due(now) or self.health(member).is_due(now)
+        return member.trouble.is_due() or self.health(member).is_due()
 
     def retry_was_abandoned(self, member: Member) -> bool:
         """Whether the last retry did not end. Short event loops may end before any retry in the background does."""
@@ -223,7 +223,7 @@ class Link:
 
     def is_busy(self) -> bool:
         """Whether an exchange is under way, unless it takes longer than any may."""
-        return monotonic() - self.busy_since < self.patience
+        return age(self.busy_since, monotonic()) < self.patience
 
     def is_reporting(self, member: Member) -> bool:
         """Whether a report of this breaker is under way. A later failure must be counted after it."""
@@ -275,7 +275,7 @@ class Link:
                 down = {member for member in members if self.error(member) is not None}
                 members = [member for member in members if member not in down]
                 for member in down:
-                    if self.busy_since - member.used_at > IDLE:
+                    if age(member.used_at, monotonic()) > IDLE:
                         self.leave(member)
             self._reporting.update(members)  # before outcomes are taken: a failure must not overtake them
             try:
@@ -413,7 +413,7 @@ class Link:
             if health.error is not None:
                 down.setdefault(health, []).append(member)
         for health, concerned in down.items():
-            if not health.claim(monotonic()):
+            if not health.claim():
                 continue
             try:
                 yield from self._retry_one(health, concerned)

@@ -18,12 +18,13 @@ from typing import Any, TypeVar
 import redis
 from redis.exceptions import NoScriptError
 
+from .._clock import NEVER
 from .._process import process
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
 from . import exits
 from .commands import PING, Command, packed
-from .link import NEVER, Link, Member
+from .link import Link, Member
 from .options import (
     BLOCKING,
     NO_REPLY,
@@ -467,14 +468,14 @@ class Pipe:
         self._socket.sendall(data)
         replies: list[Any] = []
         while len(replies) < count:
-            if monotonic() > deadline:
-                raise redis.TimeoutError(f"{count} replies took longer than {timeout:g} s")
             received = self._socket.recv(_CHUNK)
             if not received:
                 raise redis.ConnectionError("the server has closed the connection")
             self._reader.feed(received)
             while (reply := self._reader.gets()) is not NO_REPLY:
                 replies.append(reply)
+            if len(replies) < count and monotonic() > deadline:
+                raise redis.TimeoutError(f"{count} replies took longer than {timeout:g} s")
         if len(replies) > count:
             raise redis.ConnectionError(f"{len(replies)} replies to {count} commands")
         self.used_at = monotonic()
