@@ -13,7 +13,8 @@ ARGV[1]  the request, in JSON or msgpack; the reply has the same form. Every fie
            pending     (count)    how many of the slow calls are still running
            policy      (map)      fields that differ from the defaults, named as in Policy; durations as <field>_ms in
                                   milliseconds, None as 0. A policy override takes precedence.
-           instance    (text)     the caller, for the history and the quorum
+           instance    (text)     the caller, for the history and the quorum: its host, a colon and more
+           host        (text)     one voice of the quorum (default: instance up to its last colon)
 Reply      admitted        (bool)
            probe           (integer)  slot of a probe, in half open only; pass it to record
            shadow          (bool)     true if the call was admitted only because of enforce=false
@@ -24,11 +25,13 @@ Reply      admitted        (bool)
            forced          "open" or "closed" while an operator forces the state
            forced_left_ms  milliseconds until the forced state ends
            override        {field: value} of the policy override, if there is one
+           override_left_ms  milliseconds until the policy override ends, if it was given an end
            warning         what was wrong with a stored value
+           window_ms       milliseconds of the window, while other reports ask for a shorter one
            transition      {from, to, reason, generation, failure_count, success_count, calls, failures, slow} if this
                            script caused one; the last three if a window was kept
 Errors     BADREQUEST field: problem. Nothing was changed.
-Writes     a new document, a probe, gathered counts that apply, or the missing deadline of an open document. A mere
+Writes     a new document, a probe, gathered counts that apply, or what was amended in the stored document. A mere
            refusal writes nothing.
 
   redis-cli EVALSHA $ACQUIRE 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
@@ -37,7 +40,7 @@ Writes     a new document, a probe, gathered counts that apply, or the missing d
 local function limit_of(field)
   if field == 'generation' or field == 'seen_failure' then return LARGEST end
   if field == 'successes' or field == 'slow' or field == 'pending' then return 1e9 end
-  if field == 'age_ms' then return LONGEST_MS end
+  if field == 'age_ms' then return 365 * DAY_MS end
 end
 local request, problem, encode = breaker.request(limit_of)
 if not request then return redis.error_reply(problem) end
@@ -47,7 +50,7 @@ local counted = breaker.record(document, request)
 local admitted, probe = true, nil
 if document.state ~= 'closed' then admitted, probe = breaker.acquire(document, request) end
 
-if counted or document.undated or admitted and (document.is_new or probe) then breaker.save(document, request) end
+if counted or document.amended or admitted and (document.is_new or probe) then breaker.save(document, request) end
 local reply = breaker.reply(document, request)
 reply.admitted = admitted
 if probe then reply.probe = probe end

@@ -9,10 +9,10 @@ ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
            duration_ms  (duration)  milliseconds until a forced state ends (default and maximum: 30 days), or until the
                                     policy override ends (default: never)
            override     (map)       for set_policy: fields as in policy, added to the policy override
-           policy, instance         as for acquire
+           policy, instance, host   as for acquire
 Reply      changed    (bool)
            state, generation, failure_count, failure_number, success_count, retry_after_ms, ramp_left_ms, forced,
-           forced_left_ms, override, warning, transition  as acquire replies
+           forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
 Errors     BADREQUEST field: problem. Nothing was changed.
 
   redis-cli EVALSHA $CONTROL 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
@@ -35,6 +35,7 @@ elseif request.override and not sets_policy then
 end
 if problem then return redis.error_reply(problem) end
 
+if action == 'reset' then redis.call('DEL', KEYS[3]) end -- a reset replaces everything but the history
 local document = breaker.load(request)
 document.now = document.now or breaker.now_ms()
 
@@ -48,14 +49,17 @@ if sets_policy then
     if type(value) == 'number' and tonumber(text) ~= value then text = string.format('%.17g', value) end
     fields[#fields + 1] = string.format('"%s":%s', field, text)
   end
-  if request.duration_ms then expiry = {'PX', request.duration_ms} end
+  if request.duration_ms then
+    fields[#fields + 1] = string.format('"until_ms":%.0f', document.now + request.duration_ms)
+    expiry = {'PX', request.duration_ms}
+  end
   redis.call('SET', KEYS[3], '{' .. table.concat(fields, ',') .. '}', unpack(expiry))
-  request.override_in_force = override
+  request.override_in_force, request.override_left_ms = override, request.duration_ms
 elseif clears_policy then
   changed = redis.call('DEL', KEYS[3]) == 1
   request.override_in_force = nil
 else
-  changed = breaker.control(document, action, request.duration_ms or 30 * 86400 * 1000)
+  changed = breaker.control(document, action, request.duration_ms or 30 * DAY_MS)
   if changed then breaker.save(document, request) end
 end
 if changed and not document.change then -- save() publishes transitions only

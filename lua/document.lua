@@ -5,8 +5,8 @@ In a script a document has these fields besides the stored ones:
   now        unix milliseconds; nil while no clock is needed
   is_new     the stored value has no generation, or there is none, so that no outcome can be of this generation
   exists     there is a value under the key
-  undated    the deadline of the open state is not stored
   outlived   the back-off and the ramp are over, but still stored
+  amended    the stored generation or deadline was missing or out of bounds: store it, although nothing may count
   unchanged  save() only renews the TTL
   change     the transition that this script made
   hint       save() publishes that the run of failures has reached half of its threshold
@@ -41,12 +41,13 @@ end
 function breaker.save(document, request)
   local now, ttl_ms = document.now, request.policy and request.policy.ttl_ms or 3600000
   if not now then return redis.call('PEXPIRE', KEYS[1], ttl_ms) end
-  if document.window or document.reporters then ttl_ms = math.max(ttl_ms, breaker.policy_of(request).window_ms) end
+  if document.window then ttl_ms = math.max(ttl_ms, document.window.bucket_ms * 10) end
+  if document.reporters then ttl_ms = math.max(ttl_ms, breaker.policy_of(request).window_ms) end
   local deadline = document.open_until_ms or document.forced_until_ms or document.probe_ms and now + document.probe_ms
     or document.closed_at_ms and breaker.recovered_at_ms(document, breaker.policy_of(request))
   -- Keep the key one window past the deadline: a probe must close the circuit, not the key's expiry.
   if deadline then ttl_ms = math.max(ttl_ms, deadline - now + breaker.policy_of(request).window_ms) end
-  if document.unchanged then return redis.call('PEXPIRE', KEYS[1], ttl_ms) end
+  if document.unchanged and not document.amended then return redis.call('PEXPIRE', KEYS[1], ttl_ms) end
   redis.call('SET', KEYS[1], breaker.encode(document), 'PX', ttl_ms)
   if document.change then return breaker.announce(document, request) end
   if document.hint then
@@ -79,8 +80,9 @@ function breaker.encode(document)
   if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
   local window = document.window
   if not window then return text .. '}' end
-  return string.format('%s,"window":{"bucket_ms":%.0f,"newest":%.0f,"calls":%d,"failures":%d,"slow":%d,"past":"%s"}}',
-    text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past)
+  local since = window.shorter_since and string.format(',"shorter_since":%.0f', window.shorter_since) or ''
+  return string.format('%s,"window":{"bucket_ms":%.0f,"newest":%.0f,"calls":%d,"failures":%d,"slow":%d,"past":"%s"%s}}',
+    text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past, since)
 end
 
 -- When the back-off and the ramp after a recovery are over if the circuit stays closed.
@@ -145,51 +147,73 @@ end
 function breaker.take_over_fields(stored, request, now)
   local has_generation = breaker.is_integer(stored.generation, 1, LARGEST)
   local own, state = has_generation and stored or {}, stored.state
-  local number = breaker.is_integer(own.failure_number, 0, LARGEST) and own.failure_number or 0
+  local number = breaker.is_integer(own.failure_number, 0, LARGEST) and own.failure_number or has_generation and 0 or now
   local document = {now = now, exists = true, state = state, failure_count = stored.failure_count or 0,
     success_count = stored.success_count or 0, last_failure_time = stored.last_failure_time,
     opened_at = stored.opened_at, generation = own.generation or now,
     failure_number = state == 'closed' and math.max(number, stored.failure_count or 0) or 0, trips = 0}
-  if not has_generation then document.is_new = true end
+  if not has_generation then breaker.take_over_generation(document, request) end
   if stored.version ~= nil and stored.version ~= 1 then document.warning = 'future_version' end
   if breaker.is_integer(own.trips, 0, LARGEST) then document.trips = math.min(own.trips, 1000) end
   if state == 'open' then
     breaker.take_over_open(document, own, request)
   elseif state == 'half_open' then
-    breaker.take_over_half_open(document, own)
+    breaker.take_over_half_open(document, own, request)
   else
     breaker.take_over_closed(document, own, request)
   end
-  if own.forced == state and state ~= 'half_open'
-      and breaker.is_integer(own.forced_until_ms, now + 1, now + 31 * 86400 * 1000) then
-    document.forced, document.forced_until_ms = own.forced, own.forced_until_ms
+  if own.forced == state and state ~= 'half_open' and breaker.is_integer(own.forced_until_ms, now + 1, LARGEST) then
+    local forced_until_ms = breaker.bounded_ms(document, own.forced_until_ms)
+    if forced_until_ms > now then document.forced, document.forced_until_ms = own.forced, forced_until_ms end
   end
   return document
 end
 
+-- Another program may rewrite the document without a generation many times a second. It then goes on under that of the
+-- next report from its state, so that outcomes add to what that program counts.
+function breaker.take_over_generation(document, request)
+  local generation, from = request.generation or 0, request.probe and 'half_open' or 'closed'
+  document.amended = document.state == from and generation >= 1 and generation <= document.now
+  if document.amended then document.generation = generation else document.is_new = true end
+end
+
+-- The deadline of an open or forced state, cut to its longest time since it began: at opened_at, or with its generation
+-- while closed. If that is missing or lies ahead, the time counts from now, and what was cut must be stored: otherwise
+-- each script would count anew.
+function breaker.bounded_ms(document, deadline)
+  local began = document.state == 'closed' and document.generation or (document.opened_at or math.huge) * 1000 + 999
+  local latest = math.min(began, document.now) + 30 * DAY_MS
+  if deadline <= latest then return deadline end
+  document.amended = true
+  return latest
+end
+
 function breaker.take_over_open(document, own, request)
   local now = document.now
-  if breaker.is_integer(own.open_until_ms, 0, LARGEST)
-      and breaker.is_integer(own.open_ms, 0, LONGEST_MS) then
-    document.open_ms = own.open_ms
+  if breaker.is_integer(own.open_until_ms, 0, LARGEST) and breaker.is_integer(own.open_ms, 0, LARGEST) then
+    document.open_ms = math.min(own.open_ms, 30 * DAY_MS)
     -- A deadline more than twice the open period away means that the clock went back: treat it as due.
-    document.open_until_ms = own.open_until_ms - now > 2 * own.open_ms and now or own.open_until_ms
+    local is_far = own.open_until_ms - now > 2 * own.open_ms
+    document.open_until_ms = is_far and now or breaker.bounded_ms(document, own.open_until_ms)
     return
   end
   local opened_at = document.opened_at or document.last_failure_time or math.floor(now / 1000)
   document.open_ms = breaker.policy_of(request).reset_timeout_ms
   document.open_until_ms = math.min(opened_at * 1000, now) + document.open_ms
   -- Even a refusal has to store a deadline that starts now. Otherwise each script would compute it anew, and it would never pass.
-  document.undated = not document.opened_at or document.opened_at * 1000 > now
+  document.amended = not document.opened_at or document.opened_at * 1000 > now
 end
 
-function breaker.take_over_half_open(document, own)
+function breaker.take_over_half_open(document, own, request)
   document.probe_seq = breaker.is_integer(own.probe_seq, 0, LARGEST) and own.probe_seq or 0
-  document.probe_ms = breaker.is_integer(own.probe_ms, 0, LARGEST) and own.probe_ms or 0
+  document.probe_ms = breaker.is_integer(own.probe_ms, 0, LARGEST) and math.min(own.probe_ms, DAY_MS) or 0
+  if document.amended then document.probes = {[tostring(request.probe)] = document.now + 1} end -- its slot is gone
+  local latest, count = document.now + DAY_MS, 0
   for slot, deadline in pairs(type(own.probes) == 'table' and own.probes or {}) do
-    if breaker.is_integer(deadline, document.now + 1, document.now + 2 * document.probe_ms) then
-      document.probes = document.probes or {}
-      document.probes[tostring(slot)] = deadline
+    if count < 1000 and breaker.is_integer(deadline, document.now + 1, document.now + 2 * document.probe_ms) then
+      document.probes, count = document.probes or {}, count + 1
+      document.probes[tostring(slot)] = math.min(deadline, latest)
+      document.amended = document.amended or deadline > latest
     end
   end
 end
@@ -206,11 +230,12 @@ function breaker.take_over_closed(document, own, request)
   local window = own.window and breaker.sound_window(own.window)
   if window then document.window = breaker.window_at(window, request, now) end
   if own.run_since_ms then document.run_since_ms = breaker.past_ms(own.run_since_ms, now) end
-  for instance, at in pairs(type(own.reporters) == 'table' and own.reporters or {}) do
+  local count = 0
+  for host, at in pairs(type(own.reporters) == 'table' and own.reporters or {}) do
     local at_ms = breaker.past_ms(at, now)
-    if at_ms and type(instance) == 'string' then
-      document.reporters = document.reporters or {}
-      document.reporters[instance] = at_ms
+    if at_ms and type(host) == 'string' and count < 100 then
+      document.reporters, count = document.reporters or {}, count + 1
+      document.reporters[host] = at_ms
     end
   end
 end

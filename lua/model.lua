@@ -15,22 +15,24 @@ write a document that has nothing else.
   last_failure_time  unix seconds of the last counted failure, or null
   opened_at          unix seconds of the last trip, or null while closed
 
-The other fields are private. Empty and zero fields are left out, unless stated otherwise.
+The other fields are private. Empty and zero fields are left out, unless stated otherwise. Nothing stored is trusted
+further than its bounds: 64 KB, 1,000 probes, 100 reporters, 30 days of an open or forced state, a day of a probe's slot.
 
   version            of this layout: 1
   generation         grows at every transition. It is seeded from the clock in milliseconds, so it does not repeat
                      after the key was lost. An outcome with another generation is ignored.
   failure_number     failures of this generation while closed, else 0; always stored. Each failure gets the next
                      number, so that a report can say which failures its successes came after. It is never less than
-                     failure_count while closed: where another program stored less or none, failure_count stands for it.
+                     failure_count while closed: where less is stored, failure_count stands for it. Another program
+                     stores none: the clock's milliseconds stand for it, so that no number comes back.
   trips              trips in a row, for the back-off
   forced             "open" or "closed" while an operator forces the state
   forced_until_ms    unix milliseconds at which the forced state ends
 
 while closed:
   closed_at_ms       unix milliseconds at which probes closed the circuit
-  window             {bucket_ms, newest, calls, failures, slow, past}: counts over time, see window.lua
-  reporters          {instance: unix milliseconds of its last failure or slow call}; the newest `quorum` of them
+  window             {bucket_ms, newest, calls, failures, slow, past, shorter_since}: counts over time, see window.lua
+  reporters          {host: unix milliseconds of its last failure or slow call}; the newest `quorum` of them
   run_since_ms       unix milliseconds at which the run of failures began; kept for a quorum
 
 while open:
@@ -48,7 +50,7 @@ Messages on the channel KEYS[1] tell watchers to read the document; a watcher be
   an operator's act  {policy, instance, time_ms}: a policy override was set or cleared, or a forced state was cleared
 ]]
 local LARGEST = 90000000000000 -- cjson writes integers of 14 digits without loss; the rest is room for additions
-local LONGEST_MS = 365 * 86400 * 1000
+local DAY_MS = 86400 * 1000 -- two locals, not more: each costs every script the capture of a variable
 
 -- Nine names make room for 16 functions, which most calls do with: to let the table grow would cost more.
 local breaker = {request = nil, load = nil, record = nil, reply = nil, save = nil, encode = nil, now_ms = nil,
@@ -66,7 +68,7 @@ end
 
 -- The map in a stored JSON text, or nil.
 function breaker.decode(text)
-  if string.byte(text) ~= 123 then return nil end -- an array decodes to a table, too
+  if #text > 65536 or string.byte(text) ~= 123 then return nil end -- 64 KB; an array decodes to a table, too
   local ok, value = pcall(cjson.decode, text)
   return ok and value or nil
 end

@@ -15,12 +15,12 @@ ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
            counted     (count)    of the successes and failures, those that were reported as pending before
            probe       (integer)  slot from the reply of acquire. Without successes, failures and slow, the slot is
                                   given back.
-           policy, instance       as for acquire
+           policy, instance, host  as for acquire
          A report with no counts and no probe renews the TTL. Without a generation it also checks that the server
          accepts writes.
 Reply      applied    (bool)  false if the generation has ended or the slot has expired
            state, generation, failure_count, failure_number, success_count, retry_after_ms, ramp_left_ms, forced,
-           forced_left_ms, override, warning, transition  as acquire replies
+           forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
 Errors     BADREQUEST field: problem. Nothing was changed.
 Publishes  the transition, or {failure_count, instance, time_ms} when a run of at least two failures reaches half of
            failure_threshold, so that watchers read the document at once
@@ -33,7 +33,7 @@ local function limit_of(field)
   if field == 'successes' or field == 'failures' or field == 'slow' or field == 'pending' or field == 'counted' then
     return 1e9
   end
-  if field == 'age_ms' then return LONGEST_MS end
+  if field == 'age_ms' then return 365 * DAY_MS end
 end
 local request, problem, encode = breaker.request(limit_of)
 local empty = request and not (request.successes or request.failures or request.slow or request.probe)
@@ -50,7 +50,7 @@ if empty and not document.is_new then
   -- A full server accepts PEXPIRE but refuses SETRANGE: this checks that it takes writes.
   if not request.generation then redis.call('SETRANGE', KEYS[1], 0, '') end
 end
-if applied or empty or document.is_new then breaker.save(document, request) end
+if applied or empty or document.is_new or document.amended then breaker.save(document, request) end
 local reply = breaker.reply(document, request)
 reply.applied = applied
 return encode(reply)

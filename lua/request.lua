@@ -11,7 +11,7 @@ function breaker.request(limit_of, kinds)
   if #KEYS ~= 3 or #ARGV ~= 1 or not ok or type(request) ~= 'table' then return nil, breaker.bad_call() end
   for field, value in next, request do
     local limit = limit_of and limit_of(field)
-    local kind = limit or field == 'instance' and 'text' or field == 'policy' and 'policy' or kinds and kinds[field]
+    local kind = limit or (field == 'instance' or field == 'host') and 'text' or field == 'policy' and 'policy' or kinds and kinds[field]
     local fits = limit and type(value) == 'number' and value >= 0 and value <= limit and value % 1 == 0
       or kind == 'text' and type(value) == 'string' and #value <= 200 and string.find(value, '^[ -~]*$')
     local problem
@@ -54,7 +54,7 @@ function breaker.field_problem(request, field, value, kind)
     return nil
   end
   if kind == 'policy' then return breaker.policy_problem(field, value) end
-  if kind == 'duration' and breaker.is_integer(value, 1, 30 * 86400 * 1000) then return nil end
+  if kind == 'duration' and breaker.is_integer(value, 1, 30 * DAY_MS) then return nil end
   if not kind then return tostring(field) .. ': unknown field' end
   local wanted = 'a string of at most 200 printable ASCII characters'
   if kind == 'duration' then wanted = 'an integer from 1 to 30 days of milliseconds' end
@@ -82,19 +82,19 @@ function breaker.policy_field(_, field)
   if field == 'quorum' then return 1, 1, 100, false, 'failure_threshold' end
   if field == 'failure_threshold' then return 5, 1, 1e9, false, 'minimum_calls' end
   if field == 'minimum_calls' then return 20, 1, 1e9, false, 'window_ms' end
-  if field == 'window_ms' then return 60000, 10, LONGEST_MS, false, 'error_rate_threshold' end
+  if field == 'window_ms' then return 60000, 10, 365 * DAY_MS, false, 'error_rate_threshold' end
   if field == 'error_rate_threshold' then return 0, 0, 1, true, 'slow_call_rate_threshold' end
   if field == 'slow_call_rate_threshold' then return 0, 0, 1, true, 'slow_call_duration_ms' end
-  if field == 'slow_call_duration_ms' then return 0, 0, LONGEST_MS, false, 'reset_timeout_ms' end
-  if field == 'reset_timeout_ms' then return 30000, 1, LONGEST_MS, false, 'probe_timeout_ms' end
-  if field == 'probe_timeout_ms' then return 30000, 1, LONGEST_MS, false, 'success_threshold' end
+  if field == 'slow_call_duration_ms' then return 0, 0, 365 * DAY_MS, false, 'reset_timeout_ms' end
+  if field == 'reset_timeout_ms' then return 30000, 1, 30 * DAY_MS, false, 'probe_timeout_ms' end
+  if field == 'probe_timeout_ms' then return 30000, 1, DAY_MS, false, 'success_threshold' end
   if field == 'success_threshold' then return 1, 1, 1e9, false, 'half_open_max_calls' end
   if field == 'half_open_max_calls' then return 1, 1, 1000, false, 'backoff_multiplier' end
   if field == 'backoff_multiplier' then return 1, 1, 1000, true, 'max_reset_timeout_ms' end
-  if field == 'max_reset_timeout_ms' then return 0, 0, LONGEST_MS, false, 'jitter' end
+  if field == 'max_reset_timeout_ms' then return 0, 0, 30 * DAY_MS, false, 'jitter' end
   if field == 'jitter' then return 0, 0, 1, true, 'ttl_ms' end
-  if field == 'ttl_ms' then return 3600000, 1000, LONGEST_MS, false, 'ramp_up_ms' end
-  if field == 'ramp_up_ms' then return 0, 0, LONGEST_MS, false, 'enforce' end
+  if field == 'ttl_ms' then return 3600000, 1000, 365 * DAY_MS, false, 'ramp_up_ms' end
+  if field == 'ramp_up_ms' then return 0, 0, 365 * DAY_MS, false, 'enforce' end
   if field == 'enforce' then return true end
 end
 
@@ -121,14 +121,20 @@ function breaker.policy_misfit(name, field, value)
   return string.format('%s.%s: must be %s, not %s', name, field, wanted, string.sub(tostring(value), 1, 100))
 end
 
--- Applies the policy override, which an operator stored for the fleet, to the caller's policy.
+-- Applies the policy override, which an operator stored for the fleet, to the caller's policy. Its text carries its
+-- end, until_ms, so that processes can tell one that was prolonged from one that was not.
 function breaker.take_override(request, text)
   local override = breaker.decode(text)
-  if not override or breaker.policy_problem('policy', override) then
+  local until_ms = override and override.until_ms
+  if until_ms then override.until_ms = nil end
+  if not override or breaker.policy_problem('policy', override)
+      or until_ms and not breaker.is_integer(until_ms, 0, LARGEST) then
     request.warning = 'corrupt_policy'
     return
   end
-  request.policy, request.override_in_force = request.policy or {}, override
+  local left_ms = until_ms and until_ms - breaker.now_ms()
+  if left_ms and left_ms <= 0 then return end
+  request.policy, request.override_in_force, request.override_left_ms = request.policy or {}, override, left_ms
   for field, value in pairs(override) do request.policy[field] = value end
 end
 
@@ -151,6 +157,7 @@ function breaker.reply(document, request)
   local reply = {state = document.state, generation = document.generation, failure_count = document.failure_count,
     failure_number = document.failure_number, success_count = document.success_count}
   if document.change then reply.transition = document.change end
+  if document.window and document.window.shorter_since then reply.window_ms = document.window.bucket_ms * 10 end
   if document.state ~= 'closed' or document.closed_at_ms or document.forced or document.warning
       or request.override_in_force or request.warning then
     breaker.reply_more(reply, document, request)
@@ -163,7 +170,9 @@ function breaker.reply_more(reply, document, request)
   if document.forced then
     reply.forced, reply.forced_left_ms = document.forced, document.forced_until_ms - document.now
   end
-  if request.override_in_force then reply.override = request.override_in_force end
+  if request.override_in_force then
+    reply.override, reply.override_left_ms = request.override_in_force, request.override_left_ms
+  end
   if document.warning or request.warning then reply.warning = document.warning or request.warning end
   if document.state ~= 'closed' then reply.retry_after_ms = breaker.retry_after_ms(document, request) end
   if document.closed_at_ms then

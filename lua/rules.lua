@@ -8,7 +8,7 @@ change only the document in memory; save() stores it.
 -- The open period after this many trips in a row, without jitter.
 function breaker.open_time_ms(policy, trips)
   local open_ms, most = policy.reset_timeout_ms, policy.max_reset_timeout_ms
-  most = most > 0 and math.max(most, open_ms) or LONGEST_MS
+  most = most > 0 and math.max(most, open_ms) or 30 * DAY_MS
   for _ = 2, policy.backoff_multiplier > 1 and trips or 1 do
     open_ms = math.min(open_ms * policy.backoff_multiplier, most)
     if open_ms == most then break end
@@ -70,7 +70,7 @@ function breaker.trip(document, policy, reason)
   local open_ms = breaker.open_time_ms(policy, trips)
   -- The jitter differs from breaker to breaker, and anyone can compute it again.
   local share = breaker.next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
-  open_ms = math.min(math.floor(open_ms * (1 + policy.jitter * share)), LONGEST_MS)
+  open_ms = math.min(math.floor(open_ms * (1 + policy.jitter * share)), 30 * DAY_MS)
   breaker.open_for(document, open_ms, reason)
   document.trips = trips
 end
@@ -117,10 +117,12 @@ function breaker.record_probe(document, request)
   return true
 end
 
--- Notes who failed. Only the newest `quorum` reporters decide, so no more are kept.
-function breaker.note_reporter(document, policy, instance)
-  local reporters, names = document.reporters or {}, {}
-  reporters[instance] = document.now
+-- Notes which host failed: all instances of a host are one voice. Only the newest `quorum` reporters decide, so no more
+-- are kept.
+function breaker.note_reporter(document, policy, request)
+  local instance = request.instance or ''
+  local host, reporters, names = request.host or string.match(instance, '^(.+):') or instance, document.reporters or {}, {}
+  reporters[host] = document.now
   for name in pairs(reporters) do names[#names + 1] = name end
   table.sort(names, function(one, other)
     return reporters[one] < reporters[other] or reporters[one] == reporters[other] and one < other
@@ -183,7 +185,8 @@ function breaker.trip_reason(document, policy, failures)
   local error_rate, slow_rate = policy.error_rate_threshold, policy.slow_call_rate_threshold
   local reason = error_rate > 0 and window.failures / window.calls >= error_rate and 'error_rate'
     or slow_rate > 0 and window.slow / window.calls >= slow_rate and 'slow_rate'
-  return reason and breaker.has_quorum(document, policy, document.now - policy.window_ms + 1) and reason or nil
+  local window_ms = math.max(policy.window_ms, window.bucket_ms * 10)
+  return reason and breaker.has_quorum(document, policy, document.now - window_ms + 1) and reason or nil
 end
 
 -- Counts outcomes while the circuit is closed. Returns whether they counted.
@@ -196,7 +199,7 @@ function breaker.record_closed(document, request)
   local quorum = policy.quorum
   breaker.count_outcomes(document, request, quorum, bucket_ms)
   if quorum > 1 and (failures > 0 or slow > 0 and policy.slow_call_rate_threshold > 0) then
-    breaker.note_reporter(document, policy, request.instance or '')
+    breaker.note_reporter(document, policy, request)
   end
   local reason = breaker.trip_reason(document, policy, failures)
   if reason then

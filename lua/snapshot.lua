@@ -3,7 +3,7 @@ Reports the state as the next acquire would find it. Changes nothing.
 
 KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circuit_breaker:NAME:state}:policy
          NAME is the name of the breaker; the braces are part of the keys.
-ARGV[1]  the request, in JSON or msgpack; the reply has the same form. policy, instance: as for acquire
+ARGV[1]  the request, in JSON or msgpack; the reply has the same form. policy, instance, host: as for acquire
 Reply      exists             (bool)
            state, generation (0 if none is stored), failure_count, failure_number, success_count
            last_failure_time, opened_at   unix seconds
@@ -15,11 +15,12 @@ Reply      exists             (bool)
            probes_in_flight   slots that are taken
            calls, failures, slow   of the window; 0 if none is kept
            health             from 0 to 100
-           reporters          {instance: unix milliseconds}, kept for a quorum
+           reporters          {host: unix milliseconds}, kept for a quorum
            policy             {field: value} of all fields in force
            override           {field: value} of the policy override, if there is one
+           override_left_ms   milliseconds until the policy override ends, if it was given an end
            now_ms             the server's clock in unix milliseconds
-           warning            what was wrong with a stored value
+           warning, window_ms  as acquire replies
 Errors     BADREQUEST field: problem
 
   redis-cli EVALSHA $SNAPSHOT 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \

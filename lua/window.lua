@@ -5,6 +5,10 @@ The window: counts of calls over time, in ten buckets of bucket_ms each.
   newest     number of the newest bucket; times bucket_ms it is the unix time at which the bucket began
   calls, failures, slow
              counts of all ten buckets together. A report changes only these.
+  shorter_since
+             number of the newest bucket when a report first asked for shorter buckets; none after a report that asks
+             for these. The longest buckets that a report asks for are kept for all, since two clients of one breaker
+             would otherwise undo each other's counts, until no report has asked for them during a whole window.
   past       text: "calls,failures,slow;" of the nine older buckets together, then " calls,failures,slow" of each of
              them, the latest first. It changes only when a bucket ends.
 ]]
@@ -86,7 +90,8 @@ function breaker.move_back(window, calls, age_ms, now)
   window.calls, window.past = moved.calls, moved.past
 end
 
--- The window now, without what has left it, in buckets as long as the policy in force wants them.
+-- The window now, without what has left it. It keeps its buckets if the policy in force asks for shorter ones, unless a
+-- policy override does, which is every client's.
 function breaker.window_at(window, request, now)
   local newest = math.floor(now / window.bucket_ms)
   local passed = newest - window.newest
@@ -97,7 +102,11 @@ function breaker.window_at(window, request, now)
     window = breaker.advanced(window, newest)
   end
   local _, bucket_ms = breaker.policy_of(request)
-  if not bucket_ms or bucket_ms == window.bucket_ms then return window end
+  if not bucket_ms or bucket_ms == window.bucket_ms and not window.shorter_since then return window end
+  local keeps = bucket_ms < window.bucket_ms and window.calls + window.failures + window.slow > 0
+    and not (request.override_in_force and request.override_in_force.window_ms)
+  window.shorter_since = keeps and math.min(window.shorter_since or window.newest, window.newest) or nil
+  if bucket_ms == window.bucket_ms or keeps and window.newest - window.shorter_since < 10 then return window end
   return breaker.rebucketed(window, bucket_ms, math.floor(now / bucket_ms))
 end
 
@@ -109,16 +118,17 @@ function breaker.read_window(text)
   local window = {bucket_ms = tonumber(bucket_ms), newest = tonumber(newest), calls = tonumber(calls),
     failures = tonumber(failures), slow = tonumber(slow), past = past}
   local most = LARGEST
-  return window.bucket_ms <= LONGEST_MS and window.newest <= most and window.calls <= most
+  return window.bucket_ms <= 365 * DAY_MS and window.newest <= most and window.calls <= most
     and window.failures <= most and window.slow <= most and window or nil
 end
 
 -- A stored window that cjson has read, or nil where it makes no sense.
 function breaker.sound_window(window)
-  if type(window) ~= 'table' or not breaker.is_integer(window.bucket_ms, 1, LONGEST_MS) then return nil end
+  if type(window) ~= 'table' or not breaker.is_integer(window.bucket_ms, 1, 365 * DAY_MS) then return nil end
   for _, field in ipairs({'newest', 'calls', 'failures', 'slow'}) do
     if not breaker.is_integer(window[field], 0, LARGEST) then return nil end
   end
+  if window.shorter_since and not breaker.is_integer(window.shorter_since, 0, LARGEST) then return nil end
   local past = window.past
   return type(past) == 'string' and #past <= 400 and not string.find(past, '[^%d,; ]') and window or nil
 end

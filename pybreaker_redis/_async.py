@@ -143,7 +143,7 @@ class AsyncCircuitBreaker(BreakerCore):
         Raises TypeError if the result of func cannot be awaited.
         """
         seen, now = self._view.seen, monotonic()
-        if now >= seen.closed_until:
+        if not seen.sent <= now < seen.closed_until:
             return await self._call_with_permit(func, args, kwargs, now, self._fallback)  # type: ignore[no-any-return]
         try:
             result = await func(*args, **kwargs)
@@ -222,7 +222,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
         async def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
-            if now >= seen.closed_until:
+            if not seen.sent <= now < seen.closed_until:
                 return await self._call_with_permit(func, args, kwargs, now, fallback)  # type: ignore[no-any-return]
             try:
                 result = await func(*args, **kwargs)
@@ -243,10 +243,11 @@ class AsyncCircuitBreaker(BreakerCore):
             process.start()
         seen = self._view.seen
         try:
-            if now < seen.open_until and not self._notices.on_call:
+            if seen.sent <= now < seen.open_until and not self._notices.on_call:
                 self._notices.count("rejected")
                 raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-            permit = self._admitted(seen.generation) if now < seen.watched_until else await self._admit(now)
+            watched = seen.sent <= now < seen.watched_until
+            permit = self._admitted(seen.generation) if watched else await self._admit(now)
         except CircuitOpenError as rejected:
             if fallback is None:
                 raise
@@ -324,7 +325,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
     async def _acquire(self) -> AsyncPermit:
         seen, now = self._view.seen, monotonic()
-        if now < seen.closed_until:
+        if seen.sent <= now < seen.closed_until:
             tick = seen.tick if self._only_counts else None
             return self._permit(self, seen.generation, now, None, tick)
         return cast(AsyncPermit, await self._admit(now))
@@ -487,7 +488,11 @@ class AsyncCircuitBreaker(BreakerCore):
     async def close(self) -> None:
         """Report the gathered successes, and close this loop's connections; a later call opens new ones."""
         await self.flush()
+        self._view.drop()
         if self._line is not None:
+            if self._redis.link.is_reporting(self._line):
+                with contextlib.suppress(*REDIS_ERRORS):
+                    await self._redis.wait_for_reports(self._line)
             self._redis.link.leave(self._line)
             await self._redis.close()
 

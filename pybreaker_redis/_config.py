@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import socket
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -39,10 +41,12 @@ class Config:
     on_redis_failure: OnRedisFailure = "local"
     redis_timeout: float = 0.25
     prefix: str = "circuit_breaker"
+    host: str | None = None
     idle_after: float | None = 3600.0
 
     def __post_init__(self) -> None:
         check_options(self.lease, self.on_redis_failure, self.redis_timeout)
+        host_of(self.host)
         if self.idle_after is not None:
             _check_seconds("idle_after", self.idle_after, 0.0, float("inf"))
         for option in ("enabled", "watch"):
@@ -64,6 +68,15 @@ def check_options(lease: object, on_redis_failure: object, redis_timeout: object
     _check_seconds("redis_timeout", redis_timeout, 0.001, 3600.0)
     if on_redis_failure not in get_args(OnRedisFailure):
         raise PolicyError(f"on_redis_failure must be 'local', 'open' or 'closed', not {on_redis_failure!r}")
+
+
+def host_of(host: object) -> str:
+    """The option `host`, or the machine's host name for None. Raises PolicyError."""
+    if host is None:
+        return socket.gethostname().encode("ascii", "backslashreplace").decode() or "localhost"
+    if not isinstance(host, str) or not re.fullmatch("[ -~]{1,200}", host):
+        raise PolicyError(f"host must be 1 to 200 printable ASCII characters, or None, not {host!r}")
+    return host
 
 
 def _check_seconds(option: str, value: object, least: float, most: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from os import getpid
 from time import monotonic
@@ -12,16 +13,18 @@ from typing import Any, TypeAlias, TypeVar
 
 from . import _protocol
 from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome
-from ._config import check_options
+from ._clock import NEVER, age
+from ._config import check_options, host_of
 from ._errors import CircuitOpenError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices, logger
 from ._isolation import Isolation
 from ._line import FixedEngine, Line, OnRedisFailure
-from ._memory import LocalEngine, MemoryEngine, document_for
+from ._memory import LocalEngine, MemoryEngine, clock_ms, document_for
 from ._permit import BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
 from ._policy import RULES, Policy, override_request, request_field
 from ._process import process
 from ._protocol import Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
+from ._rules import Document
 from ._slow import SlowCalls
 from ._view import Verdict, View
 from .wire.options import BLOCKING, REDIS_ERRORS, Kind, address_of, client_of
@@ -62,6 +65,7 @@ class BreakerCore:
         on_redis_failure: OnRedisFailure = "local",
         prefix: str = "circuit_breaker",
         redis_timeout: float = 0.25,
+        host: str | None = None,
     ) -> None:
         check_options(lease, on_redis_failure, redis_timeout)
         if policy is not None and not isinstance(policy, Policy):
@@ -69,7 +73,7 @@ class BreakerCore:
         if fallback is not None:
             check_fallback(fallback)
         self._fallback = fallback
-        self.name = name
+        self.name, self.host = name, host_of(host)
         self.policy = policy or Policy()
         self.keys = _protocol.keys_of(name, prefix)
         self.corrupt_documents = 0
@@ -91,7 +95,9 @@ class BreakerCore:
         self._view = View(float(lease), self.policy)
         self._slow_calls = SlowCalls(self._view)
         self._override: dict[str, Any] | None = None  # the policy override, as last read
-        self._isolation = Isolation(self._local_engine, self._quorum, self._isolation_changed)
+        self._override_end = NEVER, float("inf")  # when it was read, and how many seconds it then had left
+        self._obeyed = NEVER  # when the reply that was obeyed last was asked for
+        self._isolation = Isolation(self._local_engine, lambda: self._view.policy.quorum, self._isolation_changed)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
         # one of the two: the state machine in this process, or the breaker's part in the link to Redis
@@ -103,7 +109,9 @@ class BreakerCore:
             instrument.attach(self)
 
     def _start_process(self) -> None:
-        self._instance = f"{os.getpid()}-{secrets.token_hex(4)}"
+        # The random digits tell apart the breakers of one process, and containers that share host name and process id,
+        # so that each knows its own transitions. A script takes 200 characters.
+        self._instance = f"{self.host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
         self._notices.start_process(self._instance)
         given = self.policy.to_request()
         # a report of only successes omits the policy unless a field matters to it: parsing it costs the script time
@@ -111,6 +119,8 @@ class BreakerCore:
         self._with_policy: Request = {"instance": self._instance, **({"policy": given} if given else {})}
         if any(rule.on_success and request_field(name) in given for name, rule in RULES.items()):
             self._without_policy = self._with_policy
+        self._warned_of_window = False
+        self._obeying = threading.RLock()
         self._asking: set[object] = set()  # one token for each call that asks for a permit now
 
     def _after_fork(self) -> None:
@@ -123,14 +133,13 @@ class BreakerCore:
                 own.after_fork()
         if self._watch is not None:
             self._watch.after_fork()
-            self._view.drop()
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
 
     @property
     def instance(self) -> str:
-        """The name of this process in the history and in events."""
+        """The name of this process in the history and in events: `host:pid-` and eight random hex digits."""
         process.check()
         return self._instance
 
@@ -158,17 +167,19 @@ class BreakerCore:
         if getpid() != process.pid:
             process.start()
         view, now = self._view, monotonic()
-        if now - view.seen.sent >= view.lease and self._must_wait(began, now, refreshed):
+        if self._override is not None and self._override_left() <= 0:
+            self._end_override()
+        if view.seen.age() >= view.lease and self._must_wait(began, now, refreshed):
             return Verdict.WAIT
         seen, now = view.seen, monotonic()
         verdict = Verdict.ASK if view.lease <= 0 else seen.verdict(now)
         if verdict is Verdict.ADMIT:
-            ramp_left = seen.ramp_until - now
+            ramp_left = seen.left(seen.ramp_until, now)
             return self._reject("closed", ramp_left) if view.held_back(ramp_left) else self._admitted(seen.generation)
         if (verdict is Verdict.ASK or seen.state == "half_open") and in_probe(self._innermost):
             return self._permit(self, None, now)  # part of the probe, whose own outcome counts
         if verdict is Verdict.REJECT:
-            return self._reject(seen.state, seen.retry_at - now)
+            return self._reject(seen.state, seen.left(seen.retry_at, now))
         if view.lease > 0 and len(self._asking) >= view.policy.half_open_max_calls:
             return self._reject("half_open", ASKED_AGAIN)  # the calls before this one are asking for all slots
         return verdict
@@ -190,10 +201,10 @@ class BreakerCore:
         self._redis.soon(self._line)
         seen, link = self._view.seen, self._redis.link
         if refreshed:  # measured from the call's arrival, or a lease shorter than a round trip would never do
-            return began - seen.sent >= 2 * lease and now - began < link.timeout
+            return began - seen.sent >= 2 * lease and age(began, now) < link.timeout
         if seen.verdict(now) is Verdict.ASK and not self._asking:
             return False
-        return now - seen.sent >= 2 * lease + (link.timeout if link.is_busy() else 0.0)
+        return seen.age() >= 2 * lease + (link.timeout if link.is_busy() else 0.0)
 
     def _ask(self) -> Steps[BasePermit]:
         """Ask for a permit. Raises CircuitOpenError."""
@@ -203,7 +214,8 @@ class BreakerCore:
             *slow_probes, request = self._reports()
             for report in slow_probes:
                 yield from self._run("record", report)
-            reply = yield from self._run("acquire", request)
+            # a generation alone says nothing: a closed document that another program wrote would go on under it
+            reply = yield from self._run("acquire", request if len(request) > 1 else {})
         finally:
             self._asking.discard(token)
         if not reply["admitted"] or reply.get("shadow"):
@@ -245,7 +257,7 @@ class BreakerCore:
         """Count a success in the view. Returns False if the view cannot take it."""
         if not self._view.gather(generation):
             return False
-        if self._view.claim_report(monotonic()):
+        if self._view.claim_report():
             self._redis.soon(self._line, urgent=True)
         return True
 
@@ -385,10 +397,11 @@ class BreakerCore:
         complete.pop("seen_failure", None)  # a number of the fleet's; here, all outcomes come in order
         reply = engine.run(name, complete)
         self._isolation.forget()
+        self._obey(reply, sent)
         seen = self._view.seen
         # only this process changes the state: a reply under the generation of a closed view brings nothing new
         if (
-            sent >= seen.closed_until
+            not seen.sent <= sent < seen.closed_until
             or reply["generation"] != seen.generation
             or self._override
             or reply.keys() & _NEWS
@@ -410,15 +423,16 @@ class BreakerCore:
         if self._line is not None:
             self._line.asked()
         reply["source"] = "redis"
+        self._obey(reply, began)
         return reply
 
     def _adopt(self, reply: Reply, sent: float) -> bool:
         """Take over a reply. Returns whether it became the view."""
-        if self._override or "override" in reply:
-            self._obey(reply)
-        adopted = self._view.adopt(reply, sent, monotonic())
+        adopted = self._view.adopt(reply, sent)
         if self._warned or "warning" in reply:
             self._check(reply)
+        if "window_ms" in reply and not self._warned_of_window:
+            self._check_window(reply["window_ms"] / 1000)
         if change := reply.get("transition"):
             logger.info("circuit breaker %r: %s -> %s (%s)", self.name, change["from"], change["to"], change["reason"])
             self._notices.changed(change, reply["source"])
@@ -426,6 +440,7 @@ class BreakerCore:
 
     def _adopt_fleet(self, request: Request, reply: Reply, sent: float) -> bool:
         """The same for what the link has read or reported."""
+        self._obey(reply, sent)
         return self._adopt(self._isolated(request, reply), sent)
 
     def _isolated(self, request: Request, fleet: Reply) -> Reply:
@@ -435,12 +450,35 @@ class BreakerCore:
         self._isolation.forget()
         return fleet
 
-    def _obey(self, reply: Reply) -> None:
-        """Put the policy override of a reply in force."""
-        if reply["source"] != "local" and reply.get("override") != self._override:
-            self._override = reply.get("override")
-            self._view.policy = self.policy.with_override(self._override)
-            self._isolation.obey(self._override)
+    def _obey(self, reply: Reply, sent: float) -> None:
+        """Put the policy override of a reply in force, unless a newer reply is known."""
+        if reply["source"] == "local":
+            return
+        with self._obeying:
+            override, latest, now = reply.get("override"), self._view.seen.sent, monotonic()
+            if sent < self._obeyed <= now or sent < latest <= now:
+                return
+            self._obeyed = sent
+            if override is not None:
+                self._override_end = now, seconds(reply.get("override_left_ms")) or float("inf")
+            if override != self._override:
+                self._put_in_force(override)
+
+    def _end_override(self) -> None:
+        """End the policy override when its time is over, without waiting for Redis to say so."""
+        with self._obeying:
+            if self._override_left() <= 0:
+                self._put_in_force(None)
+
+    def _put_in_force(self, override: dict[str, Any] | None) -> None:
+        self._override = override
+        self._view.policy = self.policy.with_override(override)
+        self._isolation.obey(override)
+
+    def _override_left(self) -> float:
+        """Seconds until the policy override ends; infinite if it was given no end."""
+        since, left = self._override_end
+        return left if left == float("inf") else left - age(since, monotonic())
 
     def _check(self, reply: Reply) -> None:
         warning = reply.get("warning")
@@ -451,9 +489,18 @@ class BreakerCore:
             logger.warning("circuit breaker %r: %s under key %s", self.name, warning, key)
         self._warned = warning
 
-    def _quorum(self, fleet: Reply) -> int:
-        self._obey(fleet)
-        return self._view.policy.quorum
+    def _check_window(self, kept: float) -> None:
+        """Warn once if another client's window is kept instead of this policy's."""
+        policy = self._view.policy
+        if (policy.error_rate_threshold or policy.slow_call_rate_threshold) and policy.window < kept:
+            self._warned_of_window = True
+            logger.warning(
+                "circuit breaker %r: rates are judged over the last %g s, the longest window that a client asks for,"
+                " not over %g s as this policy says",
+                self.name,
+                kept,
+                policy.window,
+            )
 
     def _isolation_changed(self, change: dict[str, Any]) -> None:
         logger.warning("circuit breaker %r: %s for this instance only (%s)", self.name, change["to"], change["reason"])
@@ -463,15 +510,21 @@ class BreakerCore:
 
     def _last_known(self) -> LocalEngine:
         """An engine that starts from the view."""
-        seen = self._view.seen
-        open_for = max(seen.retry_at - monotonic(), 0.0) if seen.state == "open" else 0.0
-        return self._local_engine(seen.state, seen.failure_count, open_for, seen.generation)
+        seen, now = self._view.seen, monotonic()
+        open_for = seen.left(seen.retry_at, now) if seen.state == "open" else 0.0
+        forced_for = seen.left(seen.forced_until, now)
+        forced = seen.forced if forced_for > 0 else None
+        left = self._override_left()
+        return self._local_engine(
+            document_for(seen.state, seen.generation, seen.failure_count, open_for, forced, forced_for),
+            None if left == float("inf") else clock_ms() + round(max(left, 0.0) * 1000),
+        )
 
-    def _local_engine(
-        self, state: State = "closed", failure_count: int = 0, open_for: float = 0.0, generation: int = 0
-    ) -> LocalEngine:
-        document = document_for(state, generation, failure_count, open_for)
-        return LocalEngine(document=document, override=self._override, quorum_of_one=True)
+    def _local_engine(self, document: Document | None = None, override_until_ms: int | None = None) -> LocalEngine:
+        document = document or document_for("closed")
+        return LocalEngine(
+            document=document, override=self._override, override_until_ms=override_until_ms, quorum_of_one=True
+        )
 
     # Watching
 
@@ -522,17 +575,20 @@ class BreakerCore:
         sent = monotonic()
         if self._memory is not None:
             reply = self._memory.run("control", request)
+            self._obey(reply, sent)
         else:
             try:
                 reply = yield from self._ask_redis("control", request)
             except REDIS_ERRORS as error:
                 raise RedisUnavailableError(f"{action} was not carried out: {error}") from error
-        if reply.get("transition"):
+        changed = "transition" in reply
+        if changed:
             self._isolation.forget()
+        if changed or reply["generation"] == self._view.seen.generation:
             self._adopt(reply, sent)
-        else:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
-            self._obey(reply)
+        else:
             self._check(reply)
+        if not changed:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
             self._view.drop()
 
 

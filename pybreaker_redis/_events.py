@@ -27,7 +27,7 @@ class Event(NamedTuple):
 
     kind: `listeners` receive "state_change", "redis_error" and "redis_restored"; `on_call` receives "success",
     "failure", "ignored" and "rejected".
-    breaker: its name. instance: the process that caused the event.
+    breaker: its name. instance: the process that caused the event, as "host:pid-" and eight random hex digits.
     old, new, reason, generation, counts: of a state_change. Each transition notifies the one process that caused it.
     A watching process is notified of each new generation that it reads, with source "watch"; reason and counts come
     from the history, and are None and empty if its entry is gone.

@@ -13,14 +13,14 @@ class Isolation:
     """The state that one instance keeps for itself, by the same rules with a quorum of 1.
 
     It decides while the fleet's circuit is closed. Any other state of the fleet overrules and discards it.
-    make: creates a closed engine. quorum: returns the quorum in force after a reply. notify: receives each transition
+    make: creates a closed engine. quorum: returns the quorum in force. notify: receives each transition
     of the instance's own state.
     """
 
     def __init__(
         self,
         make: Callable[[], LocalEngine],
-        quorum: Callable[[Reply], int],
+        quorum: Callable[[], int],
         notify: Callable[[dict[str, Any]], None],
     ) -> None:
         self._make, self._quorum, self._notify = make, quorum, notify
@@ -87,7 +87,7 @@ class Isolation:
 
         Each generation of the fleet starts a new one: a transition or reset of the fleet applies to this instance too.
         """
-        if self._quorum(fleet) == 1 or _decides(fleet):
+        if self._quorum() == 1 or _decides(fleet):
             self._own = None
         elif self._own is None or self._own.fleet_generation < fleet["generation"]:
             self._own = self._make()

@@ -8,12 +8,13 @@ import threading
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
+from ._clock import NEVER, age
 from ._events import Notices
 from ._memory import LocalEngine
 from ._policy import DEFAULTS
-from ._protocol import Reply, Request, State, read_document, read_window
+from ._protocol import LARGEST_TEXT, Reply, Request, State, read_document, read_window
 from ._slow import SlowCalls
-from ._view import NEVER, Seen, View
+from ._view import Seen, View
 from .wire.link import IDLE, LONGEST_PAUSE, Due, Link
 
 USUAL_PAUSE = 0.1  # seconds between two checks of a breaker without a lease, while Redis is down
@@ -89,10 +90,12 @@ class Line:
         self._lock = threading.RLock()
         self.local: LocalEngine | FixedEngine | None = None
         self._texts: Texts | None = None  # as last read
-        self._known: tuple[Texts, Seen, float] | None = None  # texts, what they say, and until when they say it
-        self._policy: tuple[bytes | None, Any] = None, None  # a policy override: as stored, and as the script reads it
+        # texts, what they say, since when, and for how long
+        self._known: tuple[Texts, Seen, float, float] | None = None
+        # the stored text of a policy override, what a reply said of it, and when
+        self._policy: tuple[bytes | None, Reply, float] = None, {}, NEVER
         self._keeps_window = False  # whoever asked for it
-        self._renew_at = NEVER  # when the TTL must be renewed
+        self._renewed_at, self._renew_after = NEVER, 0.0  # the TTL
         self.news: dict[str, Any] | None = None
 
     def after_fork(self) -> None:
@@ -113,13 +116,13 @@ class Line:
                 fixed = FixedEngine(self._mode, round(LONGEST_PAUSE * 1000)) if self._mode != "local" else None
                 self.local = fixed or self._owner._last_known()
                 self._owner._notices.redis_down(error)
-            elif self._link.retry_is_due(self, monotonic()):
+            elif self._link.retry_is_due(self):
                 self._server.soon(self)
             return self.local
 
     def must_wait_for_retry(self) -> bool:
         """Whether a call must wait for the retry, since the last one in the background did not end."""
-        return self._link.retry_is_due(self, monotonic()) and self._link.retry_was_abandoned(self)
+        return self._link.retry_is_due(self) and self._link.retry_was_abandoned(self)
 
     def _return(self, since: float | None) -> None:
         if self.local is not None:
@@ -145,18 +148,44 @@ class Line:
             return Due([], False, True)
         is_due = view.is_due(now, keeps_window) or owner._slow_calls.any_overdue()
         # an open circuit is refreshed until its time is over: calls that are rejected are not counted in the view
-        used_at = max(self.used_at, seen.counter.grown_at, NEVER if seen.state == "closed" else seen.retry_at)
-        idle, must_renew = now - used_at > IDLE and not hinted, self._renew_at != NEVER and now >= self._renew_at
+        rejects = seen.state != "closed" and seen.left(seen.retry_at + IDLE, now) > 0
+        unused = min(age(self.used_at, monotonic()), age(seen.counter.grown_at, monotonic()))
+        idle = unused > IDLE and not rejects and not hinted
+        must_renew = self._renewed_at > NEVER and age(self._renewed_at, monotonic()) >= self._renew_after
         reports: list[Request] = []
         if is_due or must_renew or (idle and keeps_window):
-            *reports, last = owner._reports(as_it_ends=True)
-            if len(last) > 1 or must_renew:
-                reports.append(last)
-            reports = [owner._complete("record", request) for request in reports if request["generation"] > 0]
-        stale = wanted and now - seen.sent >= view.lease / 2
+            reports = self._take(must_renew, as_it_ends=True)
+        stale = wanted and seen.age() >= view.lease / 2
         if stale and seen.sent == NEVER and self.used_at > NEVER:  # the first call creates the document
             return Due([*reports, self.refresh_request()], False, idle)
         return Due(reports, hinted or stale, idle)
+
+    def gathered(self, ends: bool = False) -> list[Request]:
+        view = self._owner._view
+        if view.lease <= 0:
+            return []
+        reports = self._take() if not ends or self._has_news() else []
+        if ends:
+            view.end()
+        return reports
+
+    def _has_news(self) -> bool:
+        """Whether anything is gathered that matters to Redis."""
+        view, now = self._owner._view, monotonic()
+        grown = self._wants_window() and view.seen.counter.look(now) > 0
+        return grown or view.is_due(now, False) or self._owner._slow_calls.any_overdue()
+
+    def __del__(self) -> None:
+        # nobody holds the breaker; the link does until it has reported what is gathered
+        if not self._link.ended and self._owner._view.lease > 0 and self.local is None and self._has_news():
+            self._link.held.append(self)
+
+    def _take(self, renews: bool = False, as_it_ends: bool = False) -> list[Request]:
+        """Take what is gathered. renews: with a report in any case, since it renews the TTL. as_it_ends: see View."""
+        *reports, last = self._owner._reports(as_it_ends=as_it_ends)
+        if len(last) > 1 or renews:
+            reports.append(last)
+        return [self._owner._complete("record", request) for request in reports if request["generation"] > 0]
 
     def _wants_window(self) -> bool:
         policy = self._owner._view.policy
@@ -174,14 +203,17 @@ class Line:
     def _renewed(self) -> None:
         """A script has renewed the TTL. The next renewal is due at a random time, well before the key expires."""
         ttl = self._owner._view.policy.ttl or DEFAULTS["ttl"]
-        self._renew_at = monotonic() + ttl * random.uniform(0.25, 0.5)
+        self._renewed_at, self._renew_after = monotonic(), ttl * random.uniform(0.25, 0.5)
 
     # Refreshes
 
     def refresh_request(self, proves: bool = False) -> Request:
         owner = self._owner
-        generation = owner._view.seen.generation
-        return {**owner._with_policy} if proves or generation <= 0 else {**owner._with_policy, "generation": generation}
+        seen = owner._view.seen
+        if proves or seen.generation <= 0 or seen.state != "closed":
+            return {**owner._with_policy}
+        # a closed circuit goes on under this generation if another program rewrites its document without one
+        return {**owner._with_policy, "generation": seen.generation}
 
     def read(self, document: bytes | None, policy: bytes | None, sent: float) -> bool:
         if self.local is not None:  # an outage began meanwhile: only a write can end it
@@ -189,17 +221,28 @@ class Line:
         if document is None and self._owner._view.seen.generation == 0:  # a hint, before the first call
             return True
         texts, view, now = Texts(document, policy), self._owner._view, monotonic()
-        if self._known is not None:
-            known, seen, until = self._known
-            if known == texts and now < until and view.extend(seen, sent, now):
+        override = self._override_in(policy, now)
+        if self._known is not None and override is not None and override.get("override") == self._owner._override:
+            known, seen, since, length = self._known
+            if known == texts and age(since, now) < length and view.extend(seen, sent):
                 return True
         self._texts, window = texts, read_window(document)
         self._keeps_window = bool(window)
-        reply = read_document(document) if self._policy == (policy, self._owner._override) else None
-        if reply is None:
+        reply = None if override is None else read_document(document)
+        if override is None or reply is None:
             return False
-        self._take_over({}, {**reply, **window, "override": self._owner._override}, sent, texts)
+        self._take_over({}, {**reply, **window, **override}, sent, texts)
         return True
+
+    def _override_in(self, policy: bytes | None, now: float) -> Reply | None:
+        """What a reply would say of a stored policy override. None if a script must read it."""
+        text, said, since = self._policy
+        if policy is None or policy != text:
+            return {} if policy is None else None
+        if "override_left_ms" not in said:
+            return said
+        left_ms = said["override_left_ms"] - 1000 * age(since, now)
+        return {**said, "override_left_ms": left_ms} if left_ms > 0 else None
 
     def replied(self, request: Request, reply: Reply, sent: float, read: bool = False) -> None:
         if self.local is not None:  # asked before an outage began
@@ -210,7 +253,8 @@ class Line:
         if not read or texts is None or not _says(texts, reply):
             self._take_over(request, reply, sent, None)
             return
-        self._policy = texts.policy, reply.get("override")
+        said: Reply = {key: reply[key] for key in ("override", "override_left_ms") if key in reply}
+        self._policy = texts.policy, said, monotonic()
         self._take_over(request, {**reply, **read_window(texts.document)}, sent, texts)
 
     def _take_over(self, request: Request, reply: Reply, sent: float, texts: Texts | None) -> None:
@@ -221,8 +265,9 @@ class Line:
             return
         seen = owner._view.seen
         if texts is not None and seen.generation == reply["generation"]:
-            until = monotonic() + reply["forced_left_ms"] / 1000 if "forced_left_ms" in reply else float("inf")
-            self._known = texts, seen, until if seen.state == "closed" else seen.retry_at
+            now = monotonic()
+            length = reply["forced_left_ms"] / 1000 if "forced_left_ms" in reply else float("inf")
+            self._known = texts, seen, now, length if seen.state == "closed" else seen.left(seen.retry_at, now)
         if 0 < before.generation < seen.generation and owner._watch is not None and "transition" not in reply:
             self.news = {"from": before.state, "to": seen.state, "reason": None, "generation": seen.generation}
 
@@ -247,7 +292,12 @@ def _says(texts: Texts, reply: Reply) -> bool:
     numbers = b',"generation":%d,"failure_number":%d' % (reply["generation"], reply["failure_number"])
     if not document.startswith(b'{"state":"%b"' % reply["state"].encode()) or numbers not in document:
         return False
+    if texts.policy is None or len(texts.policy) > LARGEST_TEXT:
+        return override is None
     try:
-        return override == (None if texts.policy is None else json.loads(texts.policy))
+        stored = json.loads(texts.policy)
+        if isinstance(stored, dict):
+            stored.pop("until_ms", None)
+        return override == stored  # type: ignore[no-any-return]
     except (ValueError, RecursionError):  # corrupt, and thus not in force
         return override is None

@@ -18,8 +18,8 @@ from ._policy import Policy
 from ._protocol import State, Steps
 from ._sync import CircuitBreaker, Watch
 from ._view import Verdict
+from .wire.options import ASYNCIO, BLOCKING, Kind, client_of
 from .wire.subscription import BaseWatch
-from .wire.url import async_client_from_url, client_from_url
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,7 +36,7 @@ class ManagerCore(Generic[B]):
 
     _breaker_type: Callable[..., B]
     _watch_type: type[BaseWatch]
-    _client_from_url: Callable[..., Any]
+    _kind: Kind
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class ManagerCore(Generic[B]):
 
     def _share(self, client: Any) -> None:
         url, options = self.config.redis_url, self.config.redis_options
-        self._client = type(self)._client_from_url(url, **options) if client is None else client
+        self._client = self._kind.from_url(url, **options) if client is None else client_of(client, self._kind)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {sorted(self._breakers)}>"
@@ -124,6 +124,7 @@ class ManagerCore(Generic[B]):
             on_redis_failure=config.on_redis_failure,
             redis_timeout=config.redis_timeout,
             prefix=config.prefix,
+            host=config.host,
             **{**self._hooks, **self._own_classification(service)},
         )
 
@@ -157,8 +158,7 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     this process. Raises ConfigError; PolicyError.
     """
 
-    _breaker_type, _watch_type = CircuitBreaker, Watch
-    _client_from_url = staticmethod(client_from_url)
+    _breaker_type, _watch_type, _kind = CircuitBreaker, Watch, BLOCKING
 
     def call(self, service: str, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call func(*args, **kwargs), guarded by the breaker of the service.
@@ -180,7 +180,10 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
 
     def close(self) -> None:
         """Report the gathered successes, and close subscription and connections; a later call opens new ones."""
-        for breaker in self._unsubscribe():
+        breakers = self._unsubscribe()
+        if breakers and (server := breakers[0]._redis) is not None:
+            server.report([breaker._line for breaker in breakers])  # in one exchange
+        for breaker in breakers:
             breaker.close()
 
     def __enter__(self) -> CircuitBreakerManager:
@@ -196,8 +199,7 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
     One manager may serve several event loops, and may be created before any of them runs.
     """
 
-    _breaker_type, _watch_type = AsyncCircuitBreaker, AsyncWatch
-    _client_from_url = staticmethod(async_client_from_url)
+    _breaker_type, _watch_type, _kind = AsyncCircuitBreaker, AsyncWatch, ASYNCIO
 
     async def call(self, service: str, func: Callable[P, Awaitable[R]], /, *args: P.args, **kwargs: P.kwargs) -> R:
         """Await func(*args, **kwargs), guarded by the breaker of the service.
@@ -219,7 +221,10 @@ class AsyncCircuitBreakerManager(ManagerCore[AsyncCircuitBreaker]):
 
     async def close(self) -> None:
         """Report the gathered successes, and close this loop's subscription and connections."""
-        for breaker in self._unsubscribe():
+        breakers = self._unsubscribe()
+        if breakers and (server := breakers[0]._redis) is not None:
+            await server.report([breaker._line for breaker in breakers])
+        for breaker in breakers:
             await breaker.close()
 
     async def __aenter__(self) -> AsyncCircuitBreakerManager:
@@ -244,7 +249,7 @@ def _config_from(source: Source | None) -> Config:
 def _fresh_state(breaker: BreakerCore) -> Steps[State]:
     """The state: from the view while that is fresh, else from Redis."""
     seen, now = breaker._view.seen, monotonic()
-    if now - seen.sent < breaker._view.lease and seen.verdict(now) is not Verdict.ASK:
+    if seen.age() < breaker._view.lease and seen.verdict(now) is not Verdict.ASK:
         return seen.state
     snapshot = yield from breaker._snapshot()
     return breaker._isolation.state if snapshot.isolated else snapshot.state

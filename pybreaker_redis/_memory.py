@@ -13,11 +13,10 @@ from typing import Any
 
 from . import _rules
 from ._policy import default_request
-from ._protocol import LONGEST_OVERRIDE, Reply, Request, State
+from ._protocol import LONGEST_OPEN_MS, Forced, Reply, Request, State
 from ._rules import Document
 from ._window import Sums, bucket_ms, sums, window_at
 
-LONGEST_OVERRIDE_MS = int(LONGEST_OVERRIDE * 1000)
 HISTORY_ENTRIES = 1000
 _DEFAULTS = default_request()
 _UNSET = object()
@@ -26,14 +25,15 @@ _WALL_OFFSET_NS = time.time_ns() - time.monotonic_ns()
 
 
 def clock_ms() -> int:
-    """Unix milliseconds. They never go back within this process."""
+    """Unix milliseconds. They go back only when a test turns the clock back."""
     return (time.monotonic_ns() + _WALL_OFFSET_NS) // 1_000_000
 
 
 class MemoryEngine:
     """Answers the requests of the scripts, for one breaker in one process.
 
-    now_ms: the clock. document: the state to start from; default closed. override: the policy override.
+    now_ms: the clock. document: the state to start from; default closed. override: the policy override, which ends at
+    override_until_ms if that is given.
     quorum_of_one: ignore the policy's quorum, since no other process reports to this engine.
     publish: called with each message that a script would publish.
     """
@@ -46,6 +46,7 @@ class MemoryEngine:
         now_ms: Callable[[], int] = clock_ms,
         document: Document | None = None,
         override: dict[str, Any] | None = None,
+        override_until_ms: int | None = None,
         quorum_of_one: bool = False,
         publish: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
@@ -54,7 +55,8 @@ class MemoryEngine:
         self._quorum_of_one = quorum_of_one
         self._document = document
         self._override = override
-        self._override_until_ms: int | None = None
+        self._override_until_ms = override_until_ms
+        self._latest_ms = 0  # what the clock said last
         self._scripts: dict[str, Callable[[Document, Request, dict[str, Any]], Reply]] = {
             "acquire": self._acquire,
             "record": self._record,
@@ -74,7 +76,11 @@ class MemoryEngine:
         """The reply of the script called name."""
         with self._lock:
             now = self._now_ms()
-            if self._override_until_ms is not None and self._override_until_ms <= now:
+            if now < self._latest_ms:
+                self._turn_back(self._latest_ms - now)
+            self._latest_ms = now
+            expired = self._override_until_ms is not None and self._override_until_ms <= now
+            if expired or request.get("action") == "reset":  # a reset replaces everything but the history
                 self._override = self._override_until_ms = None
             policy = self._policy_of(request.get("policy"))
             document = self._load(policy, now)
@@ -102,6 +108,13 @@ class MemoryEngine:
         with self._lock:
             self._override, self._override_until_ms = override, None
 
+    def _turn_back(self, by_ms: int) -> None:
+        """Follow a clock that was turned back: what is left of each time stays."""
+        if self._document is not None:
+            self._document.turn_back(by_ms)
+        if self._override_until_ms is not None:
+            self._override_until_ms -= by_ms
+
     def _load(self, policy: dict[str, Any], now: int) -> Document:
         """A copy of the document as of now. It replaces the document where a script would write it."""
         if self._document is None:
@@ -112,7 +125,7 @@ class MemoryEngine:
         if document.probes:
             document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
-            document.window = window_at(document.window, bucket_ms(policy), now)
+            document.window = window_at(document.window, bucket_ms(policy), now, "window_ms" in (self._override or {}))
         closed_at_ms = document.closed_at_ms
         ramped = closed_at_ms is not None and now >= closed_at_ms + policy["ramp_up_ms"]
         if ramped and _rules.recent_trips(document, policy) == 0:
@@ -147,7 +160,7 @@ class MemoryEngine:
             changed = self._override is not None
             self._override = self._override_until_ms = None
             return {"changed": changed}
-        changed = _rules.control(document, action, duration_ms or LONGEST_OVERRIDE_MS)
+        changed = _rules.control(document, action, duration_ms or LONGEST_OPEN_MS)
         if changed:
             self._document = document
         return {"changed": changed}
@@ -204,6 +217,10 @@ class MemoryEngine:
             reply["forced"], reply["forced_left_ms"] = document.forced, document.forced_until_ms - document.now
         if self._override is not None:
             reply["override"] = self._override
+        if document.window is not None and document.window.shorter_since is not None:
+            reply["window_ms"] = document.window.bucket_ms * 10
+        if self._override_until_ms is not None:
+            reply["override_left_ms"] = self._override_until_ms - document.now
         if document.change is not None:
             reply["transition"] = document.change
         return reply
@@ -227,8 +244,18 @@ class LocalEngine(MemoryEngine):
         return self._document.generation if self._document else 0
 
 
-def document_for(state: State, generation: int, failure_count: int, open_for: float) -> Document:
-    """The document of a view, for a local engine to start from. open_for: seconds that the circuit stays open."""
+def document_for(
+    state: State,
+    generation: int = 0,
+    failure_count: int = 0,
+    open_for: float = 0.0,
+    forced: Forced | None = None,
+    forced_for: float = 0.0,
+) -> Document:
+    """The document of a view, for a local engine to start from.
+
+    open_for: seconds that the circuit stays open. forced_for: seconds until the forced state ends.
+    """
     now = clock_ms()
     document = Document(
         generation=generation,
@@ -236,7 +263,9 @@ def document_for(state: State, generation: int, failure_count: int, open_for: fl
         failure_count=failure_count,
         failure_number=failure_count if state == "closed" else 0,
         opened_at=None if state == "closed" else now // 1000,
-        open_until_ms=now + max(round(open_for * 1000), 0),
+        open_until_ms=now + round(open_for * 1000),
+        forced=forced,
+        forced_until_ms=None if forced is None else now + round(forced_for * 1000),
         is_local=True,
         is_new=False,
     )

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 from ._errors import PolicyError
 
 LONGEST = 365 * 86400.0
+LONGEST_OPEN = 30 * 86400.0  # of a forced state, too
+LONGEST_PROBE = 86400.0
 _KINDS = {"count": "an integer", "seconds": "a number of seconds", "number": "a number", "flag": "true or false"}
 
 
@@ -72,7 +74,7 @@ class Policy:
         "count", 5, 1, 10**9, "Failures in a row, across the fleet, that trip a closed breaker.", on_success=False
     )
     reset_timeout: float = _field(
-        "seconds", 30.0, 0.001, LONGEST, "How long the circuit stays open before a probe may run."
+        "seconds", 30.0, 0.001, LONGEST_OPEN, "How long the circuit stays open before a probe may run."
     )
     success_threshold: int = _field("count", 1, 1, 10**9, "Successful probes that close the circuit.", on_success=False)
     half_open_max_calls: int = _field(
@@ -82,7 +84,7 @@ class Policy:
         "seconds",
         30.0,
         0.001,
-        LONGEST,
+        LONGEST_PROBE,
         "How long a probe may hold its slot without reporting.",
         on_success=False,
     )
@@ -126,7 +128,7 @@ class Policy:
         " stayed closed for as long as its next open period would last.",
     )
     max_reset_timeout: float | None = _field(
-        "seconds", None, 0.001, LONGEST, "Longest open period under back-off. None: 365 days.", on_success=False
+        "seconds", None, 0.001, LONGEST_OPEN, "Longest open period under back-off. None: 30 days.", on_success=False
     )
     jitter: float = _field(
         "number", 0.0, 0, 1, "Each open period is lengthened by up to this share of it, 0 to 1.", on_success=False
@@ -136,7 +138,7 @@ class Policy:
         1,
         1,
         100,
-        "Instances that must have failed, in the run of failures or in the window, before the fleet trips. Below the"
+        "Hosts that must have failed, in the run of failures or in the window, before the fleet trips. Below the"
         " quorum, a failing instance opens the circuit for itself only.",
     )
     ttl: float = _field(

@@ -12,10 +12,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import msgpack
 
 from ._errors import PolicyError
-from ._policy import LONGEST, Policy, request_field
+from ._policy import LONGEST_OPEN, Policy, request_field
 
 T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
+Forced: TypeAlias = Literal["open", "closed"]
 Request: TypeAlias = dict[str, Any]
 Reply: TypeAlias = dict[str, Any]
 
@@ -36,8 +37,10 @@ class NotSent(asyncio.CancelledError):
 
 COUNTS = ("failure_count", "success_count", "calls", "failures", "slow")
 LONGEST_NAME = 512
-LONGEST_OVERRIDE = 30 * 86400.0
-LONGEST_MS, EXACT = round(LONGEST * 1000), 90_000_000_000_000  # the limits of lua/model.lua
+# the limits of lua/model.lua
+EXACT = 90_000_000_000_000
+LONGEST_OPEN_MS = round(LONGEST_OPEN * 1000)
+LARGEST_TEXT = 65536
 
 
 class Keys(NamedTuple):
@@ -99,7 +102,7 @@ class Snapshot:
     counts of the window, 0 without one. failure_rate, slow_rate: shares of the calls, None without calls.
     health: 0 (open) to 100 = state (closed 100, half_open 50, open 0) x (1 - failures) x (1 - slow_rate / 2)
     x 4 / (4 + trips), where failures is the failure rate or, if greater, failure_count / failure_threshold.
-    reporters: the last failure of each instance in unix seconds; kept for a quorum.
+    reporters: the last failure of each host in unix seconds; kept for a quorum.
     policy: the one in force. policy_sources: the source of each field: "default", "client" or "override".
     isolated: whether the circuit is open for this instance only, below the quorum.
     source: "redis", "memory" (redis=None) or "local" (Redis is down).
@@ -113,7 +116,7 @@ class Snapshot:
     last_failure_time: int | None
     opened_at: int | None
     retry_after: float | None
-    forced: Literal["open", "closed"] | None
+    forced: Forced | None
     forced_until: float | None
     trips: int
     probes_in_flight: int
@@ -180,7 +183,8 @@ class HistoryEntry:
     """One transition. time: unix seconds on the server's clock. The counts are those just before it.
 
     reason: "failure_threshold", "error_rate", "slow_rate", "timeout", "probe_failed", "probe_slow",
-    "probe_succeeded", "forced" or "reset". calls, failures, slow: of the window, None without one.
+    "probe_succeeded", "forced" or "reset". instance: the process, as "host:pid-" and eight random hex digits.
+    calls, failures, slow: of the window, None without one.
     """
 
     time: float
@@ -246,9 +250,13 @@ _WINDOW = re.compile(
 )
 
 
+def _within_bounds(text: bytes | None) -> bytes:
+    return b"" if text is None or len(text) > LARGEST_TEXT else text
+
+
 def read_document(text: bytes | None) -> Reply | None:
     """What the stored document of a healthy breaker says; None for any other document, which needs a script."""
-    found = _HEALTHY.fullmatch(text or b"")
+    found = _HEALTHY.fullmatch(_within_bounds(text))
     if found is None:
         return None
     failure_count, generation, failure_number = map(int, found.groups())
@@ -266,7 +274,7 @@ def read_document(text: bytes | None) -> Reply | None:
 
 def read_window(text: bytes | None) -> dict[str, int]:
     """The counts of a stored window, which may include calls that have left it since; empty without one."""
-    found = _WINDOW.search(text or b"")
+    found = _WINDOW.search(_within_bounds(text))
     return {} if found is None else dict(zip(COUNTS[2:], map(int, found.groups()), strict=True))
 
 
@@ -274,10 +282,6 @@ def control_request(action: str, duration: float | None) -> Request:
     """A request for control.lua; duration in seconds. Raises PolicyError when it is out of range."""
     if duration is None:
         return {"action": action}
-    if (
-        isinstance(duration, bool)
-        or not isinstance(duration, (int, float))
-        or not 0.001 <= duration <= LONGEST_OVERRIDE
-    ):
-        raise PolicyError(f"duration must be from 0.001 to {LONGEST_OVERRIDE:g} seconds, not {duration!r}")
+    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0.001 <= duration <= LONGEST_OPEN:
+        raise PolicyError(f"duration must be from 0.001 to {LONGEST_OPEN:g} seconds, not {duration!r}")
     return {"action": action, "duration_ms": round(duration * 1000)}

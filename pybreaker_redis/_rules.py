@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
-from ._protocol import EXACT, LONGEST_MS, Request, State
+from ._protocol import EXACT, LONGEST_OPEN_MS, Forced, Request, State
 from ._window import Sums, Window, bucket_ms, move_back, sums
 
 Policy: TypeAlias = dict[str, Any]  # all fields, in the scripts' units
-_FORCED: dict[str, Literal["open", "closed"]] = {"force_open": "open", "force_closed": "closed"}
+_FORCED: dict[str, Forced] = {"force_open": "open", "force_closed": "closed"}
+_TIMES = ("last_failure_time", "opened_at", "closed_at_ms", "run_since_ms", "open_until_ms", "forced_until_ms")
 _local_generations = itertools.count(2)  # FixedEngine has -1
 
 
@@ -41,7 +42,7 @@ class Document:
     open_until_ms: int = 0
     probe_seq: int = 0
     probes: dict[int, int] = dataclasses.field(default_factory=dict)
-    forced: Literal["open", "closed"] | None = None
+    forced: Forced | None = None
     forced_until_ms: int | None = None
     is_local: bool = False
     now: int = 0
@@ -57,11 +58,19 @@ class Document:
         copy.probes, copy.reporters = self.probes.copy(), self.reporters.copy()
         return copy
 
+    def turn_back(self, by_ms: int) -> None:
+        """Move every time back, as the clock was. A window has a rule of its own."""
+        for field in _TIMES:
+            if (at := getattr(self, field)) is not None:
+                setattr(self, field, at - (by_ms if field.endswith("_ms") else by_ms // 1000))
+        self.probes = {slot: end - by_ms for slot, end in self.probes.items()}
+        self.reporters = {instance: at - by_ms for instance, at in self.reporters.items()}
+
 
 def open_time_ms(policy: Policy, trips: int) -> int:
     """The open period after this many trips in a row, without jitter."""
     open_ms: float = policy["reset_timeout_ms"]
-    most = max(policy["max_reset_timeout_ms"], open_ms) if policy["max_reset_timeout_ms"] else LONGEST_MS
+    most = max(policy["max_reset_timeout_ms"], open_ms) if policy["max_reset_timeout_ms"] else LONGEST_OPEN_MS
     for _ in range(trips - 1 if policy["backoff_multiplier"] > 1 else 0):
         open_ms = min(open_ms * policy["backoff_multiplier"], most)
         if open_ms == most:
@@ -127,7 +136,7 @@ def trip(document: Document, policy: Policy, reason: str) -> None:
     open_ms = open_time_ms(policy, trips)
     # a hash, not a random number: it differs between breakers, and a test can compute it too
     share = next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
-    open_for(document, min(math.floor(open_ms * (1 + policy["jitter"] * share)), LONGEST_MS), reason)
+    open_for(document, min(math.floor(open_ms * (1 + policy["jitter"] * share)), LONGEST_OPEN_MS), reason)
     document.trips = trips
 
 
@@ -172,17 +181,20 @@ def record_probe(document: Document, request: Request, policy: Policy) -> bool:
     return True
 
 
-def note_reporter(document: Document, policy: Policy, instance: str) -> None:
-    """Note that an instance failed. Keeps the newest `quorum` instances: older ones cannot decide."""
-    reporters = document.reporters
-    reporters[instance] = document.now
+def note_reporter(document: Document, policy: Policy, request: Request) -> None:
+    """Note which host failed: all instances of a host are one voice.
+
+    Keeps the newest `quorum` hosts: older ones cannot decide.
+    """
+    reporters, instance = document.reporters, request.get("instance", "")
+    reporters[request.get("host", instance.rpartition(":")[0] or instance)] = document.now
     names = sorted(reporters, key=lambda name: (reporters[name], name))
     for name in names[: max(len(names) - policy["quorum"], 0)]:
         del reporters[name]
 
 
 def has_quorum(document: Document, policy: Policy, since_ms: int) -> bool:
-    """Whether enough instances have failed since since_ms for the fleet to trip."""
+    """Whether enough hosts have failed since since_ms for the fleet to trip."""
     quorum: int = policy["quorum"]
     return quorum == 1 or sum(at >= since_ms for at in document.reporters.values()) >= quorum
 
@@ -248,7 +260,8 @@ def trip_reason(document: Document, policy: Policy, failures: int) -> str | None
         reason = "slow_rate"
     else:
         return None
-    return reason if has_quorum(document, policy, document.now - policy["window_ms"] + 1) else None
+    window_ms = max(policy["window_ms"], window.bucket_ms * 10)
+    return reason if has_quorum(document, policy, document.now - window_ms + 1) else None
 
 
 def record_closed(document: Document, request: Request, policy: Policy) -> bool:
@@ -259,7 +272,7 @@ def record_closed(document: Document, request: Request, policy: Policy) -> bool:
     before = document.failure_count
     count_outcomes(document, request, policy["quorum"], bucket_ms(policy))
     if policy["quorum"] > 1 and (failures > 0 or (slow > 0 and policy["slow_call_rate_threshold"] > 0)):
-        note_reporter(document, policy, request.get("instance", ""))
+        note_reporter(document, policy, request)
     reason = trip_reason(document, policy, failures)
     if reason is not None:
         trip(document, policy, reason)

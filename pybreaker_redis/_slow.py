@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from time import monotonic
 
+from ._clock import age
 from ._permit import BasePermit
 from ._view import View
 
@@ -48,14 +49,14 @@ class SlowCalls:
         """Whether a running call has become slow since overdue() was called."""
         limit = self._view.policy.slow_call_duration
         oldest = None if limit is None else self._oldest()
-        return limit is not None and oldest is not None and oldest.started <= monotonic() - limit
+        return limit is not None and oldest is not None and age(oldest.started, monotonic()) >= limit
 
     def overdue(self) -> list[BasePermit]:
         """Take the running calls that have become slow. Each is returned once, to one caller."""
         found: list[BasePermit] = []
         limit = self._view.policy.slow_call_duration
         while limit is not None and (permit := self._oldest()) is not None:
-            if permit.started > monotonic() - limit:
+            if age(permit.started, monotonic()) < limit:
                 break
             permit.pending_since = monotonic()
             if self._running.pop(permit, permit) is None:

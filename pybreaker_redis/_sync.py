@@ -113,6 +113,7 @@ class CircuitBreaker(BreakerCore):
         every call, "closed" admits every call.
     prefix: the first part of every key in Redis.
     redis_timeout: seconds to wait for a connection to Redis, and for each reply.
+    host: one voice of the quorum, and part of the name that the history shows. None: the machine's host name.
 
     Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """
@@ -129,7 +130,7 @@ class CircuitBreaker(BreakerCore):
         If func returns a generator, its whole iteration is guarded. Raises TypeError if func returns a coroutine.
         """
         seen, now = self._view.seen, monotonic()
-        if now >= seen.closed_until:
+        if not seen.sent <= now < seen.closed_until:
             return self._call_with_permit(func, args, kwargs, now, self._fallback)  # type: ignore[no-any-return]
         try:
             result = func(*args, **kwargs)
@@ -184,7 +185,7 @@ class CircuitBreaker(BreakerCore):
 
         def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
             seen, now = view.seen, monotonic()
-            if now >= seen.closed_until:
+            if not seen.sent <= now < seen.closed_until:
                 return self._call_with_permit(func, args, kwargs, now, fallback)  # type: ignore[no-any-return]
             try:
                 result = func(*args, **kwargs)
@@ -204,10 +205,11 @@ class CircuitBreaker(BreakerCore):
             process.start()
         seen = self._view.seen
         try:
-            if now < seen.open_until and not self._notices.on_call:
+            if seen.sent <= now < seen.open_until and not self._notices.on_call:
                 self._notices.count("rejected")
                 raise CircuitOpenError(self.name, "open", seen.retry_at - now)
-            permit = self._admitted(seen.generation) if now < seen.watched_until else self._admit(now)
+            watched = seen.sent <= now < seen.watched_until
+            permit = self._admitted(seen.generation) if watched else self._admit(now)
         except CircuitOpenError as rejected:
             if fallback is None:
                 raise
@@ -271,7 +273,7 @@ class CircuitBreaker(BreakerCore):
     def acquire(self) -> Permit:
         """A permit for one call, which is also its `with` block. Raises CircuitOpenError if the call is rejected."""
         seen, now = self._view.seen, monotonic()
-        if now < seen.closed_until:
+        if seen.sent <= now < seen.closed_until:
             permit = _new(self._permit)  # calling the class would take half as long again
             permit._breaker = self
             permit._stage = ADMITTED
@@ -353,7 +355,9 @@ class CircuitBreaker(BreakerCore):
         self._drive(self._command("clear_forced"))
 
     def reset(self) -> None:
-        """Close the circuit, and drop all counts and any forced state. Calls that are running will not count.
+        """Close the circuit; drop all counts, any forced state and the policy override. The history stays.
+
+        Calls that are running will not count.
 
         Raises RedisUnavailableError.
         """
@@ -400,6 +404,10 @@ class CircuitBreaker(BreakerCore):
     def close(self) -> None:
         """Report the gathered successes, and close the connections; a later call opens new ones."""
         self.flush()
+        self._view.drop()  # a later call asks Redis, and so lets the link know of the breaker again
         if self._line is not None:
+            if self._redis.link.is_reporting(self._line):
+                with contextlib.suppress(*REDIS_ERRORS):
+                    self._redis.wait_for_reports(self._line)
             self._redis.link.leave(self._line)
             self._redis.close()

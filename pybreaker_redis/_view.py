@@ -15,10 +15,10 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
-from ._policy import Policy
-from ._protocol import Reply, Request, State
+from ._clock import NEVER, age
+from ._policy import LONGEST, Policy
+from ._protocol import Forced, Reply, Request, State
 
-NEVER = float("-inf")
 MOST_COUNTERS = 64
 FIRST_SHARE = 0.1  # of the calls, right after a recovery with a ramp
 GROWTH = 1.0  # seconds for which quickly growing failures, or a high rate, keep a process alert
@@ -115,9 +115,13 @@ class Successes(Counter):
 class Seen:
     """One reply. A later one replaces it; until then only View extends it. Times: the monotonic clock.
 
+    sent, arrived: when it was asked for, and when it came; later, when it was last found to hold still. began: when it
+    first came.
     closed_until, open_until: until when calls are admitted or rejected without asking Redis; the fast path reads only
-    these. watched_until: replaces closed_until if each call needs a permit, because it is timed or the process is
-    alert. retry_at: until when an open or half-open circuit rejects. ramp_until: the end of the ramp after a recovery.
+    these, and sent. watched_until: replaces closed_until if each call needs a permit, because it is timed or the
+    process is alert. retry_at: until when an open or half-open circuit rejects. ramp_until: the end of the ramp after a
+    recovery. forced_until: the end of the forced state.
+    A reply from the future, before the clock was turned back, is stale: it holds while sent <= now < closed_until.
     """
 
     state: State
@@ -125,8 +129,11 @@ class Seen:
     failure_count: int
     sent: float
     arrived: float
+    began: float
     retry_at: float
     ramp_until: float
+    forced: Forced | None
+    forced_until: float
     closed_until: float
     watched_until: float
     open_until: float
@@ -137,17 +144,21 @@ class Seen:
         """The verdict of this reply, whatever its age."""
         if self.state == "closed":
             return Verdict.ADMIT
-        return Verdict.REJECT if now < self.retry_at else Verdict.ASK
+        return Verdict.REJECT if self.left(self.retry_at, now) > 0 else Verdict.ASK
+
+    def age(self) -> float:
+        """Seconds since it was asked for."""
+        return age(self.sent, monotonic())
+
+    def left(self, end: float, now: float) -> float:
+        """Seconds until an end that this reply named; 0 once it is over."""
+        return max(end - now, 0.0) if self.began <= now else 0.0
 
 
 def unseen(
-    state: State = "closed",
-    generation: int = 0,
-    failure_count: int = 0,
-    counter: Successes | None = None,
-    retry_at: float = NEVER,
+    state: State = "closed", generation: int = 0, failure_count: int = 0, counter: Successes | None = None
 ) -> Seen:
-    """A Seen that is too old to use: before the first reply, or after drop()."""
+    """A Seen that is too old to use."""
     counter = counter or Successes()
     return Seen(
         state,
@@ -155,8 +166,11 @@ def unseen(
         failure_count,
         sent=NEVER,
         arrived=NEVER,
-        retry_at=retry_at,
+        began=NEVER,
+        retry_at=NEVER,
         ramp_until=NEVER,
+        forced=None,
+        forced_until=NEVER,
         closed_until=NEVER,
         watched_until=NEVER,
         open_until=NEVER,
@@ -181,16 +195,17 @@ class View:
         # re-entrant, like every lock here: a signal handler or finalizer may call the breaker while its thread holds it
         self._lock = threading.RLock()
         self._not_before = NEVER  # replies to requests sent earlier are not adopted
-        self._alert_until = NEVER
+        self._alerted_at, self._alert_for = NEVER, 0.0
         self._base = 0, NEVER  # a failure number and when it was read, to tell how fast failures grow
         self._began = NEVER  # when the first reply under the view's generation arrived
         self._reported_at = NEVER  # when successes of this generation were last taken for a report
-        self._next_report_at = NEVER  # the next success may be reported as it ends from then on
+        self._claimed_at = NEVER  # when a success was last chosen to be reported as it ends, once per lease
         self._ended_at = NEVER  # the end of the success that asked for a report
 
     def after_fork(self) -> None:
         """In a child: drop the gathered successes, which the parent reports, and the lock, which it may hold."""
         self._lock = threading.RLock()
+        self.drop()  # the first call of a child asks Redis, and so makes the child known to its link
         self.seen.counter.take(monotonic())
         self._earlier_successes -= self.successes()
 
@@ -198,7 +213,7 @@ class View:
     def state(self) -> State:
         """The state as last read. An open circuit counts as half open once its open period is over."""
         seen = self.seen
-        return "half_open" if seen.state == "open" and monotonic() >= seen.retry_at else seen.state
+        return "half_open" if seen.state == "open" and not seen.left(seen.retry_at, monotonic()) else seen.state
 
     def held_back(self, ramp_left: float) -> bool:
         """Whether the ramp after a recovery rejects this call. ramp_left: seconds to its end."""
@@ -209,47 +224,51 @@ class View:
 
     # Replies
 
-    def adopt(self, reply: Reply, sent: float, now: float) -> bool:
+    def adopt(self, reply: Reply, sent: float, now: float | None = None) -> bool:
         """Make a reply the view, unless a newer one came in between. Returns whether it did."""
         seen, generation = self.seen, reply["generation"]
-        if self.lease <= 0 and generation == seen.generation and reply["failure_count"] == seen.failure_count:
-            return False  # no call uses the view, and nothing has changed
+        forced, failure_count = reply.get("forced"), reply["failure_count"]
+        unchanged = generation == seen.generation and failure_count == seen.failure_count
+        if self.lease <= 0 and unchanged and forced is None and seen.forced is None:
+            return False  # no call uses the view
         with self._lock:
-            seen = self.seen
+            seen, now = self.seen, monotonic() if now is None else now
             # adopt a lower generation only if its request was sent after the last reply arrived
             since = seen.arrived if generation < seen.generation else seen.sent
-            if sent < since and generation <= seen.generation and not reply.get("isolated"):
+            if sent < since <= now and generation <= seen.generation and not reply.get("isolated"):
                 return False
-            if sent < self._not_before:
+            if sent < self._not_before <= now:
                 return False
             counter = seen.counter if generation == seen.generation else self._next_counter(now)
             if reply["source"] == "redis" and self.lease > 0:
                 if counter is not seen.counter:  # the first success of a generation is reported as it ends
-                    self._alert_until, self._next_report_at = now + self.lease, NEVER
+                    self._alerted_at, self._alert_for, self._claimed_at = now, self.lease, NEVER
                 counter.read(reply["failure_number"], now)
                 self._note_failures(reply, now)
-            if counter is seen.counter and now < seen.closed_until and not reply.get("ramp_left_ms"):
+            if counter is seen.counter and seen.began <= now < seen.closed_until and not reply.get("ramp_left_ms"):
                 # a new Seen would slow down failing calls
-                seen.sent, seen.arrived, seen.failure_count = sent, now, reply["failure_count"]
+                seen.sent, seen.arrived, seen.failure_count = sent, now, failure_count
                 self._set_ends(seen, sent + self.lease, now)
             else:
                 self.seen = self._seen_from(reply, counter, sent, now)
+            self.seen.forced, self.seen.forced_until = forced, now + reply.get("forced_left_ms", 0) / 1000
         return True
 
-    def extend(self, seen: Seen, sent: float, now: float) -> bool:
+    def extend(self, seen: Seen, sent: float) -> bool:
         """Let a reply hold for another lease, since what is stored has not changed. False if it was replaced."""
         with self._lock:
-            if self.seen is not seen or sent < max(seen.sent, self._not_before):
+            now = monotonic()
+            if self.seen is not seen or sent < seen.sent or sent < self._not_before <= now:
                 return False
             if seen.failure_count > 0 and self.lease > 0:
-                self._alert_until = max(self._alert_until, now + self.lease)
+                self._stay_alert(now)
             seen.sent, seen.arrived = sent, now
             self._set_ends(seen, sent + self.lease, now)
         return True
 
     def _seen_from(self, reply: Reply, counter: Successes, sent: float, now: float) -> Seen:
         seen = unseen(reply["state"], reply["generation"], reply["failure_count"], counter)
-        seen.sent, seen.arrived = sent, now
+        seen.sent, seen.arrived, seen.began = sent, now, now
         seen.retry_at = now + (reply.get("retry_after_ms") or 0) / 1000
         seen.ramp_until = now + (reply.get("ramp_left_ms") or 0) / 1000
         if self.lease > 0:
@@ -260,8 +279,9 @@ class View:
         if seen.state == "open":
             seen.open_until = min(fresh_until, seen.retry_at) if self.policy.enforce else NEVER
         elif seen.state == "closed" and seen.ramp_until <= now:
+            alert_left, next_report_in = self._alert_left(now), self.lease - age(self._claimed_at, now)
             observed = self.policy.slow_call_duration is not None or (
-                now < self._alert_until and self._next_report_at < min(self._alert_until, fresh_until)
+                alert_left > 0 and next_report_in < min(alert_left, fresh_until - now)
             )
             seen.closed_until = NEVER if observed else fresh_until
             seen.watched_until = fresh_until if observed else NEVER
@@ -279,37 +299,53 @@ class View:
         since: replies to requests sent before then are not adopted; default: now.
         """
         with self._lock:
-            seen, self._not_before = self.seen, monotonic() if since is None else since
-            self.seen = unseen(seen.state, seen.generation, seen.failure_count, seen.counter, seen.retry_at)
+            seen, now = self.seen, monotonic()
+            kept = unseen(seen.state, seen.generation, seen.failure_count, seen.counter)
+            kept.began, self._not_before = now, now if since is None else since
+            kept.retry_at, kept.forced = now + seen.left(seen.retry_at, now), seen.forced
+            kept.forced_until = now + seen.left(seen.forced_until, now)
+            self.seen = kept
+
+    def end(self) -> None:
+        """Gather no more: from now on each call asks before and reports after it, as without a lease."""
+        self.lease = 0.0
+        self.drop()
 
     # Alert: while failures are near the threshold, successes are reported as they end
 
     def _note_failures(self, reply: Reply, now: float) -> None:
         policy, number = self.policy, reply["failure_number"]
         base, base_at = self._base
-        if now - base_at > GROWTH:
+        if age(base_at, now) > GROWTH:
             self._base = number, now
-        grown = number - base >= policy.failure_threshold and now - base_at <= GROWTH
+        grown = number - base >= policy.failure_threshold and age(base_at, now) <= GROWTH
         failing = reply.get("failures", 0) / (reply.get("calls") or 1)
         slow = reply.get("slow", 0) / (reply.get("calls") or 1)
         high = (policy.error_rate_threshold and failing >= policy.error_rate_threshold / 2) or (
             policy.slow_call_rate_threshold and slow >= policy.slow_call_rate_threshold / 2
         )
         if grown or high:
-            self._alert_until = now + GROWTH
+            self._alerted_at, self._alert_for = now, GROWTH
         elif reply["failure_count"] > 0:
-            self._alert_until = max(self._alert_until, now + self.lease)
+            self._stay_alert(now)
+
+    def _alert_left(self, now: float) -> float:
+        return self._alert_for - age(self._alerted_at, now)
+
+    def _stay_alert(self, now: float) -> None:
+        self._alerted_at, self._alert_for = now, max(self._alert_left(now), self.lease)
 
     def hinted(self) -> None:
         """A run of failures has come halfway: the next success may be reported at once."""
-        self._next_report_at = NEVER
+        self._claimed_at = NEVER
 
-    def claim_report(self, now: float) -> bool:
+    def claim_report(self) -> bool:
         """Whether the success that has just ended should be reported now: once per lease while alert."""
-        if now >= self._alert_until or now < self._next_report_at:
+        alerted_at, claimed_at, now = self._alerted_at, self._claimed_at, monotonic()
+        if age(alerted_at, now) >= self._alert_for or age(claimed_at, now) < self.lease:
             return False
         with self._lock:
-            self._next_report_at, self._ended_at = now + self.lease, now
+            self._claimed_at = self._ended_at = now
             if (seen := self.seen).watched_until > NEVER:
                 self._set_ends(seen, seen.watched_until, now)
         return True
@@ -341,9 +377,12 @@ class View:
             seen, counter = self.seen, self.seen.counter
             if not counter.look(now) or seen.state != "closed":
                 return False
-            if keeps_window and now - self._reported_at >= min(now - self._began, self.policy.window) / 10:
+            unreported_for = age(self._reported_at, now)
+            if keeps_window and unreported_for >= min(age(self._began, now), self.policy.window) / 10:
                 return True
-            return self._ended_at > self._reported_at or counter.proved > counter.read_number - seen.failure_count
+            return (
+                age(self._ended_at, now) < unreported_for or counter.proved > counter.read_number - seen.failure_count
+            )
 
     def take(self, generation: int | None = None, shared: bool = True, as_it_ends: bool = False) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.
@@ -365,9 +404,9 @@ class View:
             request: Request = {"generation": seen.generation, "successes": gathered}
             age_ms = round((now - counter.grown_at) * 1000)
             if age_ms > 0:
-                request["age_ms"] = age_ms
+                request["age_ms"] = min(age_ms, round(LONGEST * 1000))
             self._reported_at = now
-            if not as_it_ends or now - self._ended_at > JUST_NOW:
+            if not as_it_ends or age(self._ended_at, now) > JUST_NOW:
                 request["seen_failure"] = counter.proved
             return request
 

@@ -9,7 +9,10 @@ from typing import Any, NamedTuple
 
 @dataclasses.dataclass(slots=True)
 class Window:
-    """The totals of ten buckets. past: (calls, failures, slow) of each of the nine older buckets, latest first."""
+    """The totals of ten buckets. past: (calls, failures, slow) of each of the nine older buckets, latest first.
+
+    shorter_since: the newest bucket when a report first asked for shorter ones, else None.
+    """
 
     bucket_ms: int
     newest: int
@@ -17,6 +20,7 @@ class Window:
     failures: int = 0
     slow: int = 0
     past: tuple[tuple[int, int, int], ...] = ()
+    shorter_since: int | None = None
 
 
 class Sums(NamedTuple):
@@ -73,17 +77,27 @@ def move_back(window: Window, calls: int, age_ms: int, now: int) -> None:
     window.past = tuple(past)
 
 
-def window_at(window: Window, bucket_ms: int | None, now: int) -> Window:
-    """The window at this time, without expired counts. bucket_ms: the wanted length; None keeps the stored one."""
-    newest = now // window.bucket_ms
+def window_at(window: Window, bucket_ms: int | None, now: int, overridden: bool = False) -> Window:
+    """The window at this time, without expired counts. It keeps its buckets if shorter ones are wanted.
+
+    bucket_ms: the wanted length, or None. overridden: whether a policy override wants it, which is every client's.
+    """
+    newest, since = now // window.bucket_ms, window.shorter_since
     passed = newest - window.newest
     if abs(passed) >= 10:
-        window = Window(window.bucket_ms, newest)
+        window, since = Window(window.bucket_ms, newest), None
     elif passed > 0:
         window = advanced(window, newest)
     else:
         window = dataclasses.replace(window)
-    if bucket_ms is None or bucket_ms == window.bucket_ms:
+    if bucket_ms is None:
+        window.shorter_since = since
+        return window
+    keeps = bucket_ms < window.bucket_ms and window.calls + window.failures + window.slow > 0 and not overridden
+    window.shorter_since = (window.newest if since is None else min(since, window.newest)) if keeps else None
+    if bucket_ms == window.bucket_ms or (
+        window.shorter_since is not None and window.newest - window.shorter_since < 10
+    ):
         return window
     return rebucketed(window, bucket_ms, now // bucket_ms)
 

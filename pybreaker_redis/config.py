@@ -40,7 +40,7 @@ from .wire.url import parse
 
 ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
 _ALIASES = {"timeout_seconds": "reset_timeout"}
-_BREAKER_OPTIONS = ("watch", "lease", "on_redis_failure", "redis_timeout", "prefix", "idle_after")
+_BREAKER_OPTIONS = ("watch", "lease", "on_redis_failure", "redis_timeout", "prefix", "host", "idle_after")
 
 
 def _policy_fields(given: Any) -> dict[str, Any]:
@@ -82,6 +82,7 @@ class _CircuitBreaker(_Section):
     redis_timeout: float = 0.25
     prefix: str = "circuit_breaker"
     idle_after: float | None = 3600.0
+    host: str | None = None
 
 
 def _url(value: str) -> str:

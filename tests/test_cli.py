@@ -279,7 +279,7 @@ def test_history(run: Callable[..., Done], client: redis.Redis) -> None:
     fail(client, "discovery").reset()
     newest, oldest = run("history", "discovery").out.splitlines()
     assert re.search(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} +open -> closed +reset ", newest)
-    assert re.search(r"closed -> open +failure_threshold +1 in a row +by \d+-[0-9a-f]{8}$", oldest)
+    assert re.search(r"closed -> open +failure_threshold +1 in a row +by \S+:\d+-[0-9a-f]{8}$", oldest)
     assert [entry["reason"] for entry in run("history", "discovery", "--json", "-n", "1").json] == ["reset"]
 
 
@@ -496,7 +496,8 @@ def test_a_question_on_a_terminal(terminal: Callable[..., Terminal], client: red
     """On a terminal it asks, waits for the answer, and carries it out."""
     fail(client, "discovery")
     shown = terminal("reset", "discovery")
-    wait_until(lambda: "discovery is open. Close the circuit and forget all its counts? [y/N]" in shown.text)
+    question = "discovery is open. Close the circuit and forget all its counts and its policy override? [y/N]"
+    wait_until(lambda: question in shown.text)
     shown.type("y\n")
     assert shown.process.wait(20) == 0
     wait_until(lambda: re.search(r"discovery +closed", shown.text))

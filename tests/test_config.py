@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from pybreaker_redis import CircuitBreaker, CircuitBreakerError, ConfigError, Policy
+from pybreaker_redis import CircuitBreaker, CircuitBreakerError, CircuitBreakerManager, ConfigError, Policy
 
 pytest.importorskip("pydantic_settings", reason="needs the extra config")
 from pybreaker_redis.config import load
@@ -213,8 +213,9 @@ def test_a_password_is_not_shown() -> None:
 
 def test_breaker_options_arrive() -> None:
     """The options of every breaker may stand in the configuration too."""
-    config = load({"circuit_breaker": {"lease": 1, "prefix": "cb", "watch": False}})
-    assert (config.lease, config.prefix, config.watch) == (1.0, "cb", False)
+    config = load({"circuit_breaker": {"lease": 1, "prefix": "cb", "watch": False, "host": "web-1"}})
+    assert (config.lease, config.prefix, config.watch, config.host) == (1.0, "cb", False, "web-1")
+    assert CircuitBreakerManager(config).get_or_create("x").host == "web-1"
     assert CircuitBreaker("x", prefix=config.prefix).keys.state == "cb:x:state"
     assert load({}).watch is True
     for wrong in (None, 30, "long"):

@@ -157,7 +157,7 @@ def without_digits(printed: str) -> str:
     for line in printed.strip().splitlines():
         with contextlib.suppress(ValueError):
             line = json.dumps(json.loads(line), sort_keys=True)
-        lines.append(re.sub(r"\d+(\.\d+)?", "N", re.sub(r"\d+-[0-9a-f]{8}\b", "INSTANCE", line)))
+        lines.append(re.sub(r"\d+(\.\d+)?", "N", re.sub(r"[^\s:]+:\d+-[0-9a-f]{8}\b", "INSTANCE", line)))
     return "\n".join(lines)
 
 

@@ -281,6 +281,7 @@ def test_names_that_cannot_be_keys() -> None:
         ({"watch": 0}, "watch"),
         ({"watch": None}, "watch"),
         ({"watch": 30.0}, "watch"),
+        ({"host": ""}, "host"),
     ],
 )
 def test_a_bad_config(options: dict[str, Any], says: str) -> None:

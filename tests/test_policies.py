@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import inspect
 import json
+import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -749,7 +751,7 @@ LEASES = pytest.mark.parametrize("lease", [0, 0.005])
 def test_an_instance_that_fails_alone(make: Make, lease: float) -> None:
     """It opens for itself, the fleet stays closed, and events and snapshots keep the two apart."""
     events: list[Event] = []
-    sick = make(policy=TWO, lease=lease, listeners=[events.append], **PATIENT)
+    sick = make(policy=TWO, lease=lease, host="sick", listeners=[events.append], **PATIENT)
     healthy = make(policy=TWO, lease=lease, **PATIENT)
     fail(sick, 3)
     for _ in range(3):
@@ -760,7 +762,7 @@ def test_an_instance_that_fails_alone(make: Make, lease: float) -> None:
         assert (healthy.state, healthy.snapshot().isolated) == ("closed", False)
         time.sleep(0.006)  # the view of before is too old by now
     seen = sick.snapshot()
-    assert (seen.state, seen.isolated, list(seen.reporters)) == ("closed", True, [sick.instance])
+    assert (seen.state, seen.isolated, list(seen.reporters)) == ("closed", True, ["sick"])
     assert changes(events, "isolated") == [("closed", "open", "failure_threshold")]
     assert changes(events, "redis") == []
     assert sick.history() == []
@@ -812,7 +814,7 @@ def test_an_isolated_probe_that_fails(make: Make, lease: float) -> None:
 @LEASES
 def test_a_fleet_that_opens_ends_the_isolation(make: Make, lease: float) -> None:
     """When the quorum is reached the fleet's state counts for everybody, and so does its recovery."""
-    sick, other = (make(policy=TWO, lease=lease, **PATIENT) for _ in range(2))
+    sick, other = (make(policy=TWO, lease=lease, host=host, **PATIENT) for host in ("sick", "other"))
     fail(sick, 3)
     assert sick.snapshot().isolated
     fail(other, 1)  # the quorum, and the threshold in the fleet's run of failures
@@ -912,6 +914,28 @@ def test_an_outage_while_isolated(shell: Make, own_server: EmbeddedServer) -> No
     assert sick.snapshot().source == "redis"
 
 
+@LEASES
+def test_two_breakers_of_a_host_are_one_voice(make: Make, lease: float) -> None:
+    """Breakers of one name in one process, or in processes of one host, do not reach a quorum; another host does."""
+    for _ in range(4):
+        fail(make(policy=TWO, lease=lease, **PATIENT), 3)
+    seen = make(policy=TWO, **STRICT).snapshot()
+    assert (seen.state, list(seen.reporters)) == ("closed", [socket.gethostname()])
+    fail(make(policy=TWO, lease=lease, host="another", **PATIENT))
+    assert make(policy=TWO, **STRICT).snapshot().state == "open"
+
+
+def test_an_instance_names_its_process(make: Make) -> None:
+    """It begins with host and process id, and differs between breakers: each knows its own transitions."""
+    one, other = make(**STRICT), make(**STRICT)
+    assert one.instance.startswith(f"{socket.gethostname()}:{os.getpid()}-")
+    assert one.instance != other.instance
+    named = make(host="h" * 200, policy=Policy(failure_threshold=1), **STRICT)
+    fail(named)
+    assert named.history()[0].instance == named.instance
+    assert named.instance.startswith("h" * 150)
+
+
 def test_no_quorum_for_one(shell: Make) -> None:
     """Without Redis there is nobody to wait for: the quorum is one, and it is simply open."""
     breaker = shell(None, policy=TWO, lease=0)
@@ -919,6 +943,30 @@ def test_no_quorum_for_one(shell: Make) -> None:
     seen = breaker.snapshot()
     assert (seen.state, seen.isolated, breaker.state) == ("open", False, "open")
     assert breaker.history()[0].reason == "failure_threshold"
+
+
+@LEASES
+def test_two_windows(make: Make, lease: float, caplog: pytest.LogCaptureFixture) -> None:
+    """A client with a window of a minute trips at the twentieth call, whatever window another client asks for.
+
+    The client with the shorter window warns once, and names the breaker and both windows.
+    """
+    policy = Policy(failure_threshold=MANY, error_rate_threshold=0.5, minimum_calls=20, reset_timeout=LONG)
+    minute = make(policy=policy, lease=lease, **PATIENT)
+    second = make(policy=dataclasses.replace(policy, window=1), lease=lease, **PATIENT)
+    for _ in range(9):
+        fail(minute)
+        fail(second)
+        time.sleep(0.15)  # more than a second in all
+    fail(minute)
+    assert minute.snapshot().state == "closed"
+    fail(second)
+    assert minute.snapshot().state == "open"
+    warnings = [
+        one.getMessage() for one in caplog.records if one.name == "pybreaker_redis" and one.levelname == "WARNING"
+    ]
+    assert len(warnings) == 1
+    assert all(part in warnings[0] for part in ("'discovery'", "60 s", "1 s"))
 
 
 # What a process knows by itself

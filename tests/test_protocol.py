@@ -12,9 +12,9 @@ import redis
 from conftest import Machine, lua_machine
 
 from pybreaker_redis import HistoryEntry, PolicyError
+from pybreaker_redis._policy import LONGEST_OPEN
 from pybreaker_redis._protocol import (
     LONGEST_NAME,
-    LONGEST_OVERRIDE,
     control_request,
     decode,
     encode,
@@ -131,10 +131,10 @@ def test_control_request() -> None:
     assert control_request("reset", None) == {"action": "reset"}
     assert control_request("force_open", 1.5) == {"action": "force_open", "duration_ms": 1500}
     assert control_request("force_open", 0.001)["duration_ms"] == 1
-    assert control_request("force_open", LONGEST_OVERRIDE)["duration_ms"] == 30 * 86400 * 1000
+    assert control_request("force_open", LONGEST_OPEN)["duration_ms"] == 30 * 86400 * 1000
 
 
-@pytest.mark.parametrize("duration", [0, 0.0009, -1, LONGEST_OVERRIDE + 1, float("nan"), float("-inf"), False, "1"])
+@pytest.mark.parametrize("duration", [0, 0.0009, -1, LONGEST_OPEN + 1, float("nan"), float("-inf"), False, "1"])
 def test_control_request_out_of_range(duration: Any) -> None:
     """A duration that makes no sense is refused."""
     with pytest.raises(PolicyError, match="duration must be from"):
@@ -212,6 +212,7 @@ def test_nothing_stored() -> None:
         ("}", ',"window":{"bucket_ms":1},"trips":1}'),
         ("}", ',"window":{"bucket_ms":{}}}'),
         ("}", ',"window":[]}'),
+        pytest.param("}", ',"window":{"past":"' + "0" * 65_536 + '"}}', id="longer than 64 KB"),
         ("}", ',"window":{"bucket_ms":1}'),
         ("}", "} "),
         ("}", "}\n"),

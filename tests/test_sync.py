@@ -1208,6 +1208,12 @@ def test_bad_names(make_breaker: Make, name: Any) -> None:
         ("redis_timeout", None),
         ("on_redis_failure", "half_open"),
         ("on_redis_failure", None),
+        ("host", ""),
+        ("host", "h" * 201),
+        ("host", "h\u00f6st"),
+        ("host", "a\nb"),
+        ("host", "a\n"),
+        ("host", 1),
     ],
 )
 def test_bad_options(make_breaker: Make, option: str, value: Any) -> None:

@@ -8,13 +8,22 @@ import pathlib
 import secrets
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import MagicMock, create_autospec
 
+import fakeredis
 import pytest
 import redis
 import redis.asyncio
 from conftest import wait_until
 
-from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy, PolicyError
+from pybreaker_redis import (
+    AsyncCircuitBreaker,
+    AsyncCircuitBreakerManager,
+    CircuitBreaker,
+    CircuitBreakerManager,
+    Policy,
+    PolicyError,
+)
 from pybreaker_redis.embedded import EmbeddedServer, find_binary
 from pybreaker_redis.wire.url import ClusterUrl, async_client_from_url, client_from_url, parse, without_password
 
@@ -94,6 +103,56 @@ def test_refused(url: str, reason: str, breaker: type) -> None:
     """A URL that leads nowhere, or an option that redis-py does not know, is refused at once, not at the first call."""
     with pytest.raises(PolicyError, match=reason):
         breaker(NAME, redis=url)
+
+
+ANY = [CircuitBreaker, AsyncCircuitBreaker]
+IN_TESTS = "in tests, pass None or the URL of a pybreaker_redis.embedded.EmbeddedServer"
+PASS_THE_CLIENT = "pass the client that made it"
+
+
+class WithoutConnections(redis.Redis):
+    """A stand-in of somebody's own."""
+
+    def __init__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("make", "breakers", "remedy"),
+    [
+        (fakeredis.FakeRedis, ANY, IN_TESTS),
+        (fakeredis.FakeStrictRedis, ANY, IN_TESTS),
+        (fakeredis.FakeAsyncRedis, ANY, IN_TESTS),
+        (lambda: redis.Redis(connection_pool=fakeredis.FakeRedis().connection_pool), ANY, IN_TESTS),
+        (MagicMock, ANY, IN_TESTS),
+        (lambda: MagicMock(spec=redis.Redis), ANY, IN_TESTS),
+        (lambda: MagicMock(spec=redis.Redis()), ANY, IN_TESTS),
+        (lambda: create_autospec(redis.asyncio.RedisCluster, instance=True), ANY, IN_TESTS),
+        (WithoutConnections, ANY, IN_TESTS),
+        (lambda: redis.Redis().pipeline(), ANY, PASS_THE_CLIENT),
+        (lambda: redis.asyncio.Redis().pipeline(), ANY, PASS_THE_CLIENT),
+        (lambda: redis.asyncio.RedisCluster("localhost").pipeline(), ANY, PASS_THE_CLIENT),
+        (lambda: redis.Redis().pubsub(), ANY, PASS_THE_CLIENT),
+        (lambda: redis.asyncio.Redis().pubsub(), ANY, PASS_THE_CLIENT),
+        (lambda: redis.Sentinel([]), ANY, r"pass its master_for\(service\)"),
+        (lambda: redis.asyncio.Sentinel([]), ANY, r"pass its master_for\(service\)"),
+        (redis.ConnectionPool, ANY, "pass a client with this connection_pool"),
+        (redis.asyncio.BlockingConnectionPool, ANY, "pass a client with this connection_pool"),
+        (redis.asyncio.Redis, [CircuitBreaker], "use AsyncCircuitBreaker for this client"),
+        (lambda: redis.asyncio.RedisCluster("localhost"), [CircuitBreaker], "use AsyncCircuitBreaker"),
+        (redis.Redis, [AsyncCircuitBreaker], "use CircuitBreaker for this client"),
+        (lambda: {"host": "localhost", "password": "secret"}, ANY, "builtins.dict$"),
+    ],
+)
+def test_what_is_no_client(make: Callable[[], Any], breakers: list[Any], remedy: str) -> None:
+    """What is no client, or one of the other kind, is refused when the breaker or manager is made, with a remedy."""
+    for breaker in breakers:
+        manager = CircuitBreakerManager if breaker is CircuitBreaker else AsyncCircuitBreakerManager
+        for construct in (lambda of=breaker: of(NAME, redis=make()), lambda of=manager: of.with_redis(redis=make())):
+            with pytest.raises(
+                PolicyError, match=f"^redis must be a redis.*, a URL or None, not a .*{remedy}"
+            ) as raised:
+                construct()
+            assert "secret" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -283,8 +283,8 @@ def clear(name: Name, url: Url = None, prefix: Prefix = None, yes: Yes = False, 
 
 @_command(app, "reset")
 def reset(name: Name, url: Url = None, prefix: Prefix = None, yes: Yes = False, use_json: Json = False) -> int | None:
-    """Close the circuit and forget all counts and forced states."""
-    question = "Close the circuit and forget all its counts?"
+    """Close the circuit; forget all counts, forced states and the policy override."""
+    question = "Close the circuit and forget all its counts and its policy override?"
     return _steer(_fleet(url, None, prefix), name, question, yes, use_json, lambda it: it.reset())
 
 

@@ -160,8 +160,8 @@ def details(reading: Reading) -> Iterable[tuple[str, str]]:
     yield "calls in the window", f"{seen.calls}, failed {seen.failures}, slow {seen.slow}"
     yield "trips in a row", str(seen.trips)
     yield "generation", str(seen.generation)
-    for instance, at in seen.reporters.items():
-        yield "reported a failure", f"{clean(instance)} at {stamp(at)}"
+    for host, at in seen.reporters.items():
+        yield "host with a failure", f"{clean(host)} at {stamp(at)}"
 
 
 def _of(seen: Snapshot, count: int, threshold: str) -> str:

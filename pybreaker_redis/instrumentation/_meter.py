@@ -9,11 +9,12 @@ import weakref
 from time import monotonic
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
+from .._clock import NEVER
 from .._core import BreakerCore
 from .._events import Counts, Event, Instrument, Notices
 from .._process import process
 from .._protocol import Snapshot, State, decode, snapshot_from
-from .._view import NEVER, View
+from .._view import View
 from ..wire import commands
 from ..wire.options import BLOCKING, REDIS_ERRORS, client_of, error_kind
 from ..wire.sync import server_of

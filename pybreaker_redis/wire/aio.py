@@ -8,23 +8,32 @@ import contextlib
 import itertools
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, MutableMapping, Sequence
+from time import monotonic, thread_time
 from typing import Any, TypeVar
 
 import redis
 
+from .._clock import NEVER
 from .._process import process
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
-from .commands import Command, packed
+from . import exits, sync
+from .commands import PING, Command, packed
 from .link import Link, Member
 from .options import (
     ASYNCIO,
+    PROOF_AFTER,
     REDIS_ERRORS,
     Address,
+    blocking,
     can_read,
     connecting,
     connection,
     intact,
+    limit_of,
+    lost_meanwhile,
+    none_free,
+    patience_after,
     pools_of,
 )
 from .route import Leg, Routes, exchange
@@ -33,7 +42,6 @@ from .subscription import AsyncSubscription
 T = TypeVar("T")
 
 _TURNS = 32
-_MOST_CONNECTIONS = 128  # of one client on one event loop
 _shared: weakref.WeakKeyDictionary[Any, dict[float, AsyncServer]] = weakref.WeakKeyDictionary()
 # In a child: the parent's connections. Collecting them would unregister them from the epoll set that both share.
 _parents: list[Any] = []
@@ -58,6 +66,7 @@ class AsyncServer:
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, OnLoop] = weakref.WeakKeyDictionary()
         self.link = Link(timeout, self._routes.home if self._routes else None)
         process.add(self)
+        exits.servers.add(self)
 
     def _after_fork(self) -> None:
         """In a child: leave the parent's connections alone, and start without any."""
@@ -90,6 +99,17 @@ class AsyncServer:
         if (error := self.link.error(member)) is not None:
             raise error
 
+    async def report(self, members: list[Member]) -> None:
+        """Report all that these breakers have gathered. Raises no error of Redis."""
+        await carry_out(self.link.report(members), self.exchange)
+        self._deliver()
+
+    def end(self) -> None:
+        """Report what is gathered, over blocking connections, since no event loop runs any more. Raises nothing."""
+        ends = monotonic() + self._timeout
+        node = lambda address: sync.Connections(blocking(self._pool_of(address)), self._timeout)  # noqa: E731
+        sync.end(self.link, self._routes, node, ends)
+
     def _start(self) -> asyncio.Task[None]:
         here = self._here()
         if here.timer is not None:
@@ -104,14 +124,17 @@ class AsyncServer:
             if (rest := self.link.rest()) > 0:
                 await asyncio.sleep(rest)
             await carry_out(self.link.exchange(), self.exchange)
-            while self.link.undelivered:
-                member, events = self.link.undelivered.popleft()
-                member.deliver(events)
+            self._deliver()
             if not self.link.wanted:
                 break
         pause = self.link.pause()
         if pause is not None:
             here.timer = asyncio.get_running_loop().call_later(pause, self._start)
+
+    def _deliver(self) -> None:
+        while self.link.undelivered:
+            member, events = self.link.undelivered.popleft()
+            member.deliver(events)
 
     async def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -194,31 +217,45 @@ class AsyncConnections:
 
     def __init__(self, pool: Any, timeout: float) -> None:
         self._pool, self._timeout = pool, timeout
-        self._idle: collections.deque[Any] = collections.deque()
-        self._slots = asyncio.Semaphore(_MOST_CONNECTIONS)
-        self._losses = 0
+        self._limit, self._patience = limit_of(pool), timeout / 2
+        self._idle: collections.deque[tuple[Any, float]] = collections.deque()  # with the time of the last use
+        self._slots = asyncio.Semaphore(self._limit)
+        self._losses = self._closes = 0
 
     async def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
         """The replies, in order; that of a failed command is its error. Raises NotSent if cancelled before sending."""
         losses, sent = self._losses, asyncio.Event()
         try:
-            async with self._slots:
-                if losses != self._losses:  # else each waiting call would time out on the dead server in turn
-                    raise redis.ConnectionError("another call lost the server while this one waited for a connection")
+            await self._take_slot()
+            try:
+                if losses != self._losses:
+                    raise lost_meanwhile()
                 return await self._send(packed(commands, asking), len(commands), asking, sent)
+            finally:
+                self._slots.release()
         except BaseException as error:
             ended = isinstance(error, (asyncio.CancelledError, GeneratorExit)) or _is_closed()
             if sent.is_set() or not ended:
                 raise
             raise NotSent from error
 
+    async def _take_slot(self) -> None:
+        """Wait for this call's turn. Raises redis.RedisError if all connections stay in use."""
+        if not self._slots.locked():
+            await self._slots.acquire()
+            return
+        try:
+            async with _deadline(self._timeout, 2, _busy()):
+                await self._slots.acquire()
+        except redis.TimeoutError:
+            raise none_free(self._limit, self._timeout) from None
+
     async def _send(self, data: bytes, count: int, asking: bool, sent: asyncio.Event) -> list[Any]:
-        async with _deadline(self._timeout):
-            connection = await self._take()
-            try:
-                if not connection.is_connected:
-                    with connecting():
-                        await connection.connect()  # only connect() asks a Sentinel for the master
+        closes = self._closes
+        connection, used_at = self._idle.pop() if self._idle else (self.connection(), NEVER)
+        try:
+            async with _deadline(self._timeout):
+                await self._prepare(connection, used_at)
                 sent.set()
                 await connection.send_packed_command([data], check_health=False)
                 replies = []
@@ -226,38 +263,55 @@ class AsyncConnections:
                     if asking:
                         await _read(connection)
                     replies.append(await _read(connection))
-            except GeneratorExit:  # collected before its end: its loop is gone, and the sockets with it
-                raise
-            except BaseException:
-                await self._lose(connection)
-                raise
-        if intact(replies):
-            self._idle.append(connection)
+        except GeneratorExit:  # collected before its end: its loop is gone, and the sockets with it
+            raise
+        except BaseException as error:
+            if isinstance(error, REDIS_ERRORS):
+                self._losses += 1
+                await self.close()
+            await _drop(connection)
+            raise
+        if not intact(replies):
+            await self.close()  # after a failover, idle connections lead to the old master
+        if closes == self._closes:
+            self._idle.append((connection, monotonic()))
         else:
-            await self._lose(connection)
+            await _drop(connection)
         return replies
 
     def connection(self, **options: Any) -> Any:
         return connection(self._pool, ASYNCIO, None, **options)  # the deadline covers the whole exchange
 
     async def close(self) -> None:
-        while self._idle:
-            await self._idle.pop().disconnect(nowait=True)
+        """Close the idle connections now, and each of the others after its exchange."""
+        self._closes += 1
+        await self._close_idle()
 
-    async def _lose(self, connection: Any) -> None:
-        self._losses += 1
-        if not _is_closed():  # else its sockets are closed already
-            await connection.disconnect(nowait=True)
-            await self.close()
-
-    async def _take(self) -> Any:
+    async def _close_idle(self) -> None:
         while self._idle:
-            idle = self._idle.pop()
-            with contextlib.suppress(*REDIS_ERRORS):
-                if idle.is_connected and not await can_read(idle)():
-                    return idle
-            await idle.disconnect(nowait=True)
-        return self.connection()
+            await _drop(self._idle.pop()[0])
+
+    async def _prepare(self, connection: Any, used_at: float) -> None:
+        """Open a connection, unless it is open and, after it was idle for long, proves that it leads to the server."""
+        with contextlib.suppress(*REDIS_ERRORS):
+            if connection.is_connected and not await can_read(connection)():
+                if monotonic() - used_at <= PROOF_AFTER or await self._proves(connection):
+                    return
+                await self._close_idle()  # the others were idle for longer
+        await _drop(connection)
+        began = monotonic()
+        with connecting():
+            await connection.connect()  # only connect() asks a Sentinel for the master
+        self._patience = patience_after(monotonic() - began, self._timeout)
+
+    async def _proves(self, connection: Any) -> bool:
+        """Whether the server answers on this connection, and soon. An error is an answer, too."""
+        with contextlib.suppress(*REDIS_ERRORS):
+            async with _deadline(self._patience):
+                await connection.send_packed_command([PING], check_health=False)
+                await _read(connection)
+                return True
+        return False
 
 
 def forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any]) -> None:
@@ -275,6 +329,11 @@ async def _read(connection: Any) -> Any:
         return error
 
 
+async def _drop(connection: Any) -> None:
+    if not _is_closed():  # else its socket is closed already
+        await connection.disconnect(nowait=True)
+
+
 def _is_closed() -> bool:
     try:
         return asyncio.get_running_loop().is_closed()
@@ -283,18 +342,23 @@ def _is_closed() -> bool:
 
 
 @contextlib.asynccontextmanager
-async def _deadline(seconds: float) -> AsyncIterator[None]:
-    """Raise redis.TimeoutError after these seconds and _TURNS turns of the loop: the loop may merely be busy."""
+async def _deadline(
+    seconds: float, least_turns: int = _TURNS, busy: Callable[[], bool] = lambda: False
+) -> AsyncIterator[None]:
+    """Raise redis.TimeoutError after these seconds and so many turns of the loop: the loop may merely be busy.
+
+    busy: called at the end of each turn after that; the time is not over while it returns True.
+    """
     loop = asyncio.get_running_loop()
     turns = itertools.count(1)
 
     def turn() -> None:
-        if next(turns) < _TURNS:
-            timer[0] = loop.call_later(seconds / _TURNS, turn)
+        if next(turns) < least_turns or busy():
+            timer[0] = loop.call_later(seconds / least_turns, turn)
         else:
             timeout.reschedule(loop.time())
 
-    timer = [loop.call_later(seconds / _TURNS, turn)]
+    timer = [loop.call_later(seconds / least_turns, turn)]
     try:
         async with asyncio.timeout(None) as timeout:
             yield
@@ -302,6 +366,12 @@ async def _deadline(seconds: float) -> AsyncIterator[None]:
         raise redis.TimeoutError(f"no reply within {seconds:g} s") from error
     finally:
         timer[0].cancel()
+
+
+def _busy() -> Callable[[], bool]:
+    """Whether this thread has computed for a tenth of the time since. Then a long line is not the server's fault."""
+    began, computed = monotonic(), thread_time()
+    return lambda: thread_time() - computed > (monotonic() - began) / 10
 
 
 def leave_to_parent(held: MutableMapping[Any, Any]) -> None:

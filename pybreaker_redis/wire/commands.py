@@ -11,6 +11,7 @@ import hiredis
 from .._protocol import Keys, Request, encode
 from .scripts import compose, sha1
 
+PING = b"*1\r\n$4\r\nPING\r\n"
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
 
 

@@ -8,6 +8,7 @@ Any other document goes through a script, whose verdict holds while the stored b
 from __future__ import annotations
 
 import collections
+import contextlib
 import logging
 import random
 import threading
@@ -18,17 +19,19 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from redis.exceptions import ResponseError
 
+from .._clock import NEVER, age
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
+from . import exits
 from .commands import Command
 from .options import REDIS_ERRORS, Address, concerns_server
 
 IDLE = 10.0  # seconds after its last call for which a breaker is refreshed
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0  # seconds between two retries
 SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
+LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins held
 READ_AT_ONCE = 250  # breakers in one MGET
 BURST, BURST_TIME = 10, 0.1  # exchanges in the background, within so many seconds
-NEVER = float("-inf")
 logger = logging.getLogger("pybreaker_redis")
 
 # Yields commands. Is sent their replies (a failed command's is its error), or is thrown the error of a lost server.
@@ -46,7 +49,7 @@ class Health:
         self._failing = failing
         self.abandoned = False  # the last retry has not ended
         self._patience = patience
-        self._retry_at = 0.0
+        self._waits_since, self._waits_for = NEVER, 0.0
         self._pause = FIRST_PAUSE
         self._lock = threading.RLock()
 
@@ -60,16 +63,16 @@ class Health:
                 self._wait()
             return new
 
-    def is_due(self, now: float) -> bool:
+    def is_due(self) -> bool:
         """Whether it is time for a retry."""
-        return self.error is not None and now >= self._retry_at
+        return self.error is not None and age(self._waits_since, monotonic()) >= self._waits_for
 
-    def claim(self, now: float) -> bool:
+    def claim(self) -> bool:
         """Whether the caller is to retry. If it never finishes, another caller may claim the retry later."""
         with self._lock:
-            due = self.is_due(now)
+            due = self.is_due()
             if due:
-                self.abandoned, self._retry_at = True, now + self._patience
+                self.abandoned, self._waits_since, self._waits_for = True, monotonic(), self._patience
             return due
 
     def retried(self, failed: bool) -> None:
@@ -84,10 +87,10 @@ class Health:
 
     def give_up(self) -> None:
         """A retry was cancelled: the next caller may claim it."""
-        self._retry_at = 0.0
+        self._waits_for = 0.0
 
     def _wait(self) -> None:
-        self._retry_at = monotonic() + self._pause * random.uniform(0.75, 1.25)
+        self._waits_since, self._waits_for = monotonic(), self._pause * random.uniform(0.75, 1.25)
         self._pause = min(self._pause * 2, LONGEST_PAUSE)
 
 
@@ -122,6 +125,9 @@ class Member(Protocol):
     def due(self, now: float, wanted: bool, hinted: bool) -> Due:
         """Take the reports that are due. wanted: a refresh is needed, so join it. hinted: read the keys in any case."""
 
+    def gathered(self, ends: bool = False) -> list[Request]:
+        """Take the reports of all that is gathered. ends: the process ends: take what matters, and gather no more."""
+
     def give_back(self, request: Request) -> None:
         """Keep the outcomes of a report that no server has executed."""
 
@@ -149,12 +155,15 @@ class Link:
 
     timeout: the longest time in seconds that one exchange with a server takes. home: returns the node that serves a
     key; None if there is only one server. failing: what cannot be used now. undelivered: events of exchanges, with
-    their breakers.
+    their breakers. held: breakers that nobody else holds, and whose reports matter. ended: the process is ending, so
+    that nobody will look at what its breakers gather.
     """
 
     def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
         self.timeout = timeout
         self.patience = LONGEST_PAUSE + 10 * timeout  # seconds after which any exchange has ended, connecting included
+        self.ended = False
+        self.held: collections.deque[Member] = collections.deque()
         self.wanted = False  # a breaker waits for an exchange
         self.busy_since = NEVER  # when the exchange that is under way began
         self.failing: set[Health] = set()
@@ -164,13 +173,14 @@ class Link:
         self._used: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
         self._hinted: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
         self._reporting: set[Member] = set()
+        self._empty_since = float("inf")  # when a check first found no breaker
         self._turn = 0
         self._burst = 0, NEVER  # exchanges since when
 
     def after_fork(self) -> None:
         """In a child: start empty; a thread of the parent may hold the locks of the healths."""
         self.wanted, self.busy_since = False, NEVER
-        for held in (self.failing, self.undelivered, self._used, self._hinted, self._reporting):
+        for held in (self.failing, self.undelivered, self.held, self._used, self._hinted, self._reporting):
             held.clear()
         self._healths = {}
 
@@ -193,17 +203,17 @@ class Link:
         """A command of this breaker has failed: an outage of its server, or an error that concerns only the breaker."""
         if not concerns_server(error):
             self._trouble(member, error)
-        elif self.health(member).fail(error):
+        elif self.health(member).fail(error) and not self.ended:
             logger.warning("Redis does not answer; the breakers of this process continue on their own: %s", error)
 
     def _trouble(self, member: Member, error: BaseException) -> None:
-        if member.trouble.fail(error):
+        if member.trouble.fail(error) and not self.ended:
             message = "circuit breaker %r: Redis refuses its commands; this process continues on its own: %s"
             logger.warning(message, member.name, error)
 
-    def retry_is_due(self, member: Member, now: float) -> bool:
+    def retry_is_due(self, member: Member) -> bool:
         """Whether the breaker or its server is down, and should be retried now."""
-        return member.trouble.is_due(now) or self.health(member).is_due(now)
+        return member.trouble.is_due() or self.health(member).is_due()
 
     def retry_was_abandoned(self, member: Member) -> bool:
         """Whether the last retry did not end. Short event loops may end before any retry in the background does."""
@@ -213,7 +223,7 @@ class Link:
 
     def is_busy(self) -> bool:
         """Whether an exchange is under way, unless it takes longer than any may."""
-        return monotonic() - self.busy_since < self.patience
+        return age(self.busy_since, monotonic()) < self.patience
 
     def is_reporting(self, member: Member) -> bool:
         """Whether a report of this breaker is under way. A later failure must be counted after it."""
@@ -221,11 +231,15 @@ class Link:
 
     def use(self, member: Member, hinted: bool = False) -> None:
         """Refresh this breaker for a while. hinted: only read it in the next exchange, however fresh its view is."""
+        exits.begin()
+        if self.ended:
+            member.gathered(ends=True)
         if hinted:
             self._hinted[member] = None
         else:
             member.used_at = monotonic()
             self._used[member] = None
+            self._empty_since = float("inf")
 
     def leave(self, member: Member) -> None:
         """Refresh this breaker no more, until it is used again."""
@@ -233,8 +247,13 @@ class Link:
 
     def pause(self) -> float | None:
         """Seconds to the next check for due reports; None if no breaker was used lately."""
-        pauses = [member.pause() for member in _alive(self._used)]
-        return max(min(*pauses, IDLE), SHORTEST_PAUSE) if pauses else None
+        pauses = [member.pause() for member in [*_alive(self._used), *self.held]]
+        if pauses:
+            self._empty_since = float("inf")
+            return max(min(*pauses, IDLE), SHORTEST_PAUSE)
+        now = monotonic()
+        self._empty_since = min(self._empty_since, now)
+        return LAST_PAUSE if now - self._empty_since < LAST_PAUSE / 2 else None
 
     def rest(self) -> float:
         """Seconds to wait before the next exchange in the background: anyone can publish hints, and any number."""
@@ -247,6 +266,8 @@ class Link:
         wanted, self.wanted = self.wanted, False
         self.busy_since = monotonic()
         try:
+            if self.held:
+                yield from self._report_held()
             hinted = {member for member in _alive(self._hinted) if self._hinted.pop(member, self) is None}
             members = [*dict.fromkeys([*_alive(self._used), *hinted])]
             if self.failing:
@@ -254,7 +275,7 @@ class Link:
                 down = {member for member in members if self.error(member) is not None}
                 members = [member for member in members if member not in down]
                 for member in down:
-                    if self.busy_since - member.used_at > IDLE:
+                    if age(member.used_at, monotonic()) > IDLE:
                         self.leave(member)
             self._reporting.update(members)  # before outcomes are taken: a failure must not overtake them
             try:
@@ -266,6 +287,32 @@ class Link:
                     self._hinted[member] = None  # read it after the outage
         finally:
             self.busy_since = NEVER
+
+    def end(self) -> Pipelines:
+        """The last exchange of a process: only reports, and only of what is not down."""
+        self.ended = True
+        yield from self._report_held()
+        yield from self.report(_alive(self._used))
+
+    def _report_held(self) -> Pipelines:
+        held = []
+        with contextlib.suppress(IndexError):  # another event loop may take them, too
+            while self.held:
+                held.append(self.held.popleft())
+        try:
+            yield from self.report(held)
+        except NotSent:
+            self.held.extend(held)
+            raise
+
+    def report(self, members: list[Member]) -> Pipelines:
+        """Report all that these breakers have gathered, in one exchange."""
+        members, sent = [member for member in members if self.error(member) is None], monotonic()
+        reports = [(member, request) for member in members for request in member.gathered(self.ended)]
+        replies = (yield from self._report(reports, [])) if reports else []
+        for (member, request), reply in zip(reports, replies, strict=True):
+            self._receive(member, request, reply, sent)
+        self._collect(members)
 
     def _refresh(self, members: list[Member], hinted: set[Member], wanted: bool) -> Pipelines:
         sent = monotonic()
@@ -366,7 +413,7 @@ class Link:
             if health.error is not None:
                 down.setdefault(health, []).append(member)
         for health, concerned in down.items():
-            if not health.claim(monotonic()):
+            if not health.claim():
                 continue
             try:
                 yield from self._retry_one(health, concerned)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -13,6 +14,7 @@ import hiredis
 import redis
 import redis.asyncio
 import redis.asyncio.retry
+import redis.sentinel
 from redis import exceptions
 from redis.backoff import NoBackoff
 from redis.retry import Retry
@@ -21,6 +23,10 @@ from .._errors import PolicyError
 from .url import ClusterUrl, async_client_from_url, client_from_url
 
 Address: TypeAlias = tuple[str, int]
+MOST_CONNECTIONS = 100  # to one server, of a client that names no limit; redis-py 7 and later name the same
+_UNLIMITED = 2**31  # what earlier ones name
+PROOF_AFTER = 1.0  # seconds after which an idle connection must prove that it still leads to the server
+SHORTEST_PATIENCE = 0.02
 NO_REPLY = object()  # from a reader that has no whole reply yet
 REDIS_ERRORS = (redis.RedisError, OSError)
 # errors that leave a connection usable
@@ -35,7 +41,7 @@ class Kind(NamedTuple):
     client: Any
     cluster: Any
     retry: Any
-    from_url: Callable[[str], Any]
+    from_url: Callable[..., Any]
 
 
 BLOCKING = Kind("redis.Redis", redis.Redis, redis.RedisCluster, Retry, client_from_url)
@@ -50,15 +56,49 @@ ASYNCIO = Kind(
 
 def client_of(given: Any, kind: Kind) -> Any:
     """The given client, or the one that this process shares for a URL. Raises PolicyError for anything else."""
-    if isinstance(given, (kind.client, kind.cluster, ClusterUrl)):
+    if isinstance(given, str):
+        key = kind is ASYNCIO, given
+        found = _by_url.get(key)
+        if found is None:
+            found = _by_url[key] = kind.from_url(given)
+        return found
+    remedy = next((text for types, text in _REMEDIES if isinstance(given, types)), "")
+    if not remedy and _is_fake(given):
+        remedy = "in tests, pass None or the URL of a pybreaker_redis.embedded.EmbeddedServer"
+    elif not remedy and isinstance(given, (kind.client, kind.cluster, ClusterUrl)):
         return given
-    if not isinstance(given, str):
-        raise PolicyError(f"redis must be a {kind.name} (or cluster) client, a URL or None, not {given!r}")
-    key = kind is ASYNCIO, given
-    found = _by_url.get(key)
-    if found is None:
-        found = _by_url[key] = kind.from_url(given)
-    return found
+    elif not remedy and isinstance(given, (BLOCKING.client, BLOCKING.cluster, ASYNCIO.client, ASYNCIO.cluster)):
+        remedy = f"use {'AsyncCircuitBreaker' if kind is BLOCKING else 'CircuitBreaker'} for this client"
+    what = f"{type(given).__module__}.{type(given).__qualname__}"
+    expected = f"redis must be a {kind.name} (or cluster) client, a URL or None"
+    raise PolicyError(f"{expected}, not a {what}{remedy and f': {remedy}'}")
+
+
+# what is easily taken for a client, and what to pass instead
+_REMEDIES: tuple[tuple[tuple[type, ...], str], ...] = (
+    (
+        (
+            redis.client.Pipeline,
+            redis.client.PubSub,
+            redis.cluster.ClusterPipeline,
+            redis.asyncio.client.Pipeline,
+            redis.asyncio.client.PubSub,
+            redis.asyncio.cluster.ClusterPipeline,
+        ),
+        "pass the client that made it",
+    ),
+    ((redis.Sentinel, redis.asyncio.Sentinel), "pass its master_for(service)"),
+    ((redis.ConnectionPool, redis.asyncio.ConnectionPool), "pass a client with this connection_pool"),
+)
+
+
+def _is_fake(given: Any) -> bool:
+    """Whether this is a mock, or a client that connects to no server, such as one of fakeredis."""
+    connection_class = getattr(getattr(given, "connection_pool", None), "connection_class", None)
+    if isinstance(given, (BLOCKING.client, ASYNCIO.client)) and connection_class is None:
+        return True
+    classes = (*type(given).__mro__, *getattr(connection_class, "__mro__", ()))
+    return any(one.__module__.partition(".")[0] in ("fakeredis", "unittest", "mock") for one in classes)
 
 
 def intact(replies: list[Any]) -> bool:
@@ -77,8 +117,35 @@ def connection(pool: Any, kind: Kind, timeout: float | None, **options: Any) -> 
 
     timeout: seconds to connect and for each reply; None if the caller has its own deadline.
     """
-    kwargs = connection_options(pool.connection_kwargs, timeout) | options
-    return pool.connection_class(**kwargs, retry=kind.retry(NoBackoff(), 0))
+    kwargs = connection_options(pool.connection_kwargs, timeout) | options | {"retry": kind.retry(NoBackoff(), 0)}
+    make = getattr(type(pool), "make_connection", None)
+    if make is None or make.__module__.startswith("redis."):
+        return pool.connection_class(**kwargs)
+    own = copy.copy(pool)  # a pool class of the user's makes its connections itself
+    own.connection_kwargs = kwargs
+    own.reset()  # the user's pool counts its own connections only
+    return own.make_connection()
+
+
+def limit_of(pool: Any) -> int:
+    """How many connections to a pool's target may be open at once: as many as the pool itself allows."""
+    limit: int = getattr(pool, "max_connections", _UNLIMITED)
+    return MOST_CONNECTIONS if limit >= _UNLIMITED else limit
+
+
+def patience_after(connecting_took: float, timeout: float) -> float:
+    """How long an answer may take that proves a connection. As long as opening another one would; all in seconds."""
+    return min(max(connecting_took, SHORTEST_PATIENCE), timeout / 2)
+
+
+def none_free(limit: int, timeout: float) -> redis.RedisError:
+    """The error of a caller that got no connection. It says nothing about the server: that answers the others."""
+    return redis.RedisError(f"all {limit} connections that max_connections allows were in use for {timeout:g} s")
+
+
+def lost_meanwhile() -> redis.ConnectionError:
+    """The error of a caller that waited for a connection; else each would time out on the dead server in turn."""
+    return redis.ConnectionError("another call lost the server while this one waited for a connection")
 
 
 def connection_options(given: dict[str, Any], timeout: float | None) -> dict[str, Any]:
@@ -105,8 +172,26 @@ def pool_of(client: Any, kind: Kind, timeout: float) -> Any:
     share = timeout / (len(manager.sentinels) + 1)
     own.sentinels = [_impatient(sentinel, kind, share) for sentinel in manager.sentinels]
     kwargs = connection_options(without("connection_pool", pool.connection_kwargs), timeout)
+    kwargs["max_connections"] = pool.max_connections
     connect = {"connection_class": pool.connection_class, "is_master": pool.is_master}
     return type(pool)(pool.service_name, own, **kwargs, **connect)
+
+
+def blocking(pool: Any) -> Any:
+    """The counterpart of an asyncio pool, for connection(). Raises LookupError for a class that is not redis-py's."""
+    module, name = pool.connection_class.__module__, pool.connection_class.__name__
+    if not module.startswith("redis.asyncio."):
+        raise LookupError(f"{module}.{name} has no blocking counterpart")
+    connection_class = getattr(sys.modules[module.replace(".asyncio", "")], name)
+    own = ("redis_connect_func", "parser_class", "encoder_class", "connection_pool")  # for asyncio
+    kwargs = {key: value for key, value in pool.connection_kwargs.items() if key not in own}
+    kwargs |= {"connection_class": connection_class, "retry": Retry(NoBackoff(), 0)}
+    manager = getattr(pool, "sentinel_manager", None)
+    if manager is None:
+        return redis.ConnectionPool(**kwargs)
+    sentinel = redis.sentinel.Sentinel([], min_other_sentinels=manager.min_other_sentinels)
+    sentinel.sentinels = [redis.Redis(connection_pool=blocking(one.connection_pool)) for one in manager.sentinels]
+    return redis.sentinel.SentinelConnectionPool(pool.service_name, sentinel, is_master=pool.is_master, **kwargs)
 
 
 def _impatient(client: Any, kind: Kind, timeout: float) -> Any:

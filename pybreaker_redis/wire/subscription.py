@@ -39,6 +39,7 @@ class Audience:
     def __init__(self) -> None:
         self.connected = False
         self._running = False  # a thread or task holds the subscription, or tries to
+        self._warned = True  # of its loss; one that never stood is not lost
         self._members: weakref.WeakKeyDictionary[Watcher, bytes] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()
         self.opened()
@@ -80,7 +81,10 @@ class Audience:
     def lost(self, error: BaseException) -> bool:
         """The connection is lost, or could not be opened. Returns whether the subscription stood."""
         stood, self.connected = self.connected, False
-        if stood and self._members:
+        if stood:
+            self._warned = False
+        elif not self._warned and self._members:  # it could not be opened again at once
+            self._warned = True
             logger.warning("circuit breakers: the subscription is lost: %r", error)
         return stood
 

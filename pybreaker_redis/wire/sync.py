@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import logging
+import queue
 import select
 import threading
 import time
@@ -17,18 +18,26 @@ from typing import Any, TypeVar
 import redis
 from redis.exceptions import NoScriptError
 
+from .._clock import NEVER
 from .._process import process
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
-from .commands import Command, packed
+from . import exits
+from .commands import PING, Command, packed
 from .link import Link, Member
 from .options import (
     BLOCKING,
     NO_REPLY,
+    PROOF_AFTER,
+    REDIS_ERRORS,
     Address,
     connecting,
     connection,
     intact,
+    limit_of,
+    lost_meanwhile,
+    none_free,
+    patience_after,
     pools_of,
     socket_of,
 )
@@ -67,6 +76,7 @@ class Server:
         self.link = Link(timeout, self._routes.home if self._routes else None)
         self._start_process()
         process.add(self)
+        exits.servers.add(self)
 
     def _start_process(self) -> None:
         self._subscription = Subscription()
@@ -80,8 +90,8 @@ class Server:
         self._messenger = Worker("pybreaker_redis-listeners", lambda: deliver, lambda: None)
 
     def _after_fork(self) -> None:
-        """In a child: close its copies of the sockets, and start without threads."""
-        self.close()
+        """In a child: start without threads and connections, which closes its copies of the idle sockets."""
+        self._nodes = {}  # threads of the parent hold some of its connections and locks, or wait for them
         self.link.after_fork()
         self._start_process()
 
@@ -104,6 +114,23 @@ class Server:
             lock.release()
         if (error := self.link.error(member)) is not None:
             raise error
+
+    def report(self, members: list[Member]) -> None:
+        """Report all that these breakers have gathered. Raises no error of Redis."""
+        carry_out(self.link.report(members), self.exchange)
+        if self.link.undelivered:
+            self._messenger.wake()
+
+    def end(self) -> None:
+        """Report what is gathered, after an exchange that is under way. Raises nothing."""
+        ends = monotonic() + self._timeout
+        lock = self._refreshing
+        if lock.acquire(timeout=self._timeout):
+            try:
+                end(self.link, self._routes, self._node, ends)
+            finally:
+                lock.release()
+        self.close()
 
     def _refresh(self, wanted: bool = False) -> None:
         lock, before = self._refreshing, self._refreshes
@@ -189,6 +216,19 @@ def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Any]) -> T
         return end.value  # type: ignore[no-any-return]
 
 
+def end(link: Link, routes: Routes | None, node: Callable[[Address | None], Connections], ends: float) -> None:
+    """Carry out a link's last exchange, over the connections to its nodes. Raises nothing.
+
+    ends: until when, on the monotonic clock.
+    """
+
+    def send(leg: Leg) -> list[Any]:
+        return node(leg.address).send(leg.commands, leg.asking, ends - monotonic())
+
+    with contextlib.suppress(Exception):
+        carry_out(link.end(), lambda commands: carry_out(exchange(routes, commands), send))
+
+
 class Worker:
     """A daemon thread that works when it is woken, and at each pause. Starts on demand; ends when there is no pause.
 
@@ -219,10 +259,12 @@ class Worker:
                 thread.start()
                 self._thread = thread
                 return
-        self._work_once()
+        if (work := self._work()) is not None:
+            work()
 
     def _run(self) -> None:
-        while True:
+        work = self._work()  # held while the thread runs: a breaker that is freed may leave a report
+        while work is not None:
             pause = self._pause()
             if pause is None:
                 with self._lock:
@@ -233,13 +275,9 @@ class Worker:
             time.sleep(self._rest())
             self._awake.clear()
             try:
-                self._work_once()
+                work()
             except Exception:
                 logger.exception("refreshing the circuit breakers failed")
-
-    def _work_once(self) -> None:
-        if (work := self._work()) is not None:
-            work()
 
 
 def _deliver_all(undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:
@@ -256,60 +294,149 @@ def _deliver_all(undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:
 
 
 class Connections:
-    """A stack of idle connections to the target of a pool: a server, a socket, a Sentinel's master or a node."""
+    """The connections to the target of a pool: a server, a socket, a Sentinel's master or a node.
+
+    There are never more than the pool allows. A caller that finds all of them in use waits for its turn.
+    """
 
     def __init__(self, pool: Any, timeout: float) -> None:
-        self._pool, self._timeout = pool, timeout
+        self._pool, self._limit = pool, limit_of(pool)
+        self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
+        self._patience = self._timeout / 2  # seconds that a proof may take: as long as connecting took
         self._idle: collections.deque[Pipe] = collections.deque()
+        # in use or idle; weak, since a signal handler's exception may let a thread lose one at any point
+        self._pipes: weakref.WeakSet[Pipe] = weakref.WeakSet()
+        self._adding = threading.RLock()
+        self._waiting: collections.deque[queue.SimpleQueue[Pipe]] = collections.deque()
+        self._losses = self._closes = 0
 
-    def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
-        """The replies, in order; that of a failed command is its error."""
-        pipe = self._take()
+    def send(self, commands: Sequence[Command], asking: bool = False, left: float | None = None) -> list[Any]:
+        """The replies, in order; that of a failed command is its error. left: seconds, if they are fewer than usual."""
+        losses, closes = self._losses, self._closes
+        timeout = self._timeout if left is None else left
+        pipe = self._take(timeout)
+        if losses != self._losses:
+            self._drop(pipe)
+            raise lost_meanwhile()
         try:
-            replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), self._timeout)
-        except BaseException:
-            self._lose(pipe)
+            if monotonic() - pipe.used_at > PROOF_AFTER or pipe.readable(0):
+                self._prepare(pipe, timeout)
+            if left is not None:
+                pipe.settimeout(left)
+            replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), timeout)
+        except BaseException as error:
+            if isinstance(error, REDIS_ERRORS):
+                self._losses += 1
+                self.close()
+            self._drop(pipe)
             raise
         if asking:
             replies = replies[1::2]
-        if intact(replies):
+        if not intact(replies):
+            self.close()  # after a failover, idle connections lead to the old master
+        if closes == self._closes:
             self._idle.append(pipe)
+            if self._waiting:
+                self._hand_over()
         else:
-            self._lose(pipe)
+            self._drop(pipe)
         return replies
 
     def connection(self, **options: Any) -> Any:
         return connection(self._pool, BLOCKING, self._timeout, **options)
 
     def close(self) -> None:
+        """Close the idle connections now, and each of the others after its exchange."""
+        self._closes += 1
+        self._close_idle()
+
+    def _close_idle(self) -> None:
         with contextlib.suppress(IndexError):  # several threads may pop at once
             while True:
-                self._idle.pop().close()
+                self._drop(self._idle.pop())
 
-    def _lose(self, pipe: Pipe) -> None:
+    def _prepare(self, pipe: Pipe, timeout: float) -> None:
+        """Open a new connection, unless one that was idle for long proves that it still leads to the server."""
+        if pipe.is_open() and not pipe.readable(0):
+            patience = min(self._patience, timeout / 2)
+            if pipe.proves(patience):
+                return
+            self._close_idle()  # the others were idle for longer
+            timeout -= patience
         pipe.close()
-        self.close()  # after a failover, idle connections lead to the old master
-
-    def _take(self) -> Pipe:
-        with contextlib.suppress(IndexError):  # several threads may pop at once
-            while True:
-                idle = self._idle.pop()
-                if not idle.readable(0):
-                    return idle
-                idle.close()
-        new = self.connection()
+        new, began = connection(self._pool, BLOCKING, timeout), monotonic()
         with connecting():
             new.connect()  # only connect() asks a Sentinel for the master
-        return Pipe(new)
+        self._patience = patience_after(monotonic() - began, self._timeout)
+        pipe.open(new, self._timeout)
+
+    # Turns
+
+    def _take(self, timeout: float) -> Pipe:
+        """A connection for this caller alone; a new one is not open yet. Raises redis.RedisError if all are in use."""
+        if timeout <= 0:
+            raise redis.TimeoutError("no time is left")
+        if not self._waiting and (pipe := self._free()) is not None:
+            return pipe
+        turn: queue.SimpleQueue[Pipe] = queue.SimpleQueue()
+        self._waiting.append(turn)
+        try:
+            self._hand_over()
+            return turn.get(timeout=timeout)
+        except queue.Empty:
+            raise none_free(self._limit, timeout) from None
+        finally:
+            with contextlib.suppress(ValueError):  # another thread has taken it from the line
+                self._waiting.remove(turn)
+
+    def _hand_over(self) -> None:
+        """Give free connections to the callers that have waited longest.
+
+        Who adds a caller or a connection calls this afterwards: so no caller waits while a connection is free.
+        """
+        while self._waiting and (pipe := self._free()) is not None:
+            try:
+                self._waiting.popleft().put(pipe)
+            except IndexError:  # the last one has given up
+                self._idle.append(pipe)
+
+    def _free(self) -> Pipe | None:
+        try:
+            return self._idle.pop()
+        except IndexError:
+            pass
+        with self._adding:
+            pipe = Pipe()
+            self._pipes.add(pipe)
+            if len(self._pipes) <= self._limit:
+                return pipe
+            self._pipes.discard(pipe)
+            return None
+
+    def _drop(self, pipe: Pipe) -> None:
+        """Close a connection; another one may take its place."""
+        pipe.close()
+        self._pipes.discard(pipe)
+        if self._waiting:
+            self._hand_over()
 
 
 class Pipe:
-    """An open connection. Reads and writes its socket directly: redis-py's layers take a third of a script's time."""
+    """One of the connections, once it is open.
 
-    def __init__(self, connection: Any) -> None:
+    Reads and writes its socket directly: redis-py's layers take a third of a script's time. used_at: when.
+    """
+
+    def __init__(self) -> None:
+        self._connection: Any = None
+        self.used_at = NEVER
+
+    def open(self, connection: Any, timeout: float) -> None:
+        """Take over an open connection. timeout: seconds for each read."""
         self._connection = connection
-        self.close = connection.disconnect
         self._socket, self._reader = socket_of(connection)
+        self.settimeout = self._socket.settimeout
+        self.settimeout(timeout)
         # before a command, something to read means that the server has closed the connection
         self.readable = connection.can_read
         if hasattr(select, "poll"):  # not on Windows; a fifth of the time
@@ -317,20 +444,39 @@ class Pipe:
             poll.register(self._socket, select.POLLIN)
             self.readable = poll.poll
 
+    def is_open(self) -> bool:
+        return self._connection is not None
+
+    def close(self) -> None:
+        if self._connection is not None:
+            self._connection.disconnect()
+
+    def proves(self, seconds: float) -> bool:
+        """Whether the server answers on this connection within these seconds. An error is an answer, too."""
+        usual = self._socket.gettimeout()
+        try:
+            self._socket.settimeout(seconds)
+            self.exchange(PING, 1, seconds)
+            self._socket.settimeout(usual)
+        except REDIS_ERRORS:
+            return False
+        return True
+
     def exchange(self, data: bytes, count: int, timeout: float) -> list[Any]:
         """Send commands, and read so many replies."""
         deadline = monotonic() + timeout + _PER_COMMAND * count
         self._socket.sendall(data)
         replies: list[Any] = []
         while len(replies) < count:
-            if monotonic() > deadline:
-                raise redis.TimeoutError(f"{count} replies took longer than {timeout:g} s")
             received = self._socket.recv(_CHUNK)
             if not received:
                 raise redis.ConnectionError("the server has closed the connection")
             self._reader.feed(received)
             while (reply := self._reader.gets()) is not NO_REPLY:
                 replies.append(reply)
+            if len(replies) < count and monotonic() > deadline:
+                raise redis.TimeoutError(f"{count} replies took longer than {timeout:g} s")
         if len(replies) > count:
             raise redis.ConnectionError(f"{len(replies)} replies to {count} commands")
+        self.used_at = monotonic()
         return replies

@@ -341,13 +341,15 @@ def test_no_hint_while_forced(client: redis.Redis, engine: str) -> None:
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
-@given(steps=STEPS, policy=POLICIES)
-def test_engines_publish_the_same(client: redis.Redis, steps: list[Any], policy: dict[str, Any]) -> None:
+@given(steps=STEPS, policy=POLICIES, other=POLICIES)
+def test_engines_publish_the_same(
+    client: redis.Redis, steps: list[Any], policy: dict[str, Any], other: dict[str, Any]
+) -> None:
     """Both engines publish the same messages, in the same order."""
     client.delete(*keys_of("m"))
 
     def play_it(machine: Machine) -> None:
-        play(machine, steps, policy)
+        play(machine, steps, policy, other)
 
     assert told("lua", client, play_it) == told("memory", client, play_it)
 

@@ -80,13 +80,13 @@ def test_less_than_the_rate_is_not_the_rate(machine: Machine) -> None:
 def test_exact_rate(machine: Machine, failures: int, calls: int, rate: float, live: bool) -> None:
     """It trips at exactly the rate, however it was given: 7 failures in 100 calls at 0.07, and not 6."""
     policy = {**RATE, "error_rate_threshold": 0.999999 if live else rate, "minimum_calls": calls}
-    if live:
-        machine.run("control", policy, action="set_policy", override={"error_rate_threshold": rate})
-    begin(machine, policy)
-    assert report(machine, policy, successes=calls - failures + 1, failures=failures - 1)["state"] == "closed"
-    machine.run("control", policy, action="reset")
-    reply = report(machine, policy, successes=calls - failures, failures=failures)
-    assert (reply["state"], reply["transition"]["reason"]) == ("open", "error_rate")
+    for below in (1, 0):
+        machine.run("control", policy, action="reset")
+        if live:
+            machine.run("control", policy, action="set_policy", override={"error_rate_threshold": rate})
+        reply = report(machine, policy, successes=calls - failures + below, failures=failures - below)
+        assert reply["state"] == ("closed" if below else "open")
+    assert reply["transition"]["reason"] == "error_rate"
 
 
 def test_minimum_calls(machine: Machine) -> None:
@@ -313,7 +313,7 @@ def test_a_shorter_window_drops_what_is_too_old(machine: Machine) -> None:
 @pytest.mark.parametrize("recovered", [False, True])
 @pytest.mark.parametrize("quorum", [1, 2])
 def test_an_empty_report_leaves_the_window(machine: Machine, recovered: bool, quorum: int) -> None:
-    """A report of nothing writes no window, not even one that another policy would have cut."""
+    """A report of nothing writes no window, not even for a policy that asks for another one."""
     shorter = {**RATE, "quorum": quorum}
     policy = {**shorter, "window_ms": 10_000}
     generation = begin(machine, policy)
@@ -326,8 +326,59 @@ def test_an_empty_report_leaves_the_window(machine: Machine, recovered: bool, qu
         report(machine, policy, failures=1, instance="a")
         machine.advance(4_000)
         machine.run("record", shorter, generation=generation)
-    assert sums(machine, shorter)[0] == 0
-    assert sums(machine, policy)[0] == 2
+    assert sums(machine, shorter)[0] == sums(machine, policy)[0] == 2
+
+
+@pytest.mark.parametrize("first", ["long", "short"])
+def test_two_clients_with_windows_of_their_own(machine: Machine, first: str) -> None:
+    """The longest window that a client asks for is kept and judged: it trips at the twentieth call of a minute."""
+    minute = {**RATE, "minimum_calls": 20, "window_ms": 60_000}
+    second = {**minute, "error_rate_threshold": 0.9, "window_ms": 1_000}
+    clients = [minute, second] if first == "long" else [second, minute]
+    begin(machine, minute)
+    for _ in range(9):
+        for policy in clients:
+            reply = report(machine, policy, successes=clients.index(policy), failures=1 - clients.index(policy))
+            assert reply["state"] == "closed"
+            assert reply.get("window_ms") == (60_000 if policy is second and sums(machine, minute)[0] > 1 else None)
+        machine.advance(3_000)
+    report(machine, second, successes=1)
+    assert sums(machine, minute) == (19, 9, 0)
+    assert report(machine, minute, failures=1)["transition"]["reason"] == "error_rate"
+
+
+def test_any_client_judges_the_longest_window(machine: Machine) -> None:
+    """A client that asks for a shorter window trips by the calls and the failed hosts of the longer one."""
+    minute = {**RATE, "quorum": 2, "minimum_calls": 20, "window_ms": 60_000}
+    begin(machine, minute)
+    report(machine, minute, failures=19, host="a")
+    machine.advance(50_000)
+    reply = report(machine, {**minute, "window_ms": 1_000}, failures=1, host="b")
+    assert (reply["state"], reply["transition"]["calls"]) == ("open", 20)
+
+
+def test_a_longer_window_ends_when_nobody_asks_for_it(machine: Machine) -> None:
+    """It makes room for a shorter one when it is empty, or after a whole window without a report that asks for it."""
+    minute, second = {**RATE, "minimum_calls": NEVER, "window_ms": 60_000}, {**RATE, "minimum_calls": NEVER}
+    begin(machine, minute)
+    report(machine, minute, successes=1)
+    machine.advance(50_000)
+    assert report(machine, second, successes=2)["window_ms"] == 60_000
+    machine.advance(1_000)
+    report(machine, minute, successes=4)  # asks again, so that the time begins anew
+    for _ in range(52):
+        machine.advance(1_000)
+        assert report(machine, second, successes=1)["window_ms"] == 60_000
+    machine.run("record", PLAIN, generation=machine.run("snapshot")["generation"], successes=1)  # asks for none
+    machine.advance(15_000)
+    assert "window_ms" not in report(machine, second, successes=8)
+    assert sums(machine, second)[0] == 8
+    machine.advance(1_000)
+    report(machine, minute, successes=1)
+    machine.advance(60_000)
+    assert report(machine, second, successes=1).get("window_ms") is None
+    machine.advance(1_000)
+    assert sums(machine, second)[0] == 0
 
 
 def test_a_window_begins_with_its_rule(machine: Machine) -> None:
@@ -518,7 +569,7 @@ def open_times(machine: Machine, policy: dict[str, Any], count: int) -> list[int
         ({"max_reset_timeout_ms": 1}, [1000, 1000, 1000]),
         ({"backoff_multiplier": 1, "max_reset_timeout_ms": 5000}, [1000, 1000, 1000]),
         ({"backoff_multiplier": 1.5}, [1000, 1500, 2250, 3375, 5062]),
-        ({"backoff_multiplier": 1000, "reset_timeout_ms": 10**6}, [10**6, 10**9, 365 * 86_400_000]),
+        ({"backoff_multiplier": 1000, "reset_timeout_ms": 10**6}, [10**6, 10**9, 30 * 86_400_000]),
     ],
 )
 def test_open_times(machine: Machine, fields: dict[str, Any], times: list[int]) -> None:
@@ -665,6 +716,37 @@ def test_one_instance_never_trips(machine: Machine) -> None:
             machine.advance(7)
 
 
+@pytest.mark.parametrize("policy", [QUORUM, QUORUM_RATE, {**SLOW, "quorum": 2}], ids=["run", "errors", "slow"])
+def test_one_host_is_one_voice(machine: Machine, policy: dict[str, Any]) -> None:
+    """However many of its instances fail, by every rule, whether they name the host or not; a second host trips it."""
+    begin(machine, policy)
+    for number in range(30):
+        for one in ({"instance": f"a:{number}-0badcafe"}, {"host": "a", "instance": f"{number}"}):
+            assert report(machine, policy, failures=5, slow=5, **one)["state"] == "closed"
+    assert list(machine.run("snapshot", policy)["reporters"]) == ["a"]
+    assert report(machine, policy, failures=1, slow=1, instance="b")["state"] == "open"
+
+
+@pytest.mark.parametrize(
+    ("given", "host"),
+    [
+        ({"instance": "fe80::1:7-0badcafe"}, "fe80::1"),
+        ({"instance": "me"}, "me"),
+        ({"instance": ":me"}, ":me"),
+        ({"instance": "me:"}, "me"),
+        ({"instance": "a:1", "host": "b:2"}, "b:2"),
+        ({"instance": "a:1", "host": ""}, ""),
+        ({"host": "h" * 200}, "h" * 200),
+    ],
+    ids=str,
+)
+def test_the_host_of_a_report(machine: Machine, given: dict[str, str], host: str) -> None:
+    """It is what the report says, else the instance up to its last colon, else the instance."""
+    begin(machine, QUORUM)
+    report(machine, QUORUM, failures=1, **given)
+    assert list(machine.run("snapshot", QUORUM)["reporters"]) == [host]
+
+
 def test_quorum_in_a_run(machine: Machine) -> None:
     """The second distinct instance that fails in the run trips it."""
     begin(machine, QUORUM)
@@ -712,11 +794,11 @@ def test_slow_reporters(machine: Machine) -> None:
 
 
 def test_bounded_reporters(machine: Machine) -> None:
-    """Of a hundred instances that fail no more than the newest `quorum` are kept."""
+    """Of a hundred hosts that fail no more than the newest `quorum` are kept."""
     policy = {**PLAIN, "quorum": 3, "failure_threshold": NEVER}
     begin(machine, policy)
     for number in range(100):
-        report(machine, policy, failures=1, successes=1, instance=f"host-{number:02}")
+        report(machine, policy, failures=1, successes=1, host=f"host-{number:02}")
         machine.advance(1)
     assert sorted(machine.run("snapshot", policy)["reporters"]) == ["host-97", "host-98", "host-99"]
 
@@ -725,12 +807,12 @@ def test_the_newest_reporters_stay(machine: Machine) -> None:
     """Whose last failure is the oldest goes first, whatever its name; of two at once, the first by name."""
     policy = {**PLAIN, "quorum": 2, "failure_threshold": NEVER}
     begin(machine, policy)
-    for instance in ("z", "y", "x"):
-        report(machine, policy, failures=1, successes=1, instance=instance)
+    for host in ("z", "y", "x"):
+        report(machine, policy, failures=1, successes=1, host=host)
         machine.advance(1)
     assert sorted(machine.run("snapshot", policy)["reporters"]) == ["x", "y"]
-    for instance in ("c", "b", "a"):
-        report(machine, policy, failures=1, successes=1, instance=instance)
+    for host in ("c", "b", "a"):
+        report(machine, policy, failures=1, successes=1, host=host)
     assert sorted(machine.run("snapshot", policy)["reporters"]) == ["b", "c"]
 
 
@@ -964,11 +1046,14 @@ def test_a_policy_is_no_transition(machine: Machine) -> None:
     assert machine.run("snapshot", PLAIN) == before
 
 
-def test_reset_leaves_the_policy(machine: Machine) -> None:
-    """A reset ends a forced state and the counts, not the operator's policy."""
-    machine.run("control", action="set_policy", override={"failure_threshold": 1})
-    machine.run("control", action="reset")
-    assert report(machine, PLAIN, failures=1)["state"] == "open"
+def test_reset_replaces_the_policy(machine: Machine) -> None:
+    """A reset ends the policy override with the forced state and the counts. The history stays."""
+    machine.run("control", action="force_open")
+    machine.run("control", action="set_policy", override={"failure_threshold": 1, "ttl_ms": 1000}, duration_ms=60_000)
+    reply = machine.run("control", PLAIN, action="reset")
+    assert (reply["changed"], reply.get("override"), reply["state"]) == (True, None, "closed")
+    assert report(machine, PLAIN, failures=1)["state"] == "closed"
+    assert machine.run("snapshot", PLAIN)["policy"]["failure_threshold"] == PLAIN["failure_threshold"]
 
 
 def test_a_lower_threshold_holds_for_the_next_failure(machine: Machine) -> None:

@@ -330,6 +330,7 @@ _RARE = st.one_of(
     ),
     st.tuples(st.just("set_policy"), POLICIES),  # one with an end goes by the clock of Redis itself
     st.tuples(st.just("clear_policy")),
+    st.tuples(st.just("other client")),  # the next requests come from the client with the other policy
 )
 STEPS = st.lists(
     st.one_of(
@@ -355,7 +356,7 @@ OUTCOMES = {
 }
 
 
-def play(machine: Machine, steps: list[Any], policy: dict[str, Any]) -> list[Any]:
+def play(machine: Machine, steps: list[Any], policy: dict[str, Any], other: dict[str, Any]) -> list[Any]:
     """The replies to a sequence; outcomes are reported for permits of the whole past, so stale ones too."""
     permits: list[dict[str, Any]] = []
     told = []
@@ -381,7 +382,8 @@ def play(machine: Machine, steps: list[Any], policy: dict[str, Any]) -> list[Any
         elif kind == "settle" and permits:
             permit = permits[-1 - rest[2] % len(permits)]
             slot = {"probe": permit["probe"]} if permit.get("probe") is not None else {}
-            request = {"instance": rest[0], "generation": permit["generation"], **slot, **OUTCOMES[rest[1]]}
+            request = {"instance": f"{rest[0]}:{rest[2]}", "generation": permit["generation"], **slot}
+            request |= OUTCOMES[rest[1]]
             tell(step, machine.run("record", policy, **request))
         elif kind == "batch" and permits:
             successes, failures, slow, counted, gathered = rest[1:]
@@ -395,16 +397,18 @@ def play(machine: Machine, steps: list[Any], policy: dict[str, Any]) -> list[Any
             tell(step, machine.run("control", policy, action="set_policy", override=rest[0]))
         elif kind == "clear_policy":
             tell(step, machine.run("control", policy, action="clear_policy"))
+        elif kind == "other client":
+            policy, other = other, policy
         tell("snapshot", machine.run("snapshot", policy))
     return told
 
 
 @settings(max_examples=SEQUENCES, deadline=None, suppress_health_check=list(HealthCheck))
-@given(steps=STEPS, policy=POLICIES)
-def test_engines_agree(client: redis.Redis, steps: list[Any], policy: dict[str, Any]) -> None:
-    """The Lua and the Python mirror reply the same, step by step, to random sequences with random policies.
+@given(steps=STEPS, policy=POLICIES, other=POLICIES)
+def test_engines_agree(client: redis.Redis, steps: list[Any], policy: dict[str, Any], other: dict[str, Any]) -> None:
+    """The Lua and the Python mirror reply the same, step by step, to random sequences of two clients' requests.
 
     With a snapshot after each step.
     """
     client.delete(*keys_of("m"))
-    assert play(lua_machine(client), steps, policy) == play(memory_machine(), steps, policy)
+    assert play(lua_machine(client), steps, policy, other) == play(memory_machine(), steps, policy, other)

@@ -18,6 +18,7 @@ _FINE = "fine"
 class _Pair:
     near: asyncio.StreamWriter
     far: asyncio.StreamWriter
+    used_at: float  # when something last passed
 
 
 class FaultProxy:
@@ -30,6 +31,8 @@ class FaultProxy:
     drop_replies(): requests pass, replies vanish.
     truncate(size): so many bytes of a reply pass, then the link is cut.
     reset(): every link is cut at once.
+    drop_idle(seconds): a link on which nothing has passed for so long leads nowhere any more, and its client does not
+        notice. dropped counts these.
 
     For the links that are open now, and for good:
     cut(): they are cut. half_open(): they lead nowhere any more, and their clients do not notice.
@@ -47,7 +50,7 @@ class FaultProxy:
         self._dead: set[_Pair] = set()
         self._dumb: set[_Pair] = set()
         self._tasks: set[asyncio.Task[None]] = set()
-        self.accepted = 0
+        self.accepted = self.dropped = 0
         self._thread = threading.Thread(target=self._loop.run_forever, name="fault-proxy", daemon=True)
         self._thread.start()
         self._server = self._do(self._listen)
@@ -74,6 +77,9 @@ class FaultProxy:
 
     def truncate(self, size: int) -> None:
         self._set("truncate", size)
+
+    def drop_idle(self, seconds: float) -> None:
+        self._set("drop_idle", seconds)
 
     def reset(self) -> None:
         self._set("reset")
@@ -146,7 +152,7 @@ class FaultProxy:
         except OSError:
             near.transport.abort()
             return
-        pair = _Pair(near, far)
+        pair = _Pair(near, far, self._loop.time())
         self._pairs.add(pair)
         task = asyncio.current_task()
         assert task is not None
@@ -192,6 +198,11 @@ class FaultProxy:
         """What of the data goes on, when it may; None for nothing."""
         while self._way == "stall" or (self._way == "hold_replies" and reply):
             await self._changed.wait()
+        if self._way == "drop_idle" and pair not in self._dead:
+            silent, pair.used_at = self._loop.time() - pair.used_at, self._loop.time()
+            if silent >= self._argument:
+                self._dead.add(pair)
+                self.dropped += 1
         if pair in self._dead:
             return None
         if reply and (self._way == "drop_replies" or pair in self._dumb):

@@ -12,7 +12,7 @@ import msgpack
 import pytest
 import redis
 
-from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Policy, PolicyError
+from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Event, Policy, PolicyError
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire.scripts import SCRIPTS, compose
 
@@ -112,8 +112,8 @@ def test_a_count_of_zero(field: str) -> None:
 
 
 EXTREMES = [
-    {"failure_threshold": 10**9, "reset_timeout": 31_536_000.0, "success_threshold": 10**9},
-    {"half_open_max_calls": 1000, "probe_timeout": 31_536_000.0, "ttl": 31_536_000.0},
+    {"failure_threshold": 10**9, "reset_timeout": 2_592_000.0, "success_threshold": 10**9},
+    {"half_open_max_calls": 1000, "probe_timeout": 86_400.0, "ttl": 31_536_000.0},
     {"failure_threshold": 1, "reset_timeout": 0.001, "probe_timeout": 0.001, "ttl": 1.0},
 ]
 
@@ -160,3 +160,25 @@ def test_huge_requests(client: redis.Redis, what: str, pack: Any) -> None:
             client.eval(compose(script), 3, "state", "history", "policy", pack(HUGE[what]))
         assert len(str(refused.value)) < 300
     assert client.dbsize() == 0
+
+
+def test_huge_stored_values(server: EmbeddedServer, client: redis.Redis) -> None:
+    """Megabytes under the keys of a breaker cause no outage: they are not decoded, and the document is replaced."""
+    events: list[Event] = []
+    policy = Policy(failure_threshold=2)
+    breakers = [CircuitBreaker(name, redis=server.url, policy=policy, listeners=[events.append]) for name in "ab"]
+    reporters = {f"host-{number}": 1_700_000_000_000 for number in range(300_000)}
+    document = {"state": "closed", "failure_count": 0, "generation": 1_700_000_000_000, "reporters": reporters}
+    client.set(breakers[0].keys.state, json.dumps(document))
+    client.set(breakers[0].keys.policy, json.dumps({"failure_threshold": 9, "x": "x" * 6_000_000}))
+    for _ in range(2):
+        for breaker in breakers:
+            with pytest.raises(ZeroDivisionError):
+                breaker.call(divmod, 1, 0)
+    assert [(event.breaker, event.kind, event.source) for event in events] == [
+        ("a", "state_change", "redis"),
+        ("b", "state_change", "redis"),
+    ]
+    assert client.strlen(breakers[0].keys.state) < 1000
+    breakers[0].reset()
+    assert not client.exists(breakers[0].keys.policy)

@@ -23,7 +23,7 @@ class Instance:
     def __init__(self, number: int, url: str, name: str, policy: Policy) -> None:
         self.number, self.percent, self.tally = number, 1, Counter[str]()
         # a slow machine is no outage
-        self.breaker = CircuitBreaker(name, redis=url, policy=policy, redis_timeout=30.0)
+        self.breaker = CircuitBreaker(name, redis=url, policy=policy, redis_timeout=30.0, host=f"host-{number}")
 
     def work(self) -> None:
         turn = (self.number + 37 * self.tally.total()) % 100

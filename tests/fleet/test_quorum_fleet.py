@@ -69,7 +69,12 @@ class SimulatedFleet:
     def breaker(self, number: int) -> CircuitBreaker:
         policy = Policy(**RULES, window=self.window_ms / 1000)
         breaker = CircuitBreaker(
-            "fleet", redis=self.client, policy=policy, lease=0, listeners=[self.events[number].append]
+            "fleet",
+            redis=self.client,
+            policy=policy,
+            lease=0,
+            listeners=[self.events[number].append],
+            host=f"host-{number}",
         )
         breaker._redis = FrozenRedis(self.client, breaker._redis)
         return breaker

@@ -300,7 +300,7 @@ class Search:
         """The world after a script has run, and its reply; checks what must hold of every run."""
         engine = self.engine
         engine._document = copy_of(world.engine.document) if world.engine else None
-        self.clock = world.now_ms
+        self.clock, engine._latest_ms = world.now_ms, 0  # of another world
         reply = engine.run(script, {**request, "policy": self.policy})
         after = dataclasses.replace(world, engine=Frozen(engine._document))
         if world.failovers < self.bounds.failovers and after.engine != world.engine:

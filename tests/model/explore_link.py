@@ -114,15 +114,15 @@ def virtual_time() -> Iterator[None]:
     """The clock and the chance of the client are those of the world that was made last."""
     kept = [(module, "monotonic", module.monotonic) for module in _CLOCKED]
     kept += [(module, "random", module.random) for module in (_line, _view, link_module)]
-    kept += [(_memory, "clock_ms", _memory.clock_ms), (_core, "View", _core.View)]
+    kept += [(_memory, "clock_ms", _memory.clock_ms), (_core, "clock_ms", _core.clock_ms), (_core, "View", _core.View)]
     kept += [(_rules, "_local_generations", _rules._local_generations)]
     level = logging.getLogger("pybreaker_redis").level
     try:
         for module in _CLOCKED:
-            module.monotonic = lambda: _world.now  # type: ignore[attr-defined]
+            module.monotonic = lambda: getattr(_world, "now", 0.0)  # type: ignore[attr-defined]
         for module in (_line, _view, link_module):
             module.random = Still  # type: ignore[attr-defined]
-        _memory.clock_ms = lambda: _world.now_ms()
+        _memory.clock_ms = _core.clock_ms = lambda: _world.now_ms()
         _core.View = TrueView  # type: ignore[misc]
         logging.getLogger("pybreaker_redis").setLevel(logging.CRITICAL + 1)
         yield
@@ -672,6 +672,9 @@ class Process:
 class Watching:
     """Stands in for a Watch."""
 
+    def join(self) -> None:
+        """Its messages come all the same."""
+
     def after_fork(self) -> None:
         """Nothing to do."""
 
@@ -689,11 +692,11 @@ class Breaker(BreakerCore):
 
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
-        self.instance = f"process-{_world.making}"
-        self._notices.start_process(self.instance)
+        self._instance = f"process-{_world.making}"
+        self._notices.start_process(self._instance)
         for request in (self._with_policy, self._without_policy):
             if "instance" in request:
-                request["instance"] = self.instance
+                request["instance"] = self._instance
         changed = self._notices.changed
 
         def once(change: dict[str, Any], source: str, instance: str | None = None) -> None:
@@ -1036,7 +1039,7 @@ class World:
                 if actor.waits():
                     yield actor.until
             for health in process.link.failing:
-                yield health._retry_at
+                yield health._waits_since + health._waits_for
             for breaker in process.breakers:
                 view, seen = breaker._view, breaker._view.seen
                 yield from (seen.sent + LEASE, seen.sent + 2 * LEASE, seen.retry_at)
@@ -1261,7 +1264,7 @@ class _Fingerprint:
     def health(self, health: Health | None) -> Any:
         if health is None or health.error is None:
             return None
-        return health.abandoned, self.future(health._retry_at), health._pause
+        return health.abandoned, self.future(health._waits_since + health._waits_for), health._pause
 
     def breaker(self, breaker: Breaker) -> Any:
         view, line = breaker._view, breaker._line
@@ -1271,7 +1274,11 @@ class _Fingerprint:
         total = counter.total()
         gathered = tuple(self.ranks.get(one.ended) for one in view.gathered_truly[counter])
         text = self.world.redis.text(breaker.keys.state.encode())
-        known = line._known and (line._known[0].document == text, line._known[1] is seen, self.future(line._known[2]))
+        known = line._known and (
+            line._known[0].document == text,
+            line._known[1] is seen,
+            self.future(line._known[2] + line._known[3]),
+        )
         local = line.local and self.document(getattr(line.local, "_document", None))
         return (
             *(seen.state, self.generations.get(seen.generation), seen.failure_count, self.time(seen.sent)),
@@ -1279,7 +1286,11 @@ class _Fingerprint:
             *(self.future(seen.watched_until), self.future(seen.open_until)),
             *(total - counter._taken, total - counter._looked_at, total - counter._read_at),
             *(counter.read_number, counter.proved, gathered),
-            *(self.time(view._not_before), self.future(view._alert_until), self.future(view._next_report_at)),
+            *(
+                self.time(view._not_before),
+                self.future(view._alerted_at + view._alert_for),
+                self.future(view._claimed_at + LEASE),
+            ),
             *(self.time(view._ended_at, JUST_NOW), view._ended_at > view._reported_at),
             *(view._base[0], self.time(view._base[1], 1.0), len(breaker._asking)),
             *(known, local, bool(line.news), line._texts is None, self.health(line.trouble)),

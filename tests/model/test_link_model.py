@@ -144,11 +144,11 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
     "waits for no report": (LATER, WALK, Link, "is_reporting", never),
     "adopts a reply of any earlier generation": (
         *("goes back to an earlier generation", WALK, View, "adopt"),
-        (("if sent < since and generation <=", "if sent < seen.sent and generation =="),),
+        (("if sent < since <= now and generation <=", "if sent < seen.sent and generation =="),),
     ),
     "adopts any reply of the generation": (
         *("goes back to an earlier reply", WALK, View, "adopt"),
-        (("if sent < since and generation <=", "if sent < since and generation <"),),
+        (("if sent < since <= now and generation <=", "if sent < since and generation <"),),
     ),
     "uses a view for four leases": (
         *("a view decides", WALK, BreakerCore, "_must_wait"),
@@ -160,7 +160,7 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
     ),
     "keeps no refusal": (
         *("asks again within its lease", setup(policy={"failure_threshold": 1}), Seen, "verdict"),
-        (("if now < self.retry_at", 'if now < self.retry_at and self.state == "open"'),),
+        (("if self.left(self.retry_at, now) > 0", 'if self.left(self.retry_at, now) > 0 and self.state == "open"'),),
     ),
     "lets all calls ask": (
         *("more calls of a process ask", setup(policy={"failure_threshold": 1}), BreakerCore, "_consult"),
@@ -185,13 +185,13 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
     ),
     "never decides for itself": ("while it is down|although Redis counts", WALK, Line, "engine", lambda _: None),
     "does not return": ("does not count as down|has not returned", WALK, Line, "_return", lambda *_: None),
-    "retries all the time": ("too soon", WALK, Health, "is_due", lambda health, now: health.error is not None),
+    "retries all the time": ("too soon", WALK, Health, "is_due", lambda health: health.error is not None),
     "tells its own transitions again": ("notified twice", WALK, Line, "announce", announces_all),
     "retries with all breakers at once": (
         *("too soon|one retry", setup(breakers=2), Health, "claim"),
-        (("due = self.is_due(now)", "due = self.error is not None"),),
+        (("due = self.is_due()", "due = self.error is not None"),),
     ),
-    "never rests": ("thread does not end", WALK, Line, "due", (("now - used_at > IDLE", "False"),)),
+    "never rests": ("thread does not end", WALK, Line, "due", (("unused > IDLE", "False"),)),
     "ignores hints": ("disagrees", WALK, Link, "use", (("self._hinted[member] = None", "pass"),)),
 }
 

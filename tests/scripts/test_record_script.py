@@ -184,6 +184,15 @@ def test_a_healthy_report_writes_no_document(
     assert client.pttl(KEYS.state) > 3_000_000
 
 
+def test_a_kept_window_outlives_the_ttl_of_others(client: redis.Redis) -> None:
+    """A report that asks for a shorter window and a shorter TTL does not let the longer window expire."""
+    machine, rate = lua_machine(client, "discovery"), {"error_rate_threshold": 0.5, "ttl_ms": 1000}
+    generation = machine.run("acquire", {**rate, "window_ms": 60_000})["generation"]
+    for window_ms in (60_000, 1000):
+        machine.run("record", {**rate, "window_ms": window_ms}, generation=generation, failures=1)
+        assert 50_000 < client.pttl(KEYS.state) <= 60_000
+
+
 @pytest.mark.parametrize("state", ["closed", "open", "half_open"])
 def test_what_an_empty_report_writes(client: redis.Redis, state: str) -> None:
     """A report of nothing renews the TTL; without a generation it also asks for room, and writes nothing there."""

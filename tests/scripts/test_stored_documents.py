@@ -175,14 +175,173 @@ def test_unknown_fields(client: redis.Redis) -> None:
 
 
 def test_gateway_rewrites_ours(client: redis.Redis) -> None:
-    """A document that another program wrote back without our fields keeps its state; our permits end."""
+    """A closed document that another program wrote back without our fields goes on, with its count and our permits."""
     machine = lua_machine(client, "discovery")
     permit = machine.run("acquire", POLICY)["generation"]
+    machine.run("record", POLICY, generation=permit, failures=1)
+    for script, counts, count in (
+        ("record", {"failures": 1}, 3),
+        ("record", {"successes": 1, "seen_failure": 1}, 2),  # it knew of none of these failures
+        ("record", {"successes": 1}, 0),
+        ("acquire", {"successes": 1, "failures": 0}, 0),
+        ("record", {}, 2),
+    ):
+        machine.advance(5)
+        put(client, **_contract("closed", failures=2))
+        request = {key: value for key, value in counts.items() if value}
+        reply = machine.run(script, {**POLICY, "failure_threshold": 9}, generation=permit, **request)
+        assert (reply["state"], reply["failure_count"], reply["generation"]) == ("closed", count, permit)
+        assert document(client)["generation"] == permit
+    put(client, **_contract("closed", failures=2))
+    assert machine.run("record", POLICY, generation=permit, failures=1)["state"] == "open"
+
+
+@pytest.mark.parametrize("generation", [None, 0, START_MS + 6])
+def test_gateway_and_an_unknown_generation(client: redis.Redis, generation: int | None) -> None:
+    """A caller that knows no generation, or one that cannot be, gets a new one; nothing of its counts."""
+    machine = lua_machine(client, "discovery")
+    put(client, **_contract("closed", failures=2))
     machine.advance(5)
-    put(client, **_contract("closed", failures=1))
-    reply = machine.run("record", POLICY, generation=permit, failures=1)
-    assert (reply["applied"], reply["state"], reply["failure_count"]) == (False, "closed", 1)
-    assert reply["generation"] > permit
+    request = {} if generation is None else {"generation": generation, "failures": 1}
+    reply = machine.run("record", POLICY, **request)
+    assert (reply["applied"], reply["failure_count"], reply["generation"]) == (False, 2, START_MS + 5)
+
+
+@pytest.mark.parametrize(("state", "slot"), [("open", None), ("open", 1), ("closed", 1), ("half_open", None)])
+def test_gateway_and_a_permit_of_another_state(client: redis.Redis, state: str, slot: int | None) -> None:
+    """An outcome does not count in a state that did not admit its call."""
+    machine = lua_machine(client, "discovery")
+    put(client, **_contract(state, failures=2, opened=None if state == "closed" else START_MS // 1000))
+    fields = {} if slot is None else {"probe": slot}
+    reply = machine.run("record", POLICY, generation=START_MS - 9, failures=1, **fields)
+    assert (reply["applied"], reply["failure_count"], reply["generation"]) == (False, 2, START_MS)
+
+
+@pytest.mark.parametrize(("outcome", "state"), [("successes", "closed"), ("failures", "open")])
+def test_gateway_rewrites_ours_while_a_probe_runs(client: redis.Redis, outcome: str, state: str) -> None:
+    """A probe that ends after another program wrote a half-open document back counts, though its slot is gone."""
+    machine = lua_machine(client, "discovery")
+    put(client, **_contract("half_open", failures=3, opened=START_MS // 1000 - 1))
+    permit = machine.run("acquire", POLICY)
+    machine.advance(200)
+    put(client, **_contract("half_open", failures=3, opened=START_MS // 1000 - 1))
+    reply = machine.run("record", POLICY, generation=permit["generation"], probe=permit["probe"], **{outcome: 1})
+    assert (reply["applied"], reply["state"]) == (True, state)
+
+
+# Bounds -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [65_536, 65_537])
+@pytest.mark.parametrize("kind", ["document", "policy"])
+def test_a_value_longer_than_64_kb_is_corrupt(client: redis.Redis, kind: str, size: int) -> None:
+    """However sound it is: nobody stores so much, and it would take the server's time in every script."""
+    machine, within = lua_machine(client, "discovery"), size <= 65_536
+    if kind == "document":
+        text = json.dumps({**_contract("closed", failures=2), "generation": START_MS, "x": ""}, separators=(",", ":"))
+        client.set(KEYS.state, text.replace('"x":"', '"x":"' + "x" * (size - len(text))))
+        reply = machine.run("acquire", POLICY)
+        assert (reply["failure_count"], reply.get("warning")) == ((2, None) if within else (0, "corrupt_document"))
+        assert (client.strlen(KEYS.state) == size) == within
+    else:
+        client.set(KEYS.policy, '{"failure_threshold":1' + " " * (size - 23) + "}")
+        reply = machine.run("acquire", POLICY)
+        assert (reply.get("override"), reply.get("warning")) == (
+            ({"failure_threshold": 1}, None) if within else (None, "corrupt_policy")
+        )
+
+
+@pytest.mark.parametrize("count", [1000, 2000])
+def test_no_more_than_a_thousand_probes_are_read(client: redis.Redis, count: int) -> None:
+    """So many slots can be taken; a document with more was not written by us."""
+    probes = {str(number): START_MS + 300 for number in range(count)}
+    own = {"generation": 7, "probe_seq": count, "probe_ms": 400, "probes": probes}
+    put(client, **_contract("half_open", failures=5, opened=START_MS // 1000), **own)
+    assert lua_machine(client, "discovery").run("snapshot")["probes_in_flight"] == 1000
+
+
+@pytest.mark.parametrize("count", [100, 1000])
+def test_no_more_than_a_hundred_reporters_are_read(client: redis.Redis, count: int) -> None:
+    """As many as the greatest quorum counts."""
+    own = {"generation": 7, "reporters": {f"host-{number}": START_MS for number in range(count)}}
+    put(client, **_contract("closed"), **own)
+    assert len(lua_machine(client, "discovery").run("snapshot")["reporters"]) == 100
+
+
+@pytest.mark.parametrize("script", ["acquire", "record"])
+@pytest.mark.parametrize("generation", [7, START_MS, LARGEST - 9])
+@pytest.mark.parametrize("opened_days", [None, -365, -10, 0, 365])
+@pytest.mark.parametrize("open_days", [31, 730, 900_000])
+def test_an_open_state_lasts_thirty_days(
+    client: redis.Redis, open_days: int, opened_days: int | None, generation: int, script: str
+) -> None:
+    """Counted from when it began, or from now if that is unknown: then the end is stored, and later scripts keep it."""
+    machine = lua_machine(client, "discovery")
+    opened = None if opened_days is None else (START_MS + opened_days * DAY_MS) // 1000
+    own = {"generation": generation, "open_until_ms": START_MS + open_days * DAY_MS, "open_ms": open_days * DAY_MS}
+    put(client, **_contract("open", failures=5, opened=opened), **own)
+    left = max(0, 30 * DAY_MS + min(opened_days or 0, 0) * DAY_MS)
+    assert machine.run("snapshot")["retry_after_ms"] == pytest.approx(left, abs=999)
+    reply = machine.run(script, {"ttl_ms": 1000})
+    if left == 0 and script == "acquire":
+        assert reply["state"] == "half_open"
+        return
+    machine.advance(DAY_MS)
+    before = picture(client)
+    machine.run(script, {"ttl_ms": 1000})
+    assert picture(client) == before
+    assert machine.run("snapshot")["retry_after_ms"] == pytest.approx(max(left - DAY_MS, 0), abs=999)
+
+
+@pytest.mark.parametrize("state", ["open", "closed"])
+def test_a_forced_state_lasts_thirty_days(client: redis.Redis, state: str) -> None:
+    """Counted from when it began, whatever is stored; the end does not move from one script to the next."""
+    machine = lua_machine(client, "discovery")
+    for generation, left_days in ((START_MS - 10 * DAY_MS, 20), (START_MS + 365 * DAY_MS, 30)):
+        opened = None if state == "closed" else min(generation, START_MS + DAY_MS) // 1000
+        own = {"generation": generation, "forced": state, "forced_until_ms": LARGEST}
+        own |= {"open_ms": LARGEST, "open_until_ms": LARGEST}
+        put(client, **_contract(state, opened=opened), **own)
+        for day in range(3):
+            left = pytest.approx((left_days - day) * DAY_MS, abs=999)
+            assert machine.run("acquire")["forced_left_ms"] == left
+            machine.advance(DAY_MS)
+        machine.advance(-3 * DAY_MS)
+
+
+def test_a_slot_lasts_a_day(client: redis.Redis) -> None:
+    """The slot of a probe that is due much later is cut to a day from now, or freed if nobody can have given it."""
+    machine = lua_machine(client, "discovery")
+    for due_days, taken in ((1, True), (2, True), (3, False), (900_000, False)):
+        own = {"generation": 7, "probe_seq": 1, "probe_ms": 900_000 * DAY_MS}
+        own["probes"] = {"1": START_MS + due_days * DAY_MS}
+        put(client, **_contract("half_open", failures=5, opened=START_MS // 1000), **own)
+        assert machine.run("acquire")["admitted"] is not taken
+        if taken:
+            for left in (DAY_MS, DAY_MS // 2, 1):
+                machine.advance(START_MS + DAY_MS - left - machine.now_ms)
+                assert machine.run("acquire")["admitted"] is False
+            machine.advance(1)
+            assert machine.run("acquire")["admitted"] is True
+        machine.advance(START_MS - machine.now_ms)
+
+
+@pytest.mark.parametrize("policy", ["hostile", "corrupt", "list"])
+def test_reset_replaces_everything(client: redis.Redis, policy: str) -> None:
+    """Whatever is stored as document and as policy override, after a reset the caller's own policy is in force."""
+    machine = lua_machine(client, "discovery")
+    put(client, **_contract("open", failures=5), generation=LARGEST - 9, open_until_ms=LARGEST, open_ms=LARGEST)
+    if policy == "list":
+        client.rpush(KEYS.policy, "x")
+    else:
+        hostile = {"failure_threshold": 10**9, "ttl_ms": 1000, "enforce": False}
+        client.set(KEYS.policy, json.dumps(hostile) if policy == "hostile" else "x" * 100_000)
+    reply = machine.run("control", POLICY, action="reset", instance="me")
+    assert (reply["state"], reply.get("override"), reply.get("warning")) == ("closed", None, None)
+    assert not client.exists(KEYS.policy)
+    assert client.pttl(KEYS.state) > 3_000_000
+    assert client.xlen(KEYS.history) == 1
+    assert machine.run("record", POLICY, generation=reply["generation"], failures=3)["state"] == "open"
 
 
 # Foreign and corrupt values ---------------------------------------------------------------------
@@ -326,12 +485,12 @@ def test_limits_of_a_healthy_document(client: redis.Redis, field: str, value: in
 @pytest.mark.parametrize(
     ("state", "own", "number"),
     [
-        ("closed", {}, 3),
+        ("closed", {}, START_MS),
         ("closed", {"generation": START_MS}, 3),
         ("closed", {"generation": START_MS, "failure_number": 2}, 3),
         ("closed", {"generation": START_MS, "failure_number": 3}, 3),
         ("closed", {"generation": START_MS, "failure_number": 10}, 10),
-        ("closed", {"failure_number": 10}, 3),
+        ("closed", {"failure_number": 10}, START_MS),
         ("closed", {"generation": START_MS, "failure_number": "10"}, 3),
         ("closed", {"generation": START_MS, "failure_number": 10.5}, 3),
         ("closed", {"generation": START_MS, "failure_number": -1}, 3),
@@ -343,7 +502,7 @@ def test_limits_of_a_healthy_document(client: redis.Redis, field: str, value: in
 def test_a_stored_failure_number(
     client: redis.Redis, dense: bool, state: str, own: dict[str, Any], number: int
 ) -> None:
-    """Where another program stored no number, or less than the run, the run's count stands for it."""
+    """Where less than the run is stored, its count stands for it; where another program wrote, the clock."""
     machine = lua_machine(client, "discovery")
     stored = {**_contract(state, failures=3, last=START_MS // 1000), "version": 1, **own}
     client.set(KEYS.state, json.dumps(stored, separators=(",", ":") if dense else None))
@@ -435,12 +594,14 @@ def test_a_thousand_trips(client: redis.Redis) -> None:
 
 @pytest.mark.parametrize("state", ["open", "closed"])
 def test_the_longest_override(client: redis.Redis, state: str) -> None:
-    """An override that ends in more than thirty days and one for a clock that went back, or has ended, is none."""
+    """A forced state that has ended is none; one that would last longer than thirty days ends then."""
     machine = lua_machine(client, "discovery")
-    for ends, forced in ((0, None), (1, state), (31 * DAY_MS, state), (31 * DAY_MS + 1, None)):
+    for ends, left in ((0, None), (1, 1), (30 * DAY_MS, 30 * DAY_MS), (LARGEST - START_MS, 30 * DAY_MS)):
         own = {"version": 1, "generation": START_MS, "forced": state, "forced_until_ms": START_MS + ends}
-        put(client, **_contract(state, opened=START_MS // 1000), **own)
-        assert machine.run("snapshot").get("forced") == forced
+        put(client, **_contract(state, opened=None if state == "closed" else START_MS // 1000), **own)
+        seen = machine.run("snapshot")
+        assert seen.get("forced") == (None if left is None else state)
+        assert seen.get("forced_left_ms") == (left and pytest.approx(left, abs=999))
 
 
 @pytest.mark.parametrize("reporters", [{"a": "soon"}, {"a": START_MS + 60_001}, {"a": -1}, [START_MS], "a"])

@@ -1,0 +1,16 @@
+"""Times on the monotonic clock, which a test may freeze, far in the future or the past, and let go again.
+
+Each deadline is therefore kept as a beginning and a length: one that began in the future is due.
+"""
+
+from __future__ import annotations
+
+NEVER = float("-inf")
+
+
+def age(since: float, now: float) -> float:
+    """Seconds since then; infinite if then is in the future, since the clock was turned back meanwhile.
+
+    Read the clock after what other threads may set: age(self.used_at, monotonic()), in this order.
+    """
+    return now - since if since <= now else float("inf")
