@@ -5,7 +5,22 @@ Each deadline is therefore kept as a beginning and a length: one that began in t
 
 from __future__ import annotations
 
+from time import monotonic
+from typing import Protocol
+
 NEVER = float("-inf")
+
+
+class Clock(Protocol):
+    """The clock of a breaker in memory, if it is not the machine's: pybreaker_redis.testing.FakeClock."""
+
+    def monotonic(self) -> float: ...
+    def now_ms(self) -> int: ...
+
+
+def machine() -> float:
+    """The machine's clock, which a test may patch in this module at any time."""
+    return monotonic()
 
 
 def age(since: float, now: float) -> float:

@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypeVar
 
 from . import _protocol
 from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome
-from ._clock import NEVER, age
+from ._clock import NEVER, Clock, age, machine
 from ._config import check_options, host_of
 from ._errors import CircuitOpenError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices, logger
@@ -66,8 +66,10 @@ class BreakerCore:
         prefix: str = "circuit_breaker",
         redis_timeout: float = 0.25,
         host: str | None = None,
+        clock: Clock | None = None,
     ) -> None:
         check_options(lease, on_redis_failure, redis_timeout)
+        check_clock(clock, redis)
         if policy is not None and not isinstance(policy, Policy):
             raise PolicyError(f"policy must be a Policy, as in Policy(failure_threshold=3), not {policy!r}")
         if fallback is not None:
@@ -88,11 +90,15 @@ class BreakerCore:
         self._only_counts = self._every_result_succeeds and not self._notices.on_call
         self._client = None if redis is None else client_of(redis, self._kind)
         self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
+        self._now = machine if clock is None else clock.monotonic
         # in memory, each object is a breaker of its own
-        self._innermost = Innermost() if redis is None else innermost_of(self.keys.state, address_of(self._client))
+        self._innermost = (
+            Innermost(self._now) if redis is None else innermost_of(self.keys.state, address_of(self._client))
+        )
         if resource_warnings_are_shown():
             self._permit = self._warning_permit
-        self._view = View(float(lease), self.policy)
+        # a clock of its own needs a lease of 0: then no call takes the fast path, which reads the machine's
+        self._view = View(float(lease) if clock is None else 0.0, self.policy, self._now)
         self._slow_calls = SlowCalls(self._view)
         self._override: dict[str, Any] | None = None  # the policy override, as last read
         self._override_end = NEVER, float("inf")  # when it was read, and how many seconds it then had left
@@ -101,7 +107,8 @@ class BreakerCore:
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
         # one of the two: the state machine in this process, or the breaker's part in the link to Redis
-        self._memory = MemoryEngine(quorum_of_one=True) if redis is None else None
+        now_ms = clock_ms if clock is None else clock.now_ms
+        self._memory = MemoryEngine(now_ms, quorum_of_one=True) if redis is None else None
         self._line = None if redis is None else Line(self, self._redis, on_redis_failure)
         self._start_process()
         process.add(self)
@@ -166,12 +173,12 @@ class BreakerCore:
         """
         if getpid() != process.pid:
             process.start()
-        view, now = self._view, monotonic()
+        view, now = self._view, self._now()
         if self._override is not None and self._override_left() <= 0:
             self._end_override()
         if view.seen.age() >= view.lease and self._must_wait(began, now, refreshed):
             return Verdict.WAIT
-        seen, now = view.seen, monotonic()
+        seen, now = view.seen, self._now()
         verdict = Verdict.ASK if view.lease <= 0 else seen.verdict(now)
         if verdict is Verdict.ADMIT:
             ramp_left = seen.left(seen.ramp_until, now)
@@ -226,7 +233,7 @@ class BreakerCore:
         return self._admitted(reply["generation"], reply.get("probe"))
 
     def _admitted(self, generation: int, probe: int | None = None) -> BasePermit:
-        permit = self._permit(self, generation, monotonic(), probe)
+        permit = self._permit(self, generation, self._now(), probe)
         self._slow_calls.began(permit)
         return permit
 
@@ -236,7 +243,7 @@ class BreakerCore:
         self._notices.rejected(retry_after, enforced)
         if enforced:
             raise CircuitOpenError(self.name, state, retry_after)
-        return self._permit(self, None, monotonic())
+        return self._permit(self, None, self._now())
 
     # Reports
 
@@ -392,7 +399,7 @@ class BreakerCore:
         return None if engine is None else self._run_on(engine, name, request)
 
     def _run_on(self, engine: Engine, name: str, request: Request) -> Reply:
-        sent = monotonic()
+        sent = self._now()
         complete = self._complete(name, request)
         complete.pop("seen_failure", None)  # a number of the fleet's; here, all outcomes come in order
         reply = engine.run(name, complete)
@@ -455,7 +462,7 @@ class BreakerCore:
         if reply["source"] == "local":
             return
         with self._obeying:
-            override, latest, now = reply.get("override"), self._view.seen.sent, monotonic()
+            override, latest, now = reply.get("override"), self._view.seen.sent, self._now()
             if sent < self._obeyed <= now or sent < latest <= now:
                 return
             self._obeyed = sent
@@ -478,7 +485,7 @@ class BreakerCore:
     def _override_left(self) -> float:
         """Seconds until the policy override ends; infinite if it was given no end."""
         since, left = self._override_end
-        return left if left == float("inf") else left - age(since, monotonic())
+        return left if left == float("inf") else left - age(since, self._now())
 
     def _check(self, reply: Reply) -> None:
         warning = reply.get("warning")
@@ -572,7 +579,7 @@ class BreakerCore:
             duration_of_slow = policy.get("slow_call_duration", self._view.policy.slow_call_duration)
             if policy.get("slow_call_rate_threshold") and not duration_of_slow:
                 raise PolicyError("slow_call_rate_threshold needs slow_call_duration: set both")
-        sent = monotonic()
+        sent = self._now()
         if self._memory is not None:
             reply = self._memory.run("control", request)
             self._obey(reply, sent)
@@ -590,6 +597,16 @@ class BreakerCore:
             self._check(reply)
         if not changed:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
             self._view.drop()
+
+
+def check_clock(clock: object, redis: object) -> None:
+    """Raise PolicyError unless this is a clock, of a breaker that may have one."""
+    if clock is None:
+        return
+    if not callable(getattr(clock, "monotonic", None)) or not callable(getattr(clock, "now_ms", None)):
+        raise PolicyError(f"clock must be a pybreaker_redis.testing.FakeClock, or None, not {clock!r}")
+    if redis is not None:
+        raise PolicyError("clock= is for breakers in memory, without redis=: Redis decides on the server's own clock")
 
 
 def check_fallback(given: object) -> None:

@@ -10,8 +10,9 @@ from typing import Any, Generic, ParamSpec, Self, TypeAlias, TypeVar
 
 from ._async import AsyncCircuitBreaker, AsyncWatch
 from ._classify import Classification, Exceptions
+from ._clock import Clock
 from ._config import Config
-from ._core import BreakerCore
+from ._core import BreakerCore, check_clock
 from ._errors import ConfigError, PolicyError
 from ._events import Event
 from ._policy import Policy
@@ -48,7 +49,9 @@ class ManagerCore(Generic[B]):
         classify: Mapping[str, Classification] | None = None,
         listeners: Iterable[Callable[[Event], object]] = (),
         on_call: Iterable[Callable[[Event], object]] = (),
+        clock: Clock | None = None,
     ) -> None:
+        check_clock(clock, None)
         self.config = _config_from(config)
         self._hooks: dict[str, Any] = {
             "failures": failures,
@@ -56,6 +59,7 @@ class ManagerCore(Generic[B]):
             "is_failure": is_failure,
             "listeners": tuple(listeners),
             "on_call": tuple(on_call),
+            "clock": clock,
         }
         self._classify = dict(classify or {})
         for service, own in self._classify.items():
@@ -79,6 +83,7 @@ class ManagerCore(Generic[B]):
         return manager
 
     def _share(self, client: Any) -> None:
+        check_clock(self._hooks["clock"], self)
         url, options = self.config.redis_url, self.config.redis_options
         self._client = self._kind.from_url(url, **options) if client is None else client_of(client, self._kind)
 
@@ -153,6 +158,7 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     config: a Config, or what pybreaker_redis.config.load() takes (a path, a dict), or None for the defaults.
     failures, ignore, is_failure, listeners, on_call: as for CircuitBreaker, for every breaker.
     classify: a Classification by service, for those whose failures are of another kind.
+    clock: for tests in memory, as for CircuitBreaker.
 
     Construction needs no server. While Redis is down, one warning is logged, and each breaker applies the same rules in
     this process. Raises ConfigError; PolicyError.

@@ -9,10 +9,10 @@ import warnings
 import weakref
 from collections.abc import Callable, Generator
 from threading import get_ident
-from time import monotonic
 from typing import Any, TypeVar, cast
 
 from ._classify import FAILURE, Outcome
+from ._clock import NEVER, machine
 from ._errors import PermitError
 from ._protocol import Steps
 
@@ -155,13 +155,13 @@ class Innermost:
     counted a failure, on the monotonic clock; a call that began later cannot have one within.
     """
 
-    def __init__(self) -> None:
-        self.failed_at = float("-inf")
+    def __init__(self, now: Callable[[], float] = machine) -> None:
+        self.failed_at, self._now = NEVER, now
         self._last: dict[int, float] = {}  # by thread or task: when it last counted a failure
 
     def failed(self, error: BaseException | None) -> None:
         """A guard counts a failure, perhaps an exception that will pass other guards."""
-        self.failed_at = now = monotonic()
+        self.failed_at = now = self._now()
         if len(self._last) >= 1000:  # of threads and tasks that are mostly gone
             self._last.clear()
         self._last[_running()] = now
@@ -171,11 +171,16 @@ class Innermost:
     def has_counted(self, error: BaseException, since: float) -> bool:
         """Whether a guard has counted this exception since then: the same object may be raised again by later calls."""
         by, at = error.__dict__.get("_pybreaker_redis", (None, 0.0))
-        return by is self and at >= since
+        return by is self and since <= at <= self._now()
 
     def has_failed(self, since: float) -> bool:
         """Whether this thread or task has counted a failure since then."""
-        return self.failed_at >= since and self._last.get(_running(), since - 1) >= since
+        if self.failed_at < since:
+            return False
+        now = self._now()
+        if self.failed_at > now:  # the clock was turned back meanwhile
+            self.failed_at = NEVER
+        return since <= self._last.get(_running(), NEVER) <= now
 
 
 def _running() -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from time import monotonic
 
 from ._clock import age
 from ._permit import BasePermit
@@ -32,7 +31,7 @@ class SlowCalls:
         if limit is None and not self._running and permit.pending_since is None:
             return None, False
         waiting = self._running.pop(permit, permit) is None  # else overdue() has taken it
-        now = monotonic()
+        now = self._view.now()
         # a call that was reported longer ago has left the window, and counts as a new one
         recent = permit.pending_since is not None and now - permit.pending_since < 0.9 * self._view.policy.window
         pending = recent and not waiting
@@ -43,22 +42,22 @@ class SlowCalls:
         limit = self._view.policy.slow_call_duration
         if limit is None:
             return True
-        return monotonic() - permit.started < limit and self._running.pop(permit, permit) is None
+        return self._view.now() - permit.started < limit and self._running.pop(permit, permit) is None
 
     def any_overdue(self) -> bool:
         """Whether a running call has become slow since overdue() was called."""
         limit = self._view.policy.slow_call_duration
         oldest = None if limit is None else self._oldest()
-        return limit is not None and oldest is not None and age(oldest.started, monotonic()) >= limit
+        return limit is not None and oldest is not None and age(oldest.started, self._view.now()) >= limit
 
     def overdue(self) -> list[BasePermit]:
         """Take the running calls that have become slow. Each is returned once, to one caller."""
         found: list[BasePermit] = []
         limit = self._view.policy.slow_call_duration
         while limit is not None and (permit := self._oldest()) is not None:
-            if age(permit.started, monotonic()) < limit:
+            if age(permit.started, self._view.now()) < limit:
                 break
-            permit.pending_since = monotonic()
+            permit.pending_since = self._view.now()
             if self._running.pop(permit, permit) is None:
                 found.append(permit)
         return found

@@ -114,6 +114,7 @@ class CircuitBreaker(BreakerCore):
     prefix: the first part of every key in Redis.
     redis_timeout: seconds to wait for a connection to Redis, and for each reply.
     host: one voice of the quorum, and part of the name that the history shows. None: the machine's host name.
+    clock: for tests in memory, a pybreaker_redis.testing.FakeClock. It replaces the lease: each call is decided anew.
 
     Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from time import monotonic
 
-from ._clock import NEVER, age
+from ._clock import NEVER, age, machine
 from ._policy import LONGEST, Policy
 from ._protocol import Forced, Reply, Request, State
 
@@ -182,11 +182,12 @@ def unseen(
 class View:
     """The last reply, good for `lease` seconds, and the successes gathered under its generation.
 
-    policy: the policy in force, with any policy override.
+    policy: the policy in force, with any policy override. now: the clock. The fast path reads the machine's instead, so
+    another clock needs a lease of 0.
     """
 
-    def __init__(self, lease: float, policy: Policy | None = None) -> None:
-        self.lease = lease
+    def __init__(self, lease: float, policy: Policy | None = None, now: Callable[[], float] = machine) -> None:
+        self.lease, self.now = lease, now
         self.policy = policy or Policy()
         self.seen = unseen()
         # counters of earlier generations, which running calls may still tick, and the sum of even older ones
@@ -213,7 +214,7 @@ class View:
     def state(self) -> State:
         """The state as last read. An open circuit counts as half open once its open period is over."""
         seen = self.seen
-        return "half_open" if seen.state == "open" and not seen.left(seen.retry_at, monotonic()) else seen.state
+        return "half_open" if seen.state == "open" and not seen.left(seen.retry_at, self.now()) else seen.state
 
     def held_back(self, ramp_left: float) -> bool:
         """Whether the ramp after a recovery rejects this call. ramp_left: seconds to its end."""
@@ -232,7 +233,7 @@ class View:
         if self.lease <= 0 and unchanged and forced is None and seen.forced is None:
             return False  # no call uses the view
         with self._lock:
-            seen, now = self.seen, monotonic() if now is None else now
+            seen, now = self.seen, self.now() if now is None else now
             # adopt a lower generation only if its request was sent after the last reply arrived
             since = seen.arrived if generation < seen.generation else seen.sent
             if sent < since <= now and generation <= seen.generation and not reply.get("isolated"):
@@ -299,7 +300,7 @@ class View:
         since: replies to requests sent before then are not adopted; default: now.
         """
         with self._lock:
-            seen, now = self.seen, monotonic()
+            seen, now = self.seen, self.now()
             kept = unseen(seen.state, seen.generation, seen.failure_count, seen.counter)
             kept.began, self._not_before = now, now if since is None else since
             kept.retry_at, kept.forced = now + seen.left(seen.retry_at, now), seen.forced

@@ -16,7 +16,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 LUA = {path.name for path in (ROOT / "lua").glob("*.lua")}
 
 USE_IT = """
-import os, pathlib, sys
+import importlib.metadata, os, pathlib, sys
 import redis, pybreaker_redis
 from pybreaker_redis import CircuitBreaker
 from pybreaker_redis.embedded import EmbeddedServer
@@ -31,6 +31,8 @@ with EmbeddedServer() as server:
     assert breaker.snapshot().source == "redis"
     with redis.Redis.from_url(server.url) as client:
         assert client.delete(breaker.keys.state) == 1
+(plugin,) = importlib.metadata.entry_points(group="pytest11", name="pybreaker_redis")
+assert pathlib.Path(plugin.load().__file__).resolve().is_relative_to(sys.argv[1])
 print("used", home)
 """
 
@@ -83,8 +85,8 @@ def test_wheel_holds_the_package_and_its_lua_only(built: pathlib.Path) -> None:
     assert {"acquire.lua", "record.lua", "control.lua", "snapshot.lua"} < LUA
     assert "pybreaker_redis/py.typed" in names
     tops = {name.split("/")[0] for name in names}
-    assert {top for top in tops if not top.endswith(".dist-info")} == {"pybreaker_redis"}
-    assert not any(word in name for name in names for word in ("__pycache__", "test", "demo", "example"))
+    assert {top for top in tops if not top.endswith(".dist-info")} == {"pybreaker_redis", "pytest_pybreaker_redis.py"}
+    assert not any(word in name for name in names for word in ("__pycache__", "tests/", "/test_", "demo", "example"))
 
 
 def test_wheel_holds_the_same_lua_as_the_checkout(built: pathlib.Path) -> None:

@@ -37,7 +37,7 @@ from typing import Any
 import redis
 from fleet_sim import stored
 
-from pybreaker_redis import CircuitOpenError, Policy, _core, _line, _memory, _rules, _slow, _view
+from pybreaker_redis import CircuitOpenError, Policy, _clock, _core, _line, _memory, _rules, _view
 from pybreaker_redis._classify import FAILURE, SUCCESS
 from pybreaker_redis._core import BreakerCore
 from pybreaker_redis._memory import MemoryEngine
@@ -55,7 +55,7 @@ LEASE, TIMEOUT = 0.125, 0.25  # binary fractions: sums of times are exact
 STEPS_OF_CLOCK = 1024  # in a second
 INSTANT = 2.0**-30  # seconds
 NEVER = float("-inf")
-_CLOCKED = (_core, _line, _slow, _view, link_module)
+_CLOCKED = (_clock, _core, _line, _view, link_module)
 LEGAL = {
     ("closed", "open"): {"failure_threshold", "error_rate", "slow_rate"},
     ("open", "half_open"): {"timeout"},

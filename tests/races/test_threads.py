@@ -37,6 +37,7 @@ from pybreaker_redis import (
     Permit,
     PermitError,
     Policy,
+    _clock,
     _core,
     _events,
     _view,
@@ -144,7 +145,7 @@ def test_a_view_ends_on_time(monkeypatch: pytest.MonkeyPatch) -> None:
     view, server, link = breaker._view, breaker._redis, breaker._redis.link
     refreshes: list[float] = []
     clock = [0.0]
-    for module in (_core, _view, link_module):
+    for module in (_clock, _core, _view, link_module):
         monkeypatch.setattr(module, "monotonic", lambda: clock[0])
     monkeypatch.setattr(server, "soon", lambda member: refreshes.append(clock[0]))
 

@@ -1,0 +1,136 @@
+"""For the tests of code that uses breakers: a clock that the test moves, and breakers that are put into a state.
+
+The pytest fixtures of this module's plugin, `breakers` and `breaker_redis`, are described in docs/how-to/testing.md.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any, Literal, TypeAlias, get_args
+
+from ._async import AsyncCircuitBreaker
+from ._errors import CircuitBreakerError, PolicyError
+from ._manager import CircuitBreakerManager, Source
+from ._sync import CircuitBreaker
+
+Wanted: TypeAlias = Literal["closed", "open", "half_open", "forced_open", "forced_closed"]
+_MOST_FAILURES = 10_000  # reported to open a circuit
+
+
+class FakeClock:
+    """A clock that stands still until advance(). For `clock=` of breakers and managers in memory.
+
+    start: Unix seconds; default: now.
+
+        breaker = CircuitBreaker("payments", policy=Policy(reset_timeout=30), clock=(clock := FakeClock()))
+    """
+
+    def __init__(self, start: float | None = None) -> None:
+        self._start_ns = time.time_ns() if start is None else round(start * 1e9)
+        self._passed_ns = 0
+        self._look = itertools.count(1).__next__
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass. Within a guarded call, this makes the call last so long. Raises PolicyError below zero."""
+        if not seconds >= 0:
+            raise PolicyError(f"a clock advances by zero or more seconds, not by {seconds!r}")
+        self._passed_ns += round(seconds * 1e9)
+
+    def monotonic(self) -> float:
+        """Seconds since the start. Each look takes a nanosecond, so that of two events one comes first."""
+        return (self._passed_ns + self._look()) / 1e9
+
+    def now_ms(self) -> int:
+        """Unix milliseconds, as the state machine reads them."""
+        return (self._start_ns + self._passed_ns) // 1_000_000
+
+    def __repr__(self) -> str:
+        return f"<FakeClock +{self._passed_ns / 1e9:g} s>"
+
+
+def set_state(breaker: CircuitBreaker, state: Wanted, *, duration: float | None = None) -> None:
+    """Put a breaker into a state, on Redis or in memory. What it had counted is dropped; its history stays.
+
+    closed: as at the start. open: tripped by failures, for as long as its policy says. half_open: the next call is a
+    probe. forced_open, forced_closed: as by an operator, for `duration` seconds; default and maximum: 30 days.
+
+    Raises PolicyError for a duration that the state does not take; CircuitBreakerError if the policy does not let
+    the breaker open by failures alone (a quorum, say); RedisUnavailableError.
+    """
+    _check(breaker, CircuitBreaker, state, duration)
+    breaker.reset()
+    if state == "open":
+        for _ in range(_failures_to_open(breaker)):
+            if breaker.state != "closed":
+                break
+            breaker.acquire().failure()
+        _check_open(breaker)
+    elif state == "half_open":
+        breaker.force_open()
+        breaker.clear_forced()
+    elif state == "forced_open":
+        breaker.force_open(duration)
+    elif state == "forced_closed":
+        breaker.force_closed(duration)
+
+
+async def aset_state(breaker: AsyncCircuitBreaker, state: Wanted, *, duration: float | None = None) -> None:
+    """set_state for an AsyncCircuitBreaker."""
+    _check(breaker, AsyncCircuitBreaker, state, duration)
+    await breaker.reset()
+    if state == "open":
+        for _ in range(_failures_to_open(breaker)):
+            if breaker.state != "closed":
+                break
+            await (await breaker.acquire()).failure()
+        _check_open(breaker)
+    elif state == "half_open":
+        await breaker.force_open()
+        await breaker.clear_forced()
+    elif state == "forced_open":
+        await breaker.force_open(duration)
+    elif state == "forced_closed":
+        await breaker.force_closed(duration)
+
+
+class Breakers:
+    """Breakers in memory on one fake clock, `clock`. The fixture `breakers` makes a new one for each test."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+
+    def __call__(self, name: str, **options: Any) -> CircuitBreaker:
+        """A new breaker. options: those of CircuitBreaker, without redis."""
+        return CircuitBreaker(name, clock=self.clock, **options)
+
+    def asyncio(self, name: str, **options: Any) -> AsyncCircuitBreaker:
+        """A new breaker for asyncio."""
+        return AsyncCircuitBreaker(name, clock=self.clock, **options)
+
+    def manager(self, config: Source | None = None, **options: Any) -> CircuitBreakerManager:
+        """A new manager, from what CircuitBreakerManager takes."""
+        return CircuitBreakerManager(config, clock=self.clock, **options)
+
+
+def _check(breaker: object, kind: type, state: object, duration: float | None) -> None:
+    if not isinstance(breaker, kind):
+        raise PolicyError(
+            f"{breaker!r} is no {kind.__name__}: set_state() is for CircuitBreaker, aset_state() for asyncio"
+        )
+    if state not in get_args(Wanted):
+        raise PolicyError(f"state must be one of {', '.join(get_args(Wanted))}, not {state!r}")
+    if duration is not None and state not in ("forced_open", "forced_closed"):
+        raise PolicyError(f"only forced states have a duration: the policy says how long a circuit stays {state}")
+
+
+def _failures_to_open(breaker: CircuitBreaker | AsyncCircuitBreaker) -> int:
+    return min(breaker.policy.failure_threshold, _MOST_FAILURES)
+
+
+def _check_open(breaker: CircuitBreaker | AsyncCircuitBreaker) -> None:
+    if breaker.state != "open":
+        raise CircuitBreakerError(
+            f"{breaker!r} is {breaker.state} after {_failures_to_open(breaker)} failures: its policy needs more than"
+            " failures of this process; use 'forced_open'"
+        )
