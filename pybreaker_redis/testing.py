@@ -9,10 +9,7 @@ import itertools
 import time
 from typing import Any, Literal, TypeAlias, get_args
 
-from ._async import AsyncCircuitBreaker
-from ._errors import CircuitBreakerError, PolicyError
-from ._manager import CircuitBreakerManager, Source
-from ._sync import CircuitBreaker
+from . import AsyncCircuitBreaker, CircuitBreaker, CircuitBreakerError, CircuitBreakerManager, PolicyError
 
 Wanted: TypeAlias = Literal["closed", "open", "half_open", "forced_open", "forced_closed"]
 _MOST_FAILURES = 10_000  # reported to open a circuit
@@ -108,7 +105,7 @@ class Breakers:
         """A new breaker for asyncio."""
         return AsyncCircuitBreaker(name, clock=self.clock, **options)
 
-    def manager(self, config: Source | None = None, **options: Any) -> CircuitBreakerManager:
+    def manager(self, config: Any = None, **options: Any) -> CircuitBreakerManager:
         """A new manager, from what CircuitBreakerManager takes."""
         return CircuitBreakerManager(config, clock=self.clock, **options)
 
