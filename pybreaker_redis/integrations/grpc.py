@@ -1,0 +1,208 @@
+"""gRPC clients behind a breaker: interceptors for every kind of call, blocking and asyncio.
+
+    channel = grpc.intercept_channel(grpc.insecure_channel(target), BreakerInterceptor(breaker))
+    channel = grpc.aio.insecure_channel(target, interceptors=aio_interceptors(breaker))
+
+A call ends, and counts, with its status: for a stream, when the stream ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+from typing import Any, Generic, TypeAlias, TypeVar
+
+import grpc
+import grpc.aio
+
+from .. import AsyncCircuitBreaker, AsyncPermit, CircuitBreaker, CircuitOpenError, Permit, PolicyError
+
+B = TypeVar("B", CircuitBreaker, AsyncCircuitBreaker)
+BreakerOf: TypeAlias = Callable[[str], B]  # by method, as in "/package.Service/Method"
+FAILURES = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
+
+
+class RpcRejected(CircuitOpenError, grpc.RpcError):  # type: ignore[misc]
+    """The breaker rejected a call: a CircuitOpenError, and for handlers of gRPC's errors an UNAVAILABLE."""
+
+    def code(self) -> grpc.StatusCode:
+        """UNAVAILABLE."""
+        return grpc.StatusCode.UNAVAILABLE
+
+    def details(self) -> str:
+        """What the breaker says."""
+        return str(self)
+
+    def initial_metadata(self) -> tuple[()]:
+        """None: nothing was sent."""
+        return ()
+
+    def trailing_metadata(self) -> tuple[()]:
+        """None: nothing was sent."""
+        return ()
+
+    def debug_error_string(self) -> str:
+        """What the breaker says."""
+        return str(self)
+
+
+class AioRpcRejected(RpcRejected, grpc.aio.AioRpcError):  # type: ignore[misc]
+    """The same for grpc.aio, as an AioRpcError."""
+
+    __str__, __repr__ = CircuitOpenError.__str__, CircuitOpenError.__repr__
+    __reduce__ = Exception.__reduce__
+
+
+class _Guard(Generic[B]):
+    """What both sorts of interceptors share.
+
+    breaker: for all calls, or a function of the method ("/package.Service/Method") that returns one. failures: the
+    status codes that count as failures. CANCELLED counts as nothing, any other code as success: the service did answer.
+
+    Raises PolicyError for an option that cannot be.
+    """
+
+    _kind: type[B]
+
+    def __init__(self, breaker: B | BreakerOf[B], *, failures: Iterable[grpc.StatusCode] = FAILURES) -> None:
+        own = isinstance(breaker, self._kind)
+        if not own and (isinstance(breaker, (CircuitBreaker, AsyncCircuitBreaker)) or not callable(breaker)):
+            raise PolicyError(f"breaker must be {self._kind.__name__}, or a function of the method, not {breaker!r}")
+        self._breaker_of: BreakerOf[Any] = (lambda _: breaker) if own else breaker
+        self._failures = frozenset(failures)
+        for code in self._failures:
+            if not isinstance(code, grpc.StatusCode):
+                raise PolicyError(f"failures must be status codes of grpc.StatusCode, not {code!r}")
+
+    def _breaker(self, details: Any) -> Any:
+        method = details.method
+        return self._breaker_of(method.decode() if isinstance(method, bytes) else method)
+
+
+class BreakerInterceptor(
+    _Guard[CircuitBreaker],
+    grpc.UnaryUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.UnaryStreamClientInterceptor,  # type: ignore[misc]
+    grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
+    grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
+):
+    """For grpc.intercept_channel(channel, BreakerInterceptor(breaker)). A rejected call raises RpcRejected.
+
+    breaker: a CircuitBreaker for all calls, or a function of the method ("/package.Service/Method") that returns one.
+    failures: the status codes that count as failures. CANCELLED counts as nothing, any other code as success: the
+        service did answer.
+
+    Raises PolicyError for an option that cannot be.
+    """
+
+    _kind = CircuitBreaker
+
+    def _intercept(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
+        try:
+            permit = self._breaker(details).acquire()
+        except CircuitOpenError as rejected:
+            raise RpcRejected(*rejected.args) from None
+        try:
+            call = continuation(details, request)
+        except BaseException:
+            permit.release()
+            raise
+        call.add_done_callback(lambda ended: self._settle(permit, ended))
+        return call
+
+    def _settle(self, permit: Permit, ended: Any) -> None:
+        code = ended.code()
+        if code in self._failures:
+            permit.failure(ended if isinstance(ended, BaseException) else None)
+        elif code is grpc.StatusCode.CANCELLED:
+            permit.release()
+        else:
+            permit.success()
+
+    intercept_unary_unary = intercept_unary_stream = _intercept
+    intercept_stream_unary = intercept_stream_stream = _intercept
+
+
+class _AioGuard(_Guard[AsyncCircuitBreaker]):
+    _kind = AsyncCircuitBreaker
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def _start(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
+        """The permit and the call."""
+        try:
+            permit = await self._breaker(details).acquire()
+        except CircuitOpenError as rejected:
+            raise AioRpcRejected(*rejected.args) from None
+        try:
+            return permit, await continuation(details, request)
+        except BaseException:
+            await permit.release()
+            raise
+
+    async def _intercept(self, continuation: Callable[[Any, Any], Any], details: Any, request: Any) -> Any:
+        permit, call = await self._start(continuation, details, request)
+
+        def ended(_: object) -> None:
+            task = asyncio.get_running_loop().create_task(self._settle(permit, call))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+        call.add_done_callback(ended)
+        return call
+
+    async def _settle(self, permit: AsyncPermit, call: Any) -> None:
+        code = await call.code()
+        if code in self._failures:
+            await permit.failure()
+        elif code is grpc.StatusCode.CANCELLED:
+            await permit.release()
+        else:
+            await permit.success()
+
+
+class _UnaryUnary(_AioGuard, grpc.aio.UnaryUnaryClientInterceptor):  # type: ignore[misc]
+    async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
+        permit, call = await self._start(continuation, details, request)
+        try:
+            await call.code()  # the end of the call: it counts before the caller goes on
+        except BaseException:  # this task was cancelled
+            call.cancel()
+            await permit.release()
+            raise
+        await self._settle(permit, call)
+        return call
+
+
+class _UnaryStream(_AioGuard, grpc.aio.UnaryStreamClientInterceptor):  # type: ignore[misc]
+    intercept_unary_stream = _AioGuard._intercept
+
+
+class _StreamUnary(_AioGuard, grpc.aio.StreamUnaryClientInterceptor):  # type: ignore[misc]
+    intercept_stream_unary = _AioGuard._intercept
+
+
+class _StreamStream(_AioGuard, grpc.aio.StreamStreamClientInterceptor):  # type: ignore[misc]
+    intercept_stream_stream = _AioGuard._intercept
+
+
+def aio_interceptors(
+    breaker: AsyncCircuitBreaker | BreakerOf[AsyncCircuitBreaker],
+    *,
+    failures: Iterable[grpc.StatusCode] = FAILURES,
+) -> list[grpc.aio.ClientInterceptor]:
+    """For grpc.aio.insecure_channel(target, interceptors=aio_interceptors(breaker)): one for each kind of call, since a
+    channel of grpc.aio takes no more from one object. A rejected call raises AioRpcRejected.
+
+    breaker, failures: as for BreakerInterceptor, with an AsyncCircuitBreaker.
+
+    Raises PolicyError for an option that cannot be.
+    """
+    codes = tuple(failures)
+    return [kind(breaker, failures=codes) for kind in (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)]
