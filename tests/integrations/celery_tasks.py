@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 import urllib.error
 import urllib.request
 from typing import Any
@@ -101,3 +102,9 @@ def not_yet(self: Any) -> int:
 def within() -> str:
     """Uses a breaker of its own accord."""
     return breakers.call("within", str)
+
+
+@task(base=Named, breaker="hangs", soft_time_limit=1)
+def hangs() -> None:
+    """Waits for longer than it may."""
+    time.sleep(30)

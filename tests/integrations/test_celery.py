@@ -24,6 +24,8 @@ from pybreaker_redis.testing import set_state
 celery = pytest.importorskip("celery")
 pytest.importorskip("celery.backends.redis")
 
+from celery.exceptions import SoftTimeLimitExceeded  # noqa: E402
+
 from pybreaker_redis.integrations.celery import BreakerTask  # noqa: E402
 
 HERE = pathlib.Path(__file__).parent
@@ -185,6 +187,15 @@ def test_a_breaker_within_a_task(tasks: Any) -> None:
     sent_at = time.monotonic()
     assert tasks.within.delay().get(timeout=PATIENCE) == ""
     assert time.monotonic() - sent_at > 0.5
+
+
+def test_a_soft_time_limit_is_a_failure(request: pytest.FixtureRequest, tasks: Any) -> None:
+    """SoftTimeLimitExceeded is an exception of the guarded call. Only the prefork pool has such limits."""
+    if "gevent" in request.node.name:
+        pytest.skip("gevent has no soft time limits")
+    with pytest.raises(SoftTimeLimitExceeded):
+        tasks.hangs.delay().get(timeout=PATIENCE)
+    assert tasks.breakers.get_or_create("hangs").snapshot().failure_count == 1
 
 
 def double(number: int) -> int:
