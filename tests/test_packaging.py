@@ -31,7 +31,7 @@ with EmbeddedServer() as server:
     assert breaker.snapshot().source == "redis"
     with redis.Redis.from_url(server.url) as client:
         assert client.delete(breaker.keys.state) == 1
-(plugin,) = importlib.metadata.entry_points(group="pytest11", name="pybreaker_redis")
+(plugin,) = importlib.metadata.entry_points(group="pytest11", name="pytest_pybreaker_redis")
 assert pathlib.Path(plugin.load().__file__).resolve().is_relative_to(sys.argv[1])
 print("used", home)
 """

@@ -322,7 +322,7 @@ def test_the_write_and_read_style(echo: Server) -> None:
             await both.write(b"fine")
             assert await both.read() == b"ok"
             await both.done_writing()
-            assert await both.read() is grpc.aio.EOF
+            assert await both.code() is grpc.StatusCode.OK
             await until(lambda: breaker.counts.successes == 2)
 
     asyncio.run(main())
