@@ -78,7 +78,12 @@ def outages(events: list[Event]) -> list[str]:
 
 
 def c_fork() -> int:
-    """A fork that Python is not told of, as uWSGI does it: none of its hooks runs, in the parent or in the child."""
+    """A fork that Python is not told of, as uWSGI does it: none of its hooks runs, in the parent or in the child.
+
+    No other thread must be running: a child of which a thread waited for the interpreter's lock hangs as soon as it
+    starts a thread, whatever it does. The pause lets the others finish, so that they wait for something else.
+    """
+    time.sleep(0.02)
     return int(ctypes.PyDLL(None).fork())
 
 
