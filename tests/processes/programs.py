@@ -37,24 +37,23 @@ def run(job: str, url: str, *args: object, options: Sequence[str] = (), program:
 
 
 class Senders(Requests):
-    """Which instances sent requests over each connection to the server, which must be reached by TCP."""
+    """Which processes sent requests over each connection to the server, which must be reached by TCP."""
 
     def _read(self) -> None:
-        self.instances: dict[bytes, set[str]] = defaultdict(set)
+        self.runs: dict[bytes, list[str]] = defaultdict(list)  # by connection: who sent, in turns
         for line in self._file:
             words = [_unescape(word) for word in re.findall(rb'"((?:[^"\\]|\\.)*)"', line)]
             if words[:2] == [b"ECHO", b"end of the watch"]:
                 return
             address = line.split(b"]", 1)[0].split()[-1]
             if words[0].upper() in (b"EVALSHA", b"EVAL") and b"lua" not in address:
-                request = decode(words[6])
-                if "instance" in request:
-                    self.instances[address].add(request["instance"])
+                sender = processes(decode(words[6]).get("instance", ""))
+                if sender and self.runs[address][-1:] != [sender]:
+                    self.runs[address].append(sender)
 
-    def shared(self) -> dict[bytes, set[str]]:
-        """The connections over which several processes have sent."""
-        by_process = {address: {processes(one) for one in sent} for address, sent in self.instances.items()}
-        return {address: sent for address, sent in by_process.items() if len(sent) > 1}
+    def shared(self) -> dict[bytes, list[str]]:
+        """The connections over which processes have sent by turns. A port that is used anew has them one by one."""
+        return {address: runs for address, runs in self.runs.items() if len(runs) > len(set(runs))}
 
 
 def processes(instance: str) -> str:

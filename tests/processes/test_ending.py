@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import subprocess
 import sys
+import threading
 import time
 
 import programs
 import pytest
-from conftest import stopped
+from conftest import stopped, wait_until
+from process_jobs import COUNTS, FIRM, fine
 
+from pybreaker_redis import CircuitBreaker
 from pybreaker_redis.embedded import EmbeddedServer
 
 WAYS = ["idle", "refreshing", "watching", "asking", "closed"]
@@ -41,3 +44,19 @@ def test_ends_soon_and_silently(own_server: EmbeddedServer, way: str, hung: bool
     took, code, errors = end(own_server, way, hung, options)
     assert (code, errors) == (0, "")
     assert took < TIMEOUT + SLACK
+
+
+def test_flush_waits_for_a_report_under_way(own_server: EmbeddedServer) -> None:
+    """A process may end at once after flush(), by os._exit() too: what the link's thread has taken is reported."""
+    breaker = CircuitBreaker("flushed", redis=own_server.url, policy=COUNTS, lease=0.02, **FIRM)
+    breaker.call(fine)
+    flushing = threading.Thread(target=breaker.flush, daemon=True)
+    with stopped(own_server):
+        breaker.call(fine)  # reported within a lease, as no other follows
+        wait_until(lambda: breaker._redis.link.is_reporting(breaker._line))
+        flushing.start()
+        flushing.join(0.3)
+        waits = flushing.is_alive()
+    flushing.join(20)
+    assert waits
+    assert not flushing.is_alive()

@@ -37,7 +37,7 @@ def check_many(server: EmbeddedServer, client: redis.Redis, job: str, *args: obj
     assert report["outages"] == []
     assert report["counted"] == report["expected"]  # every call of parent and children, once
     assert senders.shared() == {}
-    assert len(senders.instances) > len(report["found"])  # else nothing was looked at
+    assert len({sender for runs in senders.runs.values() for sender in runs}) == len(report["found"]) + 1
     groups = [child["instances"] for child in report["found"]] + [report["instances"]]
     for number in range(len(report["instances"])):
         assert len({instances[number] for instances in groups}) == len(groups)

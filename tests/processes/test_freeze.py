@@ -52,7 +52,7 @@ def stopped_state(pid: int) -> bool:
 def test_a_freeze_is_no_outage(server: EmbeddedServer, client: redis.Redis, kind: str) -> None:
     """Replies that came while the process was stopped are no outage, and no failure."""
     with calling(kind, server) as (process, found):
-        for _ in range(3):
+        for _ in range(3 if kind == "strict" else 1):
             time.sleep(0.3)  # amid calls
             os.kill(process.pid, signal.SIGSTOP)
             time.sleep(FREEZE)
