@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-OUTAGES := tests/faults tests/link tests/model
+OUTAGES := tests/faults tests/link tests/model tests/processes
 TYPED := pybreaker_redis tests/typing/api.py
 SECONDS ?= 600
 
@@ -41,7 +41,7 @@ coverage: $(VENV)/dev.stamp ## run all tests but the long ones, and print the co
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
-	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
+	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/processes tests/test_demo.py -m 'long or not long' $(ARGS)
 
 test-servers: $(VENV)/dev.stamp ## run contract, scripts and cluster tests on every server found (four minutes)
 	@$(BIN)/python -m pytest tests/faults/test_every_server.py tests/faults/test_cluster.py -m 'long or not long' \

@@ -6,6 +6,7 @@ import contextvars
 import warnings
 import weakref
 from collections.abc import Callable
+from os import getpid
 from typing import Any, TypeVar
 
 from ._classify import Outcome
@@ -13,7 +14,8 @@ from ._errors import PermitError
 from ._protocol import Steps
 
 P = TypeVar("P", bound="BasePermit")
-_probes: contextvars.ContextVar[tuple[weakref.ref[BasePermit], ...]] = contextvars.ContextVar(
+# with the process that runs it: a child forked within a probe is no part of it
+_probes: contextvars.ContextVar[tuple[tuple[int, weakref.ref[BasePermit]], ...]] = contextvars.ContextVar(
     "pybreaker_redis_probes", default=()
 )
 
@@ -66,14 +68,14 @@ class BasePermit:
     def begin(self) -> None:
         """Mark this context: calls that the guarded code makes through the same breaker are part of the probe."""
         if self.probe is not None:
-            running = [one for one in _probes.get() if (permit := one()) is not None and not permit.settled]
-            _probes.set((*running, weakref.ref(self)))
+            running = [one for one in _probes.get() if (permit := one[1]()) is not None and not permit.settled]
+            _probes.set((*running, (getpid(), weakref.ref(self))))
 
     def end(self) -> None:
         """Remove the mark of begin()."""
         if self.probe is not None:
             # not reset(): blocks in generators end in any order or context; in_probe() skips permits that are settled
-            _probes.set(tuple(one for one in _probes.get() if one() is not self))
+            _probes.set(tuple(one for one in _probes.get() if one[1]() is not self))
 
     def settle(self) -> None:
         """Mark the outcome as known."""
@@ -114,5 +116,5 @@ def resource_warnings_are_shown() -> bool:
 
 def in_probe(breaker: object) -> bool:
     """Whether this code runs within a probe of the breaker."""
-    permits = (mark() for mark in _probes.get())
+    permits = (permit() for process, permit in _probes.get() if process == getpid())
     return any(permit is not None and permit._breaker is breaker and not permit.settled for permit in permits)

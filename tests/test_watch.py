@@ -81,7 +81,9 @@ def watched(client: redis.Redis) -> Iterator[Callable[..., CircuitBreaker]]:
     watches = []
 
     def make(name: str = "discovery", **options: Any) -> CircuitBreaker:
-        breaker = CircuitBreaker(name, redis=client, **{"policy": POLICY, "lease": LONG, "redis_timeout": 20.0, **options})
+        breaker = CircuitBreaker(
+            name, redis=client, **{"policy": POLICY, "lease": LONG, "redis_timeout": 20.0, **options}
+        )
         watches.append(breaker.watch())
         wait_until(lambda: watches[-1].active)
         return breaker
