@@ -31,17 +31,17 @@ help: ## show this list
 demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one shared breaker
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
-test: $(VENV)/dev.stamp ## run the tests, but for outages, the link and models, and the long ones (five minutes)
+test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, and the long ones (five minutes)
 	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES)) $(ARGS)
 
-test-outages: $(VENV)/dev.stamp ## run those of outages, of the link and of models (three minutes)
+test-outages: $(VENV)/dev.stamp ## run those of outages, of processes, of the link and of models (ten minutes)
 	@$(BIN)/python -m pytest $(OUTAGES) $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
 	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
-	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/processes tests/test_demo.py -m 'long or not long' $(ARGS)
+	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
 
 test-servers: $(VENV)/dev.stamp ## run contract, scripts and cluster tests on every server found (four minutes)
 	@$(BIN)/python -m pytest tests/faults/test_every_server.py tests/faults/test_cluster.py -m 'long or not long' \
