@@ -484,15 +484,15 @@ class AsyncCircuitBreaker(BreakerCore):
     async def flush(self) -> None:
         """Report the gathered successes to Redis now."""
         await self._drive(self._flush())
+        if self._line is not None and self._redis.link.is_reporting(self._line):
+            with contextlib.suppress(*REDIS_ERRORS):
+                await self._redis.wait_for_reports(self._line)
 
     async def close(self) -> None:
         """Report the gathered successes, and close this loop's connections; a later call opens new ones."""
         await self.flush()
         self._view.drop()
         if self._line is not None:
-            if self._redis.link.is_reporting(self._line):
-                with contextlib.suppress(*REDIS_ERRORS):
-                    await self._redis.wait_for_reports(self._line)
             self._redis.link.leave(self._line)
             await self._redis.close()
 

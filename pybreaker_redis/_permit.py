@@ -8,6 +8,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Generator
+from os import getpid
 from threading import get_ident
 from time import monotonic
 from typing import Any, TypeVar, cast
@@ -18,7 +19,8 @@ from ._protocol import Steps
 
 P = TypeVar("P", bound="BasePermit")
 T = TypeVar("T")
-_probes: contextvars.ContextVar[tuple[weakref.ref[BasePermit], ...]] = contextvars.ContextVar(
+# with the process that runs it: a child forked within a probe is no part of it
+_probes: contextvars.ContextVar[tuple[tuple[int, weakref.ref[BasePermit]], ...]] = contextvars.ContextVar(
     "pybreaker_redis_probes", default=()
 )
 
@@ -71,14 +73,14 @@ class BasePermit:
     def begin(self) -> None:
         """Mark this context: calls that the guarded code makes through the same breaker are part of the probe."""
         if self.probe is not None:
-            running = [one for one in _probes.get() if (permit := one()) is not None and not permit.settled]
-            _probes.set((*running, weakref.ref(self)))
+            running = [one for one in _probes.get() if (permit := one[1]()) is not None and not permit.settled]
+            _probes.set((*running, (getpid(), weakref.ref(self))))
 
     def end(self) -> None:
         """Remove the mark of begin()."""
         if self.probe is not None:
             # not reset(): blocks in generators end in any order or context; in_probe() skips permits that are settled
-            _probes.set(tuple(one for one in _probes.get() if one() is not self))
+            _probes.set(tuple(one for one in _probes.get() if one[1]() is not self))
 
     def around(self, generator: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
         """The same generator, as part of the probe while it runs, but not while it is suspended."""
@@ -142,7 +144,7 @@ def resource_warnings_are_shown() -> bool:
 
 def in_probe(innermost: Innermost) -> bool:
     """Whether this code runs within a probe of the same breaker."""
-    permits = (mark() for mark in _probes.get())
+    permits = (permit() for process, permit in _probes.get() if process == getpid())
     return any(
         permit is not None and permit._breaker._innermost is innermost and not permit.settled for permit in permits
     )

@@ -400,14 +400,14 @@ class CircuitBreaker(BreakerCore):
     def flush(self) -> None:
         """Report the gathered successes to Redis now."""
         self._drive(self._flush())
+        if self._line is not None and self._redis.link.is_reporting(self._line):
+            with contextlib.suppress(*REDIS_ERRORS):
+                self._redis.wait_for_reports(self._line)
 
     def close(self) -> None:
         """Report the gathered successes, and close the connections; a later call opens new ones."""
         self.flush()
         self._view.drop()  # a later call asks Redis, and so lets the link know of the breaker again
         if self._line is not None:
-            if self._redis.link.is_reporting(self._line):
-                with contextlib.suppress(*REDIS_ERRORS):
-                    self._redis.wait_for_reports(self._line)
             self._redis.link.leave(self._line)
             self._redis.close()

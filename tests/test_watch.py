@@ -530,7 +530,9 @@ async def until(condition: Callable[[], Awaitable[Any] | Any]) -> Any:
 async def async_watched(client: redis.Redis, **options: Any) -> AsyncIterator[AsyncCircuitBreaker]:
     """A breaker that watches."""
     url = "unix://" + client.connection_pool.connection_kwargs["path"]
-    breaker = AsyncCircuitBreaker("discovery", redis=url, policy=POLICY, **{"lease": LONG, **options})
+    breaker = AsyncCircuitBreaker(
+        "discovery", redis=url, policy=POLICY, **{"lease": LONG, "redis_timeout": 20.0, **options}
+    )
     async with await breaker.watch() as watch:
         await until(lambda: watch.active)
         yield breaker

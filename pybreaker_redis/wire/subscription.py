@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from redis.exceptions import ConnectionError, ResponseError
 
+from .._process import process
 from .._protocol import state_pattern
 
 PING_EVERY = 1.0  # seconds; a connection that is silent for twice as long is lost
@@ -234,6 +235,7 @@ class BaseWatch:
     @property
     def active(self) -> bool:
         """Whether the subscription stands now."""
+        process.check()
         return any(joined.audience.connected for joined in self._joined)
 
     def join(self) -> None:
