@@ -17,7 +17,7 @@ from ._core import BreakerCore, Fallback, check_fallback
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event, Listener, Notices
 from ._permit import SETTLED, BasePermit, warns_if_lost
-from ._process import process
+from ._process import renew
 from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from .wire.aio import async_server_of, carry_out, forget_ended, leave_to_parent
@@ -239,8 +239,8 @@ class AsyncCircuitBreaker(BreakerCore):
 
     async def _call_with_permit(self, func: Any, args: Any, kwargs: Any, now: float, fallback: Fallback | None) -> Any:
         """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
-        if getpid() != process.pid:
-            process.start()
+        if getpid() != self._pid:
+            renew(self)
         seen = self._view.seen
         try:
             if seen.sent <= now < seen.open_until and not self._notices.on_call:
@@ -473,7 +473,7 @@ class AsyncCircuitBreaker(BreakerCore):
     async def history(self, count: int = 100) -> list[HistoryEntry]:
         """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
         check_history_count(count)
-        process.check()
+        self._check_process()
         if self._memory is not None:
             return history_entries(self._memory.history(count))
         try:

@@ -12,6 +12,7 @@ from ._clock import NEVER, age
 from ._events import Notices
 from ._memory import LocalEngine
 from ._policy import DEFAULTS
+from ._process import renew
 from ._protocol import LARGEST_TEXT, Reply, Request, State, read_document, read_window
 from ._slow import SlowCalls
 from ._view import Seen, View
@@ -57,6 +58,7 @@ class Owner(Protocol):
     name: str
     keys: Any
     _instance: str
+    _pid: int
     _view: View
     _notices: Notices
     _slow_calls: SlowCalls
@@ -64,6 +66,7 @@ class Owner(Protocol):
     _with_policy: Request
     _watch: Any
 
+    def _after_fork(self) -> None: ...
     def _last_known(self) -> LocalEngine: ...
     def _deliver_events(self, events: list[Any]) -> None: ...
     def _reports(self, generation: int | None = None, as_it_ends: bool = False) -> list[Request]: ...
@@ -97,6 +100,9 @@ class Line:
         self._keeps_window = False  # whoever asked for it
         self._renewed_at, self._renew_after = NEVER, 0.0  # the TTL
         self.news: dict[str, Any] | None = None
+
+    def renew(self) -> None:
+        renew(self._owner)
 
     def after_fork(self) -> None:
         """In a child: start anew, with locks of its own: a thread of the parent may hold the others."""

@@ -6,6 +6,7 @@ import asyncio
 import collections
 import contextlib
 import itertools
+import os
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, MutableMapping, Sequence
 from time import monotonic, thread_time
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import redis
 
 from .._clock import NEVER
-from .._process import process
+from .._process import tell_of_forks
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import exits, sync
@@ -65,14 +66,16 @@ class AsyncServer:
         self._timeout = timeout
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, OnLoop] = weakref.WeakKeyDictionary()
         self.link = Link(timeout, self._routes.home if self._routes else None)
-        process.add(self)
+        self._pid = os.getpid()
+        tell_of_forks(self)
         exits.servers.add(self)
 
     def _after_fork(self) -> None:
         """In a child: leave the parent's connections alone, and start without any."""
         leave_to_parent(self._by_loop)
         self._by_loop = weakref.WeakKeyDictionary()
-        self.link.after_fork()
+        for member in self.link.after_fork():
+            member.renew()
 
     def soon(self, member: Member, hinted: bool = False, urgent: bool = False) -> None:
         """Refresh a breaker in the background. hinted: even if its view is fresh. urgent: it has a report to send."""
