@@ -494,7 +494,7 @@ class BreakerCore:
             self.corrupt_documents += 1
         if warning and warning != self._warned:  # log it once, not for every call
             key = self.keys.policy if warning == "corrupt_policy" else self.keys.state
-            logger.warning("circuit breaker %r: %s under key %s", self.name, warning, key)
+            logger.warning("circuit breaker %r: %s under key %r", self.name, warning, key)
         self._warned = warning
 
     def _check_window(self, kept: float) -> None:

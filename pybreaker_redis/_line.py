@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -285,7 +286,8 @@ class Line:
         known = (entry for entry in history if entry.get("generation") == str(change["generation"]))
         entry = next(known, {"instance": ""})
         if entry["instance"] != self._owner._instance:  # our own transition comes with the reply that it caused
-            change |= {key: int(value) if value.isdecimal() else value for key, value in entry.items()}
+            # of a decimal number, as a script writes it
+            change |= {key: int(value) if re.fullmatch("[0-9]{1,15}", value) else value for key, value in entry.items()}
             self._owner._notices.changed(change, "watch", entry["instance"])
 
     def deliver(self, events: list[Any]) -> None:
