@@ -276,7 +276,8 @@ class Worker:
                         self._thread = None
                         return
             self._awake.wait(pause)
-            time.sleep(self._rest())
+            if (rest := self._rest()) > 0:
+                time.sleep(rest)
             self._awake.clear()
             try:
                 work()

@@ -24,13 +24,15 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy
+from pybreaker_redis.wire import sync
 
 PATIENCE = 15.0  # seconds for what always happens, on however slow a machine
 AT_ONCE = 8  # children that live at the same time
 FIRM: dict[str, Any] = {"redis_timeout": 10.0}  # a slow machine is no outage
 # counts what happens, and never trips
 COUNTS = Policy(failure_threshold=10**9, error_rate_threshold=1.0, minimum_calls=10**9, window=3600.0)
-TRIPS = Policy(failure_threshold=1, reset_timeout=600.0)  # more than one, and the healthy siblings would end the run
+TRIPS = Policy(failure_threshold=3, reset_timeout=600.0)
+TRIPS_AT_ONCE = Policy(failure_threshold=1, reset_timeout=600.0)  # healthy siblings would end a longer run
 
 
 class Boom(Exception):
@@ -81,9 +83,14 @@ def c_fork() -> int:
     """A fork that Python is not told of, as uWSGI does it: none of its hooks runs, in the parent or in the child.
 
     No other thread must be running: a child of which a thread waited for the interpreter's lock hangs as soon as it
-    starts a thread, whatever it does. The pause lets the others finish, so that they wait for something else.
+    starts a thread, whatever it does. So this waits until the threads of the links wait for something else.
     """
-    time.sleep(0.02)
+    servers = [server for by_timeout in sync._shared.values() for server in by_timeout.values()]
+    quiet_since = time.monotonic()
+    while time.monotonic() - quiet_since < 0.02:
+        time.sleep(0.002)
+        if any(one.link.wanted or one.link.is_busy() or one._worker._awake.is_set() for one in servers):
+            quiet_since = time.monotonic()
     return int(ctypes.PyDLL(None).fork())
 
 
@@ -363,7 +370,7 @@ def permit_of(breaker: CircuitBreaker) -> Any:
 def siblings(url: str, how: str, watching: str) -> object:
     """Four children call and call; a sibling trips the circuit once all of them have begun."""
     events: list[Event] = []
-    breaker = CircuitBreaker("siblings", redis=url, policy=TRIPS, listeners=[events.append], **FIRM)
+    breaker = CircuitBreaker("siblings", redis=url, policy=TRIPS_AT_ONCE, listeners=[events.append], **FIRM)
     if watching == "watch":
         breaker.watch()
     breaker.call(fine)
