@@ -59,7 +59,7 @@ class AsyncPermit(BasePermit):
             error is None
             and stage != SETTLED
             and self._tick is not None
-            and self.started > self._breaker._innermost.failed_at
+            and self.started >= self._breaker._innermost.failed_at
         ):
             self._tick()
             return
@@ -150,7 +150,7 @@ class AsyncCircuitBreaker(BreakerCore):
         except BaseException as error:
             await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
-        if self._only_counts and now > self._innermost.failed_at:
+        if self._only_counts and now >= self._innermost.failed_at:
             seen.tick()
         elif (rest := self._judge(result, seen, now)) is not None:
             await rest
@@ -229,7 +229,7 @@ class AsyncCircuitBreaker(BreakerCore):
             except BaseException as error:
                 await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
-            if only_counts and now > innermost.failed_at:
+            if only_counts and now >= innermost.failed_at:
                 seen.tick()
             elif (rest := self._judge(result, seen, now)) is not None:
                 await rest

@@ -154,7 +154,8 @@ class Innermost:
     """Lets a failure count once where guards of the same breaker are nested: at the innermost guard that sees it.
 
     The same breaker has the same name, prefix and Redis, whatever the object or its class. failed_at: when a guard last
-    counted a failure, on the monotonic clock; a call that began later cannot have one within.
+    counted a failure, on the monotonic clock; a call that began later cannot have one within. A call within one began
+    later than it, so that calls at one moment of a frozen clock count each for itself.
     """
 
     def __init__(self) -> None:
@@ -173,11 +174,11 @@ class Innermost:
     def has_counted(self, error: BaseException, since: float) -> bool:
         """Whether a guard has counted this exception since then: the same object may be raised again by later calls."""
         by, at = error.__dict__.get("_pybreaker_redis", (None, 0.0))
-        return by is self and at >= since
+        return by is self and since < at
 
     def has_failed(self, since: float) -> bool:
         """Whether this thread or task has counted a failure since then."""
-        return self.failed_at >= since and self._last.get(_running(), since - 1) >= since
+        return since < self._last.get(_running(), since) <= monotonic()
 
 
 def _running() -> int:

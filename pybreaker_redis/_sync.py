@@ -70,7 +70,7 @@ class Permit(BasePermit):
             error is None
             and stage != SETTLED
             and (tick := self._tick) is not None
-            and self.started > self._breaker._innermost.failed_at
+            and self.started >= self._breaker._innermost.failed_at
         ):
             tick()
             return
@@ -137,7 +137,7 @@ class CircuitBreaker(BreakerCore):
         except BaseException as error:
             self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
-        if self._only_counts and type(result) not in _SUSPENDED and now > self._innermost.failed_at:
+        if self._only_counts and type(result) not in _SUSPENDED and now >= self._innermost.failed_at:
             seen.tick()
             return result
         return self._judge(func, result, seen, now)
@@ -192,7 +192,7 @@ class CircuitBreaker(BreakerCore):
             except BaseException as error:
                 self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
-            if only_counts and type(result) not in _SUSPENDED and now > innermost.failed_at:
+            if only_counts and type(result) not in _SUSPENDED and now >= innermost.failed_at:
                 seen.tick()
                 return result
             return self._judge(func, result, seen, now)
