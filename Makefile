@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-OUTAGES := tests/faults tests/link tests/model
+OUTAGES := tests/faults tests/link tests/model tests/processes
 TYPED := pybreaker_redis tests/typing/api.py
 SECONDS ?= 600
 
@@ -31,10 +31,10 @@ help: ## show this list
 demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one shared breaker
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
-test: $(VENV)/dev.stamp ## run the tests, but for outages, the link and models, and the long ones (five minutes)
+test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, and the long ones (five minutes)
 	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES)) $(ARGS)
 
-test-outages: $(VENV)/dev.stamp ## run those of outages, of the link and of models (three minutes)
+test-outages: $(VENV)/dev.stamp ## run those of outages, of processes, of the link and of models (ten minutes)
 	@$(BIN)/python -m pytest $(OUTAGES) $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)

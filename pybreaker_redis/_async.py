@@ -17,7 +17,7 @@ from ._core import BreakerCore, Fallback, check_fallback
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event, Listener, Notices
 from ._permit import SETTLED, BasePermit, warns_if_lost
-from ._process import process
+from ._process import renew
 from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from .wire.aio import async_server_of, carry_out, forget_ended, leave_to_parent
@@ -59,7 +59,7 @@ class AsyncPermit(BasePermit):
             error is None
             and stage != SETTLED
             and self._tick is not None
-            and self.started > self._breaker._innermost.failed_at
+            and self.started >= self._breaker._innermost.failed_at
         ):
             self._tick()
             return
@@ -150,7 +150,7 @@ class AsyncCircuitBreaker(BreakerCore):
         except BaseException as error:
             await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
-        if self._only_counts and now > self._innermost.failed_at:
+        if self._only_counts and now >= self._innermost.failed_at:
             seen.tick()
         elif (rest := self._judge(result, seen, now)) is not None:
             await rest
@@ -229,7 +229,7 @@ class AsyncCircuitBreaker(BreakerCore):
             except BaseException as error:
                 await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
-            if only_counts and now > innermost.failed_at:
+            if only_counts and now >= innermost.failed_at:
                 seen.tick()
             elif (rest := self._judge(result, seen, now)) is not None:
                 await rest
@@ -239,8 +239,8 @@ class AsyncCircuitBreaker(BreakerCore):
 
     async def _call_with_permit(self, func: Any, args: Any, kwargs: Any, now: float, fallback: Fallback | None) -> Any:
         """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
-        if getpid() != process.pid:
-            process.start()
+        if getpid() != self._pid:
+            renew(self)
         seen = self._view.seen
         try:
             if seen.sent <= now < seen.open_until and not self._notices.on_call:
@@ -473,7 +473,7 @@ class AsyncCircuitBreaker(BreakerCore):
     async def history(self, count: int = 100) -> list[HistoryEntry]:
         """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
         check_history_count(count)
-        process.check()
+        self._check_process()
         if self._memory is not None:
             return history_entries(self._memory.history(count))
         try:
@@ -484,15 +484,15 @@ class AsyncCircuitBreaker(BreakerCore):
     async def flush(self) -> None:
         """Report the gathered successes to Redis now."""
         await self._drive(self._flush())
+        if self._line is not None and self._redis.link.is_reporting(self._line):
+            with contextlib.suppress(*REDIS_ERRORS):
+                await self._redis.wait_for_reports(self._line)
 
     async def close(self) -> None:
         """Report the gathered successes, and close this loop's connections; a later call opens new ones."""
         await self.flush()
         self._view.drop()
         if self._line is not None:
-            if self._redis.link.is_reporting(self._line):
-                with contextlib.suppress(*REDIS_ERRORS):
-                    await self._redis.wait_for_reports(self._line)
             self._redis.link.leave(self._line)
             await self._redis.close()
 

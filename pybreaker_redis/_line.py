@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import threading
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
@@ -12,6 +13,7 @@ from ._clock import NEVER, age
 from ._events import Notices
 from ._memory import LocalEngine
 from ._policy import DEFAULTS
+from ._process import renew
 from ._protocol import LARGEST_TEXT, Reply, Request, State, read_document, read_window
 from ._slow import SlowCalls
 from ._view import Seen, View
@@ -57,6 +59,7 @@ class Owner(Protocol):
     name: str
     keys: Any
     _instance: str
+    _pid: int
     _view: View
     _notices: Notices
     _slow_calls: SlowCalls
@@ -64,6 +67,7 @@ class Owner(Protocol):
     _with_policy: Request
     _watch: Any
 
+    def _after_fork(self) -> None: ...
     def _last_known(self) -> LocalEngine: ...
     def _deliver_events(self, events: list[Any]) -> None: ...
     def _reports(self, generation: int | None = None, as_it_ends: bool = False) -> list[Request]: ...
@@ -97,6 +101,9 @@ class Line:
         self._keeps_window = False  # whoever asked for it
         self._renewed_at, self._renew_after = NEVER, 0.0  # the TTL
         self.news: dict[str, Any] | None = None
+
+    def renew(self) -> None:
+        renew(self._owner)
 
     def after_fork(self) -> None:
         """In a child: start anew, with locks of its own: a thread of the parent may hold the others."""
@@ -279,7 +286,8 @@ class Line:
         known = (entry for entry in history if entry.get("generation") == str(change["generation"]))
         entry = next(known, {"instance": ""})
         if entry["instance"] != self._owner._instance:  # our own transition comes with the reply that it caused
-            change |= {key: int(value) if value.isdecimal() else value for key, value in entry.items()}
+            # of a decimal number, as a script writes it
+            change |= {key: int(value) if re.fullmatch("[0-9]{1,15}", value) else value for key, value in entry.items()}
             self._owner._notices.changed(change, "watch", entry["instance"])
 
     def deliver(self, events: list[Any]) -> None:

@@ -8,6 +8,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Generator
+from os import getpid
 from threading import get_ident
 from typing import Any, TypeVar, cast
 
@@ -18,7 +19,8 @@ from ._protocol import Steps
 
 P = TypeVar("P", bound="BasePermit")
 T = TypeVar("T")
-_probes: contextvars.ContextVar[tuple[weakref.ref[BasePermit], ...]] = contextvars.ContextVar(
+# with the process that runs it: a child forked within a probe is no part of it
+_probes: contextvars.ContextVar[tuple[tuple[int, weakref.ref[BasePermit]], ...]] = contextvars.ContextVar(
     "pybreaker_redis_probes", default=()
 )
 
@@ -71,14 +73,14 @@ class BasePermit:
     def begin(self) -> None:
         """Mark this context: calls that the guarded code makes through the same breaker are part of the probe."""
         if self.probe is not None:
-            running = [one for one in _probes.get() if (permit := one()) is not None and not permit.settled]
-            _probes.set((*running, weakref.ref(self)))
+            running = [one for one in _probes.get() if (permit := one[1]()) is not None and not permit.settled]
+            _probes.set((*running, (getpid(), weakref.ref(self))))
 
     def end(self) -> None:
         """Remove the mark of begin()."""
         if self.probe is not None:
             # not reset(): blocks in generators end in any order or context; in_probe() skips permits that are settled
-            _probes.set(tuple(one for one in _probes.get() if one() is not self))
+            _probes.set(tuple(one for one in _probes.get() if one[1]() is not self))
 
     def around(self, generator: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
         """The same generator, as part of the probe while it runs, but not while it is suspended."""
@@ -142,7 +144,7 @@ def resource_warnings_are_shown() -> bool:
 
 def in_probe(innermost: Innermost) -> bool:
     """Whether this code runs within a probe of the same breaker."""
-    permits = (mark() for mark in _probes.get())
+    permits = (permit() for process, permit in _probes.get() if process == getpid())
     return any(
         permit is not None and permit._breaker._innermost is innermost and not permit.settled for permit in permits
     )
@@ -152,7 +154,8 @@ class Innermost:
     """Lets a failure count once where guards of the same breaker are nested: at the innermost guard that sees it.
 
     The same breaker has the same name, prefix and Redis, whatever the object or its class. failed_at: when a guard last
-    counted a failure, on the monotonic clock; a call that began later cannot have one within.
+    counted a failure, on the monotonic clock; a call that began later cannot have one within. A call within one began
+    later than it, so that calls at one moment of a frozen clock count each for itself.
     """
 
     def __init__(self, now: Callable[[], float] = machine) -> None:
@@ -171,16 +174,11 @@ class Innermost:
     def has_counted(self, error: BaseException, since: float) -> bool:
         """Whether a guard has counted this exception since then: the same object may be raised again by later calls."""
         by, at = error.__dict__.get("_pybreaker_redis", (None, 0.0))
-        return by is self and since <= at <= self._now()
+        return by is self and since < at
 
     def has_failed(self, since: float) -> bool:
         """Whether this thread or task has counted a failure since then."""
-        if self.failed_at < since:
-            return False
-        now = self._now()
-        if self.failed_at > now:  # the clock was turned back meanwhile
-            self.failed_at = NEVER
-        return since <= self._last.get(_running(), NEVER) <= now
+        return since < self._last.get(_running(), since) <= self._now()
 
 
 def _running() -> int:

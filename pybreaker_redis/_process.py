@@ -14,38 +14,41 @@ from typing import Protocol
 
 
 class Part(Protocol):
-    """Something that starts anew in a child."""
+    """Something that starts anew in a child. _pid: the process in which it has started."""
+
+    _pid: int
 
     def _after_fork(self) -> None: ...
 
 
-class Process:
-    """The process that this code runs in. pid: the process for which all parts have started."""
-
-    def __init__(self) -> None:
-        self.pid = getpid()
-        self._parts: weakref.WeakKeyDictionary[Part, None] = weakref.WeakKeyDictionary()  # in the order they were made
-        self._starting: dict[int, threading.RLock] = {}  # by process: a thread of the parent may hold the parent's
-
-    def add(self, part: Part) -> None:
-        """Let a part start anew in each child."""
-        self._parts[part] = None
-
-    def check(self) -> None:
-        """Start anew if this is a child. Where every 0.1 us counts, this method's line stands in place of its call."""
-        if getpid() != self.pid:
-            self.start()
-
-    def start(self) -> None:
-        """In a child: let all parts start anew, once, before any of them is used."""
-        pid = getpid()
-        with self._starting.setdefault(pid, threading.RLock()):
-            if self.pid != pid:
-                for part in list(self._parts):
-                    part._after_fork()
-                self.pid = pid
+_told_of_forks: weakref.WeakKeyDictionary[Part, None] = weakref.WeakKeyDictionary()  # in the order they were made
+_locks: dict[int, threading.RLock] = {}  # by process: a thread of the parent may hold the parent's
+_renewing: list[Part] = []
 
 
-process = Process()
-if hasattr(os, "register_at_fork"):  # for forks by Python, at once
-    os.register_at_fork(after_in_child=process.start)
+def renew(part: Part) -> None:
+    """In a child: let a part start anew, once, before it is used: `if getpid() != part._pid: renew(part)`."""
+    pid = getpid()
+    with _locks.setdefault(pid, threading.RLock()):
+        if part._pid == pid or part in _renewing:
+            return
+        _renewing.append(part)
+        try:
+            part._after_fork()
+            part._pid = pid
+        finally:
+            _renewing.remove(part)
+
+
+def tell_of_forks(part: Part) -> None:
+    """Renew a part at each fork by Python, at once."""
+    _told_of_forks[part] = None
+
+
+def _in_child() -> None:
+    for part in list(_told_of_forks):
+        renew(part)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)

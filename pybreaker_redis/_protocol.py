@@ -52,7 +52,7 @@ class Keys(NamedTuple):
 
 
 def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
-    """The keys of the breaker called name.
+    """The keys of the breaker called name. Prefix "a" with name "b:c" has the keys of prefix "a:b" with name "c".
 
     Raises PolicyError when name or prefix is empty, has braces (they would split the keys over cluster
     slots), cannot be written as UTF-8, or is longer than 512 bytes.
@@ -204,8 +204,9 @@ def history_fields(raw: list[Any]) -> list[dict[str, Any]]:
     """The entries of an XREVRANGE reply: flat lists of names and values, or (from a cluster client) maps."""
     entries = []
     for _, fields in raw:
-        pairs = fields.items() if isinstance(fields, dict) else zip(fields[::2], fields[1::2], strict=True)
-        entries.append({key.decode(): value.decode() for key, value in pairs})
+        pairs = fields.items() if isinstance(fields, dict) else zip(fields[::2], fields[1::2], strict=False)
+        # another program may have written anything
+        entries.append({key.decode(errors="replace"): value.decode(errors="replace") for key, value in pairs})
     return entries
 
 
@@ -228,7 +229,7 @@ def history_entries(found: Iterable[dict[str, Any]]) -> list[HistoryEntry]:
     """The transitions in a stream. Skips entries that another program wrote."""
     entries = []
     for fields in found:
-        with contextlib.suppress(KeyError, ValueError):
+        with contextlib.suppress(KeyError, ValueError, OverflowError):
             entries.append(history_entry(fields))
     return entries
 

@@ -16,7 +16,7 @@ from ._core import BreakerCore, Fallback, check_fallback
 from ._errors import CircuitOpenError, RedisUnavailableError
 from ._events import Event
 from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
-from ._process import process
+from ._process import renew
 from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from .wire.options import BLOCKING, REDIS_ERRORS
@@ -70,7 +70,7 @@ class Permit(BasePermit):
             error is None
             and stage != SETTLED
             and (tick := self._tick) is not None
-            and self.started > self._breaker._innermost.failed_at
+            and self.started >= self._breaker._innermost.failed_at
         ):
             tick()
             return
@@ -138,7 +138,7 @@ class CircuitBreaker(BreakerCore):
         except BaseException as error:
             self._drive(self._report_end(self._permit(self, seen.generation, now), error))
             raise
-        if self._only_counts and type(result) not in _SUSPENDED and now > self._innermost.failed_at:
+        if self._only_counts and type(result) not in _SUSPENDED and now >= self._innermost.failed_at:
             seen.tick()
             return result
         return self._judge(func, result, seen, now)
@@ -193,7 +193,7 @@ class CircuitBreaker(BreakerCore):
             except BaseException as error:
                 self._drive(self._report_end(self._permit(self, seen.generation, now), error))
                 raise
-            if only_counts and type(result) not in _SUSPENDED and now > innermost.failed_at:
+            if only_counts and type(result) not in _SUSPENDED and now >= innermost.failed_at:
                 seen.tick()
                 return result
             return self._judge(func, result, seen, now)
@@ -202,8 +202,8 @@ class CircuitBreaker(BreakerCore):
 
     def _call_with_permit(self, func: Any, args: Any, kwargs: Any, now: float, fallback: Fallback | None) -> Any:
         """A call that the fast path cannot serve: it asks Redis, is rejected, or is timed."""
-        if getpid() != process.pid:
-            process.start()
+        if getpid() != self._pid:
+            renew(self)
         seen = self._view.seen
         try:
             if seen.sent <= now < seen.open_until and not self._notices.on_call:
@@ -390,7 +390,7 @@ class CircuitBreaker(BreakerCore):
     def history(self, count: int = 100) -> list[HistoryEntry]:
         """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
         check_history_count(count)
-        process.check()
+        self._check_process()
         if self._memory is not None:
             return history_entries(self._memory.history(count))
         try:
@@ -401,14 +401,14 @@ class CircuitBreaker(BreakerCore):
     def flush(self) -> None:
         """Report the gathered successes to Redis now."""
         self._drive(self._flush())
+        if self._line is not None and self._redis.link.is_reporting(self._line):
+            with contextlib.suppress(*REDIS_ERRORS):
+                self._redis.wait_for_reports(self._line)
 
     def close(self) -> None:
         """Report the gathered successes, and close the connections; a later call opens new ones."""
         self.flush()
         self._view.drop()  # a later call asks Redis, and so lets the link know of the breaker again
         if self._line is not None:
-            if self._redis.link.is_reporting(self._line):
-                with contextlib.suppress(*REDIS_ERRORS):
-                    self._redis.wait_for_reports(self._line)
             self._redis.link.leave(self._line)
             self._redis.close()

@@ -5,7 +5,6 @@ Knows neither Redis nor an event loop; the sync and the asyncio shell share it.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import enum
 import itertools
@@ -191,7 +190,7 @@ class View:
         self.policy = policy or Policy()
         self.seen = unseen()
         # counters of earlier generations, which running calls may still tick, and the sum of even older ones
-        self._earlier: collections.deque[Successes] = collections.deque()
+        self._earlier: list[Successes] = []
         self._earlier_successes = 0
         # re-entrant, like every lock here: a signal handler or finalizer may call the breaker while its thread holds it
         self._lock = threading.RLock()
@@ -290,7 +289,7 @@ class View:
     def _next_counter(self, now: float) -> Successes:
         self._earlier.append(self.seen.counter)
         if len(self._earlier) > MOST_COUNTERS:
-            self._earlier_successes += self._earlier.popleft().total()
+            self._earlier_successes += self._earlier.pop(0).total()
         self._began, self._reported_at, self._base = now, NEVER, (0, NEVER)
         return Successes()
 

@@ -39,6 +39,7 @@ from ._policy import RULES, Policy, override_request
 from .wire.url import parse
 
 ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
+MOST_VALUES = 1_000_000
 _ALIASES = {"timeout_seconds": "reset_timeout"}
 _BREAKER_OPTIONS = ("watch", "lease", "on_redis_failure", "redis_timeout", "prefix", "host", "idle_after")
 
@@ -135,6 +136,7 @@ def load(source: str | os.PathLike[str] | Mapping[str, Any] | None = None) -> Co
         where, content = "the configuration", source or {}
     else:
         where, content = os.fspath(source), _read(pathlib.Path(source))
+    _check_size(where, content)
     if not isinstance(content, Mapping):
         raise ConfigError(f"{where}: must be a map with circuit_breaker and redis, not {type(content).__name__}")
     try:
@@ -151,9 +153,29 @@ def _read(path: pathlib.Path) -> Any:
             return tomllib.loads(text)
         if path.suffix in (".yaml", ".yml", ".json"):  # JSON is YAML
             return yaml.safe_load(text) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from error
     raise ConfigError(f"{path}: must end in .yaml, .yml, .json or .toml")
+
+
+def _check_size(where: str, content: Any) -> None:
+    """Raise ConfigError for a value that is too large. The aliases of a YAML file make small files huge."""
+    sizes: dict[int, int] = {}
+
+    def size(value: Any) -> int:
+        if not isinstance(value, (Mapping, list)):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = MOST_VALUES  # while it is counted: it may contain itself
+            sizes[id(value)] = 1 + sum(map(size, value.values() if isinstance(value, Mapping) else value))
+        return sizes[id(value)]
+
+    try:
+        found = size(content)
+    except RecursionError:
+        found = MOST_VALUES
+    if found >= MOST_VALUES:
+        raise ConfigError(f"{where}: is nested too deeply, or has more than {MOST_VALUES:,} values")
 
 
 def _message(where: str, problem: Any) -> str:

@@ -221,3 +221,36 @@ def test_breaker_options_arrive() -> None:
     for wrong in (None, 30, "long"):
         with pytest.raises(ConfigError, match="watch"):
             load({"circuit_breaker": {"watch": wrong}})
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join(f'*{before}' for _ in range(10))}]\n"
+    for before, name in zip("abcdefgh", "bcdefghi", strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(BOMB + "circuit_breaker: {services: *i}", id="aliases"),
+        pytest.param("circuit_breaker: " + "[" * 1000 + "]" * 1000, id="levels"),
+        pytest.param("circuit_breaker: &a {services: *a}", id="itself"),
+    ],
+)
+def test_files_that_are_larger_than_they_look(tmp_path: pathlib.Path, text: str) -> None:
+    """They are refused at once, with the file's name."""
+    path = tmp_path / "bomb.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"bomb\.yaml"):
+        load(path)
+
+
+def test_aliases_that_save_lines_are_welcome(tmp_path: pathlib.Path) -> None:
+    """As people use them for services that are alike."""
+    path = tmp_path / "gateway.yaml"
+    path.write_text(
+        "circuit_breaker: {services: {a: &usual {failure_threshold: 3}, b: *usual, c: {<<: *usual, window: 10}}}"
+    )
+    services = load(path).services
+    assert [services[name].failure_threshold for name in "abc"] == [3, 3, 3]
+    assert services["c"].window == 10

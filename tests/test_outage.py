@@ -402,8 +402,9 @@ def test_no_flapping_without_writes(make: Make, own_server: EmbeddedServer) -> N
         while time.monotonic() < end:
             with pytest.raises(Boom):
                 breaker.call(boom)
+        meanwhile = list(kinds)
         client.replicaof("NO", "ONE")
-    assert kinds == ["redis_error"]
+    assert meanwhile == ["redis_error"]
 
 
 def test_a_refusal_concerns_one_breaker(

@@ -6,13 +6,14 @@ import collections
 import dataclasses
 import threading
 import weakref
+from os import getpid
 from time import monotonic
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from .._clock import NEVER
 from .._core import BreakerCore
 from .._events import Counts, Event, Instrument, Notices
-from .._process import process
+from .._process import renew, tell_of_forks
 from .._protocol import Snapshot, State, decode, snapshot_from
 from .._view import View
 from ..wire import commands
@@ -72,7 +73,8 @@ class Meter(Instrument):
         self._server = None if redis is None else server_of(self._client, timeout)
         self._breakers: weakref.WeakKeyDictionary[BreakerCore, None] = weakref.WeakKeyDictionary()
         self._start_process()
-        process.add(self)
+        self._pid = getpid()
+        tell_of_forks(self)
 
     def _after_fork(self) -> None:
         """In a child: start from zero, since the parent exports its own counts, and replace the locks it may hold."""
@@ -109,7 +111,8 @@ class Meter(Instrument):
 
     def read(self) -> Reading:
         """Read everything now, in one exchange of at most about one timeout. Raises no error of Redis."""
-        process.check()
+        if getpid() != self._pid:
+            renew(self)
         with self._reading:
             with self._counting:
                 breakers, ended = list(self._breakers), dict(self._ended)

@@ -6,15 +6,16 @@ import asyncio
 import collections
 import contextlib
 import itertools
+import os
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable, Generator, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, MutableMapping, Sequence
 from time import monotonic, thread_time
 from typing import Any, TypeVar
 
 import redis
 
 from .._clock import NEVER
-from .._process import process
+from .._process import tell_of_forks
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import exits, sync
@@ -65,14 +66,16 @@ class AsyncServer:
         self._timeout = timeout
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, OnLoop] = weakref.WeakKeyDictionary()
         self.link = Link(timeout, self._routes.home if self._routes else None)
-        process.add(self)
+        self._pid = os.getpid()
+        tell_of_forks(self)
         exits.servers.add(self)
 
     def _after_fork(self) -> None:
         """In a child: leave the parent's connections alone, and start without any."""
         leave_to_parent(self._by_loop)
         self._by_loop = weakref.WeakKeyDictionary()
-        self.link.after_fork()
+        for member in self.link.after_fork():
+            member.renew()
 
     def soon(self, member: Member, hinted: bool = False, urgent: bool = False) -> None:
         """Refresh a breaker in the background. hinted: even if its view is fresh. urgent: it has a report to send."""
@@ -85,9 +88,10 @@ class AsyncServer:
     async def refresh(self) -> None:
         """Wait for an exchange of the link: the one that is under way, or a new one."""
         here = self._here()
-        if here.task is None or here.task.done():
+        task = here.task
+        if task is None or task.done():
             self.link.wanted = True
-        task = self._start()
+            task = self._start_at_once(here)
         done, _ = await asyncio.wait({task}, timeout=self.link.timeout)
         if done and not task.cancelled():
             task.result()
@@ -110,26 +114,26 @@ class AsyncServer:
         node = lambda address: sync.Connections(blocking(self._pool_of(address)), self._timeout)  # noqa: E731
         sync.end(self.link, self._routes, node, ends)
 
-    def _start(self) -> asyncio.Task[None]:
+    def _start(self) -> None:
+        """Begin an exchange in the background, now or soon."""
         here = self._here()
-        if here.timer is not None:
-            here.timer.cancel()
-            here.timer = None
         if here.task is None or here.task.done():
-            here.task = asyncio.get_running_loop().create_task(self._refresh(here))
+            rest = self.link.rest()
+            if rest > 0:
+                here.wake_after(rest, self._start)
+            else:
+                self._start_at_once(here)
+
+    def _start_at_once(self, here: OnLoop) -> asyncio.Task[None]:
+        here.wake_after(None, self._start)
+        here.task = asyncio.get_running_loop().create_task(self._refresh(here))
         return here.task
 
     async def _refresh(self, here: OnLoop) -> None:
-        while True:
-            if (rest := self.link.rest()) > 0:
-                await asyncio.sleep(rest)
-            await carry_out(self.link.exchange(), self.exchange)
-            self._deliver()
-            if not self.link.wanted:
-                break
-        pause = self.link.pause()
-        if pause is not None:
-            here.timer = asyncio.get_running_loop().call_later(pause, self._start)
+        await carry_out(self.link.exchange(), self.exchange)
+        self._deliver()
+        # from a timer: then this task has ended
+        here.wake_after(0.0 if self.link.wanted else self.link.pause(), self._start)
 
     def _deliver(self) -> None:
         while self.link.undelivered:
@@ -190,8 +194,27 @@ class OnLoop:
     def __init__(self) -> None:
         self.nodes: dict[Address | None, AsyncConnections] = {}
         self.task: asyncio.Task[None] | None = None
-        self.timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.TimerHandle | None = None
         self.subscription = AsyncSubscription()
+        self._end = self._close_with_the_loop()
+        with contextlib.suppress(StopIteration):  # started, it is known to the loop
+            self._end.asend(None).send(None)
+
+    async def _close_with_the_loop(self) -> AsyncGenerator[None, None]:
+        """Close the connections when the loop ends, which it lets all asynchronous generators do. (A task would keep
+        programs that wait for all tasks.)"""
+        try:
+            yield
+        finally:
+            self.wake_after(None, lambda: None)
+            for node in list(self.nodes.values()):
+                await node.close()
+
+    def wake_after(self, seconds: float | None, call: Callable[[], object]) -> None:
+        """Make a call after so many seconds, in place of the one that was planned before. None: no call."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, call)
 
 
 async def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Awaitable[Any]], first: Any = None) -> T:

@@ -119,6 +119,9 @@ class Member(Protocol):
     notices: Any
     news: Any
 
+    def renew(self) -> None:
+        """In a child: start anew."""
+
     def pause(self) -> float:
         """Seconds between two checks for due reports."""
 
@@ -177,12 +180,17 @@ class Link:
         self._turn = 0
         self._burst = 0, NEVER  # exchanges since when
 
-    def after_fork(self) -> None:
-        """In a child: start empty; a thread of the parent may hold the locks of the healths."""
+    def after_fork(self) -> list[Member]:
+        """In a child: start empty; a thread of the parent may hold the locks of the healths.
+
+        Returns the breakers that were used lately: calls may go by their views without asking which process this is.
+        """
+        used = _alive(self._used)
         self.wanted, self.busy_since = False, NEVER
         for held in (self.failing, self.undelivered, self.held, self._used, self._hinted, self._reporting):
             held.clear()
         self._healths = {}
+        return used
 
     # Health
 

@@ -28,6 +28,7 @@ class Watcher(Protocol):
     _prefix: str
 
     def _hinted(self) -> None: ...
+    def _check_process(self) -> None: ...
 
 
 class Audience:
@@ -40,7 +41,8 @@ class Audience:
         self.connected = False
         self._running = False  # a thread or task holds the subscription, or tries to
         self._warned = True  # of its loss; one that never stood is not lost
-        self._members: weakref.WeakKeyDictionary[Watcher, bytes] = weakref.WeakKeyDictionary()
+        self._members: weakref.WeakKeyDictionary[Watcher, None] = weakref.WeakKeyDictionary()
+        self._by_key: dict[bytes, list[weakref.ref[Watcher]]] = {}  # so that a message is not held against each breaker
         self._lock = threading.RLock()
         self.opened()
 
@@ -53,7 +55,11 @@ class Audience:
             return False
         with self._lock:
             is_new = breaker not in self._members
-            self._members[breaker] = breaker.keys.state.encode()
+            if is_new:
+                self._members[breaker] = None
+                self._by_key.setdefault(breaker.keys.state.encode(), []).append(weakref.ref(breaker))
+                if len(self._by_key) > 2 * len(self._members) + 16:  # most are of breakers that are gone
+                    self._by_key = {key: found for key in self._by_key if (found := self._alive(key))}
             starts, self._running = not self._running, True
         if is_new and self.connected:
             breaker._hinted()
@@ -63,6 +69,10 @@ class Audience:
         """Remove a breaker."""
         with self._lock:
             self._members.pop(breaker, None)
+
+    def _alive(self, key: bytes) -> list[weakref.ref[Watcher]]:
+        members = self._members
+        return [one for one in self._by_key.get(key, ()) if (breaker := one()) is not None and breaker in members]
 
     def stop(self, only_if_empty: bool = False) -> bool:
         """End the subscription; the next join() starts another one. Returns False if it is still needed."""
@@ -112,17 +122,17 @@ class Audience:
             return  # a refused PING is a sign of life, too: the disk may be full, or an ACL may forbid it
         if kind in (b"pmessage", "pmessage"):
             channel = rest[1].encode() if isinstance(rest[1], str) else rest[1]
-            self._hint(lambda key: key == channel)
+            with self._lock:
+                self._hint(self._alive(channel))
         elif kind in (b"psubscribe", "psubscribe"):
             self._unconfirmed -= 1
             self.connected = True
-            self._hint(lambda key: True)  # messages may have been missed
+            self._hint(self._members.keyrefs())  # messages may have been missed
 
-    def _hint(self, concerns: Callable[[bytes], bool]) -> None:
-        with self._lock:
-            concerned = [breaker for breaker, key in list(self._members.items()) if concerns(key)]
-        for breaker in concerned:
-            breaker._hinted()
+    def _hint(self, concerned: list[weakref.ref[Watcher]]) -> None:
+        for one in concerned:
+            if (breaker := one()) is not None:
+                breaker._hinted()
 
 
 class Subscription:
@@ -229,29 +239,34 @@ class BaseWatch:
     def __init__(self, breaker: Any) -> None:
         self._breaker: Watcher = breaker
         self._closed = False
-        self._joined: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._joined: tuple[weakref.ref[Any], ...] = ()  # subscriptions
 
     @property
     def active(self) -> bool:
         """Whether the subscription stands now."""
-        return any(joined.audience.connected for joined in self._joined)
+        self._breaker._check_process()
+        return any(joined.audience.connected for joined in self._subscriptions())
+
+    def _subscriptions(self) -> list[Any]:
+        return [joined for one in self._joined if (joined := one()) is not None]
 
     def join(self) -> None:
         """Join the subscription, if the breaker has not done so. It starts with the first that joins."""
         if not self._closed:
             subscription = self._breaker._redis.subscription()
-            self._joined.add(subscription)
+            if subscription not in (joined := self._subscriptions()):
+                self._joined = (*map(weakref.ref, joined), weakref.ref(subscription))
             subscription.join(self._breaker)
 
     def _leave(self) -> None:
         self._closed = True
-        joined, self._joined = self._joined, weakref.WeakSet()
-        for subscription in joined:
+        for subscription in self._subscriptions():
             subscription.audience.leave(self._breaker)
+        self._joined = ()
 
     def after_fork(self) -> None:
         """In a child: the parent has the subscription; the next call joins one of this process."""
-        self._joined = weakref.WeakSet()
+        self._joined = ()
 
 
 def _pauses() -> Iterator[float]:

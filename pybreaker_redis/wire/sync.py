@@ -6,6 +6,7 @@ import collections
 import contextlib
 import functools
 import logging
+import os
 import queue
 import select
 import threading
@@ -19,7 +20,7 @@ import redis
 from redis.exceptions import NoScriptError
 
 from .._clock import NEVER
-from .._process import process
+from .._process import tell_of_forks
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
 from . import exits
@@ -75,7 +76,8 @@ class Server:
         self._nodes: dict[Address | None, Connections] = {}
         self.link = Link(timeout, self._routes.home if self._routes else None)
         self._start_process()
-        process.add(self)
+        self._pid = os.getpid()
+        tell_of_forks(self)
         exits.servers.add(self)
 
     def _start_process(self) -> None:
@@ -92,8 +94,10 @@ class Server:
     def _after_fork(self) -> None:
         """In a child: start without threads and connections, which closes its copies of the idle sockets."""
         self._nodes = {}  # threads of the parent hold some of its connections and locks, or wait for them
-        self.link.after_fork()
+        used = self.link.after_fork()
         self._start_process()
+        for member in used:
+            member.renew()
 
     def soon(self, member: Member, hinted: bool = False, urgent: bool = False) -> None:
         """Refresh a breaker in the background. hinted: even if its view is fresh. urgent: it has a report to send."""
@@ -272,7 +276,8 @@ class Worker:
                         self._thread = None
                         return
             self._awake.wait(pause)
-            time.sleep(self._rest())
+            if (rest := self._rest()) > 0:
+                time.sleep(rest)
             self._awake.clear()
             try:
                 work()

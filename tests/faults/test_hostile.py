@@ -11,6 +11,7 @@ from typing import Any
 import msgpack
 import pytest
 import redis
+from conftest import wait_until
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, Event, Policy, PolicyError
 from pybreaker_redis.embedded import EmbeddedServer
@@ -182,3 +183,42 @@ def test_huge_stored_values(server: EmbeddedServer, client: redis.Redis) -> None
     assert client.strlen(breakers[0].keys.state) < 1000
     breakers[0].reset()
     assert not client.exists(breakers[0].keys.policy)
+
+
+def test_odd_entries_in_the_history(server: EmbeddedServer, client: redis.Redis) -> None:
+    """Whatever another program adds to it, the transitions are there, also for listeners of watchers."""
+    received: list[Event] = []
+    breaker = CircuitBreaker("odd", redis=client, policy=Policy(failure_threshold=1), listeners=[received.append])
+    breaker.call(int)
+    key = breaker.keys.history
+    usual = {"from": "open", "to": "closed", "reason": "x", "failure_count": 1, "success_count": 0, "instance": "me"}
+    with breaker.watch() as watch:
+        wait_until(lambda: watch.active)
+        CircuitBreaker("odd", redis=server.url, policy=breaker.policy).force_open()
+        for odd in (
+            {b"\xff": b"\xfe"},
+            {**usual, "time_ms": "9" * 400, "generation": 1},
+            {**usual, "time_ms": 1, "generation": "9" * 5000},
+            {**usual, "time_ms": "x", "generation": 1},
+            {**usual, "time_ms": 1, "generation": breaker.snapshot().generation, "failure_count": "9" * 5000},
+            {"time_ms": 1},
+        ):
+            client.xadd(key, odd)  # type: ignore[arg-type]
+        assert [entry.new for entry in breaker.history()] == ["open"]
+        wait_until(lambda: received)
+        CircuitBreaker("odd", redis=server.url, policy=breaker.policy).reset()
+        wait_until(lambda: received[-1].new == "closed")
+    assert [entry.new for entry in breaker.history()] == ["closed", "open"]
+
+
+def test_names_with_line_breaks_stay_in_their_log_line(client: redis.Redis, caplog: pytest.LogCaptureFixture) -> None:
+    """A name that comes from outside cannot forge a log line."""
+    name = "payments\n2026-01-01 root: all is well \x1b[31m"
+    breaker = CircuitBreaker(name, redis=client, policy=Policy(failure_threshold=1), lease=0)
+    client.set(breaker.keys.state, "corrupt")
+    breaker.call(int)
+    breaker.force_open()
+    with caplog.at_level("INFO"):
+        breaker.reset()
+    assert len(caplog.records) >= 1
+    assert not [record for record in caplog.records if "\n" in record.getMessage() or "\x1b" in record.getMessage()]

@@ -115,7 +115,7 @@ def virtual_time() -> Iterator[None]:
     kept = [(module, "monotonic", module.monotonic) for module in _CLOCKED]
     kept += [(module, "random", module.random) for module in (_line, _view, link_module)]
     kept += [(_memory, "clock_ms", _memory.clock_ms), (_core, "clock_ms", _core.clock_ms), (_core, "View", _core.View)]
-    kept += [(_rules, "_local_generations", _rules._local_generations)]
+    kept += [(_rules, "_local_generations", _rules._local_generations), (_core, "address_of", _core.address_of)]
     level = logging.getLogger("pybreaker_redis").level
     try:
         for module in _CLOCKED:
@@ -124,6 +124,7 @@ def virtual_time() -> Iterator[None]:
             module.random = Still  # type: ignore[attr-defined]
         _memory.clock_ms = _core.clock_ms = lambda: _world.now_ms()
         _core.View = TrueView  # type: ignore[misc]
+        _core.address_of = id  # a process is its own client
         logging.getLogger("pybreaker_redis").setLevel(logging.CRITICAL + 1)
         yield
     finally:
