@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from email.utils import mktime_tz, parsedate_tz
 from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args
 from urllib.parse import urlsplit
@@ -36,12 +36,16 @@ def retry_after_header(response_or_error: Any, statuses: Collection[int] = HOLD_
     carries a response or its headers. statuses: other responses ask for nothing: on a 200, RateLimit-Reset is mere
     information. Reads retry-after-ms, both forms of Retry-After (seconds, HTTP date), then RateLimit-Reset.
     """
+    status = _status(response_or_error)  # first: most responses ask for nothing
+    if status is not None and status not in statuses:
+        return None
     response = getattr(response_or_error, "response", None)
     if response is None:
         response = response_or_error
-    status = next((value for value in _statuses(response) if isinstance(value, int)), None)
+    elif status is None and (status := _status(response)) is not None and status not in statuses:
+        return None
     headers = getattr(response, "headers", None)
-    if headers is None or (status is not None and status not in statuses):
+    if headers is None:
         return None
     if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
         return milliseconds / 1000
@@ -54,8 +58,12 @@ def retry_after_header(response_or_error: Any, statuses: Collection[int] = HOLD_
     return max(reset - time.time(), 0.0) if reset is not None and reset > FIRST_EPOCH else reset
 
 
-def _statuses(response: Any) -> Iterator[object]:
-    return (getattr(response, name, None) for name in ("status_code", "status"))
+def _status(response: Any) -> int | None:
+    """The status of a response, or of an error that knows it."""
+    status = getattr(response, "status_code", None)
+    if status is None:
+        status = getattr(response, "status", None)
+    return status if isinstance(status, int) else None
 
 
 def _number(text: Any) -> float | None:

@@ -133,19 +133,30 @@ class SyncGuard(Guard[BreakersT, RequestT, ResponseT, TransportT]):
             permit = breaker.acquire()
         except CircuitOpenError as rejected:
             return self._reject(request, rejected)
+        if self._until == "body":
+            return self._send_until_body(request, permit)
+        with permit:
+            return self._send(request, permit)
+
+    def _send(self, request: RequestT, permit: Any) -> ResponseT:
+        """Send it, and settle the permit unless the response is a success."""
+        try:
+            response: Any = self._transport.handle_request(request)
+        except BaseException as error:
+            self._rules.failed(permit, error)
+            raise
+        try:
+            self._rules.answered(permit, response.status_code, response)
+        except BaseException:
+            response.close()
+            raise
+        return response  # type: ignore[no-any-return]
+
+    def _send_until_body(self, request: RequestT, permit: Any) -> ResponseT:
         with contextlib.ExitStack() as block:
             block.enter_context(permit)
-            try:
-                response: Any = self._transport.handle_request(request)
-            except BaseException as error:
-                self._rules.failed(permit, error)
-                raise
-            try:
-                self._rules.answered(permit, response.status_code, response)
-            except BaseException:
-                response.close()
-                raise
-            if self._until == "body" and not permit.settled:
+            response: Any = self._send(request, permit)
+            if not permit.settled:
                 response.stream = self._body(response.stream, permit, self._rules, block.pop_all())
         return response  # type: ignore[no-any-return]
 
@@ -175,20 +186,31 @@ class AsyncGuard(Guard[BreakersT, RequestT, ResponseT, TransportT]):
             permit = await breaker.acquire()
         except CircuitOpenError as rejected:
             return self._reject(request, rejected)
+        if self._until == "body":
+            return await self._send_until_body(request, permit)
+        async with permit:
+            return await self._send(request, permit)
+
+    async def _send(self, request: RequestT, permit: Any) -> ResponseT:
+        """See SyncGuard._send."""
+        try:
+            response: Any = await self._transport.handle_async_request(request)
+        except BaseException as error:
+            await self._rules.failed(permit, error)
+            raise
+        try:
+            if (report := self._rules.answered(permit, response.status_code, response)) is not None:
+                await report
+        except BaseException:
+            await response.aclose()
+            raise
+        return response  # type: ignore[no-any-return]
+
+    async def _send_until_body(self, request: RequestT, permit: Any) -> ResponseT:
         async with contextlib.AsyncExitStack() as block:
             await block.enter_async_context(permit)
-            try:
-                response: Any = await self._transport.handle_async_request(request)
-            except BaseException as error:
-                await self._rules.failed(permit, error)
-                raise
-            try:
-                if (report := self._rules.answered(permit, response.status_code, response)) is not None:
-                    await report
-            except BaseException:
-                await response.aclose()
-                raise
-            if self._until == "body" and not permit.settled:
+            response: Any = await self._send(request, permit)
+            if not permit.settled:
                 response.stream = self._body(response.stream, permit, self._rules, block.pop_all())
         return response  # type: ignore[no-any-return]
 

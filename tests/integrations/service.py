@@ -8,16 +8,29 @@ import json
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pybreaker_redis import Counts
+from pybreaker_redis import CircuitOpenError, Counts
 
 
 def nonzero(counts: Counts) -> dict[str, int]:
     """The outcomes that a breaker has counted."""
     return {name: value for name, value in counts._asdict().items() if value}
+
+
+async def running_probe(service: Service, path: str, send: Callable[[], Coroutine[Any, Any, Any]]) -> asyncio.Task[Any]:
+    """Send a request that hangs until one is admitted, as the probe of an open circuit. Returns its task."""
+    async with asyncio.timeout(30):
+        while True:
+            probe = asyncio.create_task(send())
+            while service.calls[path] == 0 and not probe.done():
+                await asyncio.sleep(0.01)
+            if not probe.done():
+                return probe
+            assert isinstance(probe.exception(), CircuitOpenError)
+            await asyncio.sleep(0.01)
 
 
 class Service:

@@ -14,7 +14,7 @@ import pytest
 from pybreaker_redis import AsyncCircuitBreaker, AsyncCircuitBreakerManager, CircuitOpenError
 from pybreaker_redis.integrations.aiohttp import CircuitOpenClientError, breaker_middleware
 
-from .service import Service, nonzero
+from .service import Service, nonzero, running_probe
 
 Make = Callable[..., AsyncCircuitBreakerManager]
 Use = Callable[[aiohttp.ClientSession, AsyncCircuitBreaker], Awaitable[None]]
@@ -118,11 +118,7 @@ def test_cancelled_from_outside(make_async_manager: Make, service: Service) -> N
 
     async def use(session: aiohttp.ClientSession, breaker: AsyncCircuitBreaker) -> None:
         await status_of(session, "/status/500")
-        while (await breaker.snapshot()).retry_after != 0:
-            await asyncio.sleep(0.01)
-        probe = asyncio.create_task(status_of(session, "/hang"))
-        while service.calls["/hang"] == 0:
-            await asyncio.sleep(0.01)
+        probe = await running_probe(service, "/hang", lambda: status_of(session, "/hang"))
         probe.cancel()
         with pytest.raises(asyncio.CancelledError):
             await probe

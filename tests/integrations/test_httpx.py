@@ -24,7 +24,7 @@ from pybreaker_redis import (
 )
 from pybreaker_redis.integrations import httpx as for_httpx
 
-from .service import Service, nonzero
+from .service import Service, nonzero, running_probe
 
 HOLDS = "retry_after" in inspect.signature(Permit.failure).parameters
 
@@ -404,11 +404,7 @@ def test_a_cancelled_request_frees_its_probe_slot(
 
     async def use(client: Any, breaker: Any) -> None:
         await client.get("/status/500")
-        while (await breaker.snapshot()).retry_after != 0:
-            await asyncio.sleep(0.01)
-        probe = asyncio.create_task(client.get(path))
-        while service.calls[path] == 0:
-            await asyncio.sleep(0.01)
+        probe = await running_probe(service, path, lambda: client.get(path))
         with pytest.raises(library.guard.CircuitOpenTransportError):
             await client.get("/")
         probe.cancel()
