@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import math
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from email.utils import mktime_tz, parsedate_tz
 from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args
 from urllib.parse import urlsplit
 
-from .. import CircuitOpenError
+from .. import CircuitOpenError, PolicyError
 
 FAILURE_STATUSES: Final = frozenset({500, 502, 503, 504})
 HOLD_STATUSES: Final = frozenset({429, 503})
@@ -19,7 +18,7 @@ DEFAULT_PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 FIRST_EPOCH: Final = 10**9  # seconds; a greater RateLimit-Reset is a Unix time
 UNAVAILABLE: Final = "a service that this request needs is not available"
 
-ErrorTypes: TypeAlias = tuple[type[BaseException], ...] | Callable[[BaseException], object]
+Errors: TypeAlias = type[BaseException] | Iterable[type[BaseException]] | Callable[[BaseException], object]
 RetryAfter: TypeAlias = Callable[[Any], float | None]
 Until: TypeAlias = Literal["headers", "body"]
 E_ = TypeVar("E_", bound=CircuitOpenError)
@@ -105,33 +104,39 @@ def host_of(request: Any) -> str:
 
 
 def check_until(until: object) -> None:
-    """Raise ValueError unless this is a value of the option `until`."""
+    """Raise PolicyError unless this is a value of the option `until`."""
     if until not in get_args(Until):
-        raise ValueError(f"until must be 'headers' or 'body', not {until!r}")
+        raise PolicyError(f"until must be 'headers' or 'body', not {until!r}")
 
 
-def finder(breakers: Any, name: str | Callable[[Any], str | None]) -> Callable[[Any], Any]:
+def finder(
+    breakers: Any, kinds: tuple[type[Any], type[Any]], name: str | Callable[[Any], str | None]
+) -> Callable[[Any], Any]:
     """A function of a request that returns its breaker, or None if the request is not guarded.
 
-    breakers: a manager, or one breaker for all requests.
+    breakers: a manager, or one breaker for all requests. kinds: the types of these that fit the client. A request
+    without a host is not guarded: the client itself says what is wrong with it. Raises PolicyError.
     """
-    get_or_create = getattr(breakers, "get_or_create", None)
-    if get_or_create is None:
+    manager, breaker = kinds
+    if isinstance(breakers, breaker):
         return lambda request: breakers
+    if not isinstance(breakers, manager):
+        raise PolicyError(f"breakers must be of type {manager.__name__} or {breaker.__name__}, not {breakers!r}")
+    get_or_create = breakers.get_or_create
     if isinstance(name, str):
         return lambda request: get_or_create(name)
 
     def find(request: Any) -> Any:
         service = name(request)
-        return None if service is None else get_or_create(service)
+        return get_or_create(service) if service else None
 
     return find
 
 
-def rejection(kind: type[E_], rejected: CircuitOpenError, request: Any) -> E_:
+def rejection(kind: type[E_], rejected: CircuitOpenError) -> E_:
     """The same rejection as an error of an HTTP client."""
     error = kind(*rejected.args)
-    vars(error).update(vars(rejected), request=request)
+    vars(error).update(vars(rejected))
     return error
 
 
@@ -140,43 +145,46 @@ def unavailable_headers(error: CircuitOpenError) -> dict[str, str]:
     return {"Retry-After": str(max(math.ceil(error.retry_after), 1)), "Cache-Control": "no-store"}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class Rules:
     """How HTTP calls end. What does not fit a rule is a success if it is a response, and nothing if it is an error.
 
-    failures, ignore: exception types, or a function of the exception. failure_statuses: those that count as failures.
-    retry_after: a function of the response: seconds to hold, or None.
+    failures, ignore: exception types, one or several, or a function of the exception. failure_statuses: those that
+    count as failures. retry_after: a function of the response: seconds to hold, or None.
 
     The methods return what the permit's method returns: of an asyncio permit, something to await.
     """
 
-    failures: ErrorTypes
-    ignore: ErrorTypes
-    failure_statuses: Collection[int]
-    retry_after: RetryAfter
+    def __init__(
+        self, failures: Errors, ignore: Errors, failure_statuses: Collection[int], retry_after: RetryAfter
+    ) -> None:
+        self._fails, self._ignores = _matcher(failures), _matcher(ignore)
+        self._failure_statuses, self._retry_after = frozenset(failure_statuses), retry_after
 
     def failed(self, permit: Any, error: BaseException) -> Any:
         """Settle the permit of a call that raised."""
         counts = (
             isinstance(error, Exception)
             and not isinstance(error, CircuitOpenError)
-            and not _holds(self.ignore, error)
-            and _holds(self.failures, error)
+            and not self._ignores(error)
+            and self._fails(error)
         )
         return fail(permit, error, None) if counts else permit.release()
 
     def answered(self, permit: Any, status: int, response: Any) -> Any:
         """Settle the permit of a call whose response is no success; else return None, and leave it to its block."""
-        seconds = self.retry_after(response)
+        seconds = self._retry_after(response)
         if seconds is not None and seconds > 0:
             return fail(permit, FailedResponseError(f"HTTP {status}"), seconds)
-        if status in self.failure_statuses:
+        if status in self._failure_statuses:
             return fail(permit, FailedResponseError(f"HTTP {status}"), None)
         return None
 
 
-def _holds(types: ErrorTypes, error: BaseException) -> bool:
-    return isinstance(error, types) if isinstance(types, tuple) else bool(types(error))
+def _matcher(given: Errors) -> Callable[[BaseException], object]:
+    if callable(given) and not isinstance(given, type):
+        return given
+    types = given if isinstance(given, type) else tuple(given)
+    return lambda error: isinstance(error, types)
 
 
 def fail(permit: Any, error: BaseException, retry_after: float | None) -> Any:

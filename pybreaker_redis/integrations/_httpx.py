@@ -6,11 +6,17 @@ import contextlib
 from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from typing import Any, Generic, Self, TypeVar
 
-from .. import CircuitOpenError
+from .. import (
+    AsyncCircuitBreaker,
+    AsyncCircuitBreakerManager,
+    CircuitBreaker,
+    CircuitBreakerManager,
+    CircuitOpenError,
+)
 from ._http import (
     FAILURE_STATUSES,
     UNAVAILABLE,
-    ErrorTypes,
+    Errors,
     RetryAfter,
     Rules,
     Until,
@@ -83,6 +89,7 @@ class Guard(Generic[BreakersT, RequestT, ResponseT, TransportT]):
     """What both transports share. Their docstrings describe the options."""
 
     _library: Any
+    _kinds: tuple[type[Any], type[Any]]
     _error: type[CircuitOpenError]
     _body: type[Any]
     _default_transport: str
@@ -96,14 +103,14 @@ class Guard(Generic[BreakersT, RequestT, ResponseT, TransportT]):
         until: Until = "headers",
         rejected: Callable[[Any], ResponseT] | None = None,
         failure_statuses: Collection[int] = FAILURE_STATUSES,
-        failures: ErrorTypes | None = None,
-        ignore: ErrorTypes | None = None,
+        failures: Errors | None = None,
+        ignore: Errors | None = None,
         retry_after: RetryAfter = retry_after_header,
     ) -> None:
         check_until(until)
         library = self._library
         self._transport: Any = getattr(library, self._default_transport)() if transport is None else transport
-        self._find = finder(breakers, name)
+        self._find = finder(breakers, self._kinds, name)
         self._until = until
         self._rejected = rejected
         if failures is None:
@@ -113,7 +120,8 @@ class Guard(Generic[BreakersT, RequestT, ResponseT, TransportT]):
         self._rules = Rules(failures, ignore, failure_statuses, retry_after)
 
     def _reject(self, request: RequestT, rejected: CircuitOpenError) -> ResponseT:
-        error = rejection(self._error, rejected, request)
+        error: Any = rejection(self._error, rejected)
+        error.request = request
         if self._rejected is None:
             raise error from None
         return self._rejected(error)
@@ -122,6 +130,7 @@ class Guard(Generic[BreakersT, RequestT, ResponseT, TransportT]):
 class SyncGuard(Guard[BreakersT, RequestT, ResponseT, TransportT]):
     """A transport that guards each request of another one."""
 
+    _kinds = (CircuitBreakerManager, CircuitBreaker)
     _default_transport = "HTTPTransport"
 
     def handle_request(self, request: RequestT) -> ResponseT:
@@ -175,6 +184,7 @@ class SyncGuard(Guard[BreakersT, RequestT, ResponseT, TransportT]):
 class AsyncGuard(Guard[BreakersT, RequestT, ResponseT, TransportT]):
     """SyncGuard for asyncio."""
 
+    _kinds = (AsyncCircuitBreakerManager, AsyncCircuitBreaker)
     _default_transport = "AsyncHTTPTransport"
 
     async def handle_async_request(self, request: RequestT) -> ResponseT:

@@ -10,7 +10,7 @@ from typing import Any
 import aiohttp
 
 from .. import AsyncCircuitBreaker, AsyncCircuitBreakerManager, CircuitOpenError
-from ._http import FAILURE_STATUSES, ErrorTypes, RetryAfter, Rules, finder, host_of, rejection, retry_after_header
+from ._http import FAILURE_STATUSES, Errors, RetryAfter, Rules, finder, host_of, rejection, retry_after_header
 
 __all__ = ["CircuitOpenClientError", "breaker_middleware", "callers_own", "host_of"]
 
@@ -38,16 +38,14 @@ def callers_own(error: BaseException) -> bool:
 class CircuitOpenClientError(CircuitOpenError, aiohttp.ClientConnectionError):
     """The request was rejected, and not sent. Handlers of aiohttp.ClientConnectionError see it, too."""
 
-    request: aiohttp.ClientRequest | None = None
-
 
 def breaker_middleware(
     breakers: AsyncCircuitBreakerManager | AsyncCircuitBreaker,
     *,
     name: str | Callable[[Any], str | None] = host_of,
     failure_statuses: Collection[int] = FAILURE_STATUSES,
-    failures: ErrorTypes = FAILURES,
-    ignore: ErrorTypes = callers_own,
+    failures: Errors = FAILURES,
+    ignore: Errors = callers_own,
     retry_after: RetryAfter = retry_after_header,
 ) -> aiohttp.ClientMiddlewareType:
     """A middleware for ClientSession(middlewares=[...]), with aiohttp 3.12 or newer.
@@ -55,7 +53,7 @@ def breaker_middleware(
     breakers: a manager, or one breaker for every request.
     name: the name of a request's breaker, or a function of the ClientRequest. None from it: the request is not guarded.
     failure_statuses: the statuses that count as failures. Any other response is a success.
-    failures: the exceptions that count as failures: a tuple of types, or a function of the exception. Any other
+    failures: the exceptions that count as failures: types, or a function of the exception. Any other
         exception counts as nothing.
     ignore: likewise, exceptions in `failures` that count as nothing; see callers_own().
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.
@@ -64,9 +62,10 @@ def breaker_middleware(
     aiohttp repeats an idempotent request once when its connection breaks: each try is a call. A time-out of aiohttp's,
     ClientTimeout(total=...) too, is a failure; a task that is cancelled counts as nothing.
 
-    The breakers' own options for failures do not apply. A rejected request raises CircuitOpenClientError.
+    The breakers' own options for failures do not apply. A rejected request raises CircuitOpenClientError. Raises
+    PolicyError for breakers that do not fit.
     """
-    find = finder(breakers, name)
+    find = finder(breakers, (AsyncCircuitBreakerManager, AsyncCircuitBreaker), name)
     rules = Rules(failures, ignore, failure_statuses, retry_after)
 
     async def guard(request: aiohttp.ClientRequest, handler: aiohttp.ClientHandlerType) -> aiohttp.ClientResponse:
@@ -76,7 +75,7 @@ def breaker_middleware(
         try:
             permit = await breaker.acquire()
         except CircuitOpenError as rejected:
-            raise rejection(CircuitOpenClientError, rejected, request) from None
+            raise rejection(CircuitOpenClientError, rejected) from None
         async with permit:
             try:
                 response = await handler(request)

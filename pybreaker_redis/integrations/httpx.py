@@ -49,13 +49,13 @@ class BreakerTransport(
         closed, and a body that breaks off is a failure.
     rejected: a function of the CircuitOpenTransportError that returns a response. None: the error is raised.
     failure_statuses: the statuses that count as failures. Any other response is a success.
-    failures: the exceptions that count as failures: a tuple of types, or a function of the exception. Any other
+    failures: the exceptions that count as failures: types, or a function of the exception. Any other
         exception counts as nothing. None: httpx.TransportError.
     ignore: likewise, exceptions in `failures` that count as nothing. None: the caller's own faults, which are
         PoolTimeout, UnsupportedProtocol and LocalProtocolError.
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.
 
-    The breakers' own options for failures do not apply. Raises ValueError for another `until`.
+    The breakers' own options for failures do not apply. Raises PolicyError for an invalid option.
     """
 
     _library, _error, _body = httpx, CircuitOpenTransportError, _Body

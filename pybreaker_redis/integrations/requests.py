@@ -12,7 +12,7 @@ from urllib3.exceptions import ClosedPoolError
 from .. import CircuitBreaker, CircuitBreakerManager, CircuitOpenError
 from ._http import (
     FAILURE_STATUSES,
-    ErrorTypes,
+    Errors,
     RetryAfter,
     Rules,
     Until,
@@ -36,7 +36,8 @@ FAILURES = (
 class CircuitOpenConnectionError(CircuitOpenError, requests.ConnectionError):
     """The request was rejected, and not sent. Handlers of requests.ConnectionError see it, too."""
 
-    request = response = None
+    request: requests.PreparedRequest | None = None
+    response = None
 
 
 class BreakerAdapter(BaseAdapter):
@@ -50,12 +51,12 @@ class BreakerAdapter(BaseAdapter):
     until: "headers": a call ends with the headers of the response. "body": it ends when the body has been read, and a
         body that breaks off is a failure; with stream=True it still ends with the headers.
     failure_statuses: the statuses that count as failures. Any other response is a success.
-    failures: the exceptions that count as failures: a tuple of types, or a function of the exception. Any other
+    failures: the exceptions that count as failures: types, or a function of the exception. Any other
         exception counts as nothing: an invalid URL is the caller's own fault.
     ignore: likewise, exceptions in `failures` that count as nothing. None: those of a pool that is closed.
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.
 
-    The breakers' own options for failures do not apply. Raises ValueError for another `until`.
+    The breakers' own options for failures do not apply. Raises PolicyError for an invalid option.
     """
 
     def __init__(
@@ -66,14 +67,14 @@ class BreakerAdapter(BaseAdapter):
         name: str | Callable[[Any], str | None] = host_of,
         until: Until = "headers",
         failure_statuses: Collection[int] = FAILURE_STATUSES,
-        failures: ErrorTypes = FAILURES,
-        ignore: ErrorTypes | None = None,
+        failures: Errors = FAILURES,
+        ignore: Errors | None = None,
         retry_after: RetryAfter = retry_after_header,
     ) -> None:
         super().__init__()
         check_until(until)
         self._adapter = HTTPAdapter() if adapter is None else adapter
-        self._find = finder(breakers, name)
+        self._find = finder(breakers, (CircuitBreakerManager, CircuitBreaker), name)
         self._until = until
         self._rules = Rules(failures, _closed_pool if ignore is None else ignore, failure_statuses, retry_after)
 
@@ -93,7 +94,9 @@ class BreakerAdapter(BaseAdapter):
         try:
             permit = breaker.acquire()
         except CircuitOpenError as rejected:
-            raise rejection(CircuitOpenConnectionError, rejected, request) from None
+            error = rejection(CircuitOpenConnectionError, rejected)
+            error.request = request
+            raise error from None
         with permit:
             try:
                 response = self._adapter.send(request, stream, timeout, verify, cert, proxies)

@@ -21,6 +21,7 @@ from pybreaker_redis import (
     CircuitBreakerManager,
     CircuitOpenError,
     Permit,
+    PolicyError,
 )
 from pybreaker_redis.integrations import httpx as for_httpx
 
@@ -142,6 +143,10 @@ def test_the_callers_own_faults_count_as_nothing(
         with pytest.raises(http.UnsupportedProtocol):
             caller.client.get(f"gopher://127.0.0.1:{service.port}/")
 
+    client = library.http.Client(transport=library.guard.BreakerTransport(manager))
+    with client, pytest.raises(http.UnsupportedProtocol):
+        client.get("/no/host")
+
     def body() -> Iterator[bytes]:
         yield b"half"
         raise KeyError("the caller's own")
@@ -251,8 +256,25 @@ def test_everything_is_a_parameter(call: Callable[..., Caller]) -> None:
     assert caller.counts == {"successes": 1, "failures": 1, "ignored": 1}
     caller.error_of("/hang", timeout=0.1)
     assert caller.counts == {"successes": 1, "failures": 2, "ignored": 1}
-    with pytest.raises(ValueError, match="until must be 'headers' or 'body', not 'end'"):
+    with pytest.raises(PolicyError, match="until must be 'headers' or 'body', not 'end'"):
         call(until="end")
+
+
+def test_types_may_come_alone_or_in_any_collection(call: Callable[..., Caller]) -> None:
+    """As for a breaker."""
+    caller = call(failures=call().library.http.ReadTimeout, ignore=[])
+    caller.error_of("/reset")
+    assert caller.counts == {"ignored": 1}
+    caller.error_of("/hang", timeout=0.1)
+    assert caller.counts == {"ignored": 1, "failures": 1}
+
+
+def test_breakers_of_the_other_kind_are_refused(library: Library) -> None:
+    """Before the first request, with what to pass instead."""
+    with pytest.raises(PolicyError, match="breakers must be of type CircuitBreakerManager or CircuitBreaker, not"):
+        library.guard.BreakerTransport(AsyncCircuitBreakerManager())
+    with pytest.raises(PolicyError, match="of type AsyncCircuitBreakerManager or AsyncCircuitBreaker, not"):
+        library.guard.AsyncBreakerTransport(CircuitBreaker("a"))
 
 
 def test_redirects_are_calls_of_their_own(call: Callable[..., Caller]) -> None:
@@ -290,9 +312,16 @@ def test_a_hold_opens_the_circuit(call: Callable[..., Caller], status: int) -> N
 
 def test_a_rejection_can_be_a_response(call: Callable[..., Caller]) -> None:
     """One that SDKs do not retry, or any other."""
-    caller = call(rejected=lambda error: caller.library.guard.sdk_response(error))
+    seen: list[Any] = []
+
+    def answer_for(error: Any) -> Any:
+        seen.append(error)
+        return caller.library.guard.sdk_response(error)
+
+    caller = call(rejected=answer_for)
     caller.breaker.force_open(30)
     answer = caller.get("/")
+    assert str(seen[0].request.url) == f"{caller.service.url}/"
     assert answer.status_code == 503
     assert answer.headers["x-should-retry"] == "false"
     assert 0 < int(answer.headers["retry-after"]) <= 30

@@ -134,7 +134,7 @@ def test_parameters(service: Service) -> None:
     with session_of(manager, name=lambda request: None) as session:
         session.get(service.url)
     assert manager._breakers == {}
-    with session_of(manager, name="fixed", ignore=(requests.Timeout,)) as session:
+    with session_of(manager, name="fixed", ignore=requests.Timeout) as session:
         with pytest.raises(requests.Timeout):
             session.get(f"{service.url}/hang", timeout=0.1)
         assert nonzero(manager.get_or_create("fixed").counts) == {"ignored": 1}
