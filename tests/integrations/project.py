@@ -15,6 +15,7 @@ from django.urls import path
 from pybreaker_redis.integrations.django import async_breakers, breakers, health
 
 settings.configure(
+    SECRET_KEY="of a test",
     ALLOWED_HOSTS=["*"],
     ROOT_URLCONF=__name__,
     INSTALLED_APPS=["pybreaker_redis.integrations.django.CircuitBreakersConfig"],

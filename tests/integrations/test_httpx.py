@@ -297,6 +297,15 @@ def test_a_nested_guard_of_the_same_breaker_counts_once(call: Callable[..., Call
     assert caller.counts["failures"] == 3
 
 
+def test_the_rejection_of_an_inner_transport_is_no_failure(call: Callable[..., Caller], library: Library) -> None:
+    """It says nothing about the service of the outer one."""
+    inner = CircuitBreaker("inner")
+    inner.force_open()
+    caller = call(transport=library.guard.BreakerTransport(inner))
+    assert caller.error_of("/").name == "inner"
+    assert caller.counts == {"ignored": 1}
+
+
 @pytest.mark.parametrize("status", [429, 503])
 def test_a_hold_opens_the_circuit(call: Callable[..., Caller], status: int) -> None:
     """The service said when to come back: one such answer is enough, for as long as it said."""

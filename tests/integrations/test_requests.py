@@ -89,6 +89,18 @@ def test_the_callers_own_faults(session: requests.Session, service: Service, man
     assert nonzero(breaker.counts) == {"ignored": 4}
 
 
+def test_a_closed_pool_counts_as_nothing(service: Service, manager: CircuitBreakerManager) -> None:
+    """Though requests makes a ConnectionError of it."""
+    adapter = HTTPAdapter()
+    with session_of(manager, adapter) as session:
+        session.get(service.url)
+        pools = adapter.poolmanager.pools
+        pools[next(iter(pools.keys()))].close()
+        with pytest.raises(requests.ConnectionError):
+            session.get(service.url)
+    assert nonzero(breaker_of(manager, service).counts) == {"successes": 1, "ignored": 1}
+
+
 def test_retries_of_urllib3_happen_inside(service: Service, manager: CircuitBreakerManager) -> None:
     """A request and its retries are one call."""
     retries = HTTPAdapter(max_retries=Retry(2, status_forcelist=[503], backoff_factor=0))

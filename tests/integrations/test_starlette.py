@@ -17,7 +17,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import WebSocketRoute
-from starlette.testclient import TestClient, WebSocketDisconnect
+from starlette.testclient import TestClient
 from starlette.websockets import WebSocket
 
 from pybreaker_redis import AsyncCircuitBreakerManager, CircuitBreaker, CircuitBreakerManager, CircuitOpenError
@@ -123,7 +123,14 @@ def test_health(make_app: Callable[..., Starlette], make_async_manager: Make) ->
 
 def test_synchronous_endpoints(make_manager: Callable[..., CircuitBreakerManager]) -> None:
     """A CircuitBreakerManager serves them; its work with Redis stays off the event loop."""
-    breakers = make_manager()
+    did: list[str] = []
+
+    class Manager(CircuitBreakerManager):
+        def close(self) -> None:
+            did.append("closed")
+            super().close()
+
+    breakers = Manager.with_redis(make_manager().config)
     app = fastapi.FastAPI()
     install(app, breakers, health="/health")
 
@@ -138,6 +145,7 @@ def test_synchronous_endpoints(make_manager: Callable[..., CircuitBreakerManager
         breakers.get_or_create("search").force_open(30)
         assert browser.get("/search").status_code == 503
         assert browser.get("/health").json() == {"search": "open"}
+    assert did == ["closed"]
 
 
 def test_two_applications_share_nothing() -> None:
@@ -175,7 +183,7 @@ def test_the_errors_of_clients_are_rejections_too() -> None:
 
 @pytest.mark.parametrize("accept", [True, False])
 def test_websockets(accept: bool) -> None:
-    """A rejection closes them: try again later."""
+    """A rejection closes them, and does no more: try again later."""
 
     async def endpoint(websocket: WebSocket) -> None:
         if accept:
@@ -184,10 +192,16 @@ def test_websockets(accept: bool) -> None:
 
     app = Starlette(routes=[WebSocketRoute("/ws", endpoint)])
     install(app, CircuitBreakerManager())
-    with (
-        TestClient(app) as browser,
-        pytest.raises(WebSocketDisconnect) as caught,
-        browser.websocket_connect("/ws") as websocket,
-    ):
-        websocket.receive_text()
-    assert caught.value.code == 1013
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "websocket", "path": "/ws", "headers": [], "query_string": b"", "subprotocols": []}
+    asyncio.run(app(scope, receive, send))
+    accepted = ["websocket.accept"] if accept else []
+    assert [message["type"] for message in sent] == [*accepted, "websocket.close"]
+    assert sent[-1]["code"] == 1013
