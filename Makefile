@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 OUTAGES := tests/faults tests/link tests/model tests/processes
+INTEGRATIONS := tests/integrations
 TYPED := pybreaker_redis tests/typing/api.py
 SECONDS ?= 600
 
@@ -22,7 +23,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons soak mutants lint docs bundles bench bench-link clean
+.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations soak mutants lint docs bundles bench bench-link clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -32,13 +33,13 @@ demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one 
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
 test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, and the long ones (five minutes)
-	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES)) $(ARGS)
+	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS)) $(ARGS)
 
 test-outages: $(VENV)/dev.stamp ## run those of outages, of processes, of the link and of models (ten minutes)
 	@$(BIN)/python -m pytest $(OUTAGES) $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
-	@$(BIN)/python -m pytest --cov --cov-report=term-missing:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
 	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
@@ -50,6 +51,9 @@ test-servers: $(VENV)/dev.stamp ## run contract, scripts and cluster tests on ev
 test-pythons: ## run the tests on every Python found, with the oldest and the newest redis-py that is allowed
 	@$(PYTHON) tests/run_pythons.py $(ARGS)
 
+test-integrations: $(VENV)/integrations.stamp ## run the tests of integrations with other libraries, and of their pages (a minute)
+	@$(BIN)/python -m pytest $(INTEGRATIONS) tests/test_docs.py -k 'integrations or http-clients or frameworks or retries or grpc' $(ARGS)
+
 soak: $(VENV)/dev.stamp ## random faults for ten minutes; another time: make soak SECONDS=3600
 	@$(BIN)/python tests/faults/soak.py $(SECONDS) $(ARGS)
 
@@ -57,7 +61,7 @@ mutants: $(VENV)/mutation.stamp ## change the state machine in 2700 places, and 
 	@$(BIN)/python tests/mutation/python_mutants.py
 	@$(BIN)/python tests/mutation/lua_mutants.py $(ARGS)
 
-lint: $(VENV)/dev.stamp bundles ## check style, types and the Lua
+lint: $(VENV)/integrations.stamp bundles ## check style, types and the Lua
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(TYPED)

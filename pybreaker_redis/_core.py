@@ -360,7 +360,7 @@ class BreakerCore:
             return self._report(permit, IGNORED if self._innermost.has_failed(permit.started) else SUCCESS)
         if isinstance(error, CircuitOpenError) and error.name == self.name:
             return self._report(permit, IGNORED, error)  # a nested rejection says nothing about the service
-        if self._innermost.has_counted(error, permit.started):
+        if self._innermost.has_counted(error, permit.started) or self._innermost.has_failed(permit.started):
             return self._report(permit, IGNORED, error)
         outcome = self._classifier.of_exception(error)
         if outcome == FAILURE and permit.generation is not None:

@@ -35,6 +35,12 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = ("python", "console")
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 MOST_NOT_RUN = 8
+NEEDED = {  # by page: libraries that only `make test-integrations` installs
+    "http-clients.md": ("httpx", "httpx2", "requests", "aiohttp", "openai"),
+    "frameworks.md": ("fastapi", "flask", "django"),
+    "retries.md": ("tenacity", "stamina"),
+    "grpc.md": ("grpc",),
+}
 
 
 @dataclasses.dataclass
@@ -208,6 +214,8 @@ def reader(tcp_server: EmbeddedServer, cluster_port: int, tmp_path: pathlib.Path
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_page(reader: Reader, tcp_server: EmbeddedServer, page: pathlib.Path) -> None:
     """Every block of the page runs, and console blocks print what the page says."""
+    for library in NEEDED.get(page.name, ()):
+        pytest.importorskip(library)
     file = str(page.relative_to(ROOT))
     for block in blocks(page):
         if block.not_run:

@@ -581,6 +581,24 @@ def test_a_success_after_a_nested_failure_counts_as_nothing(make_breaker: Callab
     assert breaker.state == "open"
 
 
+def test_another_error_after_a_nested_failure_counts_as_nothing(make_breaker: Callable[..., CircuitBreaker]) -> None:
+    """As where an HTTP client's transport has counted a 500, and raise_for_status() then raises."""
+    breaker = make_breaker(policy=Policy(failure_threshold=9))
+
+    @breaker
+    def translating() -> None:
+        try:
+            breaker.call(raising, Boom())
+        except Boom as error:
+            raise StatusError(500) from error
+
+    for number in (1, 2):
+        with pytest.raises(StatusError):
+            translating()
+        assert breaker.counts.failures == number
+    assert breaker.snapshot().failure_count == 2
+
+
 def test_later_calls_count_again(make_breaker: Callable[..., CircuitBreaker]) -> None:
     """One exception object that is raised again and again counts each time, and successes after it count."""
     breaker = make_breaker(policy=Policy(failure_threshold=4, reset_timeout=60))

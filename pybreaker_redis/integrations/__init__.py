@@ -1,1 +1,5 @@
-"""Breakers in other libraries, one module for each library. A module needs the extra of its name."""
+"""Ready-made guards for other libraries: one module and one extra each. None imports the library of another."""
+
+from ._http import retry_after_header
+
+__all__ = ["retry_after_header"]

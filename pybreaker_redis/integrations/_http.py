@@ -1,0 +1,194 @@
+"""What the guards of all HTTP clients and frameworks share. Imports no third-party library."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import time
+from collections.abc import Callable, Collection, Iterable
+from email.utils import mktime_tz, parsedate_tz
+from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args
+from urllib.parse import urlsplit
+
+from .. import CircuitOpenError, PolicyError
+
+FAILURE_STATUSES: Final = frozenset({500, 502, 503, 504})
+HOLD_STATUSES: Final = frozenset({429, 503})
+DEFAULT_PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443}
+FIRST_EPOCH: Final = 10**9  # seconds; a greater RateLimit-Reset is a Unix time
+UNAVAILABLE: Final = "a service that this request needs is not available"
+
+Errors: TypeAlias = type[BaseException] | Iterable[type[BaseException]] | Callable[[BaseException], object]
+RetryAfter: TypeAlias = Callable[[Any], float | None]
+Until: TypeAlias = Literal["headers", "body"]
+E_ = TypeVar("E_", bound=CircuitOpenError)
+
+
+class FailedResponseError(Exception):
+    """A response whose status counts as failure: what on_call and the history see of it. It is never raised."""
+
+
+def retry_after_header(response_or_error: Any, statuses: Collection[int] = HOLD_STATUSES) -> float | None:
+    """Seconds after which the service wants to be asked again, or None if it did not say.
+
+    response_or_error: a response of httpx, requests or aiohttp, or an error of theirs, or of an SDK built on them, that
+    carries a response or its headers. statuses: other responses ask for nothing: on a 200, RateLimit-Reset is mere
+    information. Reads retry-after-ms, both forms of Retry-After (seconds, HTTP date), then RateLimit-Reset.
+    """
+    status = _status(response_or_error)  # first: most responses ask for nothing
+    if status is not None and status not in statuses:
+        return None
+    response = getattr(response_or_error, "response", None)
+    if response is None:
+        response = response_or_error
+    elif status is None and (status := _status(response)) is not None and status not in statuses:
+        return None
+    headers = getattr(response, "headers", None)
+    if headers is None:
+        return None
+    if (milliseconds := _number(headers.get("retry-after-ms"))) is not None:
+        return milliseconds / 1000
+    text = headers.get("retry-after")
+    if (seconds := _number(text)) is not None:
+        return seconds
+    if (until := _date(text)) is not None:
+        return max(until - time.time(), 0.0)
+    reset = _number(headers.get("ratelimit-reset"))
+    return max(reset - time.time(), 0.0) if reset is not None and reset > FIRST_EPOCH else reset
+
+
+def _status(response: Any) -> int | None:
+    """The status of a response, or of an error that knows it."""
+    status = getattr(response, "status_code", None)
+    if status is None:
+        status = getattr(response, "status", None)
+    return status if isinstance(status, int) else None
+
+
+def _number(text: Any) -> float | None:
+    """A finite number of at least zero, or None."""
+    try:
+        number = float(text)
+    except (TypeError, ValueError):
+        return None
+    return number if 0 <= number < math.inf else None
+
+
+def _date(text: Any) -> float | None:
+    """The Unix time of an HTTP date, or None."""
+    try:
+        parsed = parsedate_tz(text)
+        return None if parsed is None else mktime_tz(parsed)
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+def host_of(request: Any) -> str:
+    """The default name of a request's breaker: the host, and the port unless it is the scheme's default.
+
+    Every client gives the same host the same name, so that they share one circuit.
+    """
+    url = request.url
+    if isinstance(url, str):
+        url = urlsplit(url)
+        host = url.hostname
+    else:
+        host = url.raw_host  # not .host: in ASCII, as requests has it
+    if isinstance(host, bytes):
+        host = host.decode("ascii")
+    host = host or ""
+    if ":" in host:
+        host = f"[{host}]"
+    port = url.port
+    return host if port is None or port == DEFAULT_PORTS.get(url.scheme) else f"{host}:{port}"
+
+
+def check_until(until: object) -> None:
+    """Raise PolicyError unless this is a value of the option `until`."""
+    if until not in get_args(Until):
+        raise PolicyError(f"until must be 'headers' or 'body', not {until!r}")
+
+
+def finder(
+    breakers: Any, kinds: tuple[type[Any], type[Any]], name: str | Callable[[Any], str | None]
+) -> Callable[[Any], Any]:
+    """A function of a request that returns its breaker, or None if the request is not guarded.
+
+    breakers: a manager, or one breaker for all requests. kinds: the types of these that fit the client. A request
+    without a host is not guarded: the client itself says what is wrong with it. Raises PolicyError.
+    """
+    manager, breaker = kinds
+    if isinstance(breakers, breaker):
+        return lambda request: breakers
+    if not isinstance(breakers, manager):
+        raise PolicyError(f"breakers must be of type {manager.__name__} or {breaker.__name__}, not {breakers!r}")
+    get_or_create = breakers.get_or_create
+    if isinstance(name, str):
+        return lambda request: get_or_create(name)
+
+    def find(request: Any) -> Any:
+        service = name(request)
+        return get_or_create(service) if service else None
+
+    return find
+
+
+def rejection(kind: type[E_], rejected: CircuitOpenError) -> E_:
+    """The same rejection as an error of an HTTP client."""
+    error = kind(*rejected.args)
+    vars(error).update(vars(rejected))
+    return error
+
+
+def unavailable_headers(error: CircuitOpenError) -> dict[str, str]:
+    """The headers of a 503 that passes a rejection on. Retry-After takes whole seconds."""
+    return {"Retry-After": str(max(math.ceil(error.retry_after), 1)), "Cache-Control": "no-store"}
+
+
+class Rules:
+    """How HTTP calls end. What does not fit a rule is a success if it is a response, and nothing if it is an error.
+
+    failures, ignore: exception types, one or several, or a function of the exception. failure_statuses: those that
+    count as failures. retry_after: a function of the response: seconds to hold, or None.
+
+    The methods return what the permit's method returns: of an asyncio permit, something to await.
+    """
+
+    def __init__(
+        self, failures: Errors, ignore: Errors, failure_statuses: Collection[int], retry_after: RetryAfter
+    ) -> None:
+        self._fails, self._ignores = _matcher(failures), _matcher(ignore)
+        self._failure_statuses, self._retry_after = frozenset(failure_statuses), retry_after
+
+    def failed(self, permit: Any, error: BaseException) -> Any:
+        """Settle the permit of a call that raised."""
+        counts = (
+            isinstance(error, Exception)
+            and not isinstance(error, CircuitOpenError)
+            and not self._ignores(error)
+            and self._fails(error)
+        )
+        return fail(permit, error, None) if counts else permit.release()
+
+    def answered(self, permit: Any, status: int, response: Any) -> Any:
+        """Settle the permit of a call whose response is no success; else return None, and leave it to its block."""
+        seconds = self._retry_after(response)
+        if seconds is not None and seconds > 0:
+            return fail(permit, FailedResponseError(f"HTTP {status}"), seconds)
+        if status in self._failure_statuses:
+            return fail(permit, FailedResponseError(f"HTTP {status}"), None)
+        return None
+
+
+def _matcher(given: Errors) -> Callable[[BaseException], object]:
+    if callable(given) and not isinstance(given, type):
+        return given
+    types = given if isinstance(given, type) else tuple(given)
+    return lambda error: isinstance(error, types)
+
+
+def fail(permit: Any, error: BaseException, retry_after: float | None) -> Any:
+    """permit.failure(), with retry_after if this version's permits take it."""
+    if retry_after is not None and "retry_after" in inspect.signature(permit.failure).parameters:
+        return permit.failure(error, retry_after=retry_after)
+    return permit.failure(error)

@@ -1,0 +1,35 @@
+"""Rejections as answers of a Flask application (needs the extra `flask`)."""
+
+from __future__ import annotations
+
+import flask
+
+from .. import CircuitBreakerManager, CircuitOpenError
+from ._http import UNAVAILABLE, unavailable_headers
+
+__all__ = ["install", "unavailable"]
+
+
+def install(app: flask.Flask, breakers: CircuitBreakerManager, *, health: str | None = None) -> None:
+    """Let the application answer 503 with Retry-After where a CircuitOpenError leaves a view.
+
+    breakers: the manager, which views find as current_app.extensions["circuit_breakers"]. It reports what it has
+    gathered when the process ends. health: the path, like "/health", of a page with the state of every breaker as JSON;
+    None: there is none. Anybody who can read that page learns which services the application calls.
+    """
+    app.extensions["circuit_breakers"] = breakers
+    app.register_error_handler(CircuitOpenError, unavailable)
+    if health is not None:
+
+        def states() -> flask.Response:
+            return flask.jsonify(breakers.get_all_states())
+
+        app.add_url_rule(health, "circuit_breakers", states)
+
+
+def unavailable(error: CircuitOpenError) -> flask.Response:
+    """The error handler that install() adds. It names no service, since its answer leaves the application."""
+    response = flask.jsonify(detail=UNAVAILABLE)
+    response.status_code = 503
+    response.headers.update(unavailable_headers(error))
+    return response

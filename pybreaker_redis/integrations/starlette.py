@@ -1,0 +1,63 @@
+"""Rejections as answers of a Starlette or FastAPI application (needs the extra `starlette`)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.websockets import WebSocket
+
+from .. import AsyncCircuitBreakerManager, CircuitBreakerManager, CircuitOpenError
+from ._http import UNAVAILABLE, unavailable_headers
+
+__all__ = ["install", "unavailable"]
+
+TRY_AGAIN_LATER = 1013  # a close code of WebSocket
+
+
+def install(
+    app: Starlette, breakers: AsyncCircuitBreakerManager | CircuitBreakerManager, *, health: str | None = None
+) -> None:
+    """Let the application answer 503 with Retry-After where a CircuitOpenError leaves an endpoint.
+
+    app: a Starlette or FastAPI application. breakers: its manager, which is closed after the application's own lifespan
+    has ended. health: the path, like "/health", of a page with the state of every breaker as JSON; None: there is none.
+    Anybody who can read that page learns which services the application calls.
+    """
+    app.add_exception_handler(CircuitOpenError, unavailable)
+    inner = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Any) -> AsyncIterator[Any]:
+        try:
+            async with inner(app) as state:
+                yield state
+        finally:
+            if isinstance(breakers, AsyncCircuitBreakerManager):
+                await breakers.close()
+            else:
+                await run_in_threadpool(breakers.close)
+
+    app.router.lifespan_context = lifespan
+    if health is not None:
+
+        async def states(request: Request) -> Response:
+            if isinstance(breakers, AsyncCircuitBreakerManager):
+                return JSONResponse(await breakers.get_all_states())
+            return JSONResponse(await run_in_threadpool(breakers.get_all_states))
+
+        app.add_route(health, states, include_in_schema=False)
+
+
+async def unavailable(connection: Request | WebSocket, error: Exception) -> Any:
+    """The exception handler that install() adds. It names no service, since its answer leaves the application."""
+    assert isinstance(error, CircuitOpenError)
+    if isinstance(connection, WebSocket):
+        await connection.close(TRY_AGAIN_LATER, UNAVAILABLE)
+        return None
+    return JSONResponse({"detail": UNAVAILABLE}, 503, unavailable_headers(error))

@@ -1,0 +1,1 @@
+"""Tests of pybreaker_redis.integrations: the real libraries against real servers."""

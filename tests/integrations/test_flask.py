@@ -1,0 +1,70 @@
+"""A Flask application under its own server."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+import flask
+import httpx
+import pytest
+from werkzeug.serving import make_server
+
+from pybreaker_redis import CircuitBreakerManager
+from pybreaker_redis.integrations.flask import install
+
+
+@contextlib.contextmanager
+def served(app: flask.Flask) -> Iterator[httpx.Client]:
+    """A client of the application under werkzeug's server."""
+    server = make_server("127.0.0.1", 0, app, threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=10) as client:
+            yield client
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_rejection_is_a_503(make_manager: Callable[..., CircuitBreakerManager]) -> None:
+    """With Retry-After; other errors stay what they are; no page of health."""
+    app = flask.Flask("shop")
+    install(app, make_manager(reset_timeout=20.0))
+
+    def fail() -> None:
+        raise ConnectionError
+
+    @app.get("/search")
+    def search() -> str:
+        with contextlib.suppress(ConnectionError):
+            flask.current_app.extensions["circuit_breakers"].call("search", fail)
+        return "found"
+
+    @app.get("/broken")
+    def broken() -> str:
+        raise ConnectionError
+
+    with served(app) as browser:
+        for _ in range(3):
+            assert browser.get("/search").status_code == 200
+        answer = browser.get("/search")
+        assert answer.status_code == 503
+        assert 0 < int(answer.headers["retry-after"]) <= 20
+        assert answer.headers["cache-control"] == "no-store"
+        assert answer.json() == {"detail": "a service that this request needs is not available"}
+        assert browser.get("/broken").status_code == 500
+        assert browser.get("/health").status_code == 404
+
+
+@pytest.mark.parametrize("state", ["open", "closed"])
+def test_health(state: str) -> None:
+    """Only where it is asked for; two applications share nothing."""
+    app, breakers = flask.Flask("shop"), CircuitBreakerManager()
+    install(app, breakers, health="/health")
+    getattr(breakers.get_or_create("search"), f"force_{state}")()
+    with served(app) as browser:
+        assert browser.get("/health").json() == {"search": state}
