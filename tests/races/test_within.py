@@ -206,7 +206,8 @@ def test_a_signal_handler_that_calls_the_breaker_loses_no_event() -> None:
     for place in itertools.count():
         if not signalled_at(place, _events, lambda: fail(breaker), lambda: fail(breaker)):
             break
-        assert len(received) == 2 * (place + 1) == breaker.counts.failures, f"place {place}"
+        counts = breaker.counts  # a call around the handler's failure may count as nothing, as around any other
+        assert len(received) == 2 * (place + 1) == counts.failures + counts.ignored, f"place {place}"
     assert place > 5
 
 
