@@ -82,7 +82,7 @@ def breakers(url: str, times: int) -> object:
         with contextlib.suppress(Boom):
             breaker.call(boom)
 
-    return compared(work, times)
+    return compared(work, times, idle=True)
 
 
 def clients(url: str, times: int) -> object:
