@@ -74,6 +74,7 @@ function breaker.encode(document)
   if document.probe_seq then
     text = string.format('%s,"probe_seq":%.0f,"probe_ms":%.0f', text, document.probe_seq, document.probe_ms)
   end
+  if document.probe_failures then text = string.format('%s,"probe_failures":%.0f', text, document.probe_failures) end
   if document.closed_at_ms then text = string.format('%s,"closed_at_ms":%.0f', text, document.closed_at_ms) end
   if document.run_since_ms then text = string.format('%s,"run_since_ms":%.0f', text, document.run_since_ms) end
   if document.probes then text = text .. ',"probes":' .. cjson.encode(document.probes) end
@@ -207,6 +208,7 @@ end
 function breaker.take_over_half_open(document, own, request)
   document.probe_seq = breaker.is_integer(own.probe_seq, 0, LARGEST) and own.probe_seq or 0
   document.probe_ms = breaker.is_integer(own.probe_ms, 0, LARGEST) and math.min(own.probe_ms, DAY_MS) or 0
+  if breaker.is_integer(own.probe_failures, 1, 1e9) then document.probe_failures = own.probe_failures end
   if document.amended then document.probes = {[tostring(request.probe)] = document.now + 1} end -- its slot is gone
   local latest, count = document.now + DAY_MS, 0
   for slot, deadline in pairs(type(own.probes) == 'table' and own.probes or {}) do
@@ -230,9 +232,13 @@ function breaker.take_over_closed(document, own, request)
   local window = own.window and breaker.sound_window(own.window)
   if window then document.window = breaker.window_at(window, request, now) end
   if own.run_since_ms then document.run_since_ms = breaker.past_ms(own.run_since_ms, now) end
+  if own.reporters then breaker.take_over_reporters(document, own.reporters) end
+end
+
+function breaker.take_over_reporters(document, reporters)
   local count = 0
-  for host, at in pairs(type(own.reporters) == 'table' and own.reporters or {}) do
-    local at_ms = breaker.past_ms(at, now)
+  for host, at in pairs(type(reporters) == 'table' and reporters or {}) do
+    local at_ms = breaker.past_ms(at, document.now)
     if at_ms and type(host) == 'string' and count < 100 then
       document.reporters, count = document.reporters or {}, count + 1
       document.reporters[host] = at_ms

@@ -43,6 +43,7 @@ while half open:
   probe_seq          number of the last slot that was handed out
   probe_ms           longest time that a slot was given
   probes             {slot: deadline in unix milliseconds}
+  probe_failures     probes that have failed in this half-open state
 
 Messages on the channel KEYS[1] tell watchers to read the document; a watcher believes nothing that they say:
   a transition       {from, to, reason, generation, failure_count, success_count, instance, time_ms, ...}

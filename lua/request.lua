@@ -84,11 +84,13 @@ function breaker.policy_field(_, field)
   if field == 'minimum_calls' then return 20, 1, 1e9, false, 'window_ms' end
   if field == 'window_ms' then return 60000, 10, 365 * DAY_MS, false, 'error_rate_threshold' end
   if field == 'error_rate_threshold' then return 0, 0, 1, true, 'slow_call_rate_threshold' end
-  if field == 'slow_call_rate_threshold' then return 0, 0, 1, true, 'slow_call_duration_ms' end
+  if field == 'slow_call_rate_threshold' then return 0, 0, 1, true, 'failures_in_window' end
+  if field == 'failures_in_window' then return 0, 0, 1e9, false, 'slow_call_duration_ms' end
   if field == 'slow_call_duration_ms' then return 0, 0, 365 * DAY_MS, false, 'reset_timeout_ms' end
   if field == 'reset_timeout_ms' then return 30000, 1, 30 * DAY_MS, false, 'probe_timeout_ms' end
   if field == 'probe_timeout_ms' then return 30000, 1, DAY_MS, false, 'success_threshold' end
-  if field == 'success_threshold' then return 1, 1, 1e9, false, 'half_open_max_calls' end
+  if field == 'success_threshold' then return 1, 1, 1e9, false, 'probe_failure_threshold' end
+  if field == 'probe_failure_threshold' then return 1, 1, 1e9, false, 'half_open_max_calls' end
   if field == 'half_open_max_calls' then return 1, 1, 1000, false, 'backoff_multiplier' end
   if field == 'backoff_multiplier' then return 1, 1, 1000, true, 'max_reset_timeout_ms' end
   if field == 'max_reset_timeout_ms' then return 0, 0, 30 * DAY_MS, false, 'jitter' end
@@ -99,14 +101,15 @@ function breaker.policy_field(_, field)
 end
 
 -- The policy in force: the policy override, then the caller's fields, then the defaults. Also returns the length of a
--- bucket if a rate can trip the circuit, else nil: no window is needed.
+-- bucket if a window can trip the circuit, else nil: none is needed.
 function breaker.policy_of(request)
   local policy = request.in_force
   if not policy then
     policy = request.policy or {}
-    local has_rate = (policy.error_rate_threshold or 0) > 0 or (policy.slow_call_rate_threshold or 0) > 0
+    local judges = (policy.error_rate_threshold or 0) > 0 or (policy.slow_call_rate_threshold or 0) > 0
+      or (policy.failures_in_window or 0) > 0
     request.in_force = setmetatable(policy, {__index = breaker.policy_field})
-    if has_rate then request.bucket_ms = math.floor(policy.window_ms / 10) end
+    if judges then request.bucket_ms = math.floor(policy.window_ms / 10) end
   end
   return policy, request.bucket_ms
 end

@@ -44,7 +44,7 @@ function breaker.transition(document, state, reason)
   elseif from == 'open' then
     document.open_until_ms, document.open_ms = nil, nil
   else
-    document.probes, document.probe_seq, document.probe_ms = nil, nil, nil
+    document.probes, document.probe_seq, document.probe_ms, document.probe_failures = nil, nil, nil, nil
   end
   if document.forced then document.forced, document.forced_until_ms = nil, nil end
 end
@@ -102,19 +102,25 @@ function breaker.record_probe(document, request)
   local slot, policy = tostring(request.probe), breaker.policy_of(request)
   if not document.probes or not document.probes[slot] then return false end
   local failures, slow = request.failures or 0, policy.slow_call_rate_threshold > 0 and request.slow or 0
-  if (request.pending or 0) == 0 or slow > 0 then document.probes[slot] = nil end
+  if (request.pending or 0) == 0 then document.probes[slot] = nil end -- a running call keeps its slot
   if next(document.probes) == nil then document.probes = nil end
   if failures > 0 then
     document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
     document.last_failure_time = math.floor(document.now / 1000)
   end
+  if (request.counted or 0) > 0 and policy.slow_call_rate_threshold > 0 then return true end -- it has failed as slow
   if failures + slow > 0 then
-    breaker.trip(document, policy, failures > 0 and 'probe_failed' or 'probe_slow')
+    breaker.fail_probe(document, policy, failures > 0 and 'probe_failed' or 'probe_slow')
   elseif (request.successes or 0) > 0 then
     document.success_count = document.success_count + 1
     if document.success_count >= policy.success_threshold then breaker.close(document, 'probe_succeeded') end
   end
   return true
+end
+
+function breaker.fail_probe(document, policy, reason)
+  document.probe_failures = (document.probe_failures or 0) + 1
+  if document.probe_failures >= policy.probe_failure_threshold then breaker.trip(document, policy, reason) end
 end
 
 -- Notes which host failed: all instances of a host are one voice. Only the newest `quorum` reporters decide, so no more
@@ -180,13 +186,19 @@ function breaker.trip_reason(document, policy, failures)
       and breaker.has_quorum(document, policy, document.run_since_ms or document.now) then
     return 'failure_threshold'
   end
-  local window = document.window
-  if not window or window.calls < policy.minimum_calls then return nil end
-  local error_rate, slow_rate = policy.error_rate_threshold, policy.slow_call_rate_threshold
-  local reason = error_rate > 0 and window.failures / window.calls >= error_rate and 'error_rate'
-    or slow_rate > 0 and window.slow / window.calls >= slow_rate and 'slow_rate'
+  local window, reason = document.window, nil
+  if not window then return nil end
+  local most = policy.failures_in_window
+  if most > 0 and window.failures >= most then
+    reason = 'failures_in_window'
+  elseif window.calls >= policy.minimum_calls then
+    local error_rate, slow_rate = policy.error_rate_threshold, policy.slow_call_rate_threshold
+    reason = error_rate > 0 and window.failures / window.calls >= error_rate and 'error_rate'
+      or slow_rate > 0 and window.slow / window.calls >= slow_rate and 'slow_rate'
+  end
+  if not reason then return nil end
   local window_ms = math.max(policy.window_ms, window.bucket_ms * 10)
-  return reason and breaker.has_quorum(document, policy, document.now - window_ms + 1) and reason or nil
+  return breaker.has_quorum(document, policy, document.now - window_ms + 1) and reason or nil
 end
 
 -- Counts outcomes while the circuit is closed. Returns whether they counted.

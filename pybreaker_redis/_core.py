@@ -492,11 +492,11 @@ class BreakerCore:
     def _check_window(self, kept: float) -> None:
         """Warn once if another client's window is kept instead of this policy's."""
         policy = self._view.policy
-        if (policy.error_rate_threshold or policy.slow_call_rate_threshold) and policy.window < kept:
+        if policy.keeps_window and policy.window < kept:
             self._warned_of_window = True
             logger.warning(
-                "circuit breaker %r: rates are judged over the last %g s, the longest window that a client asks for,"
-                " not over %g s as this policy says",
+                "circuit breaker %r: the window is the last %g s, the longest that a client asks for, not %g s as"
+                " this policy says",
                 self.name,
                 kept,
                 policy.window,

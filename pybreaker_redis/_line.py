@@ -188,8 +188,7 @@ class Line:
         return [self._owner._complete("record", request) for request in reports if request["generation"] > 0]
 
     def _wants_window(self) -> bool:
-        policy = self._owner._view.policy
-        return bool(self._keeps_window or policy.error_rate_threshold or policy.slow_call_rate_threshold)
+        return self._keeps_window or self._owner._view.policy.keeps_window
 
     def give_back(self, request: Request) -> None:
         self._owner._view.give_back(request)

@@ -42,6 +42,7 @@ class Document:
     open_until_ms: int = 0
     probe_seq: int = 0
     probes: dict[int, int] = dataclasses.field(default_factory=dict)
+    probe_failures: int = 0
     forced: Forced | None = None
     forced_until_ms: int | None = None
     is_local: bool = False
@@ -112,7 +113,7 @@ def transition(document: Document, state: State, reason: str) -> None:
     document.failure_number, document.success_count = 0, 0
     document.window, document.reporters = None, {}
     document.run_since_ms, document.closed_at_ms = None, None
-    document.probes, document.probe_seq = {}, 0
+    document.probes, document.probe_seq, document.probe_failures = {}, 0, 0
     document.forced, document.forced_until_ms = None, None
 
 
@@ -167,18 +168,26 @@ def record_probe(document: Document, request: Request, policy: Policy) -> bool:
         return False
     failures = request.get("failures", 0)
     slow = request.get("slow", 0) if policy["slow_call_rate_threshold"] > 0 else 0
-    if request.get("pending", 0) == 0:  # a running call keeps its slot; a trip frees all slots
+    if request.get("pending", 0) == 0:  # a running call keeps its slot
         del document.probes[slot]
     if failures > 0:
         document.failure_count = min(document.failure_count + failures, 2**32 - 1)
         document.last_failure_time = document.now // 1000
+    if request.get("counted", 0) > 0 and policy["slow_call_rate_threshold"] > 0:
+        return True  # it has failed as slow
     if failures + slow > 0:
-        trip(document, policy, "probe_failed" if failures > 0 else "probe_slow")
+        fail_probe(document, policy, "probe_failed" if failures > 0 else "probe_slow")
     elif request.get("successes", 0) > 0:
         document.success_count += 1
         if document.success_count >= policy["success_threshold"]:
             close(document, "probe_succeeded")
     return True
+
+
+def fail_probe(document: Document, policy: Policy, reason: str) -> None:
+    document.probe_failures += 1
+    if document.probe_failures >= policy["probe_failure_threshold"]:
+        trip(document, policy, reason)
 
 
 def note_reporter(document: Document, policy: Policy, request: Request) -> None:
@@ -252,9 +261,13 @@ def trip_reason(document: Document, policy: Policy, failures: int) -> str | None
     ):
         return "failure_threshold"
     window = document.window
-    if window is None or window.calls < policy["minimum_calls"]:
+    if window is None:
         return None
-    if 0 < policy["error_rate_threshold"] <= window.failures / window.calls:
+    if 0 < policy["failures_in_window"] <= window.failures:
+        reason = "failures_in_window"
+    elif window.calls < policy["minimum_calls"]:
+        return None
+    elif 0 < policy["error_rate_threshold"] <= window.failures / window.calls:
         reason = "error_rate"
     elif 0 < policy["slow_call_rate_threshold"] <= window.slow / window.calls:
         reason = "slow_rate"

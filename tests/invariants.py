@@ -16,7 +16,7 @@ from typing import Any
 
 JOURNAL = ("--appendonly", "yes", "--appendfsync", "no", "--auto-aof-rewrite-percentage", "0")
 REASONS = {
-    ("closed", "open"): {"failure_threshold", "error_rate", "slow_rate"},
+    ("closed", "open"): {"failure_threshold", "failures_in_window", "error_rate", "slow_rate"},
     ("open", "half_open"): {"timeout"},
     ("half_open", "closed"): {"probe_succeeded"},
     ("half_open", "open"): {"probe_failed", "probe_slow"},

@@ -369,6 +369,49 @@ def test_a_policy_holds_in_an_outage(shell: Make, own_server: EmbeddedServer) ->
         assert breaker.snapshot().source == "local"
 
 
+# Failures in the window, and probes that fail
+
+
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_failures_in_the_window(make_any: Make, lease: float) -> None:
+    """The n-th failure within the window trips the circuit, whatever succeeded in between."""
+    breaker = make_any(policy=Policy(failures_in_window=3, reset_timeout=LONG), lease=lease, **PATIENT)
+    for _ in range(3):
+        assert breaker.state == "closed"
+        for _ in range(20):
+            breaker.call(fine)
+        fail(breaker)
+    assert rejects(breaker).state == "open"
+    entry = breaker.history()[0]
+    assert (entry.reason, entry.failures, entry.calls, entry.failure_count) == ("failures_in_window", 3, 63, 1)
+
+
+def test_failures_in_the_window_of_a_live_policy(make_any: Make) -> None:
+    """The rule can be set and cleared while the breaker runs."""
+    breaker = make_any(policy=Policy(reset_timeout=LONG), **STRICT)
+    breaker.set_policy(failures_in_window=1)
+    breaker.set_policy(failures_in_window=None)
+    fail(breaker, 2)
+    breaker.set_policy(failures_in_window=2)
+    for state in ("closed", "open"):
+        fail(breaker)
+        assert breaker.snapshot().state == state
+
+
+def test_one_sick_host_behind_a_balancer(make_any: Make) -> None:
+    """With probe_failure_threshold=2 one failed probe does not open the circuit again; two do."""
+    policy = Policy(probe_failure_threshold=2, half_open_max_calls=2, reset_timeout=LONG, success_threshold=2)
+    breaker = make_any(policy=policy, **STRICT)
+    for failures, state in ((1, "closed"), (2, "open")):
+        breaker.force_open(0.001)
+        wait_until(lambda: breaker.snapshot().retry_after == 0)
+        fail(breaker, failures)
+        for _ in range(2 if state == "closed" else 0):
+            breaker.call(fine)
+        assert breaker.snapshot().state == state
+    assert breaker.history()[0].reason == "probe_failed"
+
+
 # What a recovery leaves behind
 
 
@@ -657,13 +700,17 @@ class Call:
 
     started: float
     pending_since: float | None = None
+    probe: int | None = None
 
 
-@pytest.mark.parametrize(("window", "pending"), [(3600.0, True), (0.02, False)])
-def test_a_call_that_hung_for_a_window_counts_anew(window: float, pending: bool) -> None:
-    """What was reported as pending has left the window by then: its end is a slow call of now, not the end of one."""
+@pytest.mark.parametrize(("window", "probe", "pending"), [(3600.0, None, True), (0.02, None, False), (0.02, 1, True)])
+def test_a_call_that_hung_for_a_window_counts_anew(window: float, probe: int | None, pending: bool) -> None:
+    """What was reported as pending has left the window by then: its end is a slow call of now, not the end of one.
+
+    A probe counts once, however long it hung.
+    """
     policy = Policy(slow_call_duration=0.001, slow_call_rate_threshold=1.0, window=window)
-    slow_calls, call = SlowCalls(View(0.1, policy)), Call(started=time.monotonic() - 1)
+    slow_calls, call = SlowCalls(View(0.1, policy)), Call(time.monotonic() - 1, None, probe)
     slow_calls.began(call)
     assert slow_calls.overdue() == [call]
     assert call.pending_since is not None

@@ -299,6 +299,8 @@ POLICIES = st.fixed_dictionaries(
         "half_open_max_calls": st.integers(1, 3),
         "probe_timeout_ms": st.integers(1, 2000),
         "error_rate_threshold": st.sampled_from([0, 0.1, 1 / 3, 0.5, 0.995, 1]),
+        "failures_in_window": st.sampled_from([0, 1, 3, 6]),
+        "probe_failure_threshold": st.integers(1, 3),
         "minimum_calls": st.integers(1, 12),
         "window_ms": st.integers(10, 3000),
         "slow_call_duration_ms": st.integers(0, 100),

@@ -40,6 +40,7 @@ OWN = (
     "probe_seq",
     "probe_ms",
     "probes",
+    "probe_failures",
     "forced",
     "forced_until_ms",
 )
@@ -61,7 +62,11 @@ REQUEST_FIELDS = (
     *("generation", "successes", "failures", "probe", "seen_failure", "age_ms"),
     *("action", "duration_ms", "instance", "encoding"),
 )
-POLICIES = st.dictionaries(st.sampled_from([*POLICY, "ttl_ms", "half_open_max_calls", "x"]), LIKELY, max_size=3)
+POLICIES = st.dictionaries(
+    st.sampled_from([*POLICY, "ttl_ms", "half_open_max_calls", "failures_in_window", "probe_failure_threshold", "x"]),
+    LIKELY,
+    max_size=3,
+)
 REQUESTS = st.fixed_dictionaries({}, optional=dict.fromkeys(REQUEST_FIELDS, LIKELY) | {"policy": POLICIES})
 KEYED = st.dictionaries(st.one_of(st.integers(-9, 9), st.floats(), st.booleans(), st.text(max_size=3)), SCALARS)
 

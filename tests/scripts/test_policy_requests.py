@@ -21,6 +21,8 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "failure_threshold": (1, 10**9, False),
     "reset_timeout_ms": (1, 30 * DAY_MS, False),
     "success_threshold": (1, 10**9, False),
+    "probe_failure_threshold": (1, 10**9, False),
+    "failures_in_window": (0, 10**9, False),
     "half_open_max_calls": (1, 1000, False),
     "probe_timeout_ms": (1, DAY_MS, False),
     "error_rate_threshold": (0, 1, True),

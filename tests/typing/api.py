@@ -55,7 +55,7 @@ by_url = CircuitBreaker("discovery", redis="redis://localhost")
 breaker = CircuitBreaker(
     "discovery",
     redis=Redis(),
-    policy=Policy(failure_threshold=20, reset_timeout=3.0, success_threshold=2),
+    policy=Policy(failure_threshold=20, success_threshold=2, failures_in_window=9, probe_failure_threshold=2),
     lease=0.5,
     failures=(OSError, ValueError),
     ignore=KeyError,
