@@ -71,13 +71,16 @@ function breaker.encode(document)
   if document.open_until_ms then
     text = string.format('%s,"open_until_ms":%.0f,"open_ms":%.0f', text, document.open_until_ms, document.open_ms)
   end
+  if document.held_generation then
+    text = string.format('%s,"held_generation":%.0f', text, document.held_generation)
+  end
   if document.probe_seq then
     text = string.format('%s,"probe_seq":%.0f,"probe_ms":%.0f', text, document.probe_seq, document.probe_ms)
   end
   if document.probe_failures then text = string.format('%s,"probe_failures":%.0f', text, document.probe_failures) end
   if document.closed_at_ms then text = string.format('%s,"closed_at_ms":%.0f', text, document.closed_at_ms) end
   if document.run_since_ms then text = string.format('%s,"run_since_ms":%.0f', text, document.run_since_ms) end
-  if document.probes then text = text .. ',"probes":' .. cjson.encode(document.probes) end
+  if document.probes and next(document.probes) then text = text .. ',"probes":' .. cjson.encode(document.probes) end
   if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
   local window = document.window
   if not window then return text .. '}' end
@@ -193,6 +196,7 @@ function breaker.take_over_open(document, own, request)
   local now = document.now
   if breaker.is_integer(own.open_until_ms, 0, LARGEST) and breaker.is_integer(own.open_ms, 0, LARGEST) then
     document.open_ms = math.min(own.open_ms, 30 * DAY_MS)
+    if breaker.is_integer(own.held_generation, 1, LARGEST) then document.held_generation = own.held_generation end
     -- A deadline more than twice the open period away means that the clock went back: treat it as due.
     local is_far = own.open_until_ms - now > 2 * own.open_ms
     document.open_until_ms = is_far and now or breaker.bounded_ms(document, own.open_until_ms)

@@ -38,6 +38,8 @@ while closed:
 while open:
   open_until_ms      unix milliseconds from which acquire may hand out probes
   open_ms            intended length of the open time. It bounds the wait after the clock went back.
+  held_generation    generation that ended when the service said for how long to hold. Holds that are reported under
+                     it, or under the present generation, extend this one.
 
 while half open:
   probe_seq          number of the last slot that was handed out

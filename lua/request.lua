@@ -94,7 +94,8 @@ function breaker.policy_field(_, field)
   if field == 'half_open_max_calls' then return 1, 1, 1000, false, 'backoff_multiplier' end
   if field == 'backoff_multiplier' then return 1, 1, 1000, true, 'max_reset_timeout_ms' end
   if field == 'max_reset_timeout_ms' then return 0, 0, 30 * DAY_MS, false, 'jitter' end
-  if field == 'jitter' then return 0, 0, 1, true, 'ttl_ms' end
+  if field == 'jitter' then return 0, 0, 1, true, 'max_hold_ms' end
+  if field == 'max_hold_ms' then return 300000, 0, 30 * DAY_MS, false, 'ttl_ms' end
   if field == 'ttl_ms' then return 3600000, 1000, 365 * DAY_MS, false, 'ramp_up_ms' end
   if field == 'ramp_up_ms' then return 0, 0, 365 * DAY_MS, false, 'enforce' end
   if field == 'enforce' then return true end

@@ -41,9 +41,13 @@ class AsyncPermit(BasePermit):
         """Count the call as a success. Raises PermitError if the permit is settled."""
         await self._breaker._drive(self._settle(SUCCESS, None))
 
-    async def failure(self, error: BaseException | None = None) -> None:
-        """Count the call as a failure. error: for on_call. Raises PermitError if the permit is settled."""
-        await self._breaker._drive(self._settle(FAILURE, error))
+    async def failure(self, error: BaseException | None = None, retry_after: float | str | None = None) -> None:
+        """Count the call as a failure. error: for on_call, and for the breaker's retry_after.
+
+        retry_after: seconds after which the service said to come back; the circuit holds for that long. Raises
+        PermitError if the permit is settled, and PolicyError if retry_after is no number.
+        """
+        await self._breaker._drive(self._settle(FAILURE, error, retry_after))
 
     async def release(self) -> None:
         """Count the call as nothing, and free the slot of a probe. Raises PermitError if the permit is settled."""

@@ -12,7 +12,7 @@ from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
 from . import _protocol
-from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome
+from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, RetryAfter
 from ._clock import NEVER, age
 from ._config import check_options, host_of
 from ._errors import CircuitOpenError, PolicyError, RedisUnavailableError
@@ -35,8 +35,8 @@ Fallback: TypeAlias = Callable[[CircuitOpenError], Any]
 Engine: TypeAlias = MemoryEngine | FixedEngine
 ASKED_AGAIN = 0.1  # seconds after which a call is told to come back while other calls ask for the slots of probes
 _NEWS = {"override", "transition"}
-_NEEDS_POLICY = {"failures", "slow", "probe", "counted"}
-_OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", "failures", "slow", "pending", "counted", "probe"}
+_NEEDS_POLICY = {"failures", "slow", "hold_ms", "probe", "counted"}
+_OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", *_NEEDS_POLICY, "pending"}
 
 
 class BreakerCore:
@@ -59,6 +59,7 @@ class BreakerCore:
         failures: Exceptions = Exception,
         ignore: Exceptions = (),
         is_failure: Callable[[Any], object] | None = None,
+        retry_after: RetryAfter | None = None,
         listeners: Iterable[Listener] = (),
         on_call: Iterable[Listener] = (),
         fallback: Fallback | None = None,
@@ -78,12 +79,12 @@ class BreakerCore:
         self.keys = _protocol.keys_of(name, prefix)
         self.corrupt_documents = 0
         self._prefix = prefix
-        self._classifier = Classifier(name, failures, ignore, is_failure)
+        self._classifier = Classifier(name, failures, ignore, is_failure, retry_after)
         self._notices = Notices(name, listeners, on_call)
         for listener in (*self._notices.listeners, *self._notices.on_call):
             if self._kind is BLOCKING and inspect.iscoroutinefunction(listener):
                 raise PolicyError(f"listener {listener!r} is a coroutine function: use AsyncCircuitBreaker")
-        self._every_result_succeeds = is_failure is None
+        self._every_result_succeeds = is_failure is None and retry_after is None
         # a success only has to be counted: the fast path
         self._only_counts = self._every_result_succeeds and not self._notices.on_call
         self._client = None if redis is None else client_of(redis, self._kind)
@@ -261,8 +262,13 @@ class BreakerCore:
             self._redis.soon(self._line, urgent=True)
         return True
 
-    def _report(self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None) -> Steps[None] | None:
-        """Count an outcome. Returns the steps that report it to Redis, or None if it was counted here."""
+    def _report(
+        self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None, hold_ms: int = 0
+    ) -> Steps[None] | None:
+        """Count an outcome. Returns the steps that report it to Redis, or None if it was counted here.
+
+        hold_ms: for how long the service said to hold; only a failure of a probe then counts as one.
+        """
         if getpid() != process.pid:
             process.start()
         permit.settle()
@@ -280,6 +286,10 @@ class BreakerCore:
         report: Request = {"generation": generation}
         if probe is not None:
             report["probe"] = probe
+        if hold_ms > 0:
+            report["hold_ms"] = hold_ms
+            if probe is None:
+                outcome = IGNORED
         if outcome == FAILURE:
             report["failures"] = 1
         elif outcome == SUCCESS:
@@ -334,9 +344,10 @@ class BreakerCore:
             outcome = self._classifier.of_result(result)
         except BaseException as error:
             return _raise_after(self._report(permit, IGNORED, error), error)
-        if outcome == FAILURE:
+        hold_ms = self._classifier.hold_ms_of(result)
+        if outcome == FAILURE or hold_ms > 0:
             self._innermost.failed(None)
-            return self._report(permit, FAILURE)
+            return self._report(permit, FAILURE, None, hold_ms)
         return self._report_end(permit, None)
 
     def _report_end(self, permit: BasePermit, error: BaseException | None) -> Steps[None] | None:
@@ -348,9 +359,12 @@ class BreakerCore:
         if self._innermost.has_counted(error, permit.started):
             return self._report(permit, IGNORED, error)
         outcome = self._classifier.of_exception(error)
+        hold_ms = 0 if outcome == IGNORED else self._classifier.hold_ms_of(error)
+        if hold_ms > 0:
+            outcome = FAILURE
         if outcome == FAILURE and permit.generation is not None:
             self._innermost.failed(error)
-        return self._report(permit, outcome, error)
+        return self._report(permit, outcome, error, hold_ms)
 
     # Script calls and their replies
 

@@ -20,7 +20,7 @@ from ._window import Sums, bucket_ms, sums, window_at
 HISTORY_ENTRIES = 1000
 _DEFAULTS = default_request()
 _UNSET = object()
-_OUTCOMES = {"successes", "failures", "slow", "probe"}
+_OUTCOMES = {"successes", "failures", "slow", "hold_ms", "probe"}
 _WALL_OFFSET_NS = time.time_ns() - time.monotonic_ns()
 
 

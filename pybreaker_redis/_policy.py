@@ -148,6 +148,15 @@ class Policy:
     jitter: float = _field(
         "number", 0.0, 0, 1, "Each open period is lengthened by up to this share of it, 0 to 1.", on_success=False
     )
+    max_hold: float = _field(
+        "seconds",
+        300.0,
+        0,
+        LONGEST_OPEN,
+        "Longest hold: the time for which the circuit stays open because the service itself said when to come back. 0:"
+        " holds are ignored.",
+        on_success=False,
+    )
     quorum: int = _field(
         "count",
         1,

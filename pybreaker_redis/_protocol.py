@@ -182,9 +182,9 @@ def seconds(milliseconds: int | None) -> float | None:
 class HistoryEntry:
     """One transition. time: unix seconds on the server's clock. The counts are those just before it.
 
-    reason: "failure_threshold", "failures_in_window", "error_rate", "slow_rate", "timeout", "probe_failed",
-    "probe_slow", "probe_succeeded", "forced" or "reset". instance: the process, as "host:pid-" and eight random hex
-    digits.
+    reason: "failure_threshold", "failures_in_window", "error_rate", "slow_rate", "held", "timeout",
+    "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset". instance: the process, as "host:pid-" and
+    eight random hex digits.
     calls, failures, slow: of the window, None without one.
     """
 

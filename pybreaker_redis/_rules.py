@@ -40,6 +40,8 @@ class Document:
     reporters: dict[str, int] = dataclasses.field(default_factory=dict)
     run_since_ms: int | None = None
     open_until_ms: int = 0
+    open_ms: int = 0
+    held_generation: int | None = None
     probe_seq: int = 0
     probes: dict[int, int] = dataclasses.field(default_factory=dict)
     probe_failures: int = 0
@@ -114,13 +116,14 @@ def transition(document: Document, state: State, reason: str) -> None:
     document.window, document.reporters = None, {}
     document.run_since_ms, document.closed_at_ms = None, None
     document.probes, document.probe_seq, document.probe_failures = {}, 0, 0
+    document.held_generation = None
     document.forced, document.forced_until_ms = None, None
 
 
 def open_for(document: Document, duration_ms: int, reason: str) -> None:
     transition(document, "open", reason)
     document.opened_at = document.now // 1000
-    document.open_until_ms = document.now + duration_ms
+    document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
 
 
 def close(document: Document, reason: str) -> None:
@@ -132,13 +135,38 @@ def close(document: Document, reason: str) -> None:
         document.trips = 0
 
 
-def trip(document: Document, policy: Policy, reason: str) -> None:
-    trips = min(recent_trips(document, policy) + 1, 1000)
-    open_ms = open_time_ms(policy, trips)
-    # a hash, not a random number: it differs between breakers, and a test can compute it too
-    share = next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
-    open_for(document, min(math.floor(open_ms * (1 + policy["jitter"] * share)), LONGEST_OPEN_MS), reason)
+def trip(document: Document, policy: Policy, reason: str, hold_ms: int = 0) -> None:
+    """Open the circuit for one more open period, or for hold_ms if that is longer.
+
+    What holds a closed circuit is no trip: it opens for hold_ms, and back-off does not grow.
+    """
+    trips, ended, open_ms = recent_trips(document, policy), document.generation, 0
+    if reason != "held" or document.state != "closed":
+        trips = min(trips + 1, 1000)
+        # a hash, not a random number: it differs between breakers, and a test can compute it too
+        share = next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
+        open_ms = min(math.floor(open_time_ms(policy, trips) * (1 + policy["jitter"] * share)), LONGEST_OPEN_MS)
+    open_for(document, max(open_ms, hold_ms), reason)
     document.trips = trips
+    if hold_ms > 0:
+        document.held_generation = ended
+
+
+def extend_hold(document: Document, request: Request, policy: Policy) -> bool:
+    """Extend a hold by a longer one, to max_hold in all, without a transition. Returns whether it extended it.
+
+    A hold counts that was reported under the generation that the present hold ended, so that many instances make one
+    transition.
+    """
+    ended = document.held_generation
+    if ended is None or request.get("generation") not in (ended, document.generation):
+        return False
+    began_ms = document.open_until_ms - document.open_ms
+    until_ms = min(document.now + request["hold_ms"], began_ms + policy["max_hold_ms"])
+    if until_ms <= document.open_until_ms:
+        return False
+    document.open_until_ms, document.open_ms = until_ms, until_ms - began_ms
+    return True
 
 
 def free_slot(document: Document, policy: Policy) -> bool:
@@ -173,20 +201,22 @@ def record_probe(document: Document, request: Request, policy: Policy) -> bool:
     if failures > 0:
         document.failure_count = min(document.failure_count + failures, 2**32 - 1)
         document.last_failure_time = document.now // 1000
-    if request.get("counted", 0) > 0 and policy["slow_call_rate_threshold"] > 0:
-        return True  # it has failed as slow
-    if failures + slow > 0:
-        fail_probe(document, policy, "probe_failed" if failures > 0 else "probe_slow")
-    elif request.get("successes", 0) > 0:
+    hold_ms = min(request.get("hold_ms", 0), policy["max_hold_ms"])
+    has_failed = request.get("counted", 0) > 0 and policy["slow_call_rate_threshold"] > 0  # as slow, while it ran
+    if hold_ms > 0 or (failures + slow > 0 and not has_failed):
+        fail_probe(document, policy, "probe_failed" if failures > 0 else "probe_slow", hold_ms)
+    elif request.get("successes", 0) > 0 and not has_failed:
         document.success_count += 1
         if document.success_count >= policy["success_threshold"]:
             close(document, "probe_succeeded")
     return True
 
 
-def fail_probe(document: Document, policy: Policy, reason: str) -> None:
+def fail_probe(document: Document, policy: Policy, reason: str, hold_ms: int) -> None:
     document.probe_failures += 1
-    if document.probe_failures >= policy["probe_failure_threshold"]:
+    if hold_ms > 0:
+        trip(document, policy, "held", hold_ms)
+    elif document.probe_failures >= policy["probe_failure_threshold"]:
         trip(document, policy, reason)
 
 
@@ -248,8 +278,8 @@ def count_outcomes(document: Document, request: Request, quorum: int, bucket: in
         move_back(document.window, successes - counted, age_ms, document.now)
 
 
-def trip_reason(document: Document, policy: Policy, failures: int) -> str | None:
-    """The reason why a closed circuit must trip now, or None. failures: of the report.
+def trip_reason(document: Document, policy: Policy, failures: int, hold_ms: int) -> str | None:
+    """The reason why a closed circuit must open now, or None. failures, hold_ms: of the report.
 
     Successes may leave a long run, and come without the policy that says how long it may be.
     """
@@ -260,35 +290,33 @@ def trip_reason(document: Document, policy: Policy, failures: int) -> str | None
         and has_quorum(document, policy, run_since_ms)
     ):
         return "failure_threshold"
-    window = document.window
-    if window is None:
-        return None
-    if 0 < policy["failures_in_window"] <= window.failures:
+    window, reason = document.window, "held" if hold_ms > 0 else None
+    if window is not None and 0 < policy["failures_in_window"] <= window.failures:
         reason = "failures_in_window"
-    elif window.calls < policy["minimum_calls"]:
+    elif window is not None and window.calls >= policy["minimum_calls"]:
+        if 0 < policy["error_rate_threshold"] <= window.failures / window.calls:
+            reason = "error_rate"
+        elif 0 < policy["slow_call_rate_threshold"] <= window.slow / window.calls:
+            reason = "slow_rate"
+    if reason is None:
         return None
-    elif 0 < policy["error_rate_threshold"] <= window.failures / window.calls:
-        reason = "error_rate"
-    elif 0 < policy["slow_call_rate_threshold"] <= window.slow / window.calls:
-        reason = "slow_rate"
-    else:
-        return None
-    window_ms = max(policy["window_ms"], window.bucket_ms * 10)
+    window_ms = max(policy["window_ms"], 0 if window is None else window.bucket_ms * 10)
     return reason if has_quorum(document, policy, document.now - window_ms + 1) else None
 
 
 def record_closed(document: Document, request: Request, policy: Policy) -> bool:
     """Count outcomes while the circuit is closed. Returns whether they counted."""
     successes, failures, slow = request.get("successes", 0), request.get("failures", 0), request.get("slow", 0)
-    if document.forced or successes + failures + slow == 0:
+    hold_ms = min(request.get("hold_ms", 0), policy["max_hold_ms"])
+    if document.forced or successes + failures + slow + hold_ms == 0:
         return False
     before = document.failure_count
     count_outcomes(document, request, policy["quorum"], bucket_ms(policy))
-    if policy["quorum"] > 1 and (failures > 0 or (slow > 0 and policy["slow_call_rate_threshold"] > 0)):
+    if policy["quorum"] > 1 and (failures + hold_ms > 0 or (slow > 0 and policy["slow_call_rate_threshold"] > 0)):
         note_reporter(document, policy, request)
-    reason = trip_reason(document, policy, failures)
+    reason = trip_reason(document, policy, failures, hold_ms)
     if reason is not None:
-        trip(document, policy, reason)
+        trip(document, policy, reason, hold_ms)
     elif failures > 0 and reaches_half(document, policy, before):
         document.hint = True
     return True
@@ -296,6 +324,8 @@ def record_closed(document: Document, request: Request, policy: Policy) -> bool:
 
 def record(document: Document, request: Request, policy: Policy) -> bool:
     """Count outcomes of calls that were admitted under the request's generation. Returns whether they counted."""
+    if document.state == "open" and "hold_ms" in request and not document.is_new:
+        return extend_hold(document, request, policy)
     if document.is_new or request.get("generation") != document.generation:
         return False
     if document.state == "half_open" and request.get("probe") is not None:

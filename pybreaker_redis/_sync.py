@@ -49,9 +49,13 @@ class Permit(BasePermit):
         """Count the call as a success. Raises PermitError if the permit is settled."""
         self._breaker._drive(self._settle(SUCCESS, None))
 
-    def failure(self, error: BaseException | None = None) -> None:
-        """Count the call as a failure. error: for on_call. Raises PermitError if the permit is settled."""
-        self._breaker._drive(self._settle(FAILURE, error))
+    def failure(self, error: BaseException | None = None, retry_after: float | str | None = None) -> None:
+        """Count the call as a failure. error: for on_call, and for the breaker's retry_after.
+
+        retry_after: seconds after which the service said to come back; the circuit holds for that long. Raises
+        PermitError if the permit is settled, and PolicyError if retry_after is no number.
+        """
+        self._breaker._drive(self._settle(FAILURE, error, retry_after))
 
     def release(self) -> None:
         """Count the call as nothing, and free the slot of a probe. Raises PermitError if the permit is settled."""
@@ -105,6 +109,10 @@ class CircuitBreaker(BreakerCore):
         the call counts as failed.
     ignore: likewise, the exceptions that count as neither success nor failure.
     is_failure: a function of the result. A call counts as a failure if it returns true.
+    retry_after: a function of the exception or of the result of a call. If the service said when to come back (429 or
+        503 with Retry-After), it returns the seconds until then, else None. The circuit then holds: it opens for that
+        time, for the whole fleet. It is not asked about ignored exceptions. If it raises, that is logged once, and
+        there is no hold.
     listeners: callables that receive an Event for each transition and each outage of Redis.
     on_call: callables that receive an Event for every call: success, failure, ignored or rejected.
     fallback: a function of the CircuitOpenError of a rejected call, which returns its result; for a generator function,

@@ -16,10 +16,10 @@ from typing import Any
 
 JOURNAL = ("--appendonly", "yes", "--appendfsync", "no", "--auto-aof-rewrite-percentage", "0")
 REASONS = {
-    ("closed", "open"): {"failure_threshold", "failures_in_window", "error_rate", "slow_rate"},
+    ("closed", "open"): {"failure_threshold", "failures_in_window", "error_rate", "slow_rate", "held"},
     ("open", "half_open"): {"timeout"},
     ("half_open", "closed"): {"probe_succeeded"},
-    ("half_open", "open"): {"probe_failed", "probe_slow"},
+    ("half_open", "open"): {"probe_failed", "probe_slow", "held"},
 }
 OPERATOR = {"forced": {"open", "closed"}, "reset": {"closed"}}  # from anywhere
 TRIMMED_FROM = 1000  # entries on which Redis may drop the oldest ones

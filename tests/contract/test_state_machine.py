@@ -310,6 +310,7 @@ POLICIES = st.fixed_dictionaries(
         "jitter": st.sampled_from([0, 0.1, 1]),
         "quorum": st.integers(1, 3),
         "ramp_up_ms": st.integers(0, 2000),
+        "max_hold_ms": st.sampled_from([0, 300, 1000, 10**6]),
         "enforce": st.booleans(),
     },
 )
@@ -323,6 +324,13 @@ _SETTLE = st.tuples(
     INSTANCES,
     st.sampled_from(["success", "failure", "release", "slow success", "slow failure", "pending", "counted"]),
     st.sampled_from([0, 0, 0, 1, 2, 5]),
+)
+_HOLD = st.tuples(
+    st.just("hold"),
+    INSTANCES,
+    st.integers(0, 3000),
+    st.sampled_from([0, 0, 1, 2, 5]),
+    st.fixed_dictionaries({}, optional={"failures": COUNTS, "successes": COUNTS}),
 )
 _RARE = st.one_of(
     st.tuples(
@@ -339,6 +347,7 @@ STEPS = st.lists(
         _ACQUIRE,
         _SETTLE,
         _SETTLE,
+        _HOLD,
         st.tuples(st.just("batch"), INSTANCES, COUNTS, COUNTS, COUNTS, COUNTS, GATHERED),
         st.tuples(st.just("advance"), st.integers(0, 1500)),
         st.tuples(st.just("due")),  # advance to the deadline that was told last, and acquire
@@ -386,6 +395,11 @@ def play(machine: Machine, steps: list[Any], policy: dict[str, Any], other: dict
             slot = {"probe": permit["probe"]} if permit.get("probe") is not None else {}
             request = {"instance": f"{rest[0]}:{rest[2]}", "generation": permit["generation"], **slot}
             request |= OUTCOMES[rest[1]]
+            tell(step, machine.run("record", policy, **request))
+        elif kind == "hold" and permits:
+            permit = permits[-1 - rest[2] % len(permits)]
+            slot = {"probe": permit["probe"]} if permit.get("probe") is not None else {}
+            request = {"instance": rest[0], "generation": permit["generation"], "hold_ms": rest[1], **slot, **rest[3]}
             tell(step, machine.run("record", policy, **request))
         elif kind == "batch" and permits:
             successes, failures, slow, counted, gathered = rest[1:]

@@ -41,6 +41,7 @@ OWN = (
     "probe_ms",
     "probes",
     "probe_failures",
+    "held_generation",
     "forced",
     "forced_until_ms",
 )
@@ -59,7 +60,7 @@ OURS = st.fixed_dictionaries(
 )
 ODD = st.builds(lambda ours, odd: {**ours, **odd}, OURS, st.dictionaries(st.sampled_from([*OWN, *CONTRACT]), LIKELY))
 REQUEST_FIELDS = (
-    *("generation", "successes", "failures", "probe", "seen_failure", "age_ms"),
+    *("generation", "successes", "failures", "probe", "seen_failure", "age_ms", "hold_ms"),
     *("action", "duration_ms", "instance", "encoding"),
 )
 POLICIES = st.dictionaries(
@@ -128,6 +129,8 @@ def test_any_stored_value(client: redis.Redis, value: bytes) -> None:
         ("record", {"generation": START_MS, "failures": 1}),
         ("record", {"generation": START_MS, "successes": 1, "seen_failure": 1, "age_ms": 30_000}),
         ("record", {"generation": START_MS, "failures": 1, "probe": 1}),
+        ("record", {"generation": START_MS, "hold_ms": 60_000}),
+        ("record", {"generation": START_MS, "hold_ms": 60_000, "probe": 1}),
         ("control", {"action": "clear_forced"}),
     ):
         client.set(KEYS.state, value)

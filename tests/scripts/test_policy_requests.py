@@ -34,6 +34,7 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "max_reset_timeout_ms": (0, 30 * DAY_MS, False),
     "jitter": (0, 1, True),
     "quorum": (1, 100, False),
+    "max_hold_ms": (0, 30 * DAY_MS, False),
     "ttl_ms": (1000, YEAR_MS, False),
     "ramp_up_ms": (0, YEAR_MS, False),
 }

@@ -60,6 +60,7 @@ breaker = CircuitBreaker(
     failures=(OSError, ValueError),
     ignore=KeyError,
     is_failure=lambda result: result is None,
+    retry_after=lambda ended: 7.5 if isinstance(ended, OSError) else None,
     listeners=[on_event, Collector(), lambda event: event.kind],
     on_redis_failure="open",
     prefix="circuit_breaker",
