@@ -11,8 +11,8 @@ ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
            override     (map)       for set_policy: fields as in policy, added to the policy override
            policy, instance, host   as for acquire
 Reply      changed    (bool)
-           state, generation, failure_count, failure_number, success_count, retry_after_ms, ramp_left_ms, forced,
-           forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
+           state, generation, failure_count, failure_number, success_count, retry_after_ms, reason, error,
+           ramp_left_ms, forced, forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
 Errors     BADREQUEST field: problem. Nothing was changed.
 
   redis-cli EVALSHA $CONTROL 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \

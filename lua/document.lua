@@ -8,6 +8,7 @@ In a script a document has these fields besides the stored ones:
   outlived   the back-off and the ramp are over, but still stored
   amended    the stored generation or deadline was missing or out of bounds: store it, although nothing may count
   unchanged  save() only renews the TTL
+  reported_error  the error of the report: that of the document if the report opens the circuit
   change     the transition that this script made
   hint       save() publishes that the run of failures has reached half of its threshold
   warning    what was wrong with the stored value
@@ -21,9 +22,9 @@ function breaker.load(request)
   local failures, failed_at, generation, number, rest = string.match(found[1] or '', '^{"state":"closed",'
     .. '"failure_count":(%d+),"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,'
     .. '"generation":([1-9]%d*),"failure_number":(%d+)(.*)}$')
-  local failed_s, window = failed_at ~= 'null' and tonumber(failed_at) or nil, nil
-  if rest and rest ~= '' and string.find(rest, '^,"window":') then window = breaker.read_window(rest) end
-  if not generation or #generation > 13 or #number > 13 or #failures > 10 or rest ~= '' and not window
+  local failed_s, sound, window, changed_at, reason = failed_at ~= 'null' and tonumber(failed_at) or nil, rest == '', nil, nil, nil
+  if rest and rest ~= '' then sound, window, changed_at, reason = breaker.read_rest(rest) end
+  if not generation or #generation > 13 or #number > 13 or #failures > 10 or not sound
       or #failed_at > 10 or not failed_s and failed_at ~= 'null' then
     return breaker.take_over(found[1], request)
   end
@@ -32,7 +33,17 @@ function breaker.load(request)
   local count, latest = failures == '0' and 0 or tonumber(failures), number == '0' and 0 or tonumber(number)
   return {state = 'closed', failure_count = count, success_count = 0, last_failure_time = failed_s,
     generation = tonumber(generation), failure_number = latest < count and count or latest, trips = 0, exists = true,
-    now = now, window = window or nil}
+    now = now, window = window or nil, changed_at_ms = changed_at, reason = reason}
+end
+
+-- Parses what may follow the failure_number of a healthy document: its last change, and a window. Returns whether that is
+-- all, the window, and when and why the state last changed.
+function breaker.read_rest(text)
+  local changed_at, reason, rest = string.match(text, '^,"changed_at_ms":([1-9]%d*),"reason":"([a-z_]+)"(.*)$')
+  if changed_at and (#changed_at > 13 or #reason > 30) then return false end
+  if rest == '' then return true, nil, tonumber(changed_at), reason end
+  local window = breaker.read_window(rest or text)
+  return window ~= nil, window, changed_at and tonumber(changed_at), reason
 end
 
 -- Writes -------------------------------------------------------------------------------------------
@@ -64,6 +75,10 @@ function breaker.encode(document)
     '"opened_at":%s,"version":1,"generation":%.0f,"failure_number":%d', document.state, document.failure_count,
     document.success_count, document.last_failure_time or 'null', document.opened_at or 'null', document.generation,
     document.failure_number)
+  if document.changed_at_ms then
+    text = string.format('%s,"changed_at_ms":%.0f,"reason":"%s"', text, document.changed_at_ms, document.reason)
+  end
+  if document.error then text = string.format('%s,"error":%s', text, cjson.encode(document.error)) end
   if document.trips > 0 then text = string.format('%s,"trips":%.0f', text, document.trips) end
   if document.forced then
     text = string.format('%s,"forced_until_ms":%.0f,"forced":"%s"', text, document.forced_until_ms, document.forced)
@@ -104,6 +119,7 @@ function breaker.announce(document, request)
     'success_count', change.success_count, 'instance', request.instance or '',
     change.calls and 'calls', change.calls, change.calls and 'failures', change.failures,
     change.calls and 'slow', change.slow}
+  if change.error then entry[#entry + 1], entry[#entry + 2] = 'error', change.error end
   local added = redis.pcall(unpack(entry))
   local wrong = type(added) == 'table' and added.err
   if wrong and (string.find(wrong, 'WRONGTYPE', 1, true) or string.find(wrong, 'exhausted', 1, true)) then
@@ -159,6 +175,7 @@ function breaker.take_over_fields(stored, request, now)
   if not has_generation then breaker.take_over_generation(document, request) end
   if stored.version ~= nil and stored.version ~= 1 then document.warning = 'future_version' end
   if breaker.is_integer(own.trips, 0, LARGEST) then document.trips = math.min(own.trips, 1000) end
+  breaker.take_over_change(document, own)
   if state == 'open' then
     breaker.take_over_open(document, own, request)
   elseif state == 'half_open' then
@@ -179,6 +196,16 @@ function breaker.take_over_generation(document, request)
   local generation, from = request.generation or 0, request.probe and 'half_open' or 'closed'
   document.amended = document.state == from and generation >= 1 and generation <= document.now
   if document.amended then document.generation = generation else document.is_new = true end
+end
+
+-- When and why the state last changed, and the error that tripped it.
+function breaker.take_over_change(document, own)
+  local reason, error = own.reason, own.error
+  if not breaker.is_integer(own.changed_at_ms, 1, LARGEST) or type(reason) ~= 'string' then return end
+  if #reason > 30 or not string.find(reason, '^[a-z_]+$') then return end
+  document.changed_at_ms, document.reason = own.changed_at_ms, reason
+  if document.state == 'closed' or type(error) ~= 'string' or #error > 200 then return end
+  if string.find(error, '^[ -~]+$') then document.error = error end
 end
 
 -- The deadline of an open or forced state, cut to its longest time since it began: at opened_at, or with its generation

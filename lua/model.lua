@@ -25,6 +25,10 @@ further than its bounds: 64 KB, 1,000 probes, 100 reporters, 30 days of an open 
                      number, so that a report can say which failures its successes came after. It is never less than
                      failure_count while closed: where less is stored, failure_count stands for it. Another program
                      stores none: the clock's milliseconds stand for it, so that no number comes back.
+  changed_at_ms      unix milliseconds of the last transition
+  reason             of the last transition: "failure_threshold", "failures_in_window", "error_rate", "slow_rate",
+                     "held", "timeout", "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset"
+  error              type and message of the failure that opened the circuit, while it is not closed
   trips              trips in a row, for the back-off
   forced             "open" or "closed" while an operator forces the state
   forced_until_ms    unix milliseconds at which the forced state ends

@@ -16,14 +16,15 @@ ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
            hold_ms     (integer)  milliseconds after which the service said to come back, as in Retry-After. Opens the
                                   circuit for that long, for max_hold at most, or extends such a hold. 0: no hold.
                                   Of a probe, it counts as a trip.
+           error       (text)     type and message of the failure, for whoever asks what opened the circuit
            probe       (integer)  slot from the reply of acquire. Without counts and hold, the slot is
                                   given back.
            policy, instance, host  as for acquire
          A report with no counts, hold or probe renews the TTL. Without a generation it also checks that the server
          accepts writes.
 Reply      applied    (bool)  false if the generation has ended or the slot has expired
-           state, generation, failure_count, failure_number, success_count, retry_after_ms, ramp_left_ms, forced,
-           forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
+           state, generation, failure_count, failure_number, success_count, retry_after_ms, reason, error,
+           ramp_left_ms, forced, forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
 Errors     BADREQUEST field: problem. Nothing was changed.
 Publishes  the transition, or {failure_count, instance, time_ms} when a run of at least two failures reaches half of
            failure_threshold, so that watchers read the document at once
@@ -38,7 +39,7 @@ local function limit_of(field)
   end
   if field == 'age_ms' then return 365 * DAY_MS end
 end
-local request, problem, encode = breaker.request(limit_of)
+local request, problem, encode = breaker.request(limit_of, {error = 'text'})
 local empty = request
   and not (request.successes or request.failures or request.slow or request.probe or request.hold_ms)
 if request and not request.generation and not empty then

@@ -178,7 +178,10 @@ function breaker.reply_more(reply, document, request)
     reply.override, reply.override_left_ms = request.override_in_force, request.override_left_ms
   end
   if document.warning or request.warning then reply.warning = document.warning or request.warning end
-  if document.state ~= 'closed' then reply.retry_after_ms = breaker.retry_after_ms(document, request) end
+  if document.state ~= 'closed' then
+    reply.retry_after_ms = breaker.retry_after_ms(document, request)
+    reply.reason, reply.error = document.reason, document.error
+  end
   if document.closed_at_ms then
     local left = document.closed_at_ms + (request.policy and request.policy.ramp_up_ms or 0) - document.now
     if left > 0 then reply.ramp_left_ms = left end

@@ -28,6 +28,7 @@ function breaker.next_generation(document)
   return math.max(document.generation + 1, document.now)
 end
 
+-- Clears only what may be there, what is rare only if it is: to assign nil to a new key grows the table.
 function breaker.transition(document, state, reason)
   local from, generation = document.state, breaker.next_generation(document)
   document.change = {from = from, to = state, reason = reason, generation = generation, retry_after_ms = nil,
@@ -36,7 +37,7 @@ function breaker.transition(document, state, reason)
     document.change.calls, document.change.failures, document.change.slow = breaker.sums(document.window)
   end
   document.state, document.generation, document.failure_number, document.success_count = state, generation, 0, 0
-  -- Clears only what may be there, what is rare only if it is: to assign nil to a new key grows the table.
+  document.reason, document.changed_at_ms = reason, document.now
   if from == 'closed' then
     document.window = nil
     if document.reporters or document.run_since_ms then document.reporters, document.run_since_ms = nil, nil end
@@ -53,11 +54,12 @@ function breaker.open_for(document, duration_ms, reason)
   breaker.transition(document, 'open', reason)
   document.opened_at = math.floor(document.now / 1000)
   document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
+  document.error, document.change.error = document.reported_error, document.reported_error
 end
 
 function breaker.close(document, reason)
   breaker.transition(document, 'closed', reason)
-  document.failure_count, document.opened_at = 0, nil
+  document.failure_count, document.opened_at, document.error = 0, nil, nil
   if reason == 'probe_succeeded' then
     document.closed_at_ms = document.now
   else
@@ -251,6 +253,7 @@ function breaker.record(document, request)
     return breaker.extend_hold(document, request)
   end
   if document.is_new or request.generation ~= document.generation then return false end
+  if request.error then document.reported_error = request.error end
   if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
   if document.state ~= 'closed' or request.probe then return false end
   if document.now or request.policy or request.failures or request.slow or request.hold_ms then

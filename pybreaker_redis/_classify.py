@@ -120,6 +120,21 @@ def hold_ms(retry_after: float | str | None) -> int:
     return math.ceil(min(wait, LONGEST_OPEN) * 1000) if wait > 0 else 0
 
 
+def described(error: BaseException, with_message: bool) -> str:
+    """The type of an error, and its message: at most 200 printable ASCII characters, as the scripts take."""
+    text = type(error).__name__
+    if with_message:
+        try:
+            text = f"{text}: {message}" if (message := str(error)) else text
+        except Exception:  # of the exception's own __str__
+            logger.debug("the message of a %s cannot be read", text, exc_info=True)
+    text = text[:200]
+    if text.isascii() and text.isprintable():
+        return text
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return printable.encode("ascii", "backslashreplace").decode()[:200]
+
+
 def _holds(predicate: Callable[[BaseException], object], exception: BaseException) -> bool:
     return not isinstance(exception, BaseExceptionGroup) and bool(predicate(exception))
 

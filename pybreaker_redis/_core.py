@@ -12,9 +12,9 @@ from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
 from . import _protocol
-from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, RetryAfter
+from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, RetryAfter, described
 from ._clock import NEVER, age
-from ._config import check_options, host_of
+from ._config import check_flag, check_options, host_of
 from ._errors import CircuitOpenError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices, logger
 from ._isolation import Isolation
@@ -36,7 +36,7 @@ Engine: TypeAlias = MemoryEngine | FixedEngine
 ASKED_AGAIN = 0.1  # seconds after which a call is told to come back while other calls ask for the slots of probes
 _NEWS = {"override", "transition"}
 _NEEDS_POLICY = {"failures", "slow", "hold_ms", "probe", "counted"}
-_OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", *_NEEDS_POLICY, "pending"}
+_OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", *_NEEDS_POLICY, "pending", "error"}
 
 
 class BreakerCore:
@@ -67,13 +67,15 @@ class BreakerCore:
         prefix: str = "circuit_breaker",
         redis_timeout: float = 0.25,
         host: str | None = None,
+        record_errors: bool = True,
     ) -> None:
         check_options(lease, on_redis_failure, redis_timeout)
+        check_flag("record_errors", record_errors)
         if policy is not None and not isinstance(policy, Policy):
             raise PolicyError(f"policy must be a Policy, as in Policy(failure_threshold=3), not {policy!r}")
         if fallback is not None:
             check_fallback(fallback)
-        self._fallback = fallback
+        self._fallback, self._record_errors = fallback, record_errors
         self.name, self.host = name, host_of(host)
         self.policy = policy or Policy()
         self.keys = _protocol.keys_of(name, prefix)
@@ -180,9 +182,10 @@ class BreakerCore:
         if (verdict is Verdict.ASK or seen.state == "half_open") and in_probe(self._innermost):
             return self._permit(self, None, now)  # part of the probe, whose own outcome counts
         if verdict is Verdict.REJECT:
-            return self._reject(seen.state, seen.left(seen.retry_at, now))
+            return self._reject(seen.state, seen.left(seen.retry_at, now), seen.reason, seen.error)
         if view.lease > 0 and len(self._asking) >= view.policy.half_open_max_calls:
-            return self._reject("half_open", ASKED_AGAIN)  # the calls before this one are asking for all slots
+            # the calls before this one are asking for all slots
+            return self._reject("half_open", ASKED_AGAIN, seen.reason, seen.error)
         return verdict
 
     def _must_wait(self, began: float, now: float, refreshed: bool) -> bool:
@@ -220,7 +223,8 @@ class BreakerCore:
         finally:
             self._asking.discard(token)
         if not reply["admitted"] or reply.get("shadow"):
-            return self._reject(reply["state"], seconds(reply.get("retry_after_ms")) or 0.0)
+            wait = seconds(reply.get("retry_after_ms")) or 0.0
+            return self._reject(reply["state"], wait, reply.get("reason"), reply.get("error"))
         ramp_left = seconds(reply.get("ramp_left_ms")) or 0.0
         if self._view.held_back(ramp_left):
             return self._reject("closed", ramp_left)
@@ -231,12 +235,14 @@ class BreakerCore:
         self._slow_calls.began(permit)
         return permit
 
-    def _reject(self, state: State, retry_after: float) -> BasePermit:
+    def _reject(
+        self, state: State, retry_after: float, reason: str | None = None, error: str | None = None
+    ) -> BasePermit:
         """Raise CircuitOpenError; in shadow mode, return a permit whose outcome does not count."""
         enforced = self._view.policy.enforce
         self._notices.rejected(retry_after, enforced)
         if enforced:
-            raise CircuitOpenError(self.name, state, retry_after)
+            raise CircuitOpenError(self.name, state, retry_after, reason, error)
         return self._permit(self, None, monotonic())
 
     # Reports
@@ -286,6 +292,8 @@ class BreakerCore:
         report: Request = {"generation": generation}
         if probe is not None:
             report["probe"] = probe
+        if outcome == FAILURE and error is not None:
+            report["error"] = described(error, self._record_errors)
         if hold_ms > 0:
             report["hold_ms"] = hold_ms
             if probe is None:
@@ -530,7 +538,9 @@ class BreakerCore:
         forced = seen.forced if forced_for > 0 else None
         left = self._override_left()
         return self._local_engine(
-            document_for(seen.state, seen.generation, seen.failure_count, open_for, forced, forced_for),
+            document_for(
+                seen.state, seen.generation, seen.failure_count, open_for, forced, forced_for, seen.reason, seen.error
+            ),
             None if left == float("inf") else clock_ms() + round(max(left, 0.0) * 1000),
         )
 

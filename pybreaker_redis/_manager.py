@@ -127,6 +127,7 @@ class ManagerCore(Generic[B]):
             redis_timeout=config.redis_timeout,
             prefix=config.prefix,
             host=config.host,
+            record_errors=config.record_errors,
             **{**self._hooks, **self._own_classification(service)},
         )
 

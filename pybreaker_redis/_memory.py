@@ -121,7 +121,7 @@ class MemoryEngine:
             return Document(generation=now, now=now, is_local=self.is_local)
         document = self._document.copy()
         document.now, document.is_new, document.outlived = now, False, False
-        document.change, document.hint = None, False
+        document.change, document.hint, document.reported_error = None, False, None
         if document.probes:
             document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
@@ -171,6 +171,8 @@ class MemoryEngine:
             "exists": not document.is_new,
             "last_failure_time": document.last_failure_time,
             "opened_at": document.opened_at,
+            "reason": document.reason,
+            "changed_at_ms": document.changed_at_ms,
             "forced_until_ms": document.forced_until_ms,
             "trips": _rules.recent_trips(document, policy),
             "health": _rules.health(document, policy, counts),
@@ -209,6 +211,7 @@ class MemoryEngine:
         reply["source"] = self.source
         if document.state != "closed":
             reply["retry_after_ms"] = _rules.retry_after_ms(document, policy)
+            reply["reason"], reply["error"] = document.reason, document.error
         if document.closed_at_ms is not None:
             ramp_left_ms = document.closed_at_ms + policy["ramp_up_ms"] - document.now
             if ramp_left_ms > 0:
@@ -251,10 +254,13 @@ def document_for(
     open_for: float = 0.0,
     forced: Forced | None = None,
     forced_for: float = 0.0,
+    reason: str | None = None,
+    error: str | None = None,
 ) -> Document:
     """The document of a view, for a local engine to start from.
 
-    open_for: seconds that the circuit stays open. forced_for: seconds until the forced state ends.
+    open_for: seconds that the circuit stays open. forced_for: seconds until the forced state ends. reason, error: of
+    the transition that led to it.
     """
     now = clock_ms()
     document = Document(
@@ -266,6 +272,8 @@ def document_for(
         open_until_ms=now + round(open_for * 1000),
         forced=forced,
         forced_until_ms=None if forced is None else now + round(forced_for * 1000),
+        reason=reason,
+        error=error,
         is_local=True,
         is_new=False,
     )

@@ -16,7 +16,15 @@ from ._window import Sums, Window, bucket_ms, move_back, sums
 
 Policy: TypeAlias = dict[str, Any]  # all fields, in the scripts' units
 _FORCED: dict[str, Forced] = {"force_open": "open", "force_closed": "closed"}
-_TIMES = ("last_failure_time", "opened_at", "closed_at_ms", "run_since_ms", "open_until_ms", "forced_until_ms")
+_TIMES = (
+    "last_failure_time",
+    "opened_at",
+    "changed_at_ms",
+    "closed_at_ms",
+    "run_since_ms",
+    "open_until_ms",
+    "forced_until_ms",
+)
 _local_generations = itertools.count(2)  # FixedEngine has -1
 
 
@@ -34,6 +42,10 @@ class Document:
     success_count: int = 0
     last_failure_time: int | None = None
     opened_at: int | None = None
+    changed_at_ms: int | None = None
+    reason: str | None = None
+    error: str | None = None
+    reported_error: str | None = None
     trips: int = 0
     closed_at_ms: int | None = None
     window: Window | None = None
@@ -110,6 +122,7 @@ def transition(document: Document, state: State, reason: str) -> None:
     if document.window is not None:
         document.change.update(sums(document.window)._asdict())
     document.state = state
+    document.reason, document.changed_at_ms = reason, document.now
     document.generation = next_generation(document)
     document.change["generation"] = document.generation
     document.failure_number, document.success_count = 0, 0
@@ -124,11 +137,14 @@ def open_for(document: Document, duration_ms: int, reason: str) -> None:
     transition(document, "open", reason)
     document.opened_at = document.now // 1000
     document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
+    document.error = document.reported_error
+    if document.change is not None and document.error is not None:
+        document.change["error"] = document.error
 
 
 def close(document: Document, reason: str) -> None:
     transition(document, "closed", reason)
-    document.failure_count, document.opened_at = 0, None
+    document.failure_count, document.opened_at, document.error = 0, None, None
     if reason == "probe_succeeded":
         document.closed_at_ms = document.now
     else:
@@ -328,6 +344,7 @@ def record(document: Document, request: Request, policy: Policy) -> bool:
         return extend_hold(document, request, policy)
     if document.is_new or request.get("generation") != document.generation:
         return False
+    document.reported_error = request.get("error")
     if document.state == "half_open" and request.get("probe") is not None:
         return record_probe(document, request, policy)
     if document.state == "closed" and request.get("probe") is None:

@@ -122,6 +122,8 @@ class CircuitBreaker(BreakerCore):
     prefix: the first part of every key in Redis.
     redis_timeout: seconds to wait for a connection to Redis, and for each reply.
     host: one voice of the quorum, and part of the name that the history shows. None: the machine's host name.
+    record_errors: whether Redis, history and CircuitOpenError show the message of the failure that opened the circuit.
+        False: its type only.
 
     Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """
@@ -215,7 +217,7 @@ class CircuitBreaker(BreakerCore):
         try:
             if seen.sent <= now < seen.open_until and not self._notices.on_call:
                 self._notices.count("rejected")
-                raise CircuitOpenError(self.name, "open", seen.retry_at - now)
+                raise CircuitOpenError(self.name, "open", seen.retry_at - now, seen.reason, seen.error)
             watched = seen.sent <= now < seen.watched_until
             permit = self._admitted(seen.generation) if watched else self._admit(now)
         except CircuitOpenError as rejected:

@@ -1320,10 +1320,10 @@ def test_size_with_a_full_window(client: redis.Redis) -> None:
 
 
 def test_the_document_of_a_long_healthy_breaker(client: redis.Redis) -> None:
-    """When the row of trips and the ramp are over, nothing of a recovery is stored, however it had been opened."""
+    """When back-off and ramp are over, only the last change is stored, however the circuit had been opened."""
     machine = lua_machine(client)
     begin(machine, PLAIN)
-    fields = set(json.loads(client.get(keys_of("m").state)))
+    fields = set(json.loads(client.get(keys_of("m").state))) | {"changed_at_ms", "reason"}
     for opened_by in ("failures", "force_open"):
         if opened_by == "failures":
             report(machine, PLAIN, failures=3)

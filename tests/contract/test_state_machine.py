@@ -330,7 +330,9 @@ _HOLD = st.tuples(
     INSTANCES,
     st.integers(0, 3000),
     st.sampled_from([0, 0, 1, 2, 5]),
-    st.fixed_dictionaries({}, optional={"failures": COUNTS, "successes": COUNTS}),
+    st.fixed_dictionaries(
+        {}, optional={"failures": COUNTS, "successes": COUNTS, "error": st.sampled_from(["Late", "Busy: 429"])}
+    ),
 )
 _RARE = st.one_of(
     st.tuples(
@@ -358,7 +360,7 @@ STEPS = st.lists(
 )
 OUTCOMES = {
     "success": {"successes": 1},
-    "failure": {"failures": 1},
+    "failure": {"failures": 1, "error": "Boom: bang"},
     "release": {},
     "slow success": {"successes": 1, "slow": 1},
     "slow failure": {"failures": 1, "slow": 1},

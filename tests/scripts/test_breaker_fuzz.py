@@ -42,6 +42,9 @@ OWN = (
     "probes",
     "probe_failures",
     "held_generation",
+    "changed_at_ms",
+    "reason",
+    "error",
     "forced",
     "forced_until_ms",
 )
@@ -52,6 +55,8 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(OWN, NEAR),
     "probes": st.dictionaries(st.sampled_from(["1", "2", "x"]), NEAR),
     "forced": st.sampled_from(["closed", "open"]),
+    "reason": st.sampled_from(["held", "timeout", "", "x" * 31, "Timeout"]),
+    "error": st.sampled_from(["Boom: bang", "", "x" * 201, "caf\u00e9", "\n"]),
 }
 # most of these are read to their last field; any of those are mostly refused at the first
 OURS = st.fixed_dictionaries(
@@ -60,7 +65,7 @@ OURS = st.fixed_dictionaries(
 )
 ODD = st.builds(lambda ours, odd: {**ours, **odd}, OURS, st.dictionaries(st.sampled_from([*OWN, *CONTRACT]), LIKELY))
 REQUEST_FIELDS = (
-    *("generation", "successes", "failures", "probe", "seen_failure", "age_ms", "hold_ms"),
+    *("generation", "successes", "failures", "probe", "seen_failure", "age_ms", "hold_ms", "error"),
     *("action", "duration_ms", "instance", "encoding"),
 )
 POLICIES = st.dictionaries(

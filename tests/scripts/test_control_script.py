@@ -95,8 +95,8 @@ def test_without_a_document(client: redis.Redis, action: str) -> None:
 
 @pytest.mark.parametrize("state", ["closed", "open", "half_open"])
 def test_a_reset_leaves_the_contract_fields(client: redis.Redis, state: str) -> None:
-    """After a reset nothing of what was before is stored, but when the last call failed."""
+    """After a reset nothing of what was before is stored, but when the last call failed, and the reset itself."""
     machine = lua_machine(client, "discovery")
     bring_to(machine, state)
     assert machine.run("control", action="reset")["changed"] is True
-    assert document(client).keys() == {*CONTRACT, "version", "generation", "failure_number"}
+    assert document(client).keys() == {*CONTRACT, "version", "generation", "failure_number", "changed_at_ms", "reason"}

@@ -35,7 +35,9 @@ def test_every_state(client: redis.Redis, state: str) -> None:
     reply = machine.run("snapshot", POLICY)
     in_force = reply.pop("policy")
     assert in_force == {**_DEFAULTS, **POLICY}
-    told = {"state": state, "now_ms": machine.now_ms, "generation": reply["generation"], **COMMON, **times}
+    reason = {"open": "failure_threshold", "half_open": "timeout"}
+    changed = {} if state == "closed" else {"reason": reason[state], "changed_at_ms": machine.now_ms}
+    told = {"state": state, **changed, "now_ms": machine.now_ms, "generation": reply["generation"], **COMMON, **times}
     assert reply == {**told, **TOLD[state]}
 
 

@@ -41,6 +41,7 @@ def on_event(event: Event) -> None:
     assert_type(event.exception, BaseException | None)
     assert_type(event.slow, bool | None)
     assert_type(event.enforced, bool | None)
+    assert_type(event.error, str | None)
     if event.kind == "state_change":
         print(event.new)
 
@@ -148,6 +149,9 @@ def looking(count: int) -> None:
     assert_type(snapshot.last_failure_time, int | None)
     assert_type(snapshot.opened_at, int | None)
     assert_type(snapshot.retry_after, float | None)
+    assert_type(snapshot.reason, str | None)
+    assert_type(snapshot.changed_at, float | None)
+    assert_type(snapshot.error, str | None)
     snapshot.state = "open"  # type: ignore[misc]
     entries = breaker.history(count=count)
     assert_type(entries, list[HistoryEntry])
@@ -188,6 +192,8 @@ def rejected() -> float:
     except CircuitOpenError as error:
         assert_type(error.name, str)
         assert_type(error.retry_after, float)
+        assert_type(error.reason, str | None)
+        assert_type(error.error, str | None)
         print(error.state)
         return error.retry_after
     except CircuitBreakerError:
