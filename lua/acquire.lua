@@ -20,7 +20,8 @@ Reply      admitted        (bool)
            shadow          (bool)     true if the call was admitted only because of enforce=false
            state, generation, failure_count, success_count
            failure_number  failures of this generation while closed, else 0
-           retry_after_ms  milliseconds until a call may be admitted, when refused
+           retry_after_ms  milliseconds until a call may be admitted, when refused; in half open, for as long as the
+                           probes have been out, 100 at least, and until the nearest deadline of a slot at most
            reason, error   of the last transition, and of the failure that opened the circuit; unless closed
            ramp_left_ms    milliseconds until all calls are admitted after a recovery
            forced          "open" or "closed" while an operator forces the state

@@ -263,13 +263,15 @@ function breaker.record(document, request)
   return (request.successes or 0) > 0
 end
 
--- Milliseconds until a refused caller may be admitted; nil while a slot is free.
+-- Milliseconds after which it is worthwhile for a refused caller to ask again; nil while a slot is free. In half open, after
+-- as long as the probes have been out so far: most end long before their deadline.
 function breaker.retry_after_ms(document, request)
   if document.state == 'open' then return math.max(document.open_until_ms - document.now, 0) end
   if breaker.free_slot(document, breaker.policy_of(request)) then return nil end
   local nearest = math.huge
   for _, deadline in pairs(document.probes) do nearest = math.min(nearest, deadline) end
-  return nearest - document.now
+  local left = nearest - document.now
+  return math.min(math.max(document.probe_ms - left, 100), left)
 end
 
 -- Carries out an operator's action on the state. Returns whether it changed anything.

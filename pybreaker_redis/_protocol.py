@@ -96,7 +96,7 @@ def decode(reply: bytes) -> Reply:
 class Snapshot:
     """The state of a breaker at one moment.
 
-    retry_after: seconds until a rejected call may be admitted; None while calls are admitted.
+    retry_after: seconds after which a rejected call should ask again; None while calls are admitted.
     last_failure_time, opened_at: unix seconds, or None. generation: 0 if nothing is stored. forced: "open" or "closed"
     while an operator forces the state, until forced_until (unix seconds). trips: in a row. calls, failures, slow:
     counts of the window, 0 without one. failure_rate, slow_rate: shares of the calls, None without calls.

@@ -55,6 +55,7 @@ class Document:
     open_ms: int = 0
     held_generation: int | None = None
     probe_seq: int = 0
+    probe_ms: int = 0
     probes: dict[int, int] = dataclasses.field(default_factory=dict)
     probe_failures: int = 0
     forced: Forced | None = None
@@ -128,7 +129,7 @@ def transition(document: Document, state: State, reason: str) -> None:
     document.failure_number, document.success_count = 0, 0
     document.window, document.reporters = None, {}
     document.run_since_ms, document.closed_at_ms = None, None
-    document.probes, document.probe_seq, document.probe_failures = {}, 0, 0
+    document.probes, document.probe_seq, document.probe_ms, document.probe_failures = {}, 0, 0, 0
     document.held_generation = None
     document.forced, document.forced_until_ms = None, None
 
@@ -201,6 +202,7 @@ def acquire(document: Document, policy: Policy) -> tuple[bool, int | None]:
     if not free_slot(document, policy):
         return False, None
     document.probe_seq += 1
+    document.probe_ms = max(document.probe_ms, policy["probe_timeout_ms"])
     document.probes[document.probe_seq] = document.now + policy["probe_timeout_ms"]
     return True, document.probe_seq
 
@@ -353,12 +355,16 @@ def record(document: Document, request: Request, policy: Policy) -> bool:
 
 
 def retry_after_ms(document: Document, policy: Policy) -> int | None:
-    """Milliseconds until a refused caller may be admitted; None while a slot is free."""
+    """Milliseconds after which it is worthwhile for a refused caller to ask again; None while a slot is free.
+
+    In half open, after as long as the probes have been out so far: most end long before their deadline.
+    """
     if document.state == "open":
         return max(document.open_until_ms - document.now, 0)
     if free_slot(document, policy):
         return None
-    return min(document.probes.values()) - document.now
+    left = min(document.probes.values()) - document.now
+    return min(max(document.probe_ms - left, 100), left)
 
 
 def control(document: Document, action: str, duration_ms: int) -> bool:

@@ -1175,7 +1175,7 @@ def test_shadow_probes_and_recovers(machine: Machine) -> None:
     first, second = machine.run("acquire", policy), machine.run("acquire", policy)
     assert (first["probe"], first.get("shadow")) == (1, None)
     assert (second["admitted"], second["shadow"], second.get("probe")) == (True, True, None)
-    assert (second["state"], second["retry_after_ms"]) == ("half_open", 400)
+    assert (second["state"], second["retry_after_ms"]) == ("half_open", 100)
     reply = machine.run("record", policy, generation=first["generation"], probe=1, successes=1)
     assert (reply["state"], reply["transition"]["reason"]) == ("closed", "probe_succeeded")
     assert machine.run("acquire", policy).get("shadow") is None

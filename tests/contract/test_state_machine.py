@@ -83,14 +83,31 @@ def test_open_until_the_deadline(machine: Machine) -> None:
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_slots(machine: Machine, slots: int) -> None:
-    """Half open hands out half_open_max_calls slots, and tells the rest when the nearest one ends."""
+    """Half open hands out half_open_max_calls slots; the rest may ask again after as long as the probes have been out.
+
+    At least 100 ms, and no later than when the nearest slot ends.
+    """
     policy = {**POLICY, "half_open_max_calls": slots}
     probe(machine, policy)
-    machine.advance(100)
     for _ in range(slots - 1):
         assert machine.run("acquire", policy)["admitted"]
+    for passed, wait in ((0, 100), (100, 100), (30, 130), (70, 200), (50, 150), (149, 1)):
+        machine.advance(passed)
+        reply = machine.run("acquire", policy)
+        assert (reply["admitted"], reply["retry_after_ms"]) == (False, wait)
+    machine.advance(1)
+    assert machine.run("acquire", policy)["admitted"]
+
+
+def test_the_oldest_probe_says_when_to_ask_again(machine: Machine) -> None:
+    """Of several probes, the one that has been out longest counts, whatever time-out its client gave it."""
+    policy = {**POLICY, "half_open_max_calls": 2, "probe_timeout_ms": 1000}
+    probe(machine, policy)
+    machine.advance(300)
+    assert machine.run("acquire", {**policy, "probe_timeout_ms": 5000})["admitted"]
+    machine.advance(100)
     reply = machine.run("acquire", policy)
-    assert (reply["admitted"], reply["retry_after_ms"]) == (False, 300)
+    assert (reply["admitted"], reply["retry_after_ms"]) == (False, 600)
 
 
 def test_dead_probe_frees_its_slot(machine: Machine) -> None:
