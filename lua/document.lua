@@ -33,17 +33,19 @@ function breaker.load(request)
   local count, latest = failures == '0' and 0 or tonumber(failures), number == '0' and 0 or tonumber(number)
   return {state = 'closed', failure_count = count, success_count = 0, last_failure_time = failed_s,
     generation = tonumber(generation), failure_number = latest < count and count or latest, trips = 0, exists = true,
-    now = now, window = window or nil, changed_at_ms = changed_at, reason = reason}
+    now = now, window = window or nil, changed_at_ms = changed_at, reason = reason, change = nil}
 end
 
 -- Parses what may follow the failure_number of a healthy document: its last change, and a window. Returns whether that is
 -- all, the window, and when and why the state last changed.
 function breaker.read_rest(text)
-  local changed_at, reason, rest = string.match(text, '^,"changed_at_ms":([1-9]%d*),"reason":"([a-z_]+)"(.*)$')
-  if changed_at and (#changed_at > 13 or #reason > 30) then return false end
-  if rest == '' then return true, nil, tonumber(changed_at), reason end
-  local window = breaker.read_window(rest or text)
-  return window ~= nil, window, changed_at and tonumber(changed_at), reason
+  local changed_at, reason, rest = nil, nil, text
+  if string.byte(text, 3) == 99 then -- c
+    changed_at, reason, rest = string.match(text, '^,"changed_at_ms":([1-9]%d*),"reason":"([a-z_]+)"(.*)$')
+    if not rest or #changed_at > 13 or #reason > 30 then return false end
+  end
+  local window = rest ~= '' and breaker.read_window(rest) or nil
+  return window ~= nil or rest == '', window, changed_at and tonumber(changed_at), reason
 end
 
 -- Writes -------------------------------------------------------------------------------------------
@@ -171,7 +173,8 @@ function breaker.take_over_fields(stored, request, now)
   local document = {now = now, exists = true, state = state, failure_count = stored.failure_count or 0,
     success_count = stored.success_count or 0, last_failure_time = stored.last_failure_time,
     opened_at = stored.opened_at, generation = own.generation or now,
-    failure_number = state == 'closed' and math.max(number, stored.failure_count or 0) or 0, trips = 0}
+    failure_number = state == 'closed' and math.max(number, stored.failure_count or 0) or 0, trips = 0,
+    reason = nil, changed_at_ms = nil, error = nil, change = nil, open_until_ms = nil, open_ms = nil, forced = nil}
   if not has_generation then breaker.take_over_generation(document, request) end
   if stored.version ~= nil and stored.version ~= 1 then document.warning = 'future_version' end
   if breaker.is_integer(own.trips, 0, LARGEST) then document.trips = math.min(own.trips, 1000) end
@@ -190,14 +193,6 @@ function breaker.take_over_fields(stored, request, now)
   return document
 end
 
--- Another program may rewrite the document without a generation many times a second. It then goes on under that of the
--- next report from its state, so that outcomes add to what that program counts.
-function breaker.take_over_generation(document, request)
-  local generation, from = request.generation or 0, request.probe and 'half_open' or 'closed'
-  document.amended = document.state == from and generation >= 1 and generation <= document.now
-  if document.amended then document.generation = generation else document.is_new = true end
-end
-
 -- When and why the state last changed, and the error that tripped it.
 function breaker.take_over_change(document, own)
   local reason, error = own.reason, own.error
@@ -206,6 +201,14 @@ function breaker.take_over_change(document, own)
   document.changed_at_ms, document.reason = own.changed_at_ms, reason
   if document.state == 'closed' or type(error) ~= 'string' or #error > 200 then return end
   if string.find(error, '^[ -~]+$') then document.error = error end
+end
+
+-- Another program may rewrite the document without a generation many times a second. It then goes on under that of the
+-- next report from its state, so that outcomes add to what that program counts.
+function breaker.take_over_generation(document, request)
+  local generation, from = request.generation or 0, request.probe and 'half_open' or 'closed'
+  document.amended = document.state == from and generation >= 1 and generation <= document.now
+  if document.amended then document.generation = generation else document.is_new = true end
 end
 
 -- The deadline of an open or forced state, cut to its longest time since it began: at opened_at, or with its generation

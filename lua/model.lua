@@ -54,7 +54,8 @@ while half open:
 Messages on the channel KEYS[1] tell watchers to read the document; a watcher believes nothing that they say:
   a transition       {from, to, reason, generation, failure_count, success_count, instance, time_ms, ...}
   a hint             {failure_count, instance, time_ms}: the run of failures has reached half of its threshold
-  an operator's act  {policy, instance, time_ms}: a policy override was set or cleared, or a forced state was cleared
+  an operator's act  {policy, instance, time_ms}: a policy override was set or cleared, a forced state was
+                     cleared, or the next caller may probe
 ]]
 local LARGEST = 90000000000000 -- cjson writes integers of 14 digits without loss; the rest is room for additions
 local DAY_MS = 86400 * 1000 -- two locals, not more: each costs every script the capture of a variable

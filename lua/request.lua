@@ -14,12 +14,9 @@ function breaker.request(limit_of, kinds)
     local kind = limit or (field == 'instance' or field == 'host') and 'text' or field == 'policy' and 'policy' or kinds and kinds[field]
     local fits = limit and type(value) == 'number' and value >= 0 and value <= limit and value % 1 == 0
       or kind == 'text' and type(value) == 'string' and #value <= 200 and string.find(value, '^[ -~]*$')
-    local problem
-    if kind == 'policy' and type(value) == 'table' then
-      problem = breaker.policy_problem(field, value)
-    elseif not fits then
-      problem = breaker.field_problem(request, field, value, kind)
-    end
+    local is_map = kind == 'policy' and type(value) == 'table'
+    local problem = is_map and breaker.policy_problem(field, value)
+      or not (is_map or fits) and breaker.field_problem(request, field, value, kind)
     if problem then return nil, breaker.bad_request(problem) end
   end
   local problem = (request.pending or request.counted) and breaker.miscount(request)

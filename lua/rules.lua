@@ -54,12 +54,15 @@ function breaker.open_for(document, duration_ms, reason)
   breaker.transition(document, 'open', reason)
   document.opened_at = math.floor(document.now / 1000)
   document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
-  document.error, document.change.error = document.reported_error, document.reported_error
+  if document.error or document.reported_error then
+    document.error, document.change.error = document.reported_error, document.reported_error
+  end
 end
 
 function breaker.close(document, reason)
   breaker.transition(document, 'closed', reason)
-  document.failure_count, document.opened_at, document.error = 0, nil, nil
+  document.failure_count, document.opened_at = 0, nil
+  if document.error then document.error = nil end
   if reason == 'probe_succeeded' then
     document.closed_at_ms = document.now
   else
@@ -274,8 +277,16 @@ function breaker.retry_after_ms(document, request)
   return math.min(math.max(document.probe_ms - left, 100), left)
 end
 
+-- Lets the next caller of an open circuit probe. Returns whether it changed anything.
+function breaker.probe_now(document)
+  if document.forced or document.state ~= 'open' or document.open_until_ms <= document.now then return false end
+  document.open_until_ms = document.now
+  return true
+end
+
 -- Carries out an operator's action on the state. Returns whether it changed anything.
 function breaker.control(document, action, duration_ms)
+  if action == 'probe' then return breaker.probe_now(document) end
   local forces = action == 'force_open' or action == 'force_closed'
   if action == 'reset' then
     breaker.close(document, 'reset')

@@ -458,6 +458,10 @@ class AsyncCircuitBreaker(BreakerCore):
         """See CircuitBreaker.clear_forced."""
         await self._drive(self._command("clear_forced"))
 
+    async def probe(self) -> None:
+        """See CircuitBreaker.probe."""
+        await self._drive(self._command("probe"))
+
     async def reset(self) -> None:
         """See CircuitBreaker.reset."""
         await self._drive(self._command("reset"))

@@ -367,8 +367,18 @@ def retry_after_ms(document: Document, policy: Policy) -> int | None:
     return min(max(document.probe_ms - left, 100), left)
 
 
+def probe_now(document: Document) -> bool:
+    """Let the next caller of an open circuit probe. Returns whether it changed anything."""
+    if document.forced or document.state != "open" or document.open_until_ms <= document.now:
+        return False
+    document.open_until_ms = document.now
+    return True
+
+
 def control(document: Document, action: str, duration_ms: int) -> bool:
     """Carry out an operator's action on the state. Returns whether it changed anything."""
+    if action == "probe":
+        return probe_now(document)
     if action == "reset":
         close(document, "reset")
     elif action == "force_open":

@@ -364,6 +364,14 @@ class CircuitBreaker(BreakerCore):
         """
         self._drive(self._command("clear_forced"))
 
+    def probe(self) -> None:
+        """Let the next call probe now, whatever is left of an open period or a hold.
+
+        Unlike a reset, this admits one call, not the full load. In any other state than open it changes nothing.
+        Raises CircuitBreakerError while a state is forced; RedisUnavailableError.
+        """
+        self._drive(self._command("probe"))
+
     def reset(self) -> None:
         """Close the circuit; drop all counts, any forced state and the policy override. The history stays.
 

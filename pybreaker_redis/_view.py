@@ -231,7 +231,7 @@ class View:
         seen, generation = self.seen, reply["generation"]
         forced, failure_count = reply.get("forced"), reply["failure_count"]
         unchanged = generation == seen.generation and failure_count == seen.failure_count
-        if self.lease <= 0 and unchanged and forced is None and seen.forced is None:
+        if self.lease <= 0 and unchanged and reply["state"] == "closed" and forced is None and seen.forced is None:
             return False  # no call uses the view
         with self._lock:
             seen, now = self.seen, monotonic() if now is None else now

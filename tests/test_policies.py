@@ -22,6 +22,7 @@ from conftest import stopped, wait_until
 from pybreaker_redis import (
     AsyncCircuitBreaker,
     CircuitBreaker,
+    CircuitBreakerError,
     CircuitOpenError,
     Event,
     Policy,
@@ -410,6 +411,49 @@ def test_one_sick_host_behind_a_balancer(make_any: Make) -> None:
             breaker.call(fine)
         assert breaker.snapshot().state == state
     assert breaker.history()[0].reason == "probe_failed"
+
+
+# One call now
+
+
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_probe_now(make_any: Make, lease: float) -> None:
+    """After a repair an operator lets one call through: its success closes the circuit, its failure changes nothing."""
+    breaker = make_any(policy=Policy(failure_threshold=1, reset_timeout=LONG), lease=lease, **PATIENT)
+    fail(breaker)
+    assert rejects(breaker).retry_after > 3000
+    breaker.probe()
+    assert breaker.state == "half_open"
+    fail(breaker)
+    assert rejects(breaker).retry_after > 3000
+    breaker.probe()
+    permit = breaker.acquire()
+    assert rejects(breaker).state == "half_open"
+    permit.success()
+    assert breaker.call(fine) == "fine"
+    assert breaker.history()[0].reason == "probe_succeeded"
+
+
+@pytest.mark.parametrize("lease", [0, 0.001])
+def test_probe_now_for_all(make: Make, lease: float) -> None:
+    """Every process learns that it may probe, not only the operator's."""
+    breaker, operator = (make(policy=Policy(failure_threshold=1, reset_timeout=LONG), lease=lease) for _ in range(2))
+    fail(breaker)
+    assert rejects(breaker).retry_after > 3000
+    operator.probe()
+    wait_until(lambda: succeeds(breaker))
+
+
+@pytest.mark.parametrize("forced", ["open", "closed"])
+def test_no_probe_while_forced(make_any: Make, forced: str) -> None:
+    """It is refused, with what to do; elsewhere it changes nothing."""
+    breaker = make_any(**STRICT)
+    breaker.probe()
+    assert (breaker.snapshot().state, breaker.history()) == ("closed", [])
+    getattr(breaker, f"force_{forced}")(600)
+    with pytest.raises(CircuitBreakerError, match=rf"forced {forced}.*clear_forced"):
+        breaker.probe()
+    assert breaker.snapshot().forced == forced
 
 
 # What a recovery leaves behind

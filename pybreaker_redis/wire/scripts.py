@@ -17,13 +17,13 @@ LIBRARY = ("model", "request", "document", "window", "rules")
 # other group when one of its functions is first called. All other functions are created one by one. Except in the
 # first group, the functions of a group must be neighbours in lua/.
 GROUPS = (
-    ("request", "load", "record", "reply"),
+    ("request", "load", "read_rest", "record", "reply"),
     ("save", "encode"),
     ("policy_problem", "policy_field"),
     ("record_closed", "trip_reason", "count_outcomes"),
     ("read_window", "window_at"),
     ("transition", "next_generation"),
-    ("take_over", "keeps_contract", "take_over_fields"),
+    ("take_over", "keeps_contract", "take_over_fields", "take_over_change"),
 )
 _FUNCTION = re.compile(r"^(?=function breaker\.(\w+)\()", re.MULTILINE)
 

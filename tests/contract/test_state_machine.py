@@ -274,6 +274,32 @@ def test_clear_override(machine: Machine) -> None:
     assert machine.run("snapshot").get("forced") is None
 
 
+def test_probe_now(machine: Machine) -> None:
+    """The next caller of an open circuit may probe, one at a time as ever; the back-off is what it was."""
+    trip(machine)
+    generation = machine.run("snapshot")["generation"]
+    reply = machine.run("control", POLICY, action="probe")
+    assert (reply["changed"], reply["state"], reply["retry_after_ms"]) == (True, "open", 0)
+    assert (reply["generation"], reply.get("transition")) == (generation, None)
+    assert machine.run("control", POLICY, action="probe")["changed"] is False
+    first, second = machine.run("acquire", POLICY), machine.run("acquire", POLICY)
+    assert (first["state"], first["probe"], second["admitted"]) == ("half_open", 1, False)
+    assert machine.run("control", POLICY, action="probe")["changed"] is False
+    reply = machine.run("record", POLICY, generation=first["generation"], probe=1, failures=1)
+    assert (reply["state"], machine.run("snapshot", POLICY)["trips"]) == ("open", 2)
+
+
+@pytest.mark.parametrize("action", ["force_open", "force_closed", "reset"])
+def test_no_probe_now(machine: Machine, action: str) -> None:
+    """A forced state and a closed circuit stay as they are, and so does a breaker that nobody used."""
+    assert machine.run("control", action="probe")["changed"] is False
+    assert machine.run("snapshot")["exists"] is False
+    machine.run("control", action=action)
+    before = machine.run("snapshot")
+    assert machine.run("control", action="probe")["changed"] is False
+    assert machine.run("snapshot") == before
+
+
 def test_reset(machine: Machine) -> None:
     """A reset closes with no counts, and calls that began before it do not count."""
     old = machine.run("acquire", POLICY)["generation"]
@@ -354,7 +380,7 @@ _HOLD = st.tuples(
 _RARE = st.one_of(
     st.tuples(
         st.just("control"),
-        st.sampled_from(["force_open", "force_closed", "clear_forced", "reset"]),
+        st.sampled_from(["force_open", "force_closed", "clear_forced", "probe", "reset"]),
         st.integers(1, 2000),
     ),
     st.tuples(st.just("set_policy"), POLICIES),  # one with an end goes by the clock of Redis itself

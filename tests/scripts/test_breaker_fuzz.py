@@ -17,7 +17,7 @@ from script_calls import CONTRACT, KEYS, POLICY, ask, document, reply_or_error
 
 from pybreaker_redis.wire.scripts import SCRIPTS
 
-WORDS = st.sampled_from(["closed", "open", "half_open", "json", "msgpack", "force_open", "reset", "", "x" * 300])
+WORDS = st.sampled_from(["closed", "open", "half_open", "json", "msgpack", "force_open", "reset", "probe", "x" * 300])
 NUMBERS = st.one_of(
     st.sampled_from([0, 1, 1.5, -1, START_MS, START_MS // 1000, 10**9, 10**13, 2**53, 2**63, 1e300, -0.0]),
     st.integers(-(2**63), 2**64 - 1),
@@ -137,6 +137,7 @@ def test_any_stored_value(client: redis.Redis, value: bytes) -> None:
         ("record", {"generation": START_MS, "hold_ms": 60_000}),
         ("record", {"generation": START_MS, "hold_ms": 60_000, "probe": 1}),
         ("control", {"action": "clear_forced"}),
+        ("control", {"action": "probe"}),
     ):
         client.set(KEYS.state, value)
         check_reply(ask(client, script, policy=POLICY, **request))

@@ -166,6 +166,7 @@ def steering() -> None:
     breaker.force_open(duration=60)
     breaker.force_closed(duration=0.5)
     breaker.clear_forced()
+    breaker.probe()
     breaker.reset()
     breaker.flush()
     breaker.set_policy(reset_timeout=10, enforce=False, duration=60)
@@ -238,6 +239,7 @@ async def awaiting() -> None:
     await aio.flush()
     await aio.set_policy(window=10)
     await aio.clear_forced()
+    await aio.probe()
     async with await aio.watch() as watch:
         assert_type(watch, AsyncWatch)
     await watch.close()
