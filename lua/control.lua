@@ -36,7 +36,7 @@ elseif request.override and not sets_policy then
 end
 if problem then return redis.error_reply(problem) end
 
-if action == 'reset' then redis.call('DEL', KEYS[3]) end -- a reset replaces everything but the history
+local dropped = action == 'reset' and redis.call('DEL', KEYS[3]) == 1 -- a reset replaces everything but the history
 local document = breaker.load(request)
 document.now = document.now or breaker.now_ms()
 
@@ -62,8 +62,9 @@ elseif clears_policy then
 else
   changed = breaker.control(document, action, request.duration_ms or 30 * DAY_MS)
   if changed then breaker.save(document, request) end
+  changed = changed or dropped
 end
-if changed and not document.change then -- save() publishes transitions only
+if changed and not (document.change or document.note) then -- which save() publishes
   redis.pcall('PUBLISH', KEYS[1],
     cjson.encode({policy = action, instance = request.instance, time_ms = document.now}))
 end

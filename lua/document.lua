@@ -10,6 +10,7 @@ In a script a document has these fields besides the stored ones:
   unchanged  save() only renews the TTL
   reported_error  the error of the report: that of the document if the report opens the circuit
   change     the transition that this script made
+  note       what the history says of an action that was no transition: a forced state has got another end
   hint       save() publishes that the run of failures has reached half of its threshold
   warning    what was wrong with the stored value
 ]]
@@ -22,8 +23,16 @@ function breaker.load(request)
   local failures, failed_at, generation, number, rest = string.match(found[1] or '', '^{"state":"closed",'
     .. '"failure_count":(%d+),"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,'
     .. '"generation":([1-9]%d*),"failure_number":(%d+)(.*)}$')
-  local failed_s, sound, window, changed_at, reason = failed_at ~= 'null' and tonumber(failed_at) or nil, rest == '', nil, nil, nil
-  if rest and rest ~= '' then sound, window, changed_at, reason = breaker.read_rest(rest) end
+  local failed_s, window, changed_at, reason = failed_at ~= 'null' and tonumber(failed_at) or nil, nil, nil, nil
+  local sound = rest == ''
+  if rest and string.byte(rest, 3) == 99 then -- c
+    changed_at, reason, rest = string.match(rest, '^,"changed_at_ms":([1-9]%d*),"reason":"([a-z_]+)"(.*)$')
+    sound = rest == '' and #changed_at <= 13 and #reason <= 30
+  end
+  if rest and rest ~= '' then
+    window = breaker.read_window(rest)
+    sound = window and (not changed_at or #changed_at <= 13 and #reason <= 30)
+  end
   if not generation or #generation > 13 or #number > 13 or #failures > 10 or not sound
       or #failed_at > 10 or not failed_s and failed_at ~= 'null' then
     return breaker.take_over(found[1], request)
@@ -33,19 +42,7 @@ function breaker.load(request)
   local count, latest = failures == '0' and 0 or tonumber(failures), number == '0' and 0 or tonumber(number)
   return {state = 'closed', failure_count = count, success_count = 0, last_failure_time = failed_s,
     generation = tonumber(generation), failure_number = latest < count and count or latest, trips = 0, exists = true,
-    now = now, window = window or nil, changed_at_ms = changed_at, reason = reason, change = nil}
-end
-
--- Parses what may follow the failure_number of a healthy document: its last change, and a window. Returns whether that is
--- all, the window, and when and why the state last changed.
-function breaker.read_rest(text)
-  local changed_at, reason, rest = nil, nil, text
-  if string.byte(text, 3) == 99 then -- c
-    changed_at, reason, rest = string.match(text, '^,"changed_at_ms":([1-9]%d*),"reason":"([a-z_]+)"(.*)$')
-    if not rest or #changed_at > 13 or #reason > 30 then return false end
-  end
-  local window = rest ~= '' and breaker.read_window(rest) or nil
-  return window ~= nil or rest == '', window, changed_at and tonumber(changed_at), reason
+    now = now, window = window or nil, changed_at_ms = changed_at and tonumber(changed_at), reason = reason, change = nil}
 end
 
 -- Writes -------------------------------------------------------------------------------------------
@@ -62,7 +59,7 @@ function breaker.save(document, request)
   if deadline then ttl_ms = math.max(ttl_ms, deadline - now + breaker.policy_of(request).window_ms) end
   if document.unchanged and not document.amended then return redis.call('PEXPIRE', KEYS[1], ttl_ms) end
   redis.call('SET', KEYS[1], breaker.encode(document), 'PX', ttl_ms)
-  if document.change then return breaker.announce(document, request) end
+  if document.change or document.note then return breaker.announce(document, request) end
   if document.hint then
     local hint = {failure_count = document.failure_count, instance = request.instance, time_ms = now}
     redis.pcall('PUBLISH', KEYS[1], cjson.encode(hint)) -- an ACL may refuse the channel
@@ -114,7 +111,7 @@ end
 
 -- Adds the transition to the history and publishes it. Neither may fail the script: the document is written.
 function breaker.announce(document, request)
-  local change = document.change
+  local change = document.change or document.note
   local entry = {'XADD', KEYS[2], 'MAXLEN', '~', '1000', '*', 'time_ms', document.now,
     'from', change.from, 'to', change.to, 'reason', change.reason,
     'generation', change.generation, 'failure_count', change.failure_count,
@@ -211,11 +208,12 @@ function breaker.take_over_generation(document, request)
   if document.amended then document.generation = generation else document.is_new = true end
 end
 
--- The deadline of an open or forced state, cut to its longest time since it began: at opened_at, or with its generation
--- while closed. If that is missing or lies ahead, the time counts from now, and what was cut must be stored: otherwise
+-- The deadline of an open or forced state, cut to its longest time since it began: at changed_at_ms, else at opened_at, or
+-- with its generation while closed. If that is missing or lies ahead, the time counts from now, and what was cut must be stored: otherwise
 -- each script would count anew.
 function breaker.bounded_ms(document, deadline)
-  local began = document.state == 'closed' and document.generation or (document.opened_at or math.huge) * 1000 + 999
+  local began = document.changed_at_ms or document.state == 'closed' and document.generation
+    or (document.opened_at or math.huge) * 1000 + 999
   local latest = math.min(began, document.now) + 30 * DAY_MS
   if deadline <= latest then return deadline end
   document.amended = true

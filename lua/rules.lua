@@ -284,9 +284,30 @@ function breaker.probe_now(document)
   return true
 end
 
+-- Gives a forced state a new end, which is no transition. Returns whether it changed anything.
+function breaker.prolong(document, duration_ms)
+  local until_ms, state = document.now + duration_ms, document.state
+  if until_ms == document.forced_until_ms then return false end
+  document.forced_until_ms, document.changed_at_ms = until_ms, document.now
+  if state == 'open' then document.open_until_ms, document.open_ms = until_ms, duration_ms end
+  document.note = {from = state, to = state, reason = 'forced', generation = document.generation,
+    failure_count = document.failure_count, success_count = document.success_count}
+  return true
+end
+
+-- Whether a reset would change nothing.
+function breaker.is_blank(document)
+  local window = document.window
+  return document.state == 'closed' and not document.forced and document.failure_count + document.trips == 0
+    and not (document.closed_at_ms or document.reporters or window and window.calls + window.failures + window.slow > 0)
+    and not (document.warning or document.is_new and document.exists)
+end
+
 -- Carries out an operator's action on the state. Returns whether it changed anything.
 function breaker.control(document, action, duration_ms)
   if action == 'probe' then return breaker.probe_now(document) end
+  if action == 'force_' .. (document.forced or '') then return breaker.prolong(document, duration_ms) end
+  if action == 'reset' and breaker.is_blank(document) then return false end
   local forces = action == 'force_open' or action == 'force_closed'
   if action == 'reset' then
     breaker.close(document, 'reset')

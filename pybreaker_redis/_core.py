@@ -606,7 +606,7 @@ class BreakerCore:
             except REDIS_ERRORS as error:
                 raise RedisUnavailableError(f"{action} was not carried out: {error}") from error
         changed = "transition" in reply
-        if changed:
+        if changed or action == "reset":
             self._isolation.forget()
         if changed or reply["generation"] == self._view.seen.generation:
             self._adopt(reply, sent)

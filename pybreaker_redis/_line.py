@@ -275,7 +275,8 @@ class Line:
     def announce(self, history: list[dict[str, Any]]) -> None:
         change, self.news = self.news, None
         assert change is not None
-        known = (entry for entry in history if entry.get("generation") == str(change["generation"]))
+        # the oldest one: a forced state that gets another end adds entries of its generation
+        known = (entry for entry in reversed(history) if entry.get("generation") == str(change["generation"]))
         entry = next(known, {"instance": ""})
         if entry["instance"] != self._owner._instance:  # our own transition comes with the reply that it caused
             change |= {key: int(value) if value.isdecimal() else value for key, value in entry.items()}

@@ -56,6 +56,7 @@ class MemoryEngine:
         self._document = document
         self._override = override
         self._override_until_ms = override_until_ms
+        self._dropped = False  # whether the present request, a reset, has ended a policy override
         self._latest_ms = 0  # what the clock said last
         self._scripts: dict[str, Callable[[Document, Request, dict[str, Any]], Reply]] = {
             "acquire": self._acquire,
@@ -80,7 +81,8 @@ class MemoryEngine:
                 self._turn_back(self._latest_ms - now)
             self._latest_ms = now
             expired = self._override_until_ms is not None and self._override_until_ms <= now
-            if expired or request.get("action") == "reset":  # a reset replaces everything but the history
+            self._dropped = self._override is not None and not expired and request.get("action") == "reset"
+            if expired or self._dropped:  # a reset replaces everything but the history
                 self._override = self._override_until_ms = None
             policy = self._policy_of(request.get("policy"))
             document = self._load(policy, now)
@@ -121,7 +123,7 @@ class MemoryEngine:
             return Document(generation=now, now=now, is_local=self.is_local)
         document = self._document.copy()
         document.now, document.is_new, document.outlived = now, False, False
-        document.change, document.hint, document.reported_error = None, False, None
+        document.change, document.note, document.hint, document.reported_error = None, None, False, None
         if document.probes:
             document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
@@ -163,7 +165,7 @@ class MemoryEngine:
         changed = _rules.control(document, action, duration_ms or LONGEST_OPEN_MS)
         if changed:
             self._document = document
-        return {"changed": changed}
+        return {"changed": changed or self._dropped}
 
     def _snapshot(self, document: Document, request: Request, policy: dict[str, Any]) -> Reply:
         counts = sums(document.window) if document.window else Sums(0, 0, 0)
@@ -189,7 +191,7 @@ class MemoryEngine:
 
     def _announce(self, document: Document, request: Request, reply: Reply) -> None:
         """Add a transition to the history, and publish what a script would."""
-        change = document.change
+        change = document.change or document.note
         message: dict[str, Any] | None = None
         if change is not None:
             instance = request.get("instance", "")

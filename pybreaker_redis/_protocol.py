@@ -188,7 +188,9 @@ def seconds(milliseconds: int | None) -> float | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One transition. time: unix seconds on the server's clock. The counts are those just before it.
+    """One transition, or another end of the same forced state (old and new are then the same).
+
+    time: unix seconds on the server's clock. The counts are those just before it.
 
     reason: "failure_threshold", "failures_in_window", "error_rate", "slow_rate", "held", "timeout",
     "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset". instance: the process, as "host:pid-" and

@@ -65,6 +65,7 @@ class Document:
     is_new: bool = True
     outlived: bool = False
     change: dict[str, Any] | None = None
+    note: dict[str, Any] | None = None
     hint: bool = False
 
     def copy(self) -> Document:
@@ -375,10 +376,46 @@ def probe_now(document: Document) -> bool:
     return True
 
 
+def prolong(document: Document, duration_ms: int) -> bool:
+    """Give a forced state a new end, which is no transition. Returns whether it changed anything."""
+    until_ms = document.now + duration_ms
+    if until_ms == document.forced_until_ms:
+        return False
+    document.forced_until_ms, document.changed_at_ms = until_ms, document.now
+    if document.state == "open":
+        document.open_until_ms, document.open_ms = until_ms, duration_ms
+    document.note = {
+        "from": document.state,
+        "to": document.state,
+        "reason": "forced",
+        "generation": document.generation,
+        "failure_count": document.failure_count,
+        "success_count": document.success_count,
+    }
+    return True
+
+
+def is_blank(document: Document) -> bool:
+    """Whether a reset would change nothing."""
+    window = document.window
+    counts = document.failure_count + document.trips
+    if window is not None:
+        counts += window.calls + window.failures + window.slow
+    return (
+        document.state == "closed"
+        and counts == 0
+        and not (document.forced or document.closed_at_ms or document.reporters)
+    )
+
+
 def control(document: Document, action: str, duration_ms: int) -> bool:
     """Carry out an operator's action on the state. Returns whether it changed anything."""
     if action == "probe":
         return probe_now(document)
+    if document.forced is not None and _FORCED.get(action) == document.forced:
+        return prolong(document, duration_ms)
+    if action == "reset" and is_blank(document):
+        return False
     if action == "reset":
         close(document, "reset")
     elif action == "force_open":

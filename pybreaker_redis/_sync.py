@@ -375,7 +375,8 @@ class CircuitBreaker(BreakerCore):
     def reset(self) -> None:
         """Close the circuit; drop all counts, any forced state and the policy override. The history stays.
 
-        Calls that are running will not count.
+        Calls that are running will not count. Where nothing would change, it does nothing: of a closed circuit without
+        counts, running calls do count.
 
         Raises RedisUnavailableError.
         """

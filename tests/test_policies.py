@@ -413,6 +413,39 @@ def test_one_sick_host_behind_a_balancer(make_any: Make) -> None:
     assert breaker.history()[0].reason == "probe_failed"
 
 
+# What changes nothing
+
+
+@pytest.mark.parametrize("state", ["open", "closed"])
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_forced_twice(make_any: Make, state: str, lease: float) -> None:
+    """Another end of the same forced state is an entry in the history, but no transition and no event."""
+    events: list[Event] = []
+    breaker = make_any(lease=lease, listeners=[events.append], **PATIENT)
+    for duration in (60, 600):
+        getattr(breaker, f"force_{state}")(duration)
+    assert changes(events, breaker.snapshot().source) == [("closed", state, "forced")]
+    entries = breaker.history()
+    assert [(entry.old, entry.new) for entry in entries] == [(state, state), ("closed", state)]
+    assert entries[0].generation == entries[1].generation
+    assert breaker.snapshot().forced_until - time.time() > 300
+
+
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_a_reset_of_nothing(make_any: Make, lease: float) -> None:
+    """A reset of a closed circuit without counts is no transition; of one with counts, it drops them."""
+    events: list[Event] = []
+    breaker = make_any(lease=lease, listeners=[events.append], **PATIENT)
+    breaker.reset()
+    breaker.call(fine)
+    breaker.reset()
+    assert (events, breaker.history()) == ([], [])
+    fail(breaker)
+    breaker.reset()
+    assert breaker.snapshot().failure_count == 0
+    assert [entry.reason for entry in breaker.history()] == ["reset"]
+
+
 # One call now
 
 

@@ -17,7 +17,7 @@ LIBRARY = ("model", "request", "document", "window", "rules")
 # other group when one of its functions is first called. All other functions are created one by one. Except in the
 # first group, the functions of a group must be neighbours in lua/.
 GROUPS = (
-    ("request", "load", "read_rest", "record", "reply"),
+    ("request", "load", "record", "reply"),
     ("save", "encode"),
     ("policy_problem", "policy_field"),
     ("record_closed", "trip_reason", "count_outcomes"),

@@ -298,6 +298,7 @@ def test_a_window_that_is_no_multiple_of_ten(machine: Machine) -> None:
 def test_window_is_the_last_ten_buckets(machine: Machine, steps: list[tuple[int, int]]) -> None:
     """At any time the window holds what arrived in this bucket and the nine before."""
     machine.run("control", action="reset")
+    begin(machine, RATE)
     arrived = []
     for gap, failures in steps:
         machine.advance(gap)

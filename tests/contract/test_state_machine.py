@@ -233,7 +233,7 @@ def test_a_report_of_nothing_known(machine: Machine) -> None:
 def test_generations_grow(machine: Machine) -> None:
     """Every transition has a generation greater than the one before, within one millisecond too."""
     seen = [machine.run("acquire", POLICY)["generation"]]
-    for action in ("reset", "force_open", "reset", "force_closed", "reset"):
+    for action in ("force_open", "reset", "force_closed", "reset", "force_open"):
         seen.append(machine.run("control", action=action)["generation"])
     assert seen == sorted(set(seen))
 
@@ -272,6 +272,34 @@ def test_clear_override(machine: Machine) -> None:
     machine.run("control", action="force_closed")
     assert machine.run("control", action="clear_forced")["state"] == "closed"
     assert machine.run("snapshot").get("forced") is None
+
+
+@pytest.mark.parametrize("action", ["force_open", "force_closed"])
+def test_forced_again(machine: Machine, action: str) -> None:
+    """The same forced state with another end keeps its generation, and is no transition; with the same end, nothing."""
+    first = machine.run("control", action=action, duration_ms=5000)
+    assert machine.run("control", action=action, duration_ms=5000)["changed"] is False
+    machine.advance(1000)
+    again = machine.run("control", action=action, duration_ms=9000)
+    assert (again["changed"], again["generation"], again.get("transition")) == (True, first["generation"], None)
+    machine.advance(8999)
+    assert machine.run("acquire", POLICY)["forced"] == action.removeprefix("force_")
+    machine.advance(1)
+    assert machine.run("acquire", POLICY).get("forced") is None
+
+
+def test_a_reset_of_nothing(machine: Machine) -> None:
+    """A closed circuit without counts stays as it is, and so does a breaker that nobody used."""
+    assert machine.run("control", action="reset")["changed"] is False
+    assert machine.run("snapshot")["exists"] is False
+    generation = machine.run("acquire", POLICY)["generation"]
+    reply = machine.run("control", action="reset")
+    assert (reply["changed"], reply["generation"], reply.get("transition")) == (False, generation, None)
+    machine.run("control", action="set_policy", override={"quorum": 2})
+    assert machine.run("control", action="reset")["changed"] is True  # a policy override is something
+    assert machine.run("control", action="reset")["changed"] is False
+    machine.run("record", POLICY, generation=generation, failures=1)
+    assert machine.run("control", action="reset")["transition"]["reason"] == "reset"
 
 
 def test_probe_now(machine: Machine) -> None:
