@@ -39,7 +39,7 @@ async def work(breaker: AsyncCircuitBreaker, jobs: asyncio.Queue[int]) -> None:
 
 async def main() -> None:
     with serve() as url:
-        # while a probe runs, retry_after is the time until its slot is free again: at most probe_timeout
+        # while a probe runs, retry_after is as long as it has been out: at most probe_timeout
         policy = Policy(failure_threshold=4, reset_timeout=0.05, max_reset_timeout=0.1, jitter=0.2, probe_timeout=0.2)
         breaker = AsyncCircuitBreaker("converter", redis=url, policy=policy)
         await breaker.reset()

@@ -20,7 +20,9 @@ Reply      admitted        (bool)
            shadow          (bool)     true if the call was admitted only because of enforce=false
            state, generation, failure_count, success_count
            failure_number  failures of this generation while closed, else 0
-           retry_after_ms  milliseconds until a call may be admitted, when refused
+           retry_after_ms  milliseconds until a call may be admitted, when refused; in half open, for as long as the
+                           probes have been out, 100 at least, and until the nearest deadline of a slot at most
+           reason, error   of the last transition, and of the failure that opened the circuit; unless closed
            ramp_left_ms    milliseconds until all calls are admitted after a recovery
            forced          "open" or "closed" while an operator forces the state
            forced_left_ms  milliseconds until the forced state ends
@@ -28,8 +30,8 @@ Reply      admitted        (bool)
            override_left_ms  milliseconds until the policy override ends, if it was given an end
            warning         what was wrong with a stored value
            window_ms       milliseconds of the window, while other reports ask for a shorter one
-           transition      {from, to, reason, generation, failure_count, success_count, calls, failures, slow} if this
-                           script caused one; the last three if a window was kept
+           transition      {from, to, reason, generation, failure_count, success_count, calls, failures, slow, error}
+                           if this script caused one; calls, failures and slow if a window was kept
 Errors     BADREQUEST field: problem. Nothing was changed.
 Writes     a new document, a probe, gathered counts that apply, or what was amended in the stored document. A mere
            refusal writes nothing.

@@ -4,15 +4,16 @@ Carries out an operator's action for the whole fleet: on the state, or on the po
 KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circuit_breaker:NAME:state}:policy
          NAME is the name of the breaker; the braces are part of the keys.
 ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
-           action       (text)      "force_open", "force_closed", "clear_forced", "reset", "set_policy" or
-                                    "clear_policy"; required
+           action       (text)      "force_open", "force_closed", "clear_forced", "probe", "reset", "set_policy" or
+                                    "clear_policy"; required. "probe" lets the next caller of an open circuit probe,
+                                    but changes nothing while a state is forced.
            duration_ms  (duration)  milliseconds until a forced state ends (default and maximum: 30 days), or until the
                                     policy override ends (default: never)
            override     (map)       for set_policy: fields as in policy, added to the policy override
            policy, instance, host   as for acquire
 Reply      changed    (bool)
-           state, generation, failure_count, failure_number, success_count, retry_after_ms, ramp_left_ms, forced,
-           forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
+           state, generation, failure_count, failure_number, success_count, retry_after_ms, reason, error,
+           ramp_left_ms, forced, forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
 Errors     BADREQUEST field: problem. Nothing was changed.
 
   redis-cli EVALSHA $CONTROL 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
@@ -23,9 +24,9 @@ if not request then return redis.error_reply(problem) end
 local action = request.action
 local forces = action == 'force_open' or action == 'force_closed'
 local sets_policy, clears_policy = action == 'set_policy', action == 'clear_policy'
-if not (forces or sets_policy or clears_policy or action == 'clear_forced' or action == 'reset') then
-  problem = 'BADREQUEST action: must be "force_open", "force_closed", "clear_forced", "reset", "set_policy" or ' ..
-    '"clear_policy", not ' .. tostring(action)
+if not (forces or sets_policy or clears_policy or action == 'clear_forced' or action == 'probe' or action == 'reset') then
+  problem = 'BADREQUEST action: must be "force_open", "force_closed", "clear_forced", "probe", "reset", "set_policy" or '
+    .. '"clear_policy", not ' .. tostring(action)
 elseif request.duration_ms and not forces and not sets_policy then
   problem = 'BADREQUEST duration_ms: is only for force_open, force_closed and set_policy'
 elseif sets_policy and not next(request.override or {}) then
@@ -35,7 +36,7 @@ elseif request.override and not sets_policy then
 end
 if problem then return redis.error_reply(problem) end
 
-if action == 'reset' then redis.call('DEL', KEYS[3]) end -- a reset replaces everything but the history
+local dropped = action == 'reset' and redis.call('DEL', KEYS[3]) == 1 -- a reset replaces everything but the history
 local document = breaker.load(request)
 document.now = document.now or breaker.now_ms()
 
@@ -61,8 +62,9 @@ elseif clears_policy then
 else
   changed = breaker.control(document, action, request.duration_ms or 30 * DAY_MS)
   if changed then breaker.save(document, request) end
+  changed = changed or dropped
 end
-if changed and not document.change then -- save() publishes transitions only
+if changed and not (document.change or document.note) then -- which save() publishes
   redis.pcall('PUBLISH', KEYS[1],
     cjson.encode({policy = action, instance = request.instance, time_ms = document.now}))
 end

@@ -8,7 +8,9 @@ In a script a document has these fields besides the stored ones:
   outlived   the back-off and the ramp are over, but still stored
   amended    the stored generation or deadline was missing or out of bounds: store it, although nothing may count
   unchanged  save() only renews the TTL
+  reported_error  the error of the report: that of the document if the report opens the circuit
   change     the transition that this script made
+  note       what the history says of an action that was no transition: a forced state has got another end
   hint       save() publishes that the run of failures has reached half of its threshold
   warning    what was wrong with the stored value
 ]]
@@ -21,9 +23,17 @@ function breaker.load(request)
   local failures, failed_at, generation, number, rest = string.match(found[1] or '', '^{"state":"closed",'
     .. '"failure_count":(%d+),"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,'
     .. '"generation":([1-9]%d*),"failure_number":(%d+)(.*)}$')
-  local failed_s, window = failed_at ~= 'null' and tonumber(failed_at) or nil, nil
-  if rest and rest ~= '' and string.find(rest, '^,"window":') then window = breaker.read_window(rest) end
-  if not generation or #generation > 13 or #number > 13 or #failures > 10 or rest ~= '' and not window
+  local failed_s, window, changed_at, reason = failed_at ~= 'null' and tonumber(failed_at) or nil, nil, nil, nil
+  local sound = rest == ''
+  if rest and string.byte(rest, 3) == 99 then -- c
+    changed_at, reason, rest = string.match(rest, '^,"changed_at_ms":([1-9]%d*),"reason":"([a-z_]+)"(.*)$')
+    sound = rest == '' and #changed_at <= 13 and #reason <= 30
+  end
+  if rest and rest ~= '' then
+    window = breaker.read_window(rest)
+    sound = window and (not changed_at or #changed_at <= 13 and #reason <= 30)
+  end
+  if not generation or #generation > 13 or #number > 13 or #failures > 10 or not sound
       or #failed_at > 10 or not failed_s and failed_at ~= 'null' then
     return breaker.take_over(found[1], request)
   end
@@ -32,7 +42,7 @@ function breaker.load(request)
   local count, latest = failures == '0' and 0 or tonumber(failures), number == '0' and 0 or tonumber(number)
   return {state = 'closed', failure_count = count, success_count = 0, last_failure_time = failed_s,
     generation = tonumber(generation), failure_number = latest < count and count or latest, trips = 0, exists = true,
-    now = now, window = window or nil}
+    now = now, window = window or nil, changed_at_ms = changed_at and tonumber(changed_at), reason = reason, change = nil}
 end
 
 -- Writes -------------------------------------------------------------------------------------------
@@ -49,7 +59,7 @@ function breaker.save(document, request)
   if deadline then ttl_ms = math.max(ttl_ms, deadline - now + breaker.policy_of(request).window_ms) end
   if document.unchanged and not document.amended then return redis.call('PEXPIRE', KEYS[1], ttl_ms) end
   redis.call('SET', KEYS[1], breaker.encode(document), 'PX', ttl_ms)
-  if document.change then return breaker.announce(document, request) end
+  if document.change or document.note then return breaker.announce(document, request) end
   if document.hint then
     local hint = {failure_count = document.failure_count, instance = request.instance, time_ms = now}
     redis.pcall('PUBLISH', KEYS[1], cjson.encode(hint)) -- an ACL may refuse the channel
@@ -64,6 +74,10 @@ function breaker.encode(document)
     '"opened_at":%s,"version":1,"generation":%.0f,"failure_number":%d', document.state, document.failure_count,
     document.success_count, document.last_failure_time or 'null', document.opened_at or 'null', document.generation,
     document.failure_number)
+  if document.changed_at_ms then
+    text = string.format('%s,"changed_at_ms":%.0f,"reason":"%s"', text, document.changed_at_ms, document.reason)
+  end
+  if document.error then text = string.format('%s,"error":%s', text, cjson.encode(document.error)) end
   if document.trips > 0 then text = string.format('%s,"trips":%.0f', text, document.trips) end
   if document.forced then
     text = string.format('%s,"forced_until_ms":%.0f,"forced":"%s"', text, document.forced_until_ms, document.forced)
@@ -71,12 +85,16 @@ function breaker.encode(document)
   if document.open_until_ms then
     text = string.format('%s,"open_until_ms":%.0f,"open_ms":%.0f', text, document.open_until_ms, document.open_ms)
   end
+  if document.held_generation then
+    text = string.format('%s,"held_generation":%.0f', text, document.held_generation)
+  end
   if document.probe_seq then
     text = string.format('%s,"probe_seq":%.0f,"probe_ms":%.0f', text, document.probe_seq, document.probe_ms)
   end
+  if document.probe_failures then text = string.format('%s,"probe_failures":%.0f', text, document.probe_failures) end
   if document.closed_at_ms then text = string.format('%s,"closed_at_ms":%.0f', text, document.closed_at_ms) end
   if document.run_since_ms then text = string.format('%s,"run_since_ms":%.0f', text, document.run_since_ms) end
-  if document.probes then text = text .. ',"probes":' .. cjson.encode(document.probes) end
+  if document.probes and next(document.probes) then text = text .. ',"probes":' .. cjson.encode(document.probes) end
   if document.reporters then text = text .. ',"reporters":' .. cjson.encode(document.reporters) end
   local window = document.window
   if not window then return text .. '}' end
@@ -93,13 +111,14 @@ end
 
 -- Adds the transition to the history and publishes it. Neither may fail the script: the document is written.
 function breaker.announce(document, request)
-  local change = document.change
+  local change = document.change or document.note
   local entry = {'XADD', KEYS[2], 'MAXLEN', '~', '1000', '*', 'time_ms', document.now,
     'from', change.from, 'to', change.to, 'reason', change.reason,
     'generation', change.generation, 'failure_count', change.failure_count,
     'success_count', change.success_count, 'instance', request.instance or '',
     change.calls and 'calls', change.calls, change.calls and 'failures', change.failures,
     change.calls and 'slow', change.slow}
+  if change.error then entry[#entry + 1], entry[#entry + 2] = 'error', change.error end
   local added = redis.pcall(unpack(entry))
   local wrong = type(added) == 'table' and added.err
   if wrong and (string.find(wrong, 'WRONGTYPE', 1, true) or string.find(wrong, 'exhausted', 1, true)) then
@@ -151,10 +170,12 @@ function breaker.take_over_fields(stored, request, now)
   local document = {now = now, exists = true, state = state, failure_count = stored.failure_count or 0,
     success_count = stored.success_count or 0, last_failure_time = stored.last_failure_time,
     opened_at = stored.opened_at, generation = own.generation or now,
-    failure_number = state == 'closed' and math.max(number, stored.failure_count or 0) or 0, trips = 0}
+    failure_number = state == 'closed' and math.max(number, stored.failure_count or 0) or 0, trips = 0,
+    reason = nil, changed_at_ms = nil, error = nil, change = nil, open_until_ms = nil, open_ms = nil, forced = nil}
   if not has_generation then breaker.take_over_generation(document, request) end
   if stored.version ~= nil and stored.version ~= 1 then document.warning = 'future_version' end
   if breaker.is_integer(own.trips, 0, LARGEST) then document.trips = math.min(own.trips, 1000) end
+  breaker.take_over_change(document, own)
   if state == 'open' then
     breaker.take_over_open(document, own, request)
   elseif state == 'half_open' then
@@ -169,6 +190,16 @@ function breaker.take_over_fields(stored, request, now)
   return document
 end
 
+-- When and why the state last changed, and the error that tripped it.
+function breaker.take_over_change(document, own)
+  local reason, error = own.reason, own.error
+  if not breaker.is_integer(own.changed_at_ms, 1, LARGEST) or type(reason) ~= 'string' then return end
+  if #reason > 30 or not string.find(reason, '^[a-z_]+$') then return end
+  document.changed_at_ms, document.reason = own.changed_at_ms, reason
+  if document.state == 'closed' or type(error) ~= 'string' or #error > 200 then return end
+  if string.find(error, '^[ -~]+$') then document.error = error end
+end
+
 -- Another program may rewrite the document without a generation many times a second. It then goes on under that of the
 -- next report from its state, so that outcomes add to what that program counts.
 function breaker.take_over_generation(document, request)
@@ -177,11 +208,12 @@ function breaker.take_over_generation(document, request)
   if document.amended then document.generation = generation else document.is_new = true end
 end
 
--- The deadline of an open or forced state, cut to its longest time since it began: at opened_at, or with its generation
--- while closed. If that is missing or lies ahead, the time counts from now, and what was cut must be stored: otherwise
+-- The deadline of an open or forced state, cut to its longest time since it began: at changed_at_ms, else at opened_at, or
+-- with its generation while closed. If that is missing or lies ahead, the time counts from now, and what was cut must be stored: otherwise
 -- each script would count anew.
 function breaker.bounded_ms(document, deadline)
-  local began = document.state == 'closed' and document.generation or (document.opened_at or math.huge) * 1000 + 999
+  local began = document.changed_at_ms or document.state == 'closed' and document.generation
+    or (document.opened_at or math.huge) * 1000 + 999
   local latest = math.min(began, document.now) + 30 * DAY_MS
   if deadline <= latest then return deadline end
   document.amended = true
@@ -192,6 +224,7 @@ function breaker.take_over_open(document, own, request)
   local now = document.now
   if breaker.is_integer(own.open_until_ms, 0, LARGEST) and breaker.is_integer(own.open_ms, 0, LARGEST) then
     document.open_ms = math.min(own.open_ms, 30 * DAY_MS)
+    if breaker.is_integer(own.held_generation, 1, LARGEST) then document.held_generation = own.held_generation end
     -- A deadline more than twice the open period away means that the clock went back: treat it as due.
     local is_far = own.open_until_ms - now > 2 * own.open_ms
     document.open_until_ms = is_far and now or breaker.bounded_ms(document, own.open_until_ms)
@@ -207,6 +240,7 @@ end
 function breaker.take_over_half_open(document, own, request)
   document.probe_seq = breaker.is_integer(own.probe_seq, 0, LARGEST) and own.probe_seq or 0
   document.probe_ms = breaker.is_integer(own.probe_ms, 0, LARGEST) and math.min(own.probe_ms, DAY_MS) or 0
+  if breaker.is_integer(own.probe_failures, 1, 1e9) then document.probe_failures = own.probe_failures end
   if document.amended then document.probes = {[tostring(request.probe)] = document.now + 1} end -- its slot is gone
   local latest, count = document.now + DAY_MS, 0
   for slot, deadline in pairs(type(own.probes) == 'table' and own.probes or {}) do
@@ -230,9 +264,13 @@ function breaker.take_over_closed(document, own, request)
   local window = own.window and breaker.sound_window(own.window)
   if window then document.window = breaker.window_at(window, request, now) end
   if own.run_since_ms then document.run_since_ms = breaker.past_ms(own.run_since_ms, now) end
+  if own.reporters then breaker.take_over_reporters(document, own.reporters) end
+end
+
+function breaker.take_over_reporters(document, reporters)
   local count = 0
-  for host, at in pairs(type(own.reporters) == 'table' and own.reporters or {}) do
-    local at_ms = breaker.past_ms(at, now)
+  for host, at in pairs(type(reporters) == 'table' and reporters or {}) do
+    local at_ms = breaker.past_ms(at, document.now)
     if at_ms and type(host) == 'string' and count < 100 then
       document.reporters, count = document.reporters or {}, count + 1
       document.reporters[host] = at_ms

@@ -25,6 +25,10 @@ further than its bounds: 64 KB, 1,000 probes, 100 reporters, 30 days of an open 
                      number, so that a report can say which failures its successes came after. It is never less than
                      failure_count while closed: where less is stored, failure_count stands for it. Another program
                      stores none: the clock's milliseconds stand for it, so that no number comes back.
+  changed_at_ms      unix milliseconds of the last transition
+  reason             of the last transition: "failure_threshold", "failures_in_window", "error_rate", "slow_rate",
+                     "held", "timeout", "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset"
+  error              type and message of the failure that opened the circuit, while it is not closed
   trips              trips in a row, for the back-off
   forced             "open" or "closed" while an operator forces the state
   forced_until_ms    unix milliseconds at which the forced state ends
@@ -38,16 +42,20 @@ while closed:
 while open:
   open_until_ms      unix milliseconds from which acquire may hand out probes
   open_ms            intended length of the open time. It bounds the wait after the clock went back.
+  held_generation    generation that ended when the service said for how long to hold. Holds that are reported under
+                     it, or under the present generation, extend this one.
 
 while half open:
   probe_seq          number of the last slot that was handed out
   probe_ms           longest time that a slot was given
   probes             {slot: deadline in unix milliseconds}
+  probe_failures     probes that have failed in this half-open state
 
 Messages on the channel KEYS[1] tell watchers to read the document; a watcher believes nothing that they say:
   a transition       {from, to, reason, generation, failure_count, success_count, instance, time_ms, ...}
   a hint             {failure_count, instance, time_ms}: the run of failures has reached half of its threshold
-  an operator's act  {policy, instance, time_ms}: a policy override was set or cleared, or a forced state was cleared
+  an operator's act  {policy, instance, time_ms}: a policy override was set or cleared, a forced state was
+                     cleared, or the next caller may probe
 ]]
 local LARGEST = 90000000000000 -- cjson writes integers of 14 digits without loss; the rest is room for additions
 local DAY_MS = 86400 * 1000 -- two locals, not more: each costs every script the capture of a variable

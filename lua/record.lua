@@ -4,7 +4,7 @@ Counts outcomes of calls once, and trips or closes the circuit.
 KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circuit_breaker:NAME:state}:policy
          NAME is the name of the breaker; the braces are part of the keys.
 ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
-           generation  (integer)  from the reply of acquire; required with counts or a probe
+           generation  (integer)  from the reply of acquire; required with counts, a hold or a probe
            successes   (count)    counted first
            seen_failure (integer) the failure_number that was read before the newest of the successes ended. They end
                                   the failures up to it; without it, all.
@@ -13,14 +13,18 @@ ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
            slow        (count)    calls that took slow_call_duration or longer, ended or pending
            pending     (count)    calls that are slow and still run. Each counts as a call now; its outcome is reported later.
            counted     (count)    of the successes and failures, those that were reported as pending before
-           probe       (integer)  slot from the reply of acquire. Without successes, failures and slow, the slot is
+           hold_ms     (integer)  milliseconds after which the service said to come back, as in Retry-After. Opens the
+                                  circuit for that long, for max_hold at most, or extends such a hold. 0: no hold.
+                                  Of a probe, it counts as a trip.
+           error       (text)     type and message of the failure, for whoever asks what opened the circuit
+           probe       (integer)  slot from the reply of acquire. Without counts and hold, the slot is
                                   given back.
            policy, instance, host  as for acquire
-         A report with no counts and no probe renews the TTL. Without a generation it also checks that the server
+         A report with no counts, hold or probe renews the TTL. Without a generation it also checks that the server
          accepts writes.
 Reply      applied    (bool)  false if the generation has ended or the slot has expired
-           state, generation, failure_count, failure_number, success_count, retry_after_ms, ramp_left_ms, forced,
-           forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
+           state, generation, failure_count, failure_number, success_count, retry_after_ms, reason, error,
+           ramp_left_ms, forced, forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
 Errors     BADREQUEST field: problem. Nothing was changed.
 Publishes  the transition, or {failure_count, instance, time_ms} when a run of at least two failures reaches half of
            failure_threshold, so that watchers read the document at once
@@ -29,16 +33,17 @@ Publishes  the transition, or {failure_count, instance, time_ms} when a run of a
     '{circuit_breaker:discovery:state}:policy' '{"generation":1733500795000,"failures":1}'
 ]]
 local function limit_of(field)
-  if field == 'generation' or field == 'seen_failure' or field == 'probe' then return LARGEST end
+  if field == 'generation' or field == 'seen_failure' or field == 'probe' or field == 'hold_ms' then return LARGEST end
   if field == 'successes' or field == 'failures' or field == 'slow' or field == 'pending' or field == 'counted' then
     return 1e9
   end
   if field == 'age_ms' then return 365 * DAY_MS end
 end
-local request, problem, encode = breaker.request(limit_of)
-local empty = request and not (request.successes or request.failures or request.slow or request.probe)
+local request, problem, encode = breaker.request(limit_of, {error = 'text'})
+local empty = request
+  and not (request.successes or request.failures or request.slow or request.probe or request.hold_ms)
 if request and not request.generation and not empty then
-  problem = 'BADREQUEST generation: is required with counts or a probe'
+  problem = 'BADREQUEST generation: is required with counts, a hold or a probe'
 end
 if problem then return redis.error_reply(problem) end
 

@@ -14,12 +14,9 @@ function breaker.request(limit_of, kinds)
     local kind = limit or (field == 'instance' or field == 'host') and 'text' or field == 'policy' and 'policy' or kinds and kinds[field]
     local fits = limit and type(value) == 'number' and value >= 0 and value <= limit and value % 1 == 0
       or kind == 'text' and type(value) == 'string' and #value <= 200 and string.find(value, '^[ -~]*$')
-    local problem
-    if kind == 'policy' and type(value) == 'table' then
-      problem = breaker.policy_problem(field, value)
-    elseif not fits then
-      problem = breaker.field_problem(request, field, value, kind)
-    end
+    local is_map = kind == 'policy' and type(value) == 'table'
+    local problem = is_map and breaker.policy_problem(field, value)
+      or not (is_map or fits) and breaker.field_problem(request, field, value, kind)
     if problem then return nil, breaker.bad_request(problem) end
   end
   local problem = (request.pending or request.counted) and breaker.miscount(request)
@@ -84,29 +81,33 @@ function breaker.policy_field(_, field)
   if field == 'minimum_calls' then return 20, 1, 1e9, false, 'window_ms' end
   if field == 'window_ms' then return 60000, 10, 365 * DAY_MS, false, 'error_rate_threshold' end
   if field == 'error_rate_threshold' then return 0, 0, 1, true, 'slow_call_rate_threshold' end
-  if field == 'slow_call_rate_threshold' then return 0, 0, 1, true, 'slow_call_duration_ms' end
+  if field == 'slow_call_rate_threshold' then return 0, 0, 1, true, 'failures_in_window' end
+  if field == 'failures_in_window' then return 0, 0, 1e9, false, 'slow_call_duration_ms' end
   if field == 'slow_call_duration_ms' then return 0, 0, 365 * DAY_MS, false, 'reset_timeout_ms' end
   if field == 'reset_timeout_ms' then return 30000, 1, 30 * DAY_MS, false, 'probe_timeout_ms' end
   if field == 'probe_timeout_ms' then return 30000, 1, DAY_MS, false, 'success_threshold' end
-  if field == 'success_threshold' then return 1, 1, 1e9, false, 'half_open_max_calls' end
+  if field == 'success_threshold' then return 1, 1, 1e9, false, 'probe_failure_threshold' end
+  if field == 'probe_failure_threshold' then return 1, 1, 1e9, false, 'half_open_max_calls' end
   if field == 'half_open_max_calls' then return 1, 1, 1000, false, 'backoff_multiplier' end
   if field == 'backoff_multiplier' then return 1, 1, 1000, true, 'max_reset_timeout_ms' end
   if field == 'max_reset_timeout_ms' then return 0, 0, 30 * DAY_MS, false, 'jitter' end
-  if field == 'jitter' then return 0, 0, 1, true, 'ttl_ms' end
+  if field == 'jitter' then return 0, 0, 1, true, 'max_hold_ms' end
+  if field == 'max_hold_ms' then return 300000, 0, 30 * DAY_MS, false, 'ttl_ms' end
   if field == 'ttl_ms' then return 3600000, 1000, 365 * DAY_MS, false, 'ramp_up_ms' end
   if field == 'ramp_up_ms' then return 0, 0, 365 * DAY_MS, false, 'enforce' end
   if field == 'enforce' then return true end
 end
 
 -- The policy in force: the policy override, then the caller's fields, then the defaults. Also returns the length of a
--- bucket if a rate can trip the circuit, else nil: no window is needed.
+-- bucket if a window can trip the circuit, else nil: none is needed.
 function breaker.policy_of(request)
   local policy = request.in_force
   if not policy then
     policy = request.policy or {}
-    local has_rate = (policy.error_rate_threshold or 0) > 0 or (policy.slow_call_rate_threshold or 0) > 0
+    local judges = (policy.error_rate_threshold or 0) > 0 or (policy.slow_call_rate_threshold or 0) > 0
+      or (policy.failures_in_window or 0) > 0
     request.in_force = setmetatable(policy, {__index = breaker.policy_field})
-    if has_rate then request.bucket_ms = math.floor(policy.window_ms / 10) end
+    if judges then request.bucket_ms = math.floor(policy.window_ms / 10) end
   end
   return policy, request.bucket_ms
 end
@@ -174,7 +175,10 @@ function breaker.reply_more(reply, document, request)
     reply.override, reply.override_left_ms = request.override_in_force, request.override_left_ms
   end
   if document.warning or request.warning then reply.warning = document.warning or request.warning end
-  if document.state ~= 'closed' then reply.retry_after_ms = breaker.retry_after_ms(document, request) end
+  if document.state ~= 'closed' then
+    reply.retry_after_ms = breaker.retry_after_ms(document, request)
+    reply.reason, reply.error = document.reason, document.error
+  end
   if document.closed_at_ms then
     local left = document.closed_at_ms + (request.policy and request.policy.ramp_up_ms or 0) - document.now
     if left > 0 then reply.ramp_left_ms = left end

@@ -28,6 +28,7 @@ function breaker.next_generation(document)
   return math.max(document.generation + 1, document.now)
 end
 
+-- Clears only what may be there, what is rare only if it is: to assign nil to a new key grows the table.
 function breaker.transition(document, state, reason)
   local from, generation = document.state, breaker.next_generation(document)
   document.change = {from = from, to = state, reason = reason, generation = generation, retry_after_ms = nil,
@@ -36,15 +37,15 @@ function breaker.transition(document, state, reason)
     document.change.calls, document.change.failures, document.change.slow = breaker.sums(document.window)
   end
   document.state, document.generation, document.failure_number, document.success_count = state, generation, 0, 0
-  -- Clears only what may be there, what is rare only if it is: to assign nil to a new key grows the table.
+  document.reason, document.changed_at_ms = reason, document.now
   if from == 'closed' then
     document.window = nil
     if document.reporters or document.run_since_ms then document.reporters, document.run_since_ms = nil, nil end
     if document.closed_at_ms then document.closed_at_ms = nil end
   elseif from == 'open' then
-    document.open_until_ms, document.open_ms = nil, nil
+    document.open_until_ms, document.open_ms, document.held_generation = nil, nil, nil
   else
-    document.probes, document.probe_seq, document.probe_ms = nil, nil, nil
+    document.probes, document.probe_seq, document.probe_ms, document.probe_failures = nil, nil, nil, nil
   end
   if document.forced then document.forced, document.forced_until_ms = nil, nil end
 end
@@ -53,11 +54,15 @@ function breaker.open_for(document, duration_ms, reason)
   breaker.transition(document, 'open', reason)
   document.opened_at = math.floor(document.now / 1000)
   document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
+  if document.error or document.reported_error then
+    document.error, document.change.error = document.reported_error, document.reported_error
+  end
 end
 
 function breaker.close(document, reason)
   breaker.transition(document, 'closed', reason)
   document.failure_count, document.opened_at = 0, nil
+  if document.error then document.error = nil end
   if reason == 'probe_succeeded' then
     document.closed_at_ms = document.now
   else
@@ -65,14 +70,32 @@ function breaker.close(document, reason)
   end
 end
 
-function breaker.trip(document, policy, reason)
-  local trips = math.min(breaker.recent_trips(document, policy) + 1, 1000)
-  local open_ms = breaker.open_time_ms(policy, trips)
-  -- The jitter differs from breaker to breaker, and anyone can compute it again.
-  local share = breaker.next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
-  open_ms = math.min(math.floor(open_ms * (1 + policy.jitter * share)), 30 * DAY_MS)
-  breaker.open_for(document, open_ms, reason)
+-- Opens the circuit for one more open period, or for hold_ms if that is longer; 0: no hold. What holds a closed circuit
+-- is no trip: it opens for hold_ms, and back-off does not grow.
+function breaker.trip(document, policy, reason, hold_ms)
+  local trips, ended, open_ms = breaker.recent_trips(document, policy), document.generation, 0
+  if reason ~= 'held' or document.state ~= 'closed' then
+    trips = math.min(trips + 1, 1000)
+    -- The jitter differs from breaker to breaker, and anyone can compute it again.
+    local share = breaker.next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
+    open_ms = breaker.open_time_ms(policy, trips) * (1 + policy.jitter * share)
+    open_ms = math.min(math.floor(open_ms), 30 * DAY_MS)
+  end
+  breaker.open_for(document, math.max(open_ms, hold_ms), reason)
   document.trips = trips
+  if hold_ms > 0 then document.held_generation = ended end
+end
+
+-- Extends a hold by a longer one, to max_hold in all, without a transition. A hold counts that was reported under the
+-- generation that the present hold ended, so that many instances make one transition. Returns whether it extended it.
+function breaker.extend_hold(document, request)
+  local ended, generation = document.held_generation, request.generation
+  if not ended or generation ~= ended and generation ~= document.generation then return false end
+  local policy, began_ms = breaker.policy_of(request), document.open_until_ms - document.open_ms
+  local until_ms = math.min(document.now + request.hold_ms, began_ms + policy.max_hold_ms)
+  if until_ms <= document.open_until_ms then return false end
+  document.open_until_ms, document.open_ms = until_ms, until_ms - began_ms
+  return true
 end
 
 function breaker.free_slot(document, policy)
@@ -102,19 +125,29 @@ function breaker.record_probe(document, request)
   local slot, policy = tostring(request.probe), breaker.policy_of(request)
   if not document.probes or not document.probes[slot] then return false end
   local failures, slow = request.failures or 0, policy.slow_call_rate_threshold > 0 and request.slow or 0
-  if (request.pending or 0) == 0 or slow > 0 then document.probes[slot] = nil end
-  if next(document.probes) == nil then document.probes = nil end
+  if (request.pending or 0) == 0 then document.probes[slot] = nil end -- a running call keeps its slot
   if failures > 0 then
     document.failure_count = math.min(document.failure_count + failures, 4294967295) -- a u32 in the contract
     document.last_failure_time = math.floor(document.now / 1000)
   end
-  if failures + slow > 0 then
-    breaker.trip(document, policy, failures > 0 and 'probe_failed' or 'probe_slow')
-  elseif (request.successes or 0) > 0 then
+  local hold_ms = math.min(request.hold_ms or 0, policy.max_hold_ms)
+  local has_failed = (request.counted or 0) > 0 and policy.slow_call_rate_threshold > 0 -- as slow, while it ran
+  if hold_ms > 0 or failures + slow > 0 and not has_failed then
+    breaker.fail_probe(document, policy, failures > 0 and 'probe_failed' or 'probe_slow', hold_ms)
+  elseif (request.successes or 0) > 0 and not has_failed then
     document.success_count = document.success_count + 1
     if document.success_count >= policy.success_threshold then breaker.close(document, 'probe_succeeded') end
   end
   return true
+end
+
+function breaker.fail_probe(document, policy, reason, hold_ms)
+  document.probe_failures = (document.probe_failures or 0) + 1
+  if hold_ms > 0 then
+    breaker.trip(document, policy, 'held', hold_ms)
+  elseif document.probe_failures >= policy.probe_failure_threshold then
+    breaker.trip(document, policy, reason, 0)
+  end
 end
 
 -- Notes which host failed: all instances of a host are one voice. Only the newest `quorum` reporters decide, so no more
@@ -173,37 +206,43 @@ function breaker.count_outcomes(document, request, quorum, bucket_ms)
   end
 end
 
--- The reason why a closed circuit must trip now, or nil. failures: of the report. Successes may leave a long run, and
+-- The reason why a closed circuit must open now, or nil. failures, hold_ms: of the report. Successes may leave a long run, and
 -- come without the policy that says how long it may be.
-function breaker.trip_reason(document, policy, failures)
+function breaker.trip_reason(document, policy, failures, hold_ms)
   if failures > 0 and document.failure_count >= policy.failure_threshold
       and breaker.has_quorum(document, policy, document.run_since_ms or document.now) then
     return 'failure_threshold'
   end
-  local window = document.window
-  if not window or window.calls < policy.minimum_calls then return nil end
-  local error_rate, slow_rate = policy.error_rate_threshold, policy.slow_call_rate_threshold
-  local reason = error_rate > 0 and window.failures / window.calls >= error_rate and 'error_rate'
-    or slow_rate > 0 and window.slow / window.calls >= slow_rate and 'slow_rate'
-  local window_ms = math.max(policy.window_ms, window.bucket_ms * 10)
-  return reason and breaker.has_quorum(document, policy, document.now - window_ms + 1) and reason or nil
+  local window, reason = document.window, hold_ms > 0 and 'held'
+  if window then
+    local most, error_rate, slow_rate = policy.failures_in_window, policy.error_rate_threshold, policy.slow_call_rate_threshold
+    if most > 0 and window.failures >= most then
+      reason = 'failures_in_window'
+    elseif window.calls >= policy.minimum_calls then
+      reason = error_rate > 0 and window.failures / window.calls >= error_rate and 'error_rate'
+        or slow_rate > 0 and window.slow / window.calls >= slow_rate and 'slow_rate' or reason
+    end
+  end
+  if not reason then return nil end
+  local window_ms = math.max(policy.window_ms, window and window.bucket_ms * 10 or 0)
+  return breaker.has_quorum(document, policy, document.now - window_ms + 1) and reason or nil
 end
 
 -- Counts outcomes while the circuit is closed. Returns whether they counted.
 function breaker.record_closed(document, request)
   document.now = document.now or breaker.now_ms()
   local failures, slow, policy, bucket_ms = request.failures or 0, request.slow or 0, breaker.policy_of(request)
-  local before = document.failure_count
-  document.unchanged = failures + slow + before == 0 and not (document.window or bucket_ms or document.outlived)
-  if document.forced or (request.successes or 0) + failures + slow == 0 then return false end
-  local quorum = policy.quorum
-  breaker.count_outcomes(document, request, quorum, bucket_ms)
-  if quorum > 1 and (failures > 0 or slow > 0 and policy.slow_call_rate_threshold > 0) then
+  local before, hold_ms = document.failure_count, request.hold_ms and math.min(request.hold_ms, policy.max_hold_ms) or 0
+  local bad = failures + slow + hold_ms
+  document.unchanged = bad + before == 0 and not (document.window or bucket_ms or document.outlived)
+  if document.forced or (request.successes or 0) + bad == 0 then return false end
+  breaker.count_outcomes(document, request, policy.quorum, bucket_ms)
+  if policy.quorum > 1 and (failures + hold_ms > 0 or slow > 0 and policy.slow_call_rate_threshold > 0) then
     breaker.note_reporter(document, policy, request)
   end
-  local reason = breaker.trip_reason(document, policy, failures)
+  local reason = breaker.trip_reason(document, policy, failures, hold_ms)
   if reason then
-    breaker.trip(document, policy, reason)
+    breaker.trip(document, policy, reason, hold_ms)
   elseif failures > 0 and document.failure_count * 2 >= policy.failure_threshold -- most do without the function
       and breaker.reaches_half(document, policy, before) then
     document.hint = true
@@ -213,27 +252,62 @@ end
 
 -- Counts outcomes of calls that were admitted under request.generation. Returns whether they counted.
 function breaker.record(document, request)
+  if document.state == 'open' and request.hold_ms and not document.is_new then
+    return breaker.extend_hold(document, request)
+  end
   if document.is_new or request.generation ~= document.generation then return false end
+  if request.error then document.reported_error = request.error end
   if document.state == 'half_open' and request.probe then return breaker.record_probe(document, request) end
   if document.state ~= 'closed' or request.probe then return false end
-  if document.now or request.policy or request.failures or request.slow then
+  if document.now or request.policy or request.failures or request.slow or request.hold_ms then
     return breaker.record_closed(document, request)
   end
   document.unchanged = true -- most reports are successes of a breaker without a run of failures
   return (request.successes or 0) > 0
 end
 
--- Milliseconds until a refused caller may be admitted; nil while a slot is free.
+-- Milliseconds after which it is worthwhile for a refused caller to ask again; nil while a slot is free. In half open, after
+-- as long as the probes have been out so far: most end long before their deadline.
 function breaker.retry_after_ms(document, request)
   if document.state == 'open' then return math.max(document.open_until_ms - document.now, 0) end
   if breaker.free_slot(document, breaker.policy_of(request)) then return nil end
   local nearest = math.huge
   for _, deadline in pairs(document.probes) do nearest = math.min(nearest, deadline) end
-  return nearest - document.now
+  local left = nearest - document.now
+  return math.min(math.max(document.probe_ms - left, 100), left)
+end
+
+-- Lets the next caller of an open circuit probe. Returns whether it changed anything.
+function breaker.probe_now(document)
+  if document.forced or document.state ~= 'open' or document.open_until_ms <= document.now then return false end
+  document.open_until_ms = document.now
+  return true
+end
+
+-- Gives a forced state a new end, which is no transition. Returns whether it changed anything.
+function breaker.prolong(document, duration_ms)
+  local until_ms, state = document.now + duration_ms, document.state
+  if until_ms == document.forced_until_ms then return false end
+  document.forced_until_ms, document.changed_at_ms = until_ms, document.now
+  if state == 'open' then document.open_until_ms, document.open_ms = until_ms, duration_ms end
+  document.note = {from = state, to = state, reason = 'forced', generation = document.generation,
+    failure_count = document.failure_count, success_count = document.success_count}
+  return true
+end
+
+-- Whether a reset would change nothing.
+function breaker.is_blank(document)
+  local window = document.window
+  return document.state == 'closed' and not document.forced and document.failure_count + document.trips == 0
+    and not (document.closed_at_ms or document.reporters or window and window.calls + window.failures + window.slow > 0)
+    and not (document.warning or document.is_new and document.exists)
 end
 
 -- Carries out an operator's action on the state. Returns whether it changed anything.
 function breaker.control(document, action, duration_ms)
+  if action == 'probe' then return breaker.probe_now(document) end
+  if action == 'force_' .. (document.forced or '') then return breaker.prolong(document, duration_ms) end
+  if action == 'reset' and breaker.is_blank(document) then return false end
   local forces = action == 'force_open' or action == 'force_closed'
   if action == 'reset' then
     breaker.close(document, 'reset')

@@ -8,6 +8,8 @@ Reply      exists             (bool)
            state, generation (0 if none is stored), failure_count, failure_number, success_count
            last_failure_time, opened_at   unix seconds
            retry_after_ms, ramp_left_ms   milliseconds, as acquire replies
+           reason, changed_at_ms, error   of the last transition, if there was one, and of the failure that opened
+                              the circuit, unless closed; changed_at_ms in unix milliseconds
            forced             "open" or "closed" while an operator forces the state
            forced_left_ms     milliseconds until the forced state ends
            forced_until_ms    unix milliseconds at which the forced state ends
@@ -43,6 +45,7 @@ local reply = breaker.reply(document, request)
 reply.exists, reply.now_ms, reply.policy = document.exists, document.now, breaker.whole_policy(request)
 reply.last_failure_time, reply.opened_at = document.last_failure_time, document.opened_at
 reply.forced_until_ms, reply.reporters = document.forced_until_ms, document.reporters
+reply.reason, reply.changed_at_ms = document.reason, document.changed_at_ms
 reply.trips, reply.probes_in_flight = breaker.recent_trips(document, policy), probes_in_flight
 reply.calls, reply.failures, reply.slow = calls, failures, slow
 reply.health = breaker.health(document, policy, calls, failures, slow)

@@ -41,9 +41,13 @@ class AsyncPermit(BasePermit):
         """Count the call as a success. Raises PermitError if the permit is settled."""
         await self._breaker._drive(self._settle(SUCCESS, None))
 
-    async def failure(self, error: BaseException | None = None) -> None:
-        """Count the call as a failure. error: for on_call. Raises PermitError if the permit is settled."""
-        await self._breaker._drive(self._settle(FAILURE, error))
+    async def failure(self, error: BaseException | None = None, retry_after: float | str | None = None) -> None:
+        """Count the call as a failure. error: for on_call, and for the breaker's retry_after.
+
+        retry_after: seconds after which the service said to come back; the circuit holds for that long. Raises
+        PermitError if the permit is settled, and PolicyError if retry_after is no number.
+        """
+        await self._breaker._drive(self._settle(FAILURE, error, retry_after))
 
     async def release(self) -> None:
         """Count the call as nothing, and free the slot of a probe. Raises PermitError if the permit is settled."""
@@ -245,7 +249,7 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             if seen.sent <= now < seen.open_until and not self._notices.on_call:
                 self._notices.count("rejected")
-                raise CircuitOpenError(self.name, "open", seen.retry_at - now)
+                raise CircuitOpenError(self.name, "open", seen.retry_at - now, seen.reason, seen.error)
             watched = seen.sent <= now < seen.watched_until
             permit = self._admitted(seen.generation) if watched else await self._admit(now)
         except CircuitOpenError as rejected:
@@ -453,6 +457,10 @@ class AsyncCircuitBreaker(BreakerCore):
     async def clear_forced(self) -> None:
         """See CircuitBreaker.clear_forced."""
         await self._drive(self._command("clear_forced"))
+
+    async def probe(self) -> None:
+        """See CircuitBreaker.probe."""
+        await self._drive(self._command("probe"))
 
     async def reset(self) -> None:
         """See CircuitBreaker.reset."""

@@ -7,14 +7,17 @@ import concurrent.futures
 import dataclasses
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, TypeAlias
 
 from ._errors import PolicyError
+from ._policy import LONGEST_OPEN
 
 Exceptions: TypeAlias = (
     type[BaseException] | Iterable[type[BaseException]] | Callable[[BaseException], object]
 )  # types, or a predicate
+RetryAfter: TypeAlias = Callable[[Any], float | str | None]
 CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError, KeyboardInterrupt, GeneratorExit)
 logger = logging.getLogger("pybreaker_redis")
 
@@ -30,26 +33,34 @@ IGNORED: Final = "ignored"
 class Classification:
     """How the calls of one service are classified, for a manager. None: as the manager's own options say.
 
-    failures, ignore, is_failure: as for CircuitBreaker.
+    failures, ignore, is_failure, retry_after: as for CircuitBreaker.
     """
 
     failures: Exceptions | None = None
     ignore: Exceptions | None = None
     is_failure: Callable[[Any], object] | None = None
+    retry_after: RetryAfter | None = None
 
 
 class Classifier:
     """Turns exceptions and results into outcomes. Raises PolicyError for an option that is none."""
 
     def __init__(
-        self, breaker: str, failures: Exceptions, ignore: Exceptions, is_failure: Callable[[Any], object] | None
+        self,
+        breaker: str,
+        failures: Exceptions,
+        ignore: Exceptions,
+        is_failure: Callable[[Any], object] | None,
+        retry_after: RetryAfter | None,
     ) -> None:
         self._breaker = breaker
         self._failures, self._ignore = _matcher("failures", failures), _matcher("ignore", ignore)
         if is_failure is not None:
             _check_function("is_failure", "the result", is_failure)
-        self._is_failure = is_failure
-        self._logged = False
+        if retry_after is not None:
+            _check_function("retry_after", "the exception or result", retry_after)
+        self._is_failure, self._retry_after = is_failure, retry_after
+        self._logged: set[str] = set()
 
     def of_exception(self, exception: BaseException) -> Outcome:
         """Cancelled and ignored calls count as nothing. An exception outside `failures` counts as success.
@@ -65,9 +76,7 @@ class Classifier:
             if isinstance(exception, failures) if type(failures) is tuple else _holds(failures, exception):
                 return FAILURE
         except Exception:
-            if not self._logged:
-                self._logged = True
-                logger.exception("circuit breaker %r: failures= or ignore= failed for %r", self._breaker, exception)
+            self._log_once("failures= or ignore=", exception)
             return FAILURE
         if isinstance(exception, BaseExceptionGroup):  # from a TaskGroup: the worst outcome in it
             found = {self.of_exception(one) for one in exception.exceptions}
@@ -77,6 +86,53 @@ class Classifier:
     def of_result(self, result: Any) -> Outcome:
         """Success, unless is_failure(result) is true. Raises the exceptions of is_failure."""
         return FAILURE if self._is_failure is not None and self._is_failure(result) else SUCCESS
+
+    def hold_ms_of(self, ended: Any) -> int:
+        """Milliseconds after which the service said to come back, by an exception or a result; 0 if it did not.
+
+        If retry_after= raises, that is logged once, and there is no hold. It gets no group, but what is in it.
+        """
+        if self._retry_after is None:
+            return 0
+        if isinstance(ended, BaseExceptionGroup):
+            return max(map(self.hold_ms_of, ended.exceptions))
+        try:
+            return hold_ms(self._retry_after(ended))
+        except Exception:
+            self._log_once("retry_after=", ended)
+            return 0
+
+    def _log_once(self, option: str, ended: Any) -> None:
+        if option not in self._logged:
+            self._logged.add(option)
+            logger.exception("circuit breaker %r: %s failed for %r", self._breaker, option, ended)
+
+
+def hold_ms(retry_after: float | str | None) -> int:
+    """The milliseconds of a hold, 30 days at most. 0 for None, NaN, and zero or less.
+
+    retry_after: seconds, also as the text of a header. Raises PolicyError for what is no number.
+    """
+    try:
+        wait = float(retry_after or 0)
+    except (TypeError, ValueError):
+        raise PolicyError(f"retry_after must be a number of seconds, or None, not {retry_after!r}") from None
+    return math.ceil(min(wait, LONGEST_OPEN) * 1000) if wait > 0 else 0
+
+
+def described(error: BaseException, with_message: bool) -> str:
+    """The type of an error, and its message: at most 200 printable ASCII characters, as the scripts take."""
+    text = type(error).__name__
+    if with_message:
+        try:
+            text = f"{text}: {message}" if (message := str(error)) else text
+        except Exception:  # of the exception's own __str__
+            logger.debug("the message of a %s cannot be read", text, exc_info=True)
+    text = text[:200]
+    if text.isascii() and text.isprintable():
+        return text
+    printable = "".join(letter if letter.isprintable() else " " for letter in text)
+    return printable.encode("ascii", "backslashreplace").decode()[:200]
 
 
 def _holds(predicate: Callable[[BaseException], object], exception: BaseException) -> bool:

@@ -42,6 +42,7 @@ class Config:
     redis_timeout: float = 0.25
     prefix: str = "circuit_breaker"
     host: str | None = None
+    record_errors: bool = True
     idle_after: float | None = 3600.0
 
     def __post_init__(self) -> None:
@@ -49,9 +50,8 @@ class Config:
         host_of(self.host)
         if self.idle_after is not None:
             _check_seconds("idle_after", self.idle_after, 0.0, float("inf"))
-        for option in ("enabled", "watch"):
-            if not isinstance(getattr(self, option), bool):
-                raise PolicyError(f"{option} must be True or False, not {getattr(self, option)!r}")
+        for option in ("enabled", "watch", "record_errors"):
+            check_flag(option, getattr(self, option))
         for service, policy in {"defaults": self.defaults, **self.services}.items():
             keys_of(service, self.prefix)
             if not isinstance(policy, Policy):
@@ -68,6 +68,12 @@ def check_options(lease: object, on_redis_failure: object, redis_timeout: object
     _check_seconds("redis_timeout", redis_timeout, 0.001, 3600.0)
     if on_redis_failure not in get_args(OnRedisFailure):
         raise PolicyError(f"on_redis_failure must be 'local', 'open' or 'closed', not {on_redis_failure!r}")
+
+
+def check_flag(option: str, value: object) -> None:
+    """Raise PolicyError unless this option is True or False."""
+    if not isinstance(value, bool):
+        raise PolicyError(f"{option} must be True or False, not {value!r}")
 
 
 def host_of(host: object) -> str:

@@ -12,10 +12,10 @@ from time import monotonic
 from typing import Any, TypeAlias, TypeVar
 
 from . import _protocol
-from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome
+from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, RetryAfter, described
 from ._clock import NEVER, Clock, age, machine
-from ._config import check_options, host_of
-from ._errors import CircuitOpenError, PolicyError, RedisUnavailableError
+from ._config import check_flag, check_options, host_of
+from ._errors import CircuitBreakerError, CircuitOpenError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices, logger
 from ._isolation import Isolation
 from ._line import FixedEngine, Line, OnRedisFailure
@@ -35,8 +35,8 @@ Fallback: TypeAlias = Callable[[CircuitOpenError], Any]
 Engine: TypeAlias = MemoryEngine | FixedEngine
 ASKED_AGAIN = 0.1  # seconds after which a call is told to come back while other calls ask for the slots of probes
 _NEWS = {"override", "transition"}
-_NEEDS_POLICY = {"failures", "slow", "probe", "counted"}
-_OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", "failures", "slow", "pending", "counted", "probe"}
+_NEEDS_POLICY = {"failures", "slow", "hold_ms", "probe", "counted"}
+_OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", *_NEEDS_POLICY, "pending", "error"}
 
 
 class BreakerCore:
@@ -59,6 +59,7 @@ class BreakerCore:
         failures: Exceptions = Exception,
         ignore: Exceptions = (),
         is_failure: Callable[[Any], object] | None = None,
+        retry_after: RetryAfter | None = None,
         listeners: Iterable[Listener] = (),
         on_call: Iterable[Listener] = (),
         fallback: Fallback | None = None,
@@ -67,25 +68,27 @@ class BreakerCore:
         redis_timeout: float = 0.25,
         host: str | None = None,
         clock: Clock | None = None,
+        record_errors: bool = True,
     ) -> None:
         check_options(lease, on_redis_failure, redis_timeout)
+        check_flag("record_errors", record_errors)
         check_clock(clock, redis)
         if policy is not None and not isinstance(policy, Policy):
             raise PolicyError(f"policy must be a Policy, as in Policy(failure_threshold=3), not {policy!r}")
         if fallback is not None:
             check_fallback(fallback)
-        self._fallback = fallback
+        self._fallback, self._record_errors = fallback, record_errors
         self.name, self.host = name, host_of(host)
         self.policy = policy or Policy()
         self.keys = _protocol.keys_of(name, prefix)
         self.corrupt_documents = 0
         self._prefix = prefix
-        self._classifier = Classifier(name, failures, ignore, is_failure)
+        self._classifier = Classifier(name, failures, ignore, is_failure, retry_after)
         self._notices = Notices(name, listeners, on_call)
         for listener in (*self._notices.listeners, *self._notices.on_call):
             if self._kind is BLOCKING and inspect.iscoroutinefunction(listener):
                 raise PolicyError(f"listener {listener!r} is a coroutine function: use AsyncCircuitBreaker")
-        self._every_result_succeeds = is_failure is None
+        self._every_result_succeeds = is_failure is None and retry_after is None
         # a success only has to be counted: the fast path
         self._only_counts = self._every_result_succeeds and not self._notices.on_call
         self._client = None if redis is None else client_of(redis, self._kind)
@@ -193,9 +196,10 @@ class BreakerCore:
         if (verdict is Verdict.ASK or seen.state == "half_open") and in_probe(self._innermost):
             return self._permit(self, None, now)  # part of the probe, whose own outcome counts
         if verdict is Verdict.REJECT:
-            return self._reject(seen.state, seen.left(seen.retry_at, now))
+            return self._reject(seen.state, seen.left(seen.retry_at, now), seen.reason, seen.error)
         if view.lease > 0 and len(self._asking) >= view.policy.half_open_max_calls:
-            return self._reject("half_open", ASKED_AGAIN)  # the calls before this one are asking for all slots
+            # the calls before this one are asking for all slots
+            return self._reject("half_open", ASKED_AGAIN, seen.reason, seen.error)
         return verdict
 
     def _must_wait(self, began: float, now: float, refreshed: bool) -> bool:
@@ -234,7 +238,8 @@ class BreakerCore:
             if token in self._asking:  # a child begins with none
                 self._asking.remove(token)
         if not reply["admitted"] or reply.get("shadow"):
-            return self._reject(reply["state"], seconds(reply.get("retry_after_ms")) or 0.0)
+            wait = seconds(reply.get("retry_after_ms")) or 0.0
+            return self._reject(reply["state"], wait, reply.get("reason"), reply.get("error"))
         ramp_left = seconds(reply.get("ramp_left_ms")) or 0.0
         if self._view.held_back(ramp_left):
             return self._reject("closed", ramp_left)
@@ -245,12 +250,14 @@ class BreakerCore:
         self._slow_calls.began(permit)
         return permit
 
-    def _reject(self, state: State, retry_after: float) -> BasePermit:
+    def _reject(
+        self, state: State, retry_after: float, reason: str | None = None, error: str | None = None
+    ) -> BasePermit:
         """Raise CircuitOpenError; in shadow mode, return a permit whose outcome does not count."""
         enforced = self._view.policy.enforce
         self._notices.rejected(retry_after, enforced)
         if enforced:
-            raise CircuitOpenError(self.name, state, retry_after)
+            raise CircuitOpenError(self.name, state, retry_after, reason, error)
         return self._permit(self, None, self._now())
 
     # Reports
@@ -276,8 +283,13 @@ class BreakerCore:
             self._redis.soon(self._line, urgent=True)
         return True
 
-    def _report(self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None) -> Steps[None] | None:
-        """Count an outcome. Returns the steps that report it to Redis, or None if it was counted here."""
+    def _report(
+        self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None, hold_ms: int = 0
+    ) -> Steps[None] | None:
+        """Count an outcome. Returns the steps that report it to Redis, or None if it was counted here.
+
+        hold_ms: for how long the service said to hold; only a failure of a probe then counts as one.
+        """
         if getpid() != self._pid:
             renew(self)
         permit.settle()
@@ -295,6 +307,12 @@ class BreakerCore:
         report: Request = {"generation": generation}
         if probe is not None:
             report["probe"] = probe
+        if outcome == FAILURE and error is not None:
+            report["error"] = described(error, self._record_errors)
+        if hold_ms > 0:
+            report["hold_ms"] = hold_ms
+            if probe is None:
+                outcome = IGNORED
         if outcome == FAILURE:
             report["failures"] = 1
         elif outcome == SUCCESS:
@@ -349,9 +367,10 @@ class BreakerCore:
             outcome = self._classifier.of_result(result)
         except BaseException as error:
             return _raise_after(self._report(permit, IGNORED, error), error)
-        if outcome == FAILURE:
+        hold_ms = self._classifier.hold_ms_of(result)
+        if outcome == FAILURE or hold_ms > 0:
             self._innermost.failed(None)
-            return self._report(permit, FAILURE)
+            return self._report(permit, FAILURE, None, hold_ms)
         return self._report_end(permit, None)
 
     def _report_end(self, permit: BasePermit, error: BaseException | None) -> Steps[None] | None:
@@ -363,9 +382,12 @@ class BreakerCore:
         if self._innermost.has_counted(error, permit.started) or self._innermost.has_failed(permit.started):
             return self._report(permit, IGNORED, error)
         outcome = self._classifier.of_exception(error)
+        hold_ms = 0 if outcome == IGNORED else self._classifier.hold_ms_of(error)
+        if hold_ms > 0:
+            outcome = FAILURE
         if outcome == FAILURE and permit.generation is not None:
             self._innermost.failed(error)
-        return self._report(permit, outcome, error)
+        return self._report(permit, outcome, error, hold_ms)
 
     # Script calls and their replies
 
@@ -507,11 +529,11 @@ class BreakerCore:
     def _check_window(self, kept: float) -> None:
         """Warn once if another client's window is kept instead of this policy's."""
         policy = self._view.policy
-        if (policy.error_rate_threshold or policy.slow_call_rate_threshold) and policy.window < kept:
+        if policy.keeps_window and policy.window < kept:
             self._warned_of_window = True
             logger.warning(
-                "circuit breaker %r: rates are judged over the last %g s, the longest window that a client asks for,"
-                " not over %g s as this policy says",
+                "circuit breaker %r: the window is the last %g s, the longest that a client asks for, not %g s as"
+                " this policy says",
                 self.name,
                 kept,
                 policy.window,
@@ -531,7 +553,9 @@ class BreakerCore:
         forced = seen.forced if forced_for > 0 else None
         left = self._override_left()
         return self._local_engine(
-            document_for(seen.state, seen.generation, seen.failure_count, open_for, forced, forced_for),
+            document_for(
+                seen.state, seen.generation, seen.failure_count, open_for, forced, forced_for, seen.reason, seen.error
+            ),
             None if left == float("inf") else clock_ms() + round(max(left, 0.0) * 1000),
         )
 
@@ -597,12 +621,14 @@ class BreakerCore:
             except REDIS_ERRORS as error:
                 raise RedisUnavailableError(f"{action} was not carried out: {error}") from error
         changed = "transition" in reply
-        if changed:
+        if changed or action == "reset":
             self._isolation.forget()
         if changed or reply["generation"] == self._view.seen.generation:
             self._adopt(reply, sent)
         else:
             self._check(reply)
+        if action == "probe" and (forced := reply.get("forced")):
+            raise CircuitBreakerError(f"circuit breaker {self.name!r} is forced {forced}: end that by clear_forced()")
         if not changed:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
             self._view.drop()
 

@@ -27,17 +27,26 @@ class CircuitOpenError(CircuitBreakerError):
     """The call was rejected, and the guarded function did not run.
 
     name: the breaker's. state: "open", "half_open", or "closed" during the ramp after a recovery. retry_after: seconds
-    until a call may be admitted. While open, until the next probe; while half open, until the next slot expires, so at
-    most probe_timeout; during a ramp, until it ends.
+    after which to ask again. While open, until the next probe; while half open, as long as the probes have been out, at
+    least 0.1 s, and at most until the next slot expires; during a ramp, until it ends. reason: of the last transition,
+    as in HistoryEntry; None while closed. error: type and message of the failure that opened the circuit, as in
+    "ConnectionError: refused", or None.
 
     It can be a base beside another library's error, whose handlers then see a rejection as well.
     """
 
-    def __init__(self, name: str, state: str, retry_after: float) -> None:
-        Exception.__init__(self, name, state, retry_after)  # not super(): another base may want other arguments
+    def __init__(
+        self, name: str, state: str, retry_after: float, reason: str | None = None, error: str | None = None
+    ) -> None:
+        Exception.__init__(
+            self, name, state, retry_after, reason, error
+        )  # not super(): another base may want other arguments
         self.name = name
         self.state = state
         self.retry_after = retry_after
+        self.reason = reason
+        self.error = error
 
     def __str__(self) -> str:
-        return f"circuit breaker {self.name!r} is {self.state}; retry after {self.retry_after:.3f} s"
+        cause = f" ({self.error})" if self.error else ""
+        return f"circuit breaker {self.name!r} is {self.state}; retry after {self.retry_after:.3f} s{cause}"

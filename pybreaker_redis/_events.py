@@ -28,7 +28,8 @@ class Event(NamedTuple):
     kind: `listeners` receive "state_change", "redis_error" and "redis_restored"; `on_call` receives "success",
     "failure", "ignored" and "rejected".
     breaker: its name. instance: the process that caused the event, as "host:pid-" and eight random hex digits.
-    old, new, reason, generation, counts: of a state_change. Each transition notifies the one process that caused it.
+    old, new, reason, generation, counts, error: of a state_change; error is type and message of the failure that opened
+    the circuit, if one did. Each transition notifies the one process that caused it.
     A watching process is notified of each new generation that it reads, with source "watch"; reason and counts come
     from the history, and are None and empty if its entry is gone.
     retry_after: of a rejection, in seconds. enforced: False in shadow mode, where the rejected call ran all the same.
@@ -51,6 +52,7 @@ class Event(NamedTuple):
     source: str | None = None
     slow: bool | None = None
     enforced: bool | None = None
+    error: str | None = None
 
 
 class Counts(NamedTuple):
@@ -145,6 +147,7 @@ class Notices:
                 generation=change["generation"],
                 counts={key: change[key] for key in COUNTS if key in change},
                 source=source,
+                error=change.get("error"),
             )
         )
 

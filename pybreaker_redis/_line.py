@@ -195,8 +195,7 @@ class Line:
         return [self._owner._complete("record", request) for request in reports if request["generation"] > 0]
 
     def _wants_window(self) -> bool:
-        policy = self._owner._view.policy
-        return bool(self._keeps_window or policy.error_rate_threshold or policy.slow_call_rate_threshold)
+        return self._keeps_window or self._owner._view.policy.keeps_window
 
     def give_back(self, request: Request) -> None:
         self._owner._view.give_back(request)
@@ -283,7 +282,8 @@ class Line:
     def announce(self, history: list[dict[str, Any]]) -> None:
         change, self.news = self.news, None
         assert change is not None
-        known = (entry for entry in history if entry.get("generation") == str(change["generation"]))
+        # the oldest one: a forced state that gets another end adds entries of its generation
+        known = (entry for entry in reversed(history) if entry.get("generation") == str(change["generation"]))
         entry = next(known, {"instance": ""})
         if entry["instance"] != self._owner._instance:  # our own transition comes with the reply that it caused
             # of a decimal number, as a script writes it

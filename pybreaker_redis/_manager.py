@@ -9,7 +9,7 @@ from time import monotonic
 from typing import Any, Generic, ParamSpec, Self, TypeAlias, TypeVar
 
 from ._async import AsyncCircuitBreaker, AsyncWatch
-from ._classify import Classification, Exceptions
+from ._classify import Classification, Exceptions, RetryAfter
 from ._clock import Clock
 from ._config import Config
 from ._core import BreakerCore, check_clock
@@ -46,6 +46,7 @@ class ManagerCore(Generic[B]):
         failures: Exceptions = Exception,
         ignore: Exceptions = (),
         is_failure: Callable[[Any], object] | None = None,
+        retry_after: RetryAfter | None = None,
         classify: Mapping[str, Classification] | None = None,
         listeners: Iterable[Callable[[Event], object]] = (),
         on_call: Iterable[Callable[[Event], object]] = (),
@@ -57,6 +58,7 @@ class ManagerCore(Generic[B]):
             "failures": failures,
             "ignore": ignore,
             "is_failure": is_failure,
+            "retry_after": retry_after,
             "listeners": tuple(listeners),
             "on_call": tuple(on_call),
             "clock": clock,
@@ -130,6 +132,7 @@ class ManagerCore(Generic[B]):
             redis_timeout=config.redis_timeout,
             prefix=config.prefix,
             host=config.host,
+            record_errors=config.record_errors,
             **{**self._hooks, **self._own_classification(service)},
         )
 
@@ -156,7 +159,7 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
 
     CircuitBreakerManager(config) keeps them in memory; with_redis(config) shares them with every other process.
     config: a Config, or what pybreaker_redis.config.load() takes (a path, a dict), or None for the defaults.
-    failures, ignore, is_failure, listeners, on_call: as for CircuitBreaker, for every breaker.
+    failures, ignore, is_failure, retry_after, listeners, on_call: as for CircuitBreaker, for every breaker.
     classify: a Classification by service, for those whose failures are of another kind.
     clock: for tests in memory, as for CircuitBreaker.
 

@@ -20,7 +20,7 @@ from ._window import Sums, bucket_ms, sums, window_at
 HISTORY_ENTRIES = 1000
 _DEFAULTS = default_request()
 _UNSET = object()
-_OUTCOMES = {"successes", "failures", "slow", "probe"}
+_OUTCOMES = {"successes", "failures", "slow", "hold_ms", "probe"}
 _WALL_OFFSET_NS = time.time_ns() - time.monotonic_ns()
 
 
@@ -56,6 +56,7 @@ class MemoryEngine:
         self._document = document
         self._override = override
         self._override_until_ms = override_until_ms
+        self._dropped = False  # whether the present request, a reset, has ended a policy override
         self._latest_ms = 0  # what the clock said last
         self._scripts: dict[str, Callable[[Document, Request, dict[str, Any]], Reply]] = {
             "acquire": self._acquire,
@@ -80,7 +81,8 @@ class MemoryEngine:
                 self._turn_back(self._latest_ms - now)
             self._latest_ms = now
             expired = self._override_until_ms is not None and self._override_until_ms <= now
-            if expired or request.get("action") == "reset":  # a reset replaces everything but the history
+            self._dropped = self._override is not None and not expired and request.get("action") == "reset"
+            if expired or self._dropped:  # a reset replaces everything but the history
                 self._override = self._override_until_ms = None
             policy = self._policy_of(request.get("policy"))
             document = self._load(policy, now)
@@ -121,7 +123,7 @@ class MemoryEngine:
             return Document(generation=now, now=now, is_local=self.is_local)
         document = self._document.copy()
         document.now, document.is_new, document.outlived = now, False, False
-        document.change, document.hint = None, False
+        document.change, document.note, document.hint, document.reported_error = None, None, False, None
         if document.probes:
             document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
@@ -163,7 +165,7 @@ class MemoryEngine:
         changed = _rules.control(document, action, duration_ms or LONGEST_OPEN_MS)
         if changed:
             self._document = document
-        return {"changed": changed}
+        return {"changed": changed or self._dropped}
 
     def _snapshot(self, document: Document, request: Request, policy: dict[str, Any]) -> Reply:
         counts = sums(document.window) if document.window else Sums(0, 0, 0)
@@ -171,6 +173,8 @@ class MemoryEngine:
             "exists": not document.is_new,
             "last_failure_time": document.last_failure_time,
             "opened_at": document.opened_at,
+            "reason": document.reason,
+            "changed_at_ms": document.changed_at_ms,
             "forced_until_ms": document.forced_until_ms,
             "trips": _rules.recent_trips(document, policy),
             "health": _rules.health(document, policy, counts),
@@ -187,7 +191,7 @@ class MemoryEngine:
 
     def _announce(self, document: Document, request: Request, reply: Reply) -> None:
         """Add a transition to the history, and publish what a script would."""
-        change = document.change
+        change = document.change or document.note
         message: dict[str, Any] | None = None
         if change is not None:
             instance = request.get("instance", "")
@@ -209,6 +213,7 @@ class MemoryEngine:
         reply["source"] = self.source
         if document.state != "closed":
             reply["retry_after_ms"] = _rules.retry_after_ms(document, policy)
+            reply["reason"], reply["error"] = document.reason, document.error
         if document.closed_at_ms is not None:
             ramp_left_ms = document.closed_at_ms + policy["ramp_up_ms"] - document.now
             if ramp_left_ms > 0:
@@ -251,10 +256,13 @@ def document_for(
     open_for: float = 0.0,
     forced: Forced | None = None,
     forced_for: float = 0.0,
+    reason: str | None = None,
+    error: str | None = None,
 ) -> Document:
     """The document of a view, for a local engine to start from.
 
-    open_for: seconds that the circuit stays open. forced_for: seconds until the forced state ends.
+    open_for: seconds that the circuit stays open. forced_for: seconds until the forced state ends. reason, error: of
+    the transition that led to it.
     """
     now = clock_ms()
     document = Document(
@@ -266,6 +274,8 @@ def document_for(
         open_until_ms=now + round(open_for * 1000),
         forced=forced,
         forced_until_ms=None if forced is None else now + round(forced_for * 1000),
+        reason=reason,
+        error=error,
         is_local=True,
         is_new=False,
     )

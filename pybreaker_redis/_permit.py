@@ -12,7 +12,7 @@ from os import getpid
 from threading import get_ident
 from typing import Any, TypeVar, cast
 
-from ._classify import FAILURE, Outcome
+from ._classify import FAILURE, Outcome, hold_ms
 from ._clock import NEVER, machine
 from ._errors import PermitError
 from ._protocol import Steps
@@ -107,13 +107,18 @@ class BasePermit:
         """Mark the outcome as known."""
         self._stage = SETTLED
 
-    def _settle(self, outcome: Outcome, error: BaseException | None) -> Steps[None] | None:
+    def _settle(
+        self, outcome: Outcome, error: BaseException | None, retry_after: float | str | None = None
+    ) -> Steps[None] | None:
+        held_ms = hold_ms(retry_after)
+        if error is not None and retry_after is None:
+            held_ms = self._breaker._classifier.hold_ms_of(error)
         stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
         if stage == SETTLED:
             raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
         if outcome == FAILURE and stage == ENTERED:
             self._breaker._innermost.failed(error)
-        report: Steps[None] | None = self._breaker._report(self, outcome, error)
+        report: Steps[None] | None = self._breaker._report(self, outcome, error, held_ms)
         return report
 
 

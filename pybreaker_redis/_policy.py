@@ -49,7 +49,7 @@ class Rule(NamedTuple):
             return bool(value)
         if self.kind == "seconds":
             return round((value or 0) * 1000)
-        return int(value) if self.kind == "count" else float(value or 0)
+        return int(value or 0) if self.kind == "count" else float(value or 0)
 
     def from_request(self, value: Any) -> Any:
         """Convert a value in the scripts' units to one of Policy."""
@@ -77,6 +77,14 @@ class Policy:
         "seconds", 30.0, 0.001, LONGEST_OPEN, "How long the circuit stays open before a probe may run."
     )
     success_threshold: int = _field("count", 1, 1, 10**9, "Successful probes that close the circuit.", on_success=False)
+    probe_failure_threshold: int = _field(
+        "count",
+        1,
+        1,
+        10**9,
+        "Failed probes that open the circuit again. More than 1: one sick host behind a balancer does not.",
+        on_success=False,
+    )
     half_open_max_calls: int = _field(
         "count", 1, 1, 1000, "Probes that may run at the same time, across the fleet.", on_success=False
     )
@@ -94,6 +102,13 @@ class Policy:
         1e-9,
         1,
         "Share of failed calls in the window, 0 to 1, that trips the breaker. None turns this rule off.",
+    )
+    failures_in_window: int | None = _field(
+        "count",
+        None,
+        1,
+        10**9,
+        "Failures in the window that trip the breaker, whatever succeeded in between. None turns this rule off.",
     )
     minimum_calls: int = _field("count", 20, 1, 10**9, "Calls that must be in the window before a rate counts.")
     window: float = _field(
@@ -132,6 +147,15 @@ class Policy:
     )
     jitter: float = _field(
         "number", 0.0, 0, 1, "Each open period is lengthened by up to this share of it, 0 to 1.", on_success=False
+    )
+    max_hold: float = _field(
+        "seconds",
+        300.0,
+        0,
+        LONGEST_OPEN,
+        "Longest hold: the time for which the circuit stays open because the service itself said when to come back. 0:"
+        " holds are ignored.",
+        on_success=False,
     )
     quorum: int = _field(
         "count",
@@ -172,6 +196,11 @@ class Policy:
         if self.max_reset_timeout is not None and self.max_reset_timeout < self.reset_timeout:
             most, first = self.max_reset_timeout, self.reset_timeout
             raise PolicyError(f"max_reset_timeout must be at least reset_timeout ({first:g} s), not {most:g} s")
+
+    @property
+    def keeps_window(self) -> bool:
+        """Whether a window can trip the breaker: by a rate, or by failures_in_window."""
+        return bool(self.error_rate_threshold or self.slow_call_rate_threshold or self.failures_in_window)
 
     def to_request(self) -> dict[str, Any]:
         """The fields that differ from the defaults, in the scripts' units."""

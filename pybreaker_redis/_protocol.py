@@ -96,10 +96,12 @@ def decode(reply: bytes) -> Reply:
 class Snapshot:
     """The state of a breaker at one moment.
 
-    retry_after: seconds until a rejected call may be admitted; None while calls are admitted.
+    retry_after: seconds after which a rejected call should ask again; None while calls are admitted.
     last_failure_time, opened_at: unix seconds, or None. generation: 0 if nothing is stored. forced: "open" or "closed"
     while an operator forces the state, until forced_until (unix seconds). trips: in a row. calls, failures, slow:
     counts of the window, 0 without one. failure_rate, slow_rate: shares of the calls, None without calls.
+    reason: of the last transition, as in HistoryEntry. changed_at: when it was, in unix seconds. error: type and
+    message of the failure that opened the circuit, while it is not closed. All are None where there is none.
     health: 0 (open) to 100 = state (closed 100, half_open 50, open 0) x (1 - failures) x (1 - slow_rate / 2)
     x 4 / (4 + trips), where failures is the failure rate or, if greater, failure_count / failure_threshold.
     reporters: the last failure of each host in unix seconds; kept for a quorum.
@@ -115,6 +117,9 @@ class Snapshot:
     success_count: int
     last_failure_time: int | None
     opened_at: int | None
+    reason: str | None
+    changed_at: float | None
+    error: str | None
     retry_after: float | None
     forced: Forced | None
     forced_until: float | None
@@ -154,6 +159,9 @@ def snapshot_from(name: str, reply: Reply, policy: Policy | None = None, isolate
         success_count=reply["success_count"],
         last_failure_time=reply.get("last_failure_time"),
         opened_at=reply.get("opened_at"),
+        reason=reply.get("reason"),
+        changed_at=seconds(reply.get("changed_at_ms")),
+        error=reply.get("error"),
         retry_after=seconds(reply.get("retry_after_ms")),
         forced=reply.get("forced"),
         forced_until=seconds(forced_until_ms),
@@ -180,11 +188,15 @@ def seconds(milliseconds: int | None) -> float | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One transition. time: unix seconds on the server's clock. The counts are those just before it.
+    """One transition, or another end of the same forced state (old and new are then the same).
 
-    reason: "failure_threshold", "error_rate", "slow_rate", "timeout", "probe_failed", "probe_slow",
-    "probe_succeeded", "forced" or "reset". instance: the process, as "host:pid-" and eight random hex digits.
-    calls, failures, slow: of the window, None without one.
+    time: unix seconds on the server's clock. The counts are those just before it.
+
+    reason: "failure_threshold", "failures_in_window", "error_rate", "slow_rate", "held", "timeout",
+    "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset". instance: the process, as "host:pid-" and
+    eight random hex digits.
+    calls, failures, slow: of the window, None without one. error: type and message of the failure that opened the
+    circuit, as in "ConnectionError: refused"; else None.
     """
 
     time: float
@@ -198,6 +210,7 @@ class HistoryEntry:
     calls: int | None = None
     failures: int | None = None
     slow: int | None = None
+    error: str | None = None
 
 
 def history_fields(raw: list[Any]) -> list[dict[str, Any]]:
@@ -221,6 +234,7 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
         failure_count=int(fields["failure_count"]),
         success_count=int(fields["success_count"]),
         instance=fields["instance"],
+        error=fields.get("error"),
         **{key: int(fields[key]) for key in COUNTS[2:] if key in fields},
     )
 
@@ -240,10 +254,11 @@ def check_history_count(count: object) -> None:
         raise PolicyError(f"count must be an integer of at least 1, not {count!r}")
 
 
-# A healthy document as save() in lua/document.lua writes it: closed, with no more than a window.
+# A healthy document as save() in lua/document.lua writes it: closed, with no more than its last change and a window.
 _HEALTHY = re.compile(
     rb'\{"state":"closed","failure_count":(\d{1,10}),"success_count":0,"last_failure_time":(?:\d{1,10}|null),'
     rb'"opened_at":null,"version":1,"generation":([1-9]\d{0,12}),"failure_number":(\d{1,13})'
+    rb'(?:,"changed_at_ms":[1-9]\d{0,12},"reason":"[a-z_]{1,30}")?'
     rb'(?:,"window":\{[^{}]*\})?\}'
 )
 _WINDOW = re.compile(

@@ -16,7 +16,15 @@ from ._window import Sums, Window, bucket_ms, move_back, sums
 
 Policy: TypeAlias = dict[str, Any]  # all fields, in the scripts' units
 _FORCED: dict[str, Forced] = {"force_open": "open", "force_closed": "closed"}
-_TIMES = ("last_failure_time", "opened_at", "closed_at_ms", "run_since_ms", "open_until_ms", "forced_until_ms")
+_TIMES = (
+    "last_failure_time",
+    "opened_at",
+    "changed_at_ms",
+    "closed_at_ms",
+    "run_since_ms",
+    "open_until_ms",
+    "forced_until_ms",
+)
 _local_generations = itertools.count(2)  # FixedEngine has -1
 
 
@@ -34,14 +42,22 @@ class Document:
     success_count: int = 0
     last_failure_time: int | None = None
     opened_at: int | None = None
+    changed_at_ms: int | None = None
+    reason: str | None = None
+    error: str | None = None
+    reported_error: str | None = None
     trips: int = 0
     closed_at_ms: int | None = None
     window: Window | None = None
     reporters: dict[str, int] = dataclasses.field(default_factory=dict)
     run_since_ms: int | None = None
     open_until_ms: int = 0
+    open_ms: int = 0
+    held_generation: int | None = None
     probe_seq: int = 0
+    probe_ms: int = 0
     probes: dict[int, int] = dataclasses.field(default_factory=dict)
+    probe_failures: int = 0
     forced: Forced | None = None
     forced_until_ms: int | None = None
     is_local: bool = False
@@ -49,6 +65,7 @@ class Document:
     is_new: bool = True
     outlived: bool = False
     change: dict[str, Any] | None = None
+    note: dict[str, Any] | None = None
     hint: bool = False
 
     def copy(self) -> Document:
@@ -107,37 +124,67 @@ def transition(document: Document, state: State, reason: str) -> None:
     if document.window is not None:
         document.change.update(sums(document.window)._asdict())
     document.state = state
+    document.reason, document.changed_at_ms = reason, document.now
     document.generation = next_generation(document)
     document.change["generation"] = document.generation
     document.failure_number, document.success_count = 0, 0
     document.window, document.reporters = None, {}
     document.run_since_ms, document.closed_at_ms = None, None
-    document.probes, document.probe_seq = {}, 0
+    document.probes, document.probe_seq, document.probe_ms, document.probe_failures = {}, 0, 0, 0
+    document.held_generation = None
     document.forced, document.forced_until_ms = None, None
 
 
 def open_for(document: Document, duration_ms: int, reason: str) -> None:
     transition(document, "open", reason)
     document.opened_at = document.now // 1000
-    document.open_until_ms = document.now + duration_ms
+    document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
+    document.error = document.reported_error
+    if document.change is not None and document.error is not None:
+        document.change["error"] = document.error
 
 
 def close(document: Document, reason: str) -> None:
     transition(document, "closed", reason)
-    document.failure_count, document.opened_at = 0, None
+    document.failure_count, document.opened_at, document.error = 0, None, None
     if reason == "probe_succeeded":
         document.closed_at_ms = document.now
     else:
         document.trips = 0
 
 
-def trip(document: Document, policy: Policy, reason: str) -> None:
-    trips = min(recent_trips(document, policy) + 1, 1000)
-    open_ms = open_time_ms(policy, trips)
-    # a hash, not a random number: it differs between breakers, and a test can compute it too
-    share = next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
-    open_for(document, min(math.floor(open_ms * (1 + policy["jitter"] * share)), LONGEST_OPEN_MS), reason)
+def trip(document: Document, policy: Policy, reason: str, hold_ms: int = 0) -> None:
+    """Open the circuit for one more open period, or for hold_ms if that is longer.
+
+    What holds a closed circuit is no trip: it opens for hold_ms, and back-off does not grow.
+    """
+    trips, ended, open_ms = recent_trips(document, policy), document.generation, 0
+    if reason != "held" or document.state != "closed":
+        trips = min(trips + 1, 1000)
+        # a hash, not a random number: it differs between breakers, and a test can compute it too
+        share = next_generation(document) % 1000003 * 7919 % 1000003 / 1000003
+        open_ms = min(math.floor(open_time_ms(policy, trips) * (1 + policy["jitter"] * share)), LONGEST_OPEN_MS)
+    open_for(document, max(open_ms, hold_ms), reason)
     document.trips = trips
+    if hold_ms > 0:
+        document.held_generation = ended
+
+
+def extend_hold(document: Document, request: Request, policy: Policy) -> bool:
+    """Extend a hold by a longer one, to max_hold in all, without a transition. Returns whether it extended it.
+
+    A hold counts that was reported under the generation that the present hold ended, so that many instances make one
+    transition.
+    """
+    ended = document.held_generation
+    if ended is None or request.get("generation") not in (ended, document.generation):
+        return False
+    began_ms = document.open_until_ms - document.open_ms
+    until_ms = min(document.now + request["hold_ms"], began_ms + policy["max_hold_ms"])
+    if until_ms <= document.open_until_ms:
+        return False
+    document.open_until_ms, document.open_ms = until_ms, until_ms - began_ms
+    return True
 
 
 def free_slot(document: Document, policy: Policy) -> bool:
@@ -156,6 +203,7 @@ def acquire(document: Document, policy: Policy) -> tuple[bool, int | None]:
     if not free_slot(document, policy):
         return False, None
     document.probe_seq += 1
+    document.probe_ms = max(document.probe_ms, policy["probe_timeout_ms"])
     document.probes[document.probe_seq] = document.now + policy["probe_timeout_ms"]
     return True, document.probe_seq
 
@@ -167,18 +215,28 @@ def record_probe(document: Document, request: Request, policy: Policy) -> bool:
         return False
     failures = request.get("failures", 0)
     slow = request.get("slow", 0) if policy["slow_call_rate_threshold"] > 0 else 0
-    if request.get("pending", 0) == 0:  # a running call keeps its slot; a trip frees all slots
+    if request.get("pending", 0) == 0:  # a running call keeps its slot
         del document.probes[slot]
     if failures > 0:
         document.failure_count = min(document.failure_count + failures, 2**32 - 1)
         document.last_failure_time = document.now // 1000
-    if failures + slow > 0:
-        trip(document, policy, "probe_failed" if failures > 0 else "probe_slow")
-    elif request.get("successes", 0) > 0:
+    hold_ms = min(request.get("hold_ms", 0), policy["max_hold_ms"])
+    has_failed = request.get("counted", 0) > 0 and policy["slow_call_rate_threshold"] > 0  # as slow, while it ran
+    if hold_ms > 0 or (failures + slow > 0 and not has_failed):
+        fail_probe(document, policy, "probe_failed" if failures > 0 else "probe_slow", hold_ms)
+    elif request.get("successes", 0) > 0 and not has_failed:
         document.success_count += 1
         if document.success_count >= policy["success_threshold"]:
             close(document, "probe_succeeded")
     return True
+
+
+def fail_probe(document: Document, policy: Policy, reason: str, hold_ms: int) -> None:
+    document.probe_failures += 1
+    if hold_ms > 0:
+        trip(document, policy, "held", hold_ms)
+    elif document.probe_failures >= policy["probe_failure_threshold"]:
+        trip(document, policy, reason)
 
 
 def note_reporter(document: Document, policy: Policy, request: Request) -> None:
@@ -239,8 +297,8 @@ def count_outcomes(document: Document, request: Request, quorum: int, bucket: in
         move_back(document.window, successes - counted, age_ms, document.now)
 
 
-def trip_reason(document: Document, policy: Policy, failures: int) -> str | None:
-    """The reason why a closed circuit must trip now, or None. failures: of the report.
+def trip_reason(document: Document, policy: Policy, failures: int, hold_ms: int) -> str | None:
+    """The reason why a closed circuit must open now, or None. failures, hold_ms: of the report.
 
     Successes may leave a long run, and come without the policy that says how long it may be.
     """
@@ -251,31 +309,33 @@ def trip_reason(document: Document, policy: Policy, failures: int) -> str | None
         and has_quorum(document, policy, run_since_ms)
     ):
         return "failure_threshold"
-    window = document.window
-    if window is None or window.calls < policy["minimum_calls"]:
+    window, reason = document.window, "held" if hold_ms > 0 else None
+    if window is not None and 0 < policy["failures_in_window"] <= window.failures:
+        reason = "failures_in_window"
+    elif window is not None and window.calls >= policy["minimum_calls"]:
+        if 0 < policy["error_rate_threshold"] <= window.failures / window.calls:
+            reason = "error_rate"
+        elif 0 < policy["slow_call_rate_threshold"] <= window.slow / window.calls:
+            reason = "slow_rate"
+    if reason is None:
         return None
-    if 0 < policy["error_rate_threshold"] <= window.failures / window.calls:
-        reason = "error_rate"
-    elif 0 < policy["slow_call_rate_threshold"] <= window.slow / window.calls:
-        reason = "slow_rate"
-    else:
-        return None
-    window_ms = max(policy["window_ms"], window.bucket_ms * 10)
+    window_ms = max(policy["window_ms"], 0 if window is None else window.bucket_ms * 10)
     return reason if has_quorum(document, policy, document.now - window_ms + 1) else None
 
 
 def record_closed(document: Document, request: Request, policy: Policy) -> bool:
     """Count outcomes while the circuit is closed. Returns whether they counted."""
     successes, failures, slow = request.get("successes", 0), request.get("failures", 0), request.get("slow", 0)
-    if document.forced or successes + failures + slow == 0:
+    hold_ms = min(request.get("hold_ms", 0), policy["max_hold_ms"])
+    if document.forced or successes + failures + slow + hold_ms == 0:
         return False
     before = document.failure_count
     count_outcomes(document, request, policy["quorum"], bucket_ms(policy))
-    if policy["quorum"] > 1 and (failures > 0 or (slow > 0 and policy["slow_call_rate_threshold"] > 0)):
+    if policy["quorum"] > 1 and (failures + hold_ms > 0 or (slow > 0 and policy["slow_call_rate_threshold"] > 0)):
         note_reporter(document, policy, request)
-    reason = trip_reason(document, policy, failures)
+    reason = trip_reason(document, policy, failures, hold_ms)
     if reason is not None:
-        trip(document, policy, reason)
+        trip(document, policy, reason, hold_ms)
     elif failures > 0 and reaches_half(document, policy, before):
         document.hint = True
     return True
@@ -283,8 +343,11 @@ def record_closed(document: Document, request: Request, policy: Policy) -> bool:
 
 def record(document: Document, request: Request, policy: Policy) -> bool:
     """Count outcomes of calls that were admitted under the request's generation. Returns whether they counted."""
+    if document.state == "open" and "hold_ms" in request and not document.is_new:
+        return extend_hold(document, request, policy)
     if document.is_new or request.get("generation") != document.generation:
         return False
+    document.reported_error = request.get("error")
     if document.state == "half_open" and request.get("probe") is not None:
         return record_probe(document, request, policy)
     if document.state == "closed" and request.get("probe") is None:
@@ -293,16 +356,66 @@ def record(document: Document, request: Request, policy: Policy) -> bool:
 
 
 def retry_after_ms(document: Document, policy: Policy) -> int | None:
-    """Milliseconds until a refused caller may be admitted; None while a slot is free."""
+    """Milliseconds after which it is worthwhile for a refused caller to ask again; None while a slot is free.
+
+    In half open, after as long as the probes have been out so far: most end long before their deadline.
+    """
     if document.state == "open":
         return max(document.open_until_ms - document.now, 0)
     if free_slot(document, policy):
         return None
-    return min(document.probes.values()) - document.now
+    left = min(document.probes.values()) - document.now
+    return min(max(document.probe_ms - left, 100), left)
+
+
+def probe_now(document: Document) -> bool:
+    """Let the next caller of an open circuit probe. Returns whether it changed anything."""
+    if document.forced or document.state != "open" or document.open_until_ms <= document.now:
+        return False
+    document.open_until_ms = document.now
+    return True
+
+
+def prolong(document: Document, duration_ms: int) -> bool:
+    """Give a forced state a new end, which is no transition. Returns whether it changed anything."""
+    until_ms = document.now + duration_ms
+    if until_ms == document.forced_until_ms:
+        return False
+    document.forced_until_ms, document.changed_at_ms = until_ms, document.now
+    if document.state == "open":
+        document.open_until_ms, document.open_ms = until_ms, duration_ms
+    document.note = {
+        "from": document.state,
+        "to": document.state,
+        "reason": "forced",
+        "generation": document.generation,
+        "failure_count": document.failure_count,
+        "success_count": document.success_count,
+    }
+    return True
+
+
+def is_blank(document: Document) -> bool:
+    """Whether a reset would change nothing."""
+    window = document.window
+    counts = document.failure_count + document.trips
+    if window is not None:
+        counts += window.calls + window.failures + window.slow
+    return (
+        document.state == "closed"
+        and counts == 0
+        and not (document.forced or document.closed_at_ms or document.reporters)
+    )
 
 
 def control(document: Document, action: str, duration_ms: int) -> bool:
     """Carry out an operator's action on the state. Returns whether it changed anything."""
+    if action == "probe":
+        return probe_now(document)
+    if document.forced is not None and _FORCED.get(action) == document.forced:
+        return prolong(document, duration_ms)
+    if action == "reset" and is_blank(document):
+        return False
     if action == "reset":
         close(document, "reset")
     elif action == "force_open":

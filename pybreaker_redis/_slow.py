@@ -33,7 +33,8 @@ class SlowCalls:
         waiting = self._running.pop(permit, permit) is None  # else overdue() has taken it
         now = self._view.now()
         # a call that was reported longer ago has left the window, and counts as a new one
-        recent = permit.pending_since is not None and now - permit.pending_since < 0.9 * self._view.policy.window
+        window = float("inf") if permit.probe is not None else 0.9 * self._view.policy.window
+        recent = permit.pending_since is not None and now - permit.pending_since < window
         pending = recent and not waiting
         return None if limit is None else pending or now - permit.started >= limit, pending
 

@@ -49,9 +49,13 @@ class Permit(BasePermit):
         """Count the call as a success. Raises PermitError if the permit is settled."""
         self._breaker._drive(self._settle(SUCCESS, None))
 
-    def failure(self, error: BaseException | None = None) -> None:
-        """Count the call as a failure. error: for on_call. Raises PermitError if the permit is settled."""
-        self._breaker._drive(self._settle(FAILURE, error))
+    def failure(self, error: BaseException | None = None, retry_after: float | str | None = None) -> None:
+        """Count the call as a failure. error: for on_call, and for the breaker's retry_after.
+
+        retry_after: seconds after which the service said to come back; the circuit holds for that long. Raises
+        PermitError if the permit is settled, and PolicyError if retry_after is no number.
+        """
+        self._breaker._drive(self._settle(FAILURE, error, retry_after))
 
     def release(self) -> None:
         """Count the call as nothing, and free the slot of a probe. Raises PermitError if the permit is settled."""
@@ -105,6 +109,10 @@ class CircuitBreaker(BreakerCore):
         the call counts as failed.
     ignore: likewise, the exceptions that count as neither success nor failure.
     is_failure: a function of the result. A call counts as a failure if it returns true.
+    retry_after: a function of the exception or of the result of a call. If the service said when to come back (429 or
+        503 with Retry-After), it returns the seconds until then, else None. The circuit then holds: it opens for that
+        time, for the whole fleet. It is not asked about ignored exceptions. If it raises, that is logged once, and
+        there is no hold.
     listeners: callables that receive an Event for each transition and each outage of Redis.
     on_call: callables that receive an Event for every call: success, failure, ignored or rejected.
     fallback: a function of the CircuitOpenError of a rejected call, which returns its result; for a generator function,
@@ -115,6 +123,8 @@ class CircuitBreaker(BreakerCore):
     redis_timeout: seconds to wait for a connection to Redis, and for each reply.
     host: one voice of the quorum, and part of the name that the history shows. None: the machine's host name.
     clock: for tests in memory, a pybreaker_redis.testing.FakeClock. It replaces the lease: each call is decided anew.
+    record_errors: whether Redis, history and CircuitOpenError show the message of the failure that opened the circuit.
+        False: its type only.
 
     Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """
@@ -208,7 +218,7 @@ class CircuitBreaker(BreakerCore):
         try:
             if seen.sent <= now < seen.open_until and not self._notices.on_call:
                 self._notices.count("rejected")
-                raise CircuitOpenError(self.name, "open", seen.retry_at - now)
+                raise CircuitOpenError(self.name, "open", seen.retry_at - now, seen.reason, seen.error)
             watched = seen.sent <= now < seen.watched_until
             permit = self._admitted(seen.generation) if watched else self._admit(now)
         except CircuitOpenError as rejected:
@@ -355,10 +365,19 @@ class CircuitBreaker(BreakerCore):
         """
         self._drive(self._command("clear_forced"))
 
+    def probe(self) -> None:
+        """Let the next call probe now, whatever is left of an open period or a hold.
+
+        Unlike a reset, this admits one call, not the full load. In any other state than open it changes nothing.
+        Raises CircuitBreakerError while a state is forced; RedisUnavailableError.
+        """
+        self._drive(self._command("probe"))
+
     def reset(self) -> None:
         """Close the circuit; drop all counts, any forced state and the policy override. The history stays.
 
-        Calls that are running will not count.
+        Calls that are running will not count. Where nothing would change, it does nothing: of a closed circuit without
+        counts, running calls do count.
 
         Raises RedisUnavailableError.
         """

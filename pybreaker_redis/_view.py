@@ -119,7 +119,7 @@ class Seen:
     closed_until, open_until: until when calls are admitted or rejected without asking Redis; the fast path reads only
     these, and sent. watched_until: replaces closed_until if each call needs a permit, because it is timed or the
     process is alert. retry_at: until when an open or half-open circuit rejects. ramp_until: the end of the ramp after a
-    recovery. forced_until: the end of the forced state.
+    recovery. forced_until: the end of the forced state. reason, error: why it is not closed, for the rejected caller.
     A reply from the future, before the clock was turned back, is stale: it holds while sent <= now < closed_until.
     """
 
@@ -138,6 +138,8 @@ class Seen:
     open_until: float
     counter: Successes
     tick: Callable[[], int]  # the counter's
+    reason: str | None = None
+    error: str | None = None
 
     def verdict(self, now: float) -> Verdict:
         """The verdict of this reply, whatever its age."""
@@ -229,7 +231,7 @@ class View:
         seen, generation = self.seen, reply["generation"]
         forced, failure_count = reply.get("forced"), reply["failure_count"]
         unchanged = generation == seen.generation and failure_count == seen.failure_count
-        if self.lease <= 0 and unchanged and forced is None and seen.forced is None:
+        if self.lease <= 0 and unchanged and reply["state"] == "closed" and forced is None and seen.forced is None:
             return False  # no call uses the view
         with self._lock:
             seen, now = self.seen, self.now() if now is None else now
@@ -269,6 +271,7 @@ class View:
     def _seen_from(self, reply: Reply, counter: Successes, sent: float, now: float) -> Seen:
         seen = unseen(reply["state"], reply["generation"], reply["failure_count"], counter)
         seen.sent, seen.arrived, seen.began = sent, now, now
+        seen.reason, seen.error = reply.get("reason"), reply.get("error")
         seen.retry_at = now + (reply.get("retry_after_ms") or 0) / 1000
         seen.ramp_until = now + (reply.get("ramp_left_ms") or 0) / 1000
         if self.lease > 0:
@@ -301,6 +304,7 @@ class View:
         with self._lock:
             seen, now = self.seen, self.now()
             kept = unseen(seen.state, seen.generation, seen.failure_count, seen.counter)
+            kept.reason, kept.error = seen.reason, seen.error
             kept.began, self._not_before = now, now if since is None else since
             kept.retry_at, kept.forced = now + seen.left(seen.retry_at, now), seen.forced
             kept.forced_until = now + seen.left(seen.forced_until, now)

@@ -32,8 +32,8 @@ class Sums(NamedTuple):
 
 
 def bucket_ms(policy: dict[str, Any]) -> int | None:
-    """The length of a bucket if a rate can trip the circuit, else None: no window is needed."""
-    if policy["error_rate_threshold"] > 0 or policy["slow_call_rate_threshold"] > 0:
+    """The length of a bucket if a window can trip the circuit, else None: none is needed."""
+    if policy["error_rate_threshold"] > 0 or policy["slow_call_rate_threshold"] > 0 or policy["failures_in_window"] > 0:
         return int(policy["window_ms"] // 10)
     return None
 

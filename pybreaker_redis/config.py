@@ -41,7 +41,16 @@ from .wire.url import parse
 ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
 MOST_VALUES = 1_000_000
 _ALIASES = {"timeout_seconds": "reset_timeout"}
-_BREAKER_OPTIONS = ("watch", "lease", "on_redis_failure", "redis_timeout", "prefix", "host", "idle_after")
+_BREAKER_OPTIONS = (
+    "watch",
+    "lease",
+    "on_redis_failure",
+    "redis_timeout",
+    "prefix",
+    "host",
+    "record_errors",
+    "idle_after",
+)
 
 
 def _policy_fields(given: Any) -> dict[str, Any]:
@@ -84,6 +93,7 @@ class _CircuitBreaker(_Section):
     prefix: str = "circuit_breaker"
     idle_after: float | None = 3600.0
     host: str | None = None
+    record_errors: bool = True
 
 
 def _url(value: str) -> str:

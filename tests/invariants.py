@@ -16,10 +16,10 @@ from typing import Any
 
 JOURNAL = ("--appendonly", "yes", "--appendfsync", "no", "--auto-aof-rewrite-percentage", "0")
 REASONS = {
-    ("closed", "open"): {"failure_threshold", "error_rate", "slow_rate"},
+    ("closed", "open"): {"failure_threshold", "failures_in_window", "error_rate", "slow_rate", "held"},
     ("open", "half_open"): {"timeout"},
     ("half_open", "closed"): {"probe_succeeded"},
-    ("half_open", "open"): {"probe_failed", "probe_slow"},
+    ("half_open", "open"): {"probe_failed", "probe_slow", "held"},
 }
 OPERATOR = {"forced": {"open", "closed"}, "reset": {"closed"}}  # from anywhere
 TRIMMED_FROM = 1000  # entries on which Redis may drop the oldest ones
@@ -32,13 +32,19 @@ def check_transition(entry: Fields) -> None:
     assert legal or entry["reason"] in REASONS.get((entry["from"], entry["to"]), ()), f"illegal: {entry}"
 
 
+def is_note(generation: int, entry: Fields) -> bool:
+    """Whether the entry is no transition: a forced state has got another end."""
+    return bool(entry["reason"] == "forced" and entry["from"] == entry["to"] and entry["generation"] == generation)
+
+
 def check_path(entries: list[Fields]) -> None:
     """Each transition is legal, begins where the one before it ended, and has a greater generation."""
     for entry in entries:
         check_transition(entry)
     for before, after in itertools.pairwise(entries):
         assert after["from"] == before["to"], f"torn: {after} after {before}"
-        assert after["generation"] > before["generation"], f"generations do not grow: {after} after {before}"
+        grows = after["generation"] > before["generation"] or is_note(before["generation"], after)
+        assert grows, f"generations do not grow: {after} after {before}"
 
 
 def check_history(document: Fields | None, entries: list[Fields], now_ms: int, slots: int = 1) -> None:
@@ -171,7 +177,8 @@ def check_step(before: Fields | None, after: Fields, entries: list[Fields], slot
         [entry] = entries
         check_transition(entry)
         assert entry["from"] == state, f"torn: {entry} after {before}"
-        assert before is None or entry["generation"] > generation, f"generations do not grow: {entry} after {before}"
+        grows = before is None or entry["generation"] > generation or is_note(generation, entry)
+        assert grows, f"generations do not grow: {entry} after {before}"
         assert (after["state"], after["generation"]) == (entry["to"], entry["generation"]), f"{after} is not {entry}"
         return
     assert after["state"] == state, f"a change that was not told: {after} after {before}"

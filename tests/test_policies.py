@@ -22,6 +22,7 @@ from conftest import stopped, wait_until
 from pybreaker_redis import (
     AsyncCircuitBreaker,
     CircuitBreaker,
+    CircuitBreakerError,
     CircuitOpenError,
     Event,
     Policy,
@@ -369,6 +370,125 @@ def test_a_policy_holds_in_an_outage(shell: Make, own_server: EmbeddedServer) ->
         assert breaker.snapshot().source == "local"
 
 
+# Failures in the window, and probes that fail
+
+
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_failures_in_the_window(make_any: Make, lease: float) -> None:
+    """The n-th failure within the window trips the circuit, whatever succeeded in between."""
+    breaker = make_any(policy=Policy(failures_in_window=3, reset_timeout=LONG), lease=lease, **PATIENT)
+    for _ in range(3):
+        assert breaker.state == "closed"
+        for _ in range(20):
+            breaker.call(fine)
+        fail(breaker)
+    assert rejects(breaker).state == "open"
+    entry = breaker.history()[0]
+    assert (entry.reason, entry.failures, entry.calls, entry.failure_count) == ("failures_in_window", 3, 63, 1)
+
+
+def test_failures_in_the_window_of_a_live_policy(make_any: Make) -> None:
+    """The rule can be set and cleared while the breaker runs."""
+    breaker = make_any(policy=Policy(reset_timeout=LONG), **STRICT)
+    breaker.set_policy(failures_in_window=1)
+    breaker.set_policy(failures_in_window=None)
+    fail(breaker, 2)
+    breaker.set_policy(failures_in_window=2)
+    for state in ("closed", "open"):
+        fail(breaker)
+        assert breaker.snapshot().state == state
+
+
+def test_one_sick_host_behind_a_balancer(make_any: Make) -> None:
+    """With probe_failure_threshold=2 one failed probe does not open the circuit again; two do."""
+    policy = Policy(probe_failure_threshold=2, half_open_max_calls=2, reset_timeout=LONG, success_threshold=2)
+    breaker = make_any(policy=policy, **STRICT)
+    for failures, state in ((1, "closed"), (2, "open")):
+        breaker.force_open(0.001)
+        wait_until(lambda: breaker.snapshot().retry_after == 0)
+        fail(breaker, failures)
+        for _ in range(2 if state == "closed" else 0):
+            breaker.call(fine)
+        assert breaker.snapshot().state == state
+    assert breaker.history()[0].reason == "probe_failed"
+
+
+# What changes nothing
+
+
+@pytest.mark.parametrize("state", ["open", "closed"])
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_forced_twice(make_any: Make, state: str, lease: float) -> None:
+    """Another end of the same forced state is an entry in the history, but no transition and no event."""
+    events: list[Event] = []
+    breaker = make_any(lease=lease, listeners=[events.append], **PATIENT)
+    for duration in (60, 600):
+        getattr(breaker, f"force_{state}")(duration)
+    assert changes(events, breaker.snapshot().source) == [("closed", state, "forced")]
+    entries = breaker.history()
+    assert [(entry.old, entry.new) for entry in entries] == [(state, state), ("closed", state)]
+    assert entries[0].generation == entries[1].generation
+    assert breaker.snapshot().forced_until - time.time() > 300
+
+
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_a_reset_of_nothing(make_any: Make, lease: float) -> None:
+    """A reset of a closed circuit without counts is no transition; of one with counts, it drops them."""
+    events: list[Event] = []
+    breaker = make_any(lease=lease, listeners=[events.append], **PATIENT)
+    breaker.reset()
+    breaker.call(fine)
+    breaker.reset()
+    assert (events, breaker.history()) == ([], [])
+    fail(breaker)
+    breaker.reset()
+    assert breaker.snapshot().failure_count == 0
+    assert [entry.reason for entry in breaker.history()] == ["reset"]
+
+
+# One call now
+
+
+@pytest.mark.parametrize("lease", [0, LONG])
+def test_probe_now(make_any: Make, lease: float) -> None:
+    """After a repair an operator lets one call through: its success closes the circuit, its failure changes nothing."""
+    breaker = make_any(policy=Policy(failure_threshold=1, reset_timeout=LONG), lease=lease, **PATIENT)
+    fail(breaker)
+    assert rejects(breaker).retry_after > 3000
+    breaker.probe()
+    assert breaker.state == "half_open"
+    fail(breaker)
+    assert rejects(breaker).retry_after > 3000
+    breaker.probe()
+    permit = breaker.acquire()
+    assert rejects(breaker).state == "half_open"
+    permit.success()
+    assert breaker.call(fine) == "fine"
+    assert breaker.history()[0].reason == "probe_succeeded"
+
+
+@pytest.mark.parametrize("lease", [0, 0.001])
+def test_probe_now_for_all(make: Make, lease: float) -> None:
+    """Every process learns that it may probe, not only the operator's."""
+    breaker, operator = (make(policy=Policy(failure_threshold=1, reset_timeout=LONG), lease=lease) for _ in range(2))
+    fail(breaker)
+    assert rejects(breaker).retry_after > 3000
+    operator.probe()
+    wait_until(lambda: succeeds(breaker))
+
+
+@pytest.mark.parametrize("forced", ["open", "closed"])
+def test_no_probe_while_forced(make_any: Make, forced: str) -> None:
+    """It is refused, with what to do; elsewhere it changes nothing."""
+    breaker = make_any(**STRICT)
+    breaker.probe()
+    assert (breaker.snapshot().state, breaker.history()) == ("closed", [])
+    getattr(breaker, f"force_{forced}")(600)
+    with pytest.raises(CircuitBreakerError, match=rf"forced {forced}.*clear_forced"):
+        breaker.probe()
+    assert breaker.snapshot().forced == forced
+
+
 # What a recovery leaves behind
 
 
@@ -657,13 +777,17 @@ class Call:
 
     started: float
     pending_since: float | None = None
+    probe: int | None = None
 
 
-@pytest.mark.parametrize(("window", "pending"), [(3600.0, True), (0.02, False)])
-def test_a_call_that_hung_for_a_window_counts_anew(window: float, pending: bool) -> None:
-    """What was reported as pending has left the window by then: its end is a slow call of now, not the end of one."""
+@pytest.mark.parametrize(("window", "probe", "pending"), [(3600.0, None, True), (0.02, None, False), (0.02, 1, True)])
+def test_a_call_that_hung_for_a_window_counts_anew(window: float, probe: int | None, pending: bool) -> None:
+    """What was reported as pending has left the window by then: its end is a slow call of now, not the end of one.
+
+    A probe counts once, however long it hung.
+    """
     policy = Policy(slow_call_duration=0.001, slow_call_rate_threshold=1.0, window=window)
-    slow_calls, call = SlowCalls(View(0.1, policy)), Call(started=time.monotonic() - 1)
+    slow_calls, call = SlowCalls(View(0.1, policy)), Call(time.monotonic() - 1, None, probe)
     slow_calls.began(call)
     assert slow_calls.overdue() == [call]
     assert call.pending_since is not None

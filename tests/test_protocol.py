@@ -268,7 +268,7 @@ def test_documents_that_the_scripts_write(client: redis.Redis, policy: dict[str,
         text = client.get(keys.state)
         found = read_document(text)
         stored = json.loads(text)
-        healthy = stored["state"] == "closed" and set(stored) <= CONTRACT | {"window"}
+        healthy = stored["state"] == "closed" and set(stored) <= CONTRACT | {"window", "changed_at_ms", "reason"}
         assert (found is not None) == healthy, text
         if found is None:
             continue

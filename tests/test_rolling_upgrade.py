@@ -104,6 +104,7 @@ def test_a_straggler_of_the_other_version_changes_nothing(client: redis.Redis, o
     """Generations are one sequence for both."""
     breaker = CircuitBreaker("discovery", redis=client, policy=Policy(failure_threshold=1), **PATIENT)
     generation, permit = old("acquire")["generation"], breaker.acquire()
+    old("record", generation=generation, failures=1)
     breaker.reset()
     assert old("record", generation=generation, failures=5)["applied"] is False
     permit.failure()
@@ -172,4 +173,4 @@ def test_random_sequences_of_both(client: redis.Redis, seed: int) -> None:
     assert {entry.instance for entry in history} == {"old", "new"}
     for newer, older in itertools.pairwise(history):
         assert newer.old == older.new
-        assert newer.generation > older.generation
+        assert newer.generation > older.generation or newer.old == newer.new

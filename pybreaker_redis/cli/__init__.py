@@ -281,6 +281,16 @@ def clear(name: Name, url: Url = None, prefix: Prefix = None, yes: Yes = False, 
     return _steer(_fleet(url, None, prefix), name, question, yes, use_json, lambda it: it.clear_forced())
 
 
+@_command(app, "probe")
+def probe(name: Name, url: Url = None, prefix: Prefix = None, yes: Yes = False, use_json: Json = False) -> int | None:
+    """Let the next call probe now, whatever is left of the open period.
+
+    Refused while a state is forced.
+    """
+    question = "Let the next call of the fleet probe now?"
+    return _steer(_fleet(url, None, prefix), name, question, yes, use_json, lambda it: it.probe())
+
+
 @_command(app, "reset")
 def reset(name: Name, url: Url = None, prefix: Prefix = None, yes: Yes = False, use_json: Json = False) -> int | None:
     """Close the circuit; forget all counts, forced states and the policy override."""

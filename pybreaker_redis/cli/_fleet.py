@@ -34,10 +34,9 @@ class Reading(NamedTuple):
 
     @property
     def last_change(self) -> float | None:
-        """Unix seconds of the last transition; a generation is the time at which it began, in milliseconds."""
-        if self.snapshot.generation:
-            return self.snapshot.generation / 1000
-        return float(self.snapshot.opened_at) if self.snapshot.opened_at else None
+        """Unix seconds of the last transition, or of the beginning of the document; None if it is not known."""
+        seen = self.snapshot
+        return seen.changed_at or seen.generation / 1000 or seen.opened_at
 
     @property
     def retry_after(self) -> float | None:

@@ -151,6 +151,10 @@ def details(reading: Reading) -> Iterable[tuple[str, str]]:
     seen = reading.snapshot
     yield "state", seen.state + ("" if reading.stored else " (nothing is stored under this name)")
     yield "since", "-" if reading.last_change is None else f"{stamp(reading.last_change)} ({_ago(reading.last_change)})"
+    if seen.reason:
+        yield "reason", clean(seen.reason)
+    if seen.error:
+        yield "error", clean(seen.error)
     yield "health", f"{seen.health} of 100"
     if note := _note(reading):
         yield "now", note
@@ -181,7 +185,8 @@ def transition(entry: HistoryEntry, name: str = "") -> rich.text.Text:
     counts = f"{entry.failure_count} in a row"
     if entry.calls is not None:
         counts += f", {entry.failures} of {entry.calls} failed, {entry.slow} slow"
-    return text.append(f"  {clean(entry.reason):<17}  {counts}  by {clean(entry.instance) or '?'}")
+    text.append(f"  {clean(entry.reason):<18}  {counts}  by {clean(entry.instance) or '?'}")
+    return text.append(f"  {clean(entry.error)}") if entry.error else text
 
 
 def policy_lines(snapshot: Snapshot) -> Iterable[tuple[str, str]]:

@@ -14,7 +14,8 @@ class LoggingListener:
     logger: by default the one called `pybreaker_redis.events`.
 
     - `circuit_breaker.state_change`: a warning when the circuit opens, else info; logged by the one process that caused
-      the transition. Fields: breaker, old_state, new_state, reason, generation, source, instance, counts.
+      the transition. Fields: breaker, old_state, new_state, reason, error, generation, source, instance,
+      counts.
     - `circuit_breaker.redis_error`: a warning, once for each outage. Fields: breaker, instance, error_type.
     - `circuit_breaker.redis_restored`: info. Fields: breaker, instance.
     """
@@ -28,7 +29,12 @@ class LoggingListener:
         if event.kind == "state_change" and event.source != "watch":
             level = logging.WARNING if event.new == "open" else logging.INFO
             fields |= {"old_state": event.old, "new_state": event.new, "reason": event.reason}
-            fields |= {"generation": event.generation, "source": event.source, "counts": event.counts}
+            fields |= {
+                "error": event.error,
+                "generation": event.generation,
+                "source": event.source,
+                "counts": event.counts,
+            }
         elif event.kind == "redis_error":
             level = logging.WARNING
             fields["error_type"] = type(event.exception).__name__

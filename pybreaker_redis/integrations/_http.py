@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -168,15 +167,15 @@ class Rules:
             and not self._ignores(error)
             and self._fails(error)
         )
-        return fail(permit, error, None) if counts else permit.release()
+        return permit.failure(error) if counts else permit.release()
 
     def answered(self, permit: Any, status: int, response: Any) -> Any:
         """Settle the permit of a call whose response is no success; else return None, and leave it to its block."""
         seconds = self._retry_after(response)
         if seconds is not None and seconds > 0:
-            return fail(permit, FailedResponseError(f"HTTP {status}"), seconds)
+            return permit.failure(FailedResponseError(f"HTTP {status}"), retry_after=seconds)
         if status in self._failure_statuses:
-            return fail(permit, FailedResponseError(f"HTTP {status}"), None)
+            return permit.failure(FailedResponseError(f"HTTP {status}"))
         return None
 
 
@@ -185,10 +184,3 @@ def _matcher(given: Errors) -> Callable[[BaseException], object]:
         return given
     types = given if isinstance(given, type) else tuple(given)
     return lambda error: isinstance(error, types)
-
-
-def fail(permit: Any, error: BaseException, retry_after: float | None) -> Any:
-    """permit.failure(), with retry_after if this version's permits take it."""
-    if retry_after is not None and "retry_after" in inspect.signature(permit.failure).parameters:
-        return permit.failure(error, retry_after=retry_after)
-    return permit.failure(error)

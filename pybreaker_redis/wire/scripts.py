@@ -23,7 +23,7 @@ GROUPS = (
     ("record_closed", "trip_reason", "count_outcomes"),
     ("read_window", "window_at"),
     ("transition", "next_generation"),
-    ("take_over", "keeps_contract", "take_over_fields"),
+    ("take_over", "keeps_contract", "take_over_fields", "take_over_change"),
 )
 _FUNCTION = re.compile(r"^(?=function breaker\.(\w+)\()", re.MULTILINE)
 

@@ -42,7 +42,8 @@ def test_history() -> None:
 def test_history_is_bounded() -> None:
     """It keeps the newest entries, as the stream does."""
     machine = memory_machine()
-    generations = [machine.run("control", action="reset")["generation"] for _ in range(HISTORY_ENTRIES + 5)]
+    actions = ("force_open", "reset") * HISTORY_ENTRIES
+    generations = [machine.run("control", action=action)["generation"] for action in actions[: HISTORY_ENTRIES + 5]]
     kept = [entry["generation"] for entry in engine_of(machine).history(10**6)]
     assert kept == generations[: -HISTORY_ENTRIES - 1 : -1]
     assert len(kept) == 1000

@@ -19,6 +19,7 @@ NEVER = 10**9  # a failure_threshold that no test reaches
 PLAIN = {"failure_threshold": 3, "reset_timeout_ms": 1000, "probe_timeout_ms": 400}
 RATE = {"failure_threshold": NEVER, "error_rate_threshold": 0.5, "minimum_calls": 4, "window_ms": 1000}
 SLOW = {**RATE, "error_rate_threshold": 0, "slow_call_duration_ms": 100, "slow_call_rate_threshold": 0.5}
+COUNT = {"failure_threshold": NEVER, "failures_in_window": 3, "window_ms": 1000}
 BACKOFF = {"failure_threshold": 1, "reset_timeout_ms": 1000, "probe_timeout_ms": 400, "backoff_multiplier": 2}
 FEW = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -57,6 +58,91 @@ def recover(machine: Machine, policy: dict[str, Any]) -> dict[str, Any]:
     reply = machine.run("record", policy, generation=reply["generation"], probe=reply["probe"], successes=1)
     assert reply["state"] == "closed"
     return reply
+
+
+# Failures in the window
+
+
+def test_failures_in_the_window(machine: Machine) -> None:
+    """It trips at the n-th failure within the window, whatever succeeded in between, of however few calls."""
+    begin(machine, COUNT)
+    for _ in range(2):
+        assert report(machine, COUNT, failures=1)["state"] == "closed"
+        assert report(machine, COUNT, successes=50)["failure_count"] == 0
+        machine.advance(300)
+    reply = report(machine, COUNT, failures=1)
+    assert (reply["state"], reply["transition"]["reason"]) == ("open", "failures_in_window")
+    assert (reply["transition"]["failures"], reply["transition"]["calls"]) == (3, 103)
+
+
+def test_failures_that_have_left_the_window(machine: Machine) -> None:
+    """Failures that are older than the window do not count: one in each half of it never trips."""
+    begin(machine, COUNT)
+    for _ in range(12):
+        assert report(machine, COUNT, failures=1)["state"] == "closed"
+        machine.advance(500)
+
+
+def test_failures_in_the_window_of_a_quorum(machine: Machine) -> None:
+    """The failures must come from as many hosts as the quorum says."""
+    policy = {**COUNT, "quorum": 2}
+    begin(machine, policy)
+    assert report(machine, policy, failures=5, instance="a:1")["state"] == "closed"
+    assert report(machine, policy, failures=1, instance="a:2")["state"] == "closed"
+    assert report(machine, policy, failures=1, instance="b:1")["transition"]["reason"] == "failures_in_window"
+
+
+def test_a_window_for_failures_alone(machine: Machine) -> None:
+    """The rule keeps a window by itself, which it empties at the trip; 0 turns it off."""
+    begin(machine, COUNT)
+    report(machine, COUNT, failures=1, successes=4)
+    assert sums(machine, COUNT) == (5, 1, 0)
+    assert report(machine, COUNT, failures=2)["state"] == "open"
+    assert sums(machine, COUNT) == (0, 0, 0)
+    machine.run("control", action="reset")
+    assert report(machine, {**COUNT, "failures_in_window": 0}, failures=9)["state"] == "closed"
+    assert sums(machine, COUNT) == (0, 0, 0)
+
+
+# Probes
+
+
+def half_open(machine: Machine, policy: dict[str, Any]) -> dict[str, Any]:
+    """The reply to the first probe after a trip."""
+    open_ms(machine, policy)
+    machine.advance(1000)
+    return machine.run("acquire", policy)
+
+
+def test_as_many_failed_probes_as_the_policy_says(machine: Machine) -> None:
+    """probe_failure_threshold failed probes open the circuit again; fewer do not, whatever succeeded in between."""
+    policy = {**PLAIN, "failure_threshold": 1, "probe_failure_threshold": 3, "success_threshold": 9}
+    reply = half_open(machine, policy)
+    for _ in range(2):
+        seen = machine.run("record", policy, generation=reply["generation"], probe=reply["probe"], failures=1)
+        assert (seen["state"], seen["applied"]) == ("half_open", True)
+        reply = machine.run("acquire", policy)
+        machine.run("record", policy, generation=reply["generation"], probe=reply["probe"], successes=1)
+        reply = machine.run("acquire", policy)
+    seen = machine.run("record", policy, generation=reply["generation"], probe=reply["probe"], failures=1)
+    assert (seen["state"], seen["transition"]["reason"]) == ("open", "probe_failed")
+    machine.advance(1000)
+    reply = machine.run("acquire", policy)
+    seen = machine.run("record", policy, generation=reply["generation"], probe=reply["probe"], failures=1)
+    assert seen["state"] == "half_open"  # each half-open state counts anew
+
+
+def test_a_slow_probe_fails_once(machine: Machine) -> None:
+    """A probe that was reported as slow while it ran has failed; it keeps its slot to its end, which adds nothing."""
+    policy = {**SLOW, "failure_threshold": 1, "reset_timeout_ms": 1000, "probe_failure_threshold": 2}
+    reply = half_open(machine, policy)
+    slot = {"generation": reply["generation"], "probe": reply["probe"]}
+    assert machine.run("record", policy, **slot, slow=1, pending=1)["state"] == "half_open"
+    assert machine.run("acquire", policy)["admitted"] is False
+    assert machine.run("record", policy, **slot, successes=1, counted=1)["state"] == "half_open"
+    reply = machine.run("acquire", policy)
+    seen = machine.run("record", policy, generation=reply["generation"], probe=reply["probe"], slow=1, successes=1)
+    assert (seen["state"], seen["transition"]["reason"]) == ("open", "probe_slow")
 
 
 # Error rate
@@ -212,6 +298,7 @@ def test_a_window_that_is_no_multiple_of_ten(machine: Machine) -> None:
 def test_window_is_the_last_ten_buckets(machine: Machine, steps: list[tuple[int, int]]) -> None:
     """At any time the window holds what arrived in this bucket and the nine before."""
     machine.run("control", action="reset")
+    begin(machine, RATE)
     arrived = []
     for gap, failures in steps:
         machine.advance(gap)
@@ -1089,7 +1176,7 @@ def test_shadow_probes_and_recovers(machine: Machine) -> None:
     first, second = machine.run("acquire", policy), machine.run("acquire", policy)
     assert (first["probe"], first.get("shadow")) == (1, None)
     assert (second["admitted"], second["shadow"], second.get("probe")) == (True, True, None)
-    assert (second["state"], second["retry_after_ms"]) == ("half_open", 400)
+    assert (second["state"], second["retry_after_ms"]) == ("half_open", 100)
     reply = machine.run("record", policy, generation=first["generation"], probe=1, successes=1)
     assert (reply["state"], reply["transition"]["reason"]) == ("closed", "probe_succeeded")
     assert machine.run("acquire", policy).get("shadow") is None
@@ -1234,10 +1321,10 @@ def test_size_with_a_full_window(client: redis.Redis) -> None:
 
 
 def test_the_document_of_a_long_healthy_breaker(client: redis.Redis) -> None:
-    """When the row of trips and the ramp are over, nothing of a recovery is stored, however it had been opened."""
+    """When back-off and ramp are over, only the last change is stored, however the circuit had been opened."""
     machine = lua_machine(client)
     begin(machine, PLAIN)
-    fields = set(json.loads(client.get(keys_of("m").state)))
+    fields = set(json.loads(client.get(keys_of("m").state))) | {"changed_at_ms", "reason"}
     for opened_by in ("failures", "force_open"):
         if opened_by == "failures":
             report(machine, PLAIN, failures=3)

@@ -83,14 +83,31 @@ def test_open_until_the_deadline(machine: Machine) -> None:
 
 @pytest.mark.parametrize("slots", [1, 3])
 def test_slots(machine: Machine, slots: int) -> None:
-    """Half open hands out half_open_max_calls slots, and tells the rest when the nearest one ends."""
+    """Half open hands out half_open_max_calls slots; the rest may ask again after as long as the probes have been out.
+
+    At least 100 ms, and no later than when the nearest slot ends.
+    """
     policy = {**POLICY, "half_open_max_calls": slots}
     probe(machine, policy)
-    machine.advance(100)
     for _ in range(slots - 1):
         assert machine.run("acquire", policy)["admitted"]
+    for passed, wait in ((0, 100), (100, 100), (30, 130), (70, 200), (50, 150), (149, 1)):
+        machine.advance(passed)
+        reply = machine.run("acquire", policy)
+        assert (reply["admitted"], reply["retry_after_ms"]) == (False, wait)
+    machine.advance(1)
+    assert machine.run("acquire", policy)["admitted"]
+
+
+def test_the_oldest_probe_says_when_to_ask_again(machine: Machine) -> None:
+    """Of several probes, the one that has been out longest counts, whatever time-out its client gave it."""
+    policy = {**POLICY, "half_open_max_calls": 2, "probe_timeout_ms": 1000}
+    probe(machine, policy)
+    machine.advance(300)
+    assert machine.run("acquire", {**policy, "probe_timeout_ms": 5000})["admitted"]
+    machine.advance(100)
     reply = machine.run("acquire", policy)
-    assert (reply["admitted"], reply["retry_after_ms"]) == (False, 300)
+    assert (reply["admitted"], reply["retry_after_ms"]) == (False, 600)
 
 
 def test_dead_probe_frees_its_slot(machine: Machine) -> None:
@@ -216,7 +233,7 @@ def test_a_report_of_nothing_known(machine: Machine) -> None:
 def test_generations_grow(machine: Machine) -> None:
     """Every transition has a generation greater than the one before, within one millisecond too."""
     seen = [machine.run("acquire", POLICY)["generation"]]
-    for action in ("reset", "force_open", "reset", "force_closed", "reset"):
+    for action in ("force_open", "reset", "force_closed", "reset", "force_open"):
         seen.append(machine.run("control", action=action)["generation"])
     assert seen == sorted(set(seen))
 
@@ -255,6 +272,60 @@ def test_clear_override(machine: Machine) -> None:
     machine.run("control", action="force_closed")
     assert machine.run("control", action="clear_forced")["state"] == "closed"
     assert machine.run("snapshot").get("forced") is None
+
+
+@pytest.mark.parametrize("action", ["force_open", "force_closed"])
+def test_forced_again(machine: Machine, action: str) -> None:
+    """The same forced state with another end keeps its generation, and is no transition; with the same end, nothing."""
+    first = machine.run("control", action=action, duration_ms=5000)
+    assert machine.run("control", action=action, duration_ms=5000)["changed"] is False
+    machine.advance(1000)
+    again = machine.run("control", action=action, duration_ms=9000)
+    assert (again["changed"], again["generation"], again.get("transition")) == (True, first["generation"], None)
+    machine.advance(8999)
+    assert machine.run("acquire", POLICY)["forced"] == action.removeprefix("force_")
+    machine.advance(1)
+    assert machine.run("acquire", POLICY).get("forced") is None
+
+
+def test_a_reset_of_nothing(machine: Machine) -> None:
+    """A closed circuit without counts stays as it is, and so does a breaker that nobody used."""
+    assert machine.run("control", action="reset")["changed"] is False
+    assert machine.run("snapshot")["exists"] is False
+    generation = machine.run("acquire", POLICY)["generation"]
+    reply = machine.run("control", action="reset")
+    assert (reply["changed"], reply["generation"], reply.get("transition")) == (False, generation, None)
+    machine.run("control", action="set_policy", override={"quorum": 2})
+    assert machine.run("control", action="reset")["changed"] is True  # a policy override is something
+    assert machine.run("control", action="reset")["changed"] is False
+    machine.run("record", POLICY, generation=generation, failures=1)
+    assert machine.run("control", action="reset")["transition"]["reason"] == "reset"
+
+
+def test_probe_now(machine: Machine) -> None:
+    """The next caller of an open circuit may probe, one at a time as ever; the back-off is what it was."""
+    trip(machine)
+    generation = machine.run("snapshot")["generation"]
+    reply = machine.run("control", POLICY, action="probe")
+    assert (reply["changed"], reply["state"], reply["retry_after_ms"]) == (True, "open", 0)
+    assert (reply["generation"], reply.get("transition")) == (generation, None)
+    assert machine.run("control", POLICY, action="probe")["changed"] is False
+    first, second = machine.run("acquire", POLICY), machine.run("acquire", POLICY)
+    assert (first["state"], first["probe"], second["admitted"]) == ("half_open", 1, False)
+    assert machine.run("control", POLICY, action="probe")["changed"] is False
+    reply = machine.run("record", POLICY, generation=first["generation"], probe=1, failures=1)
+    assert (reply["state"], machine.run("snapshot", POLICY)["trips"]) == ("open", 2)
+
+
+@pytest.mark.parametrize("action", ["force_open", "force_closed", "reset"])
+def test_no_probe_now(machine: Machine, action: str) -> None:
+    """A forced state and a closed circuit stay as they are, and so does a breaker that nobody used."""
+    assert machine.run("control", action="probe")["changed"] is False
+    assert machine.run("snapshot")["exists"] is False
+    machine.run("control", action=action)
+    before = machine.run("snapshot")
+    assert machine.run("control", action="probe")["changed"] is False
+    assert machine.run("snapshot") == before
 
 
 def test_reset(machine: Machine) -> None:
@@ -299,6 +370,8 @@ POLICIES = st.fixed_dictionaries(
         "half_open_max_calls": st.integers(1, 3),
         "probe_timeout_ms": st.integers(1, 2000),
         "error_rate_threshold": st.sampled_from([0, 0.1, 1 / 3, 0.5, 0.995, 1]),
+        "failures_in_window": st.sampled_from([0, 1, 3, 6]),
+        "probe_failure_threshold": st.integers(1, 3),
         "minimum_calls": st.integers(1, 12),
         "window_ms": st.integers(10, 3000),
         "slow_call_duration_ms": st.integers(0, 100),
@@ -308,6 +381,7 @@ POLICIES = st.fixed_dictionaries(
         "jitter": st.sampled_from([0, 0.1, 1]),
         "quorum": st.integers(1, 3),
         "ramp_up_ms": st.integers(0, 2000),
+        "max_hold_ms": st.sampled_from([0, 300, 1000, 10**6]),
         "enforce": st.booleans(),
     },
 )
@@ -322,10 +396,19 @@ _SETTLE = st.tuples(
     st.sampled_from(["success", "failure", "release", "slow success", "slow failure", "pending", "counted"]),
     st.sampled_from([0, 0, 0, 1, 2, 5]),
 )
+_HOLD = st.tuples(
+    st.just("hold"),
+    INSTANCES,
+    st.integers(0, 3000),
+    st.sampled_from([0, 0, 1, 2, 5]),
+    st.fixed_dictionaries(
+        {}, optional={"failures": COUNTS, "successes": COUNTS, "error": st.sampled_from(["Late", "Busy: 429"])}
+    ),
+)
 _RARE = st.one_of(
     st.tuples(
         st.just("control"),
-        st.sampled_from(["force_open", "force_closed", "clear_forced", "reset"]),
+        st.sampled_from(["force_open", "force_closed", "clear_forced", "probe", "reset"]),
         st.integers(1, 2000),
     ),
     st.tuples(st.just("set_policy"), POLICIES),  # one with an end goes by the clock of Redis itself
@@ -337,6 +420,7 @@ STEPS = st.lists(
         _ACQUIRE,
         _SETTLE,
         _SETTLE,
+        _HOLD,
         st.tuples(st.just("batch"), INSTANCES, COUNTS, COUNTS, COUNTS, COUNTS, GATHERED),
         st.tuples(st.just("advance"), st.integers(0, 1500)),
         st.tuples(st.just("due")),  # advance to the deadline that was told last, and acquire
@@ -347,7 +431,7 @@ STEPS = st.lists(
 )
 OUTCOMES = {
     "success": {"successes": 1},
-    "failure": {"failures": 1},
+    "failure": {"failures": 1, "error": "Boom: bang"},
     "release": {},
     "slow success": {"successes": 1, "slow": 1},
     "slow failure": {"failures": 1, "slow": 1},
@@ -384,6 +468,11 @@ def play(machine: Machine, steps: list[Any], policy: dict[str, Any], other: dict
             slot = {"probe": permit["probe"]} if permit.get("probe") is not None else {}
             request = {"instance": f"{rest[0]}:{rest[2]}", "generation": permit["generation"], **slot}
             request |= OUTCOMES[rest[1]]
+            tell(step, machine.run("record", policy, **request))
+        elif kind == "hold" and permits:
+            permit = permits[-1 - rest[2] % len(permits)]
+            slot = {"probe": permit["probe"]} if permit.get("probe") is not None else {}
+            request = {"instance": rest[0], "generation": permit["generation"], "hold_ms": rest[1], **slot, **rest[3]}
             tell(step, machine.run("record", policy, **request))
         elif kind == "batch" and permits:
             successes, failures, slow, counted, gathered = rest[1:]

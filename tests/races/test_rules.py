@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
 import random
 import threading
 import time
@@ -261,3 +262,18 @@ def test_messages_amid_replies(client: redis.Redis) -> None:
         stored = others[0].snapshot()
         wait_until(lambda: breaker._view.seen.generation == stored.generation)
         assert breaker._view.seen.state == stored.state
+
+
+def test_many_instances_that_are_told_to_come_back_later(client: redis.Redis) -> None:
+    """They report their holds at once: one transition, notified to one caller, and the longest of them lasts."""
+    events: list[Event] = []
+    breakers = [CircuitBreaker("discovery", redis=client, listeners=[events.append]) for _ in range(THREADS)]
+    permits = [breaker.acquire() for breaker in breakers]
+    in_threads(lambda n: permits[n].failure(retry_after=100 + n))
+    assert [(one.old, one.new, one.reason) for one in events] == [("closed", "open", "held")]
+    assert [entry.reason for entry in breakers[0].history()] == ["held"]
+    left = breakers[0].snapshot().retry_after
+    assert left is not None
+    assert 100 + THREADS - 60 < left <= 100 + THREADS - 1
+    document = json.loads(client.get(breakers[0].keys.state))
+    assert document["open_ms"] >= 1000 * (100 + THREADS - 1)

@@ -17,7 +17,7 @@ from script_calls import CONTRACT, KEYS, POLICY, ask, document, reply_or_error
 
 from pybreaker_redis.wire.scripts import SCRIPTS
 
-WORDS = st.sampled_from(["closed", "open", "half_open", "json", "msgpack", "force_open", "reset", "", "x" * 300])
+WORDS = st.sampled_from(["closed", "open", "half_open", "json", "msgpack", "force_open", "reset", "probe", "x" * 300])
 NUMBERS = st.one_of(
     st.sampled_from([0, 1, 1.5, -1, START_MS, START_MS // 1000, 10**9, 10**13, 2**53, 2**63, 1e300, -0.0]),
     st.integers(-(2**63), 2**64 - 1),
@@ -40,6 +40,11 @@ OWN = (
     "probe_seq",
     "probe_ms",
     "probes",
+    "probe_failures",
+    "held_generation",
+    "changed_at_ms",
+    "reason",
+    "error",
     "forced",
     "forced_until_ms",
 )
@@ -50,6 +55,8 @@ SENSIBLE: dict[str, st.SearchStrategy[Any]] = {
     **dict.fromkeys(OWN, NEAR),
     "probes": st.dictionaries(st.sampled_from(["1", "2", "x"]), NEAR),
     "forced": st.sampled_from(["closed", "open"]),
+    "reason": st.sampled_from(["held", "timeout", "", "x" * 31, "Timeout"]),
+    "error": st.sampled_from(["Boom: bang", "", "x" * 201, "caf\u00e9", "\n"]),
 }
 # most of these are read to their last field; any of those are mostly refused at the first
 OURS = st.fixed_dictionaries(
@@ -58,10 +65,14 @@ OURS = st.fixed_dictionaries(
 )
 ODD = st.builds(lambda ours, odd: {**ours, **odd}, OURS, st.dictionaries(st.sampled_from([*OWN, *CONTRACT]), LIKELY))
 REQUEST_FIELDS = (
-    *("generation", "successes", "failures", "probe", "seen_failure", "age_ms"),
+    *("generation", "successes", "failures", "probe", "seen_failure", "age_ms", "hold_ms", "error"),
     *("action", "duration_ms", "instance", "encoding"),
 )
-POLICIES = st.dictionaries(st.sampled_from([*POLICY, "ttl_ms", "half_open_max_calls", "x"]), LIKELY, max_size=3)
+POLICIES = st.dictionaries(
+    st.sampled_from([*POLICY, "ttl_ms", "half_open_max_calls", "failures_in_window", "probe_failure_threshold", "x"]),
+    LIKELY,
+    max_size=3,
+)
 REQUESTS = st.fixed_dictionaries({}, optional=dict.fromkeys(REQUEST_FIELDS, LIKELY) | {"policy": POLICIES})
 KEYED = st.dictionaries(st.one_of(st.integers(-9, 9), st.floats(), st.booleans(), st.text(max_size=3)), SCALARS)
 
@@ -123,7 +134,10 @@ def test_any_stored_value(client: redis.Redis, value: bytes) -> None:
         ("record", {"generation": START_MS, "failures": 1}),
         ("record", {"generation": START_MS, "successes": 1, "seen_failure": 1, "age_ms": 30_000}),
         ("record", {"generation": START_MS, "failures": 1, "probe": 1}),
+        ("record", {"generation": START_MS, "hold_ms": 60_000}),
+        ("record", {"generation": START_MS, "hold_ms": 60_000, "probe": 1}),
         ("control", {"action": "clear_forced"}),
+        ("control", {"action": "probe"}),
     ):
         client.set(KEYS.state, value)
         check_reply(ask(client, script, policy=POLICY, **request))

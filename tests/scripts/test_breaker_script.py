@@ -201,6 +201,7 @@ def test_expiry(client: redis.Redis, ttl_ms: int) -> None:
     for action in ("force_open", "force_closed"):
         check(machine.run("control", policy, action=action, duration_ms=86_400_000), 86_400_000)
     check(machine.run("control", policy, action="clear_forced"))
+    check(machine.run("control", policy, action="force_open"), 30 * DAY_MS)
     check(machine.run("control", policy, action="reset"))
 
 
@@ -208,6 +209,7 @@ def test_the_shortest_expiry(client: redis.Redis) -> None:
     """No document outlives the default of an hour, a history a day, a recovery without a trip the margin."""
     machine = lua_machine(client, "discovery")
     for _ in range(20):
+        machine.run("control", action="force_open")
         machine.run("control", action="reset")
         assert max(client.pttl(KEYS.state) - 3_600_000, client.pttl(KEYS.history) - DAY_MS) <= 0
     policy = {"reset_timeout_ms": 7_200_000, "ttl_ms": 1000}
@@ -247,7 +249,9 @@ def test_history_is_bounded(client: redis.Redis) -> None:
     with client.pipeline(transaction=False) as pipeline:
         sha1 = client.script_load(compose("control"))
         for number in range(3000):
-            pipeline.evalsha(sha1, 3, *KEYS, json.dumps({"action": "reset", "instance": str(number)}))
+            pipeline.evalsha(
+                sha1, 3, *KEYS, json.dumps({"action": ("force_open", "reset")[number % 2], "instance": str(number)})
+            )
         pipeline.execute()
     assert 1000 <= client.xlen(KEYS.history) <= 1200
     assert client.xrevrange(KEYS.history, count=1)[0][1][b"instance"] == b"2999"
@@ -313,7 +317,8 @@ def test_only_the_given_keys(client: redis.Redis) -> None:
     keys = ["s", "h", "p"]
     with commands(client) as seen:
         for script in ("acquire", "record", "control", "acquire", "snapshot"):
-            call(client, script, bodies(NEEDED.get(script, {}))[0], keys=keys)
+            needed = {"action": "force_open"} if script == "control" else NEEDED.get(script, {})
+            call(client, script, bodies(needed)[0], keys=keys)
     assert {words[0] for words in seen} >= {"MGET", "SET", "XADD", "PEXPIRE"}
     assert {words[1] for words in seen if words[0] not in ("TIME", "MGET")} <= {"s", "h", "p"}
     assert {tuple(words[1:]) for words in seen if words[0] == "MGET"} == {("s", "p")}
@@ -325,7 +330,7 @@ def test_one_cluster_slot(client: redis.Redis, name: str) -> None:
     """The keys of one breaker hash to one slot, whatever its name."""
     keys = keys_of(name)
     assert len({key_slot(key.encode()) for key in keys}) == 1
-    call(client, "control", '{"action":"reset"}', keys=keys)
+    call(client, "control", '{"action":"force_open"}', keys=keys)
     assert client.exists(*keys) == 2
 
 

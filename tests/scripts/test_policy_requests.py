@@ -21,6 +21,8 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "failure_threshold": (1, 10**9, False),
     "reset_timeout_ms": (1, 30 * DAY_MS, False),
     "success_threshold": (1, 10**9, False),
+    "probe_failure_threshold": (1, 10**9, False),
+    "failures_in_window": (0, 10**9, False),
     "half_open_max_calls": (1, 1000, False),
     "probe_timeout_ms": (1, DAY_MS, False),
     "error_rate_threshold": (0, 1, True),
@@ -32,6 +34,7 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "max_reset_timeout_ms": (0, 30 * DAY_MS, False),
     "jitter": (0, 1, True),
     "quorum": (1, 100, False),
+    "max_hold_ms": (0, 30 * DAY_MS, False),
     "ttl_ms": (1000, YEAR_MS, False),
     "ramp_up_ms": (0, YEAR_MS, False),
 }

@@ -15,7 +15,7 @@ COMMON = {"exists": True, "failure_number": 0, "success_count": 0, "calls": 0, "
 TOLD = {
     "closed": {"generation": START_MS, "failure_count": 0, "trips": 0, "health": 100, "probes_in_flight": 0},
     "open": {"failure_count": 3, "trips": 1, "health": 0, "probes_in_flight": 0, "retry_after_ms": 1000},
-    "half_open": {"failure_count": 3, "trips": 1, "health": 40, "probes_in_flight": 1, "retry_after_ms": 400},
+    "half_open": {"failure_count": 3, "trips": 1, "health": 40, "probes_in_flight": 1, "retry_after_ms": 100},
 }
 
 
@@ -35,7 +35,9 @@ def test_every_state(client: redis.Redis, state: str) -> None:
     reply = machine.run("snapshot", POLICY)
     in_force = reply.pop("policy")
     assert in_force == {**_DEFAULTS, **POLICY}
-    told = {"state": state, "now_ms": machine.now_ms, "generation": reply["generation"], **COMMON, **times}
+    reason = {"open": "failure_threshold", "half_open": "timeout"}
+    changed = {} if state == "closed" else {"reason": reason[state], "changed_at_ms": machine.now_ms}
+    told = {"state": state, **changed, "now_ms": machine.now_ms, "generation": reply["generation"], **COMMON, **times}
     assert reply == {**told, **TOLD[state]}
 
 

@@ -27,6 +27,29 @@ from script_calls import (
 
 EVERY_STATE = pytest.mark.parametrize("state", ["closed", "open", "half_open"])
 
+
+@EVERY_STATE
+def test_the_last_change(client: redis.Redis, state: str) -> None:
+    """A document that is not closed has the error that opened it; what makes no sense is passed over."""
+    machine = lua_machine(client, "discovery")
+    generation = machine.run("acquire", POLICY)["generation"]
+    put(
+        client, **_contract(state), version=1, generation=generation, changed_at_ms=7, reason="held", error="Boom: bang"
+    )
+    seen = machine.run("snapshot", POLICY)
+    assert (seen["changed_at_ms"], seen["reason"]) == (7, "held")
+    assert seen.get("error") == (None if state == "closed" else "Boom: bang")
+    for field, value in (("changed_at_ms", 1.5), ("changed_at_ms", "7"), ("reason", "x" * 31), ("reason", 'a"b')):
+        own = {"changed_at_ms": 7, "reason": "held", field: value}
+        put(client, **_contract(state), version=1, generation=generation, **own)
+        seen = machine.run("snapshot", POLICY)
+        assert (seen.get("changed_at_ms"), seen.get("reason"), seen["state"]) == (None, None, state)
+    for error in ("", "x" * 201, "caf\u00e9", "a\nb", 7):
+        own = {"changed_at_ms": 7, "reason": "held", "error": error}
+        put(client, **_contract(state), version=1, generation=generation, **own)
+        assert machine.run("snapshot", POLICY).get("error") is None
+
+
 # The contract fields ----------------------------------------------------------------------------
 
 
@@ -42,8 +65,8 @@ def test_contract_fields(client: redis.Redis, state: str) -> None:
     )
     own = {
         "closed": set(),
-        "open": {"trips", "open_until_ms", "open_ms"},
-        "half_open": {"trips", "probes", "probe_seq", "probe_ms"},
+        "open": {"trips", "open_until_ms", "open_ms", "changed_at_ms", "reason"},
+        "half_open": {"trips", "probes", "probe_seq", "probe_ms", "changed_at_ms", "reason"},
     }
     assert json.loads(text).keys() == {*CONTRACT, "version", "generation", "failure_number", *own[state]}
 
@@ -730,8 +753,10 @@ def test_probe_slots_of_any_name(client: redis.Redis, slot: str) -> None:
     machine = lua_machine(client, "discovery")
     probes = {slot: START_MS + 399}
     put(client, **_contract("half_open"), version=1, generation=START_MS, probe_seq=7, probe_ms=400, probes=probes)
-    assert machine.run("acquire", POLICY)["retry_after_ms"] == 399
-    machine.advance(399)
+    assert machine.run("acquire", POLICY)["retry_after_ms"] == 100
+    machine.advance(398)
+    assert machine.run("acquire", POLICY)["retry_after_ms"] == 1
+    machine.advance(1)
     assert machine.run("acquire", POLICY)["probe"] == 8
 
 
@@ -754,8 +779,8 @@ def test_what_is_stored(client: redis.Redis, state: str) -> None:
     assert stored[0] == stored[1]
     own = {
         "closed": {"window", "reporters", "run_since_ms"},
-        "open": {"trips", "open_until_ms", "open_ms"},
-        "half_open": {"trips", "probes", "probe_seq", "probe_ms"},
+        "open": {"trips", "open_until_ms", "open_ms", "changed_at_ms", "reason"},
+        "half_open": {"trips", "probes", "probe_seq", "probe_ms", "changed_at_ms", "reason"},
     }
     assert stored[0].keys() == {*CONTRACT, "version", "generation", "failure_number", *own[state]}
 

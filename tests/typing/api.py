@@ -41,6 +41,7 @@ def on_event(event: Event) -> None:
     assert_type(event.exception, BaseException | None)
     assert_type(event.slow, bool | None)
     assert_type(event.enforced, bool | None)
+    assert_type(event.error, str | None)
     if event.kind == "state_change":
         print(event.new)
 
@@ -55,11 +56,12 @@ by_url = CircuitBreaker("discovery", redis="redis://localhost")
 breaker = CircuitBreaker(
     "discovery",
     redis=Redis(),
-    policy=Policy(failure_threshold=20, reset_timeout=3.0, success_threshold=2),
+    policy=Policy(failure_threshold=20, success_threshold=2, failures_in_window=9, probe_failure_threshold=2),
     lease=0.5,
     failures=(OSError, ValueError),
     ignore=KeyError,
     is_failure=lambda result: result is None,
+    retry_after=lambda ended: 7.5 if isinstance(ended, OSError) else None,
     listeners=[on_event, Collector(), lambda event: event.kind],
     on_redis_failure="open",
     prefix="circuit_breaker",
@@ -147,6 +149,9 @@ def looking(count: int) -> None:
     assert_type(snapshot.last_failure_time, int | None)
     assert_type(snapshot.opened_at, int | None)
     assert_type(snapshot.retry_after, float | None)
+    assert_type(snapshot.reason, str | None)
+    assert_type(snapshot.changed_at, float | None)
+    assert_type(snapshot.error, str | None)
     snapshot.state = "open"  # type: ignore[misc]
     entries = breaker.history(count=count)
     assert_type(entries, list[HistoryEntry])
@@ -161,6 +166,7 @@ def steering() -> None:
     breaker.force_open(duration=60)
     breaker.force_closed(duration=0.5)
     breaker.clear_forced()
+    breaker.probe()
     breaker.reset()
     breaker.flush()
     breaker.set_policy(reset_timeout=10, enforce=False, duration=60)
@@ -187,6 +193,8 @@ def rejected() -> float:
     except CircuitOpenError as error:
         assert_type(error.name, str)
         assert_type(error.retry_after, float)
+        assert_type(error.reason, str | None)
+        assert_type(error.error, str | None)
         print(error.state)
         return error.retry_after
     except CircuitBreakerError:
@@ -231,6 +239,7 @@ async def awaiting() -> None:
     await aio.flush()
     await aio.set_policy(window=10)
     await aio.clear_forced()
+    await aio.probe()
     async with await aio.watch() as watch:
         assert_type(watch, AsyncWatch)
     await watch.close()
