@@ -273,6 +273,8 @@ class View:
         seen.sent, seen.arrived, seen.began = sent, now, now
         seen.reason, seen.error = reply.get("reason"), reply.get("error")
         seen.retry_at = now + (reply.get("retry_after_ms") or 0) / 1000
+        if reply["state"] == "half_open" and reply.get("retry_after_ms"):  # a refusal holds for a lease, like any view
+            seen.retry_at = max(seen.retry_at, sent + self.lease)
         seen.ramp_until = now + (reply.get("ramp_left_ms") or 0) / 1000
         if self.lease > 0:
             self._set_ends(seen, sent + self.lease, now)

@@ -72,6 +72,11 @@ def elsewhere(client: redis.Redis, name: str = "discovery", **options: Any) -> C
     return CircuitBreaker(name, redis=url, **{"policy": POLICY, "redis_timeout": 20.0, **options})
 
 
+def reported(breaker: Any) -> bool:
+    """Whether its first success has arrived: on its way, it could still end a failure of another instance."""
+    return bool(breaker._view._reported_at > 0 and not breaker._redis.link.is_reporting(breaker._line))
+
+
 LONG = 600.0  # a lease: within a test only a hint refreshes such a view
 
 
@@ -117,6 +122,7 @@ def test_listeners_receive_what_others_did(client: redis.Redis, watched: Callabl
     received: list[Event] = []
     breaker = watched(listeners=[received.append])
     breaker.call(int)
+    wait_until(lambda: reported(breaker))
     other = elsewhere(client)
     trip(other)
     wait_until(lambda: len(received) == 1)
@@ -245,7 +251,7 @@ def test_a_run_of_failures_is_known_halfway(client: redis.Redis, watched: Callab
     policy = Policy(failure_threshold=6, reset_timeout=60)
     breaker, failing = watched(policy=policy), elsewhere(client, policy=policy)
     breaker.call(int)
-    wait_until(lambda: breaker._view._reported_at > 0 and not breaker._redis.link.is_reporting(breaker._line))
+    wait_until(lambda: reported(breaker))
     trip(failing, 2)
     breaker.call(int)
     assert failing.snapshot().failure_count == 2
@@ -499,6 +505,7 @@ def test_a_slow_listener_delays_no_decision(client: redis.Redis, watched: Callab
     slow = watched("slow", listeners=[lambda event: done.wait(60)])
     other = watched("other")
     assert (slow.call(int), other.call(int)) == (0, 0)
+    wait_until(lambda: reported(slow) and reported(other))
     trip(elsewhere(client, "slow"))
     wait_until(lambda: slow.state == "open")
     trip(elsewhere(client, "other"))
@@ -555,6 +562,7 @@ def test_async_trip_and_listeners(client: redis.Redis) -> None:
     async def main() -> None:
         async with async_watched(client, listeners=[listen]) as breaker:
             await breaker.call(aint)
+            await until(lambda: reported(breaker))
             other = CircuitBreaker("discovery", redis=client, policy=POLICY)
             await asyncio.to_thread(trip, other)
             await until(lambda: received)
@@ -584,6 +592,7 @@ def test_async_messages_of_any_content(client: redis.Redis) -> None:
             assert breaker._watch is not None
             assert breaker._watch.active
             assert not received
+            await until(lambda: reported(breaker))
             await asyncio.to_thread(trip, CircuitBreaker("discovery", redis=client, policy=POLICY))
             await until(lambda: breaker.state == "open")
             await until(lambda: received)
