@@ -6,9 +6,8 @@ A story is a policy and a line of steps:
   S F     the same, slow
   h9      a call that fails, and whose service asks to come back in 9 s
   r       a call that must be rejected
-  p( )    a probe or call that stays open: what is between the brackets happens meanwhile; it ends as its letter says,
-          as in `(s ... )`
-  +       a pause until an open period is over; ++ until a window has passed
+  (s )    a call that stays open: what is between the brackets happens meanwhile; it ends as its letter says
+  +       a pause until an open period is over; ++ until a window has passed, and a lease
   open closed half   what the state must be now
   @open @closed      an operator forces that state; @clear ends it; @reset resets; @probe lets the next caller probe
 """
@@ -202,7 +201,7 @@ class Story:
                 with pytest.raises(CircuitOpenError):
                     self.breaker.call(int)
             elif step.startswith("+"):
-                time.sleep(OPEN * 1.1 if step == "+" else WINDOW * 1.15)
+                time.sleep(OPEN * 1.1 if step == "+" else WINDOW * 1.4)
             elif step.startswith("@"):
                 names = {"open": "force_open", "closed": "force_closed", "clear": "clear_forced"}
                 getattr(self.breaker, names.get(step[1:], step[1:]))()
