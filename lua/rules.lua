@@ -150,7 +150,7 @@ function breaker.fail_probe(document, policy, reason, hold_ms)
   end
 end
 
--- Notes which host failed: all instances of a host are one voice. Only the newest `quorum` reporters decide, so no more
+-- Notes which host failed: all instances of a host count once. Only the newest `quorum` reporters decide, so no more
 -- are kept.
 function breaker.note_reporter(document, policy, request)
   local instance = request.instance or ''

@@ -82,7 +82,7 @@ class Policy:
         1,
         1,
         10**9,
-        "Failed probes that open the circuit again. With more than 1, one sick host behind a balancer does not open it.",
+        "Failed probes that open the circuit again. With more than 1, one sick host behind a balancer does not.",
         on_success=False,
     )
     half_open_max_calls: int = _field(

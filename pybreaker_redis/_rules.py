@@ -240,7 +240,7 @@ def fail_probe(document: Document, policy: Policy, reason: str, hold_ms: int) ->
 
 
 def note_reporter(document: Document, policy: Policy, request: Request) -> None:
-    """Note which host failed: all instances of a host are one voice.
+    """Note which host failed: all instances of a host count once.
 
     Keeps the newest `quorum` hosts: older ones cannot decide.
     """

@@ -104,9 +104,9 @@ class CircuitBreaker(BreakerCore):
     redis: a redis-py client (Redis, RedisCluster, Sentinel master), a URL, or None to keep the state in this process.
     policy: when the breaker trips and how it recovers. None: Policy().
     lease: seconds for which calls may rely on a reply from Redis. 0: each call asks before and reports after.
-    failures: the exceptions that count as failures: one type, several types, or a function of the exception that returns
-        whether it does. Any other exception counts as success: the service did answer. If the function raises, that is
-        logged once, and the call counts as failed.
+    failures: the exceptions that count as failures: one type, several types, or a function of the exception. Any other
+        exception counts as success: the service did answer. If the function raises, that is logged once, and the call
+        counts as failed.
     ignore: the exceptions that count as neither success nor failure: types, or a function, as for failures.
     is_failure: a function of the result. A call counts as a failure if it returns true.
     retry_after: a function of the exception or the result of a call. If the service said when to come back (429 or
