@@ -6,23 +6,23 @@ KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circ
 ARGV[1]  the request, in JSON or msgpack; the reply has the same form. Every field is optional:
            generation  (integer)  under which the following were gathered
            successes   (count)    since the last report
-           seen_failure (integer) the failure_number that was read before the newest of the successes ended. They end
-                                  the failures up to it; without it, all.
+           seen_failure (integer) the latest failure_number that was read before the newest success ended. The successes
+                                  end the failures up to that number; without it, all failures.
            age_ms      (integer)  milliseconds since the successes ended (default 0), for the window
            slow        (count)    calls that became slow since the last report
            pending     (count)    how many of the slow calls are still running
            policy      (map)      fields that differ from the defaults, named as in Policy; durations as <field>_ms in
                                   milliseconds, None as 0. A policy override takes precedence.
            instance    (text)     the caller, for the history and the quorum: its host, a colon and more
-           host        (text)     one voice of the quorum (default: instance up to its last colon)
+           host        (text)     counts once in the quorum (default: instance up to its last colon)
 Reply      admitted        (bool)
            probe           (integer)  slot of a probe, in half open only; pass it to record
            shadow          (bool)     true if the call was admitted only because of enforce=false
            state, generation, failure_count, success_count
            failure_number  failures of this generation while closed, else 0
-           retry_after_ms  milliseconds until a call may be admitted, when refused; in half open, for as long as the
-                           probes have been out, 100 at least, and until the nearest deadline of a slot at most
-           reason, error   of the last transition, and of the failure that opened the circuit; unless closed
+           retry_after_ms  milliseconds until a call may be admitted, if this one was refused. In half open: the time for
+                           which the probes have been running, at least 100, at most until the nearest slot ends
+           reason, error   unless closed: the reason of the last transition, and the failure that opened the circuit
            ramp_left_ms    milliseconds until all calls are admitted after a recovery
            forced          "open" or "closed" while an operator forces the state
            forced_left_ms  milliseconds until the forced state ends
@@ -33,7 +33,7 @@ Reply      admitted        (bool)
            transition      {from, to, reason, generation, failure_count, success_count, calls, failures, slow, error}
                            if this script caused one; calls, failures and slow if a window was kept
 Errors     BADREQUEST field: problem. Nothing was changed.
-Writes     a new document, a probe, gathered counts that apply, or what was amended in the stored document. A mere
+Writes     a new document, a probe, gathered counts that apply, or a correction of the stored document. A mere
            refusal writes nothing.
 
   redis-cli EVALSHA $ACQUIRE 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \

@@ -5,8 +5,8 @@ KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circ
          NAME is the name of the breaker; the braces are part of the keys.
 ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
            action       (text)      "force_open", "force_closed", "clear_forced", "probe", "reset", "set_policy" or
-                                    "clear_policy"; required. "probe" lets the next caller of an open circuit probe,
-                                    but changes nothing while a state is forced.
+                                    "clear_policy"; required. "probe" lets the next caller of an open circuit probe;
+                                    it changes nothing while a state is forced.
            duration_ms  (duration)  milliseconds until a forced state ends (default and maximum: 30 days), or until the
                                     policy override ends (default: never)
            override     (map)       for set_policy: fields as in policy, added to the policy override

@@ -3,14 +3,14 @@ The document: reads it, writes it and announces its transitions.
 
 In a script a document has these fields besides the stored ones:
   now        unix milliseconds; nil while no clock is needed
-  is_new     the stored value has no generation, or there is none, so that no outcome can be of this generation
+  is_new     there is no stored value, or it has no generation: no outcome can belong to this generation
   exists     there is a value under the key
   outlived   the back-off and the ramp are over, but still stored
-  amended    the stored generation or deadline was missing or out of bounds: store it, although nothing may count
+  amended    the stored generation or deadline was missing or out of bounds: store the document even if nothing counts
   unchanged  save() only renews the TTL
-  reported_error  the error of the report: that of the document if the report opens the circuit
+  reported_error  the error in the report; it becomes the document's if the report opens the circuit
   change     the transition that this script made
-  note       what the history says of an action that was no transition: a forced state has got another end
+  note       the history entry of an action that is not a transition: a new end for a forced state
   hint       save() publishes that the run of failures has reached half of its threshold
   warning    what was wrong with the stored value
 ]]

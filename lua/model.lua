@@ -7,7 +7,7 @@ functions anew at each call, which takes longer than running them. compose(), in
 therefore changes the library so that each function is created when it is first called.
 
 A breaker is one JSON document under KEYS[1]. Five of its fields are a contract: other programs read them, and may
-write a document that has nothing else.
+write a document that has only these.
 
   state              "closed", "open" or "half_open"
   failure_count      failures in a row; kept while open
@@ -15,16 +15,16 @@ write a document that has nothing else.
   last_failure_time  unix seconds of the last counted failure, or null
   opened_at          unix seconds of the last trip, or null while closed
 
-The other fields are private. Empty and zero fields are left out, unless stated otherwise. Nothing stored is trusted
-further than its bounds: 64 KB, 1,000 probes, 100 reporters, 30 days of an open or forced state, a day of a probe's slot.
+The other fields are private. Empty and zero fields are left out, unless stated otherwise. The scripts enforce bounds on
+what is stored: 64 KB, 1,000 probes, 100 reporters, 30 days for an open or forced state, a day for a probe's slot.
 
   version            of this layout: 1
   generation         grows at every transition. It is seeded from the clock in milliseconds, so it does not repeat
                      after the key was lost. An outcome with another generation is ignored.
   failure_number     failures of this generation while closed, else 0; always stored. Each failure gets the next
-                     number, so that a report can say which failures its successes came after. It is never less than
-                     failure_count while closed: where less is stored, failure_count stands for it. Another program
-                     stores none: the clock's milliseconds stand for it, so that no number comes back.
+                     number, so that a report can say which failures its successes came after. While closed it is at
+                     least failure_count: if less is stored, failure_count is used instead. If another program stores
+                     none, the clock's milliseconds are used, so that no number repeats.
   changed_at_ms      unix milliseconds of the last transition
   reason             of the last transition: "failure_threshold", "failures_in_window", "error_rate", "slow_rate",
                      "held", "timeout", "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset"
@@ -42,8 +42,8 @@ while closed:
 while open:
   open_until_ms      unix milliseconds from which acquire may hand out probes
   open_ms            intended length of the open time. It bounds the wait after the clock went back.
-  held_generation    generation that ended when the service said for how long to hold. Holds that are reported under
-                     it, or under the present generation, extend this one.
+  held_generation    generation that this hold ended. Holds that are reported under it, or under the present generation,
+                     extend this hold.
 
 while half open:
   probe_seq          number of the last slot that was handed out
@@ -51,7 +51,7 @@ while half open:
   probes             {slot: deadline in unix milliseconds}
   probe_failures     probes that have failed in this half-open state
 
-Messages on the channel KEYS[1] tell watchers to read the document; a watcher believes nothing that they say:
+Messages on the channel KEYS[1] tell watchers to read the document. Watchers do not read the messages themselves:
   a transition       {from, to, reason, generation, failure_count, success_count, instance, time_ms, ...}
   a hint             {failure_count, instance, time_ms}: the run of failures has reached half of its threshold
   an operator's act  {policy, instance, time_ms}: a policy override was set or cleared, a forced state was

@@ -6,17 +6,17 @@ KEYS     circuit_breaker:NAME:state, {circuit_breaker:NAME:state}:history, {circ
 ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
            generation  (integer)  from the reply of acquire; required with counts, a hold or a probe
            successes   (count)    counted first
-           seen_failure (integer) the failure_number that was read before the newest of the successes ended. They end
-                                  the failures up to it; without it, all.
+           seen_failure (integer) the latest failure_number that was read before the newest success ended. The successes
+                                  end the failures up to that number; without it, all failures.
            age_ms      (integer)  milliseconds since the successes ended (default 0), for the window
            failures    (count)    counted after the successes
            slow        (count)    calls that took slow_call_duration or longer, ended or pending
            pending     (count)    calls that are slow and still run. Each counts as a call now; its outcome is reported later.
-           counted     (count)    of the successes and failures, those that were reported as pending before
+           counted     (count)    how many of the successes and failures were reported as pending before
            hold_ms     (integer)  milliseconds after which the service said to come back, as in Retry-After. Opens the
                                   circuit for that long, for max_hold at most, or extends such a hold. 0: no hold.
-                                  Of a probe, it counts as a trip.
-           error       (text)     type and message of the failure, for whoever asks what opened the circuit
+                                  From a probe, it counts as a trip.
+           error       (text)     type and message of the failure; stored if the failure opens the circuit
            probe       (integer)  slot from the reply of acquire. Without counts and hold, the slot is
                                   given back.
            policy, instance, host  as for acquire

@@ -28,7 +28,7 @@ function breaker.next_generation(document)
   return math.max(document.generation + 1, document.now)
 end
 
--- Clears only what may be there, what is rare only if it is: to assign nil to a new key grows the table.
+-- Clears only fields that may be there, and rare fields only if they are: assigning nil to a new key grows the table.
 function breaker.transition(document, state, reason)
   local from, generation = document.state, breaker.next_generation(document)
   document.change = {from = from, to = state, reason = reason, generation = generation, retry_after_ms = nil,
@@ -70,8 +70,8 @@ function breaker.close(document, reason)
   end
 end
 
--- Opens the circuit for one more open period, or for hold_ms if that is longer; 0: no hold. What holds a closed circuit
--- is no trip: it opens for hold_ms, and back-off does not grow.
+-- Opens the circuit for one more open period, or for hold_ms if that is longer; 0: no hold. A hold of a closed circuit
+-- is not a trip: the circuit opens for hold_ms, and back-off does not grow.
 function breaker.trip(document, policy, reason, hold_ms)
   local trips, ended, open_ms = breaker.recent_trips(document, policy), document.generation, 0
   if reason ~= 'held' or document.state ~= 'closed' then
@@ -86,8 +86,8 @@ function breaker.trip(document, policy, reason, hold_ms)
   if hold_ms > 0 then document.held_generation = ended end
 end
 
--- Extends a hold by a longer one, to max_hold in all, without a transition. A hold counts that was reported under the
--- generation that the present hold ended, so that many instances make one transition. Returns whether it extended it.
+-- Extends a hold to a later end, at most max_hold in all, without a transition. Also accepts a hold under the
+-- generation that the present hold ended, so that many instances make one transition. Returns whether it was extended.
 function breaker.extend_hold(document, request)
   local ended, generation = document.held_generation, request.generation
   if not ended or generation ~= ended and generation ~= document.generation then return false end
@@ -150,7 +150,7 @@ function breaker.fail_probe(document, policy, reason, hold_ms)
   end
 end
 
--- Notes which host failed: all instances of a host are one voice. Only the newest `quorum` reporters decide, so no more
+-- Notes which host failed: all instances of a host count once. Only the newest `quorum` reporters decide, so no more
 -- are kept.
 function breaker.note_reporter(document, policy, request)
   local instance = request.instance or ''
@@ -206,8 +206,8 @@ function breaker.count_outcomes(document, request, quorum, bucket_ms)
   end
 end
 
--- The reason why a closed circuit must open now, or nil. failures, hold_ms: of the report. Successes may leave a long run, and
--- come without the policy that says how long it may be.
+-- The reason why a closed circuit must open now, or nil. failures, hold_ms: of the report. Without failures the run is
+-- not judged: a report of only successes may come without the policy that says how long a run may be.
 function breaker.trip_reason(document, policy, failures, hold_ms)
   if failures > 0 and document.failure_count >= policy.failure_threshold
       and breaker.has_quorum(document, policy, document.run_since_ms or document.now) then
@@ -266,8 +266,8 @@ function breaker.record(document, request)
   return (request.successes or 0) > 0
 end
 
--- Milliseconds after which it is worthwhile for a refused caller to ask again; nil while a slot is free. In half open, after
--- as long as the probes have been out so far: most end long before their deadline.
+-- Milliseconds after which a refused caller should ask again; nil while a slot is free. In half open, the time for
+-- which the probes have been running, since most probes end long before their deadline.
 function breaker.retry_after_ms(document, request)
   if document.state == 'open' then return math.max(document.open_until_ms - document.now, 0) end
   if breaker.free_slot(document, breaker.policy_of(request)) then return nil end
@@ -284,7 +284,7 @@ function breaker.probe_now(document)
   return true
 end
 
--- Gives a forced state a new end, which is no transition. Returns whether it changed anything.
+-- Gives a forced state a new end, which is not a transition. Returns whether it changed anything.
 function breaker.prolong(document, duration_ms)
   local until_ms, state = document.now + duration_ms, document.state
   if until_ms == document.forced_until_ms then return false end

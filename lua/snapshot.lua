@@ -8,8 +8,8 @@ Reply      exists             (bool)
            state, generation (0 if none is stored), failure_count, failure_number, success_count
            last_failure_time, opened_at   unix seconds
            retry_after_ms, ramp_left_ms   milliseconds, as acquire replies
-           reason, changed_at_ms, error   of the last transition, if there was one, and of the failure that opened
-                              the circuit, unless closed; changed_at_ms in unix milliseconds
+           reason, changed_at_ms   of the last transition, if there was one; unix milliseconds
+           error              the failure that opened the circuit, unless closed
            forced             "open" or "closed" while an operator forces the state
            forced_left_ms     milliseconds until the forced state ends
            forced_until_ms    unix milliseconds at which the forced state ends

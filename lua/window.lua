@@ -4,11 +4,12 @@ The window: counts of calls over time, in ten buckets of bucket_ms each.
   bucket_ms  length of a bucket in milliseconds
   newest     number of the newest bucket; times bucket_ms it is the unix time at which the bucket began
   calls, failures, slow
-             counts of all ten buckets together. A report changes only these.
+             counts of all ten buckets together. A report changes only these counts.
   shorter_since
-             number of the newest bucket when a report first asked for shorter buckets; none after a report that asks
-             for these. The longest buckets that a report asks for are kept for all, since two clients of one breaker
-             would otherwise undo each other's counts, until no report has asked for them during a whole window.
+             number of the newest bucket when a report first asked for shorter buckets; none once a report asks for
+             the present length again. All clients share the longest buckets that a report asks for: otherwise two
+             clients of one breaker would undo each other's counts. A shorter length applies once no report has asked
+             for the present one during a whole window.
   past       text: "calls,failures,slow;" of the nine older buckets together, then " calls,failures,slow" of each of
              them, the latest first. It changes only when a bucket ends.
 ]]

@@ -31,7 +31,7 @@ IGNORED: Final = "ignored"
 
 @dataclasses.dataclass(frozen=True)
 class Classification:
-    """How the calls of one service are classified, for a manager. None: as the manager's own options say.
+    """How a manager classifies the calls of one service. None: as the manager's own options say.
 
     failures, ignore, is_failure, retry_after: as for CircuitBreaker.
     """
@@ -43,7 +43,7 @@ class Classification:
 
 
 class Classifier:
-    """Turns exceptions and results into outcomes. Raises PolicyError for an option that is none."""
+    """Turns exceptions and results into outcomes. Raises PolicyError for an invalid option."""
 
     def __init__(
         self,
@@ -65,7 +65,8 @@ class Classifier:
     def of_exception(self, exception: BaseException) -> Outcome:
         """Cancelled and ignored calls count as nothing. An exception outside `failures` counts as success.
 
-        A predicate that raises is logged once, and the call counts as failed. It gets no group, but what is in it.
+        If a predicate raises, that is logged once, and the call counts as failed. Of an exception group, predicates get
+        the single exceptions.
         """
         ignore, failures = self._ignore, self._failures
         try:
@@ -88,9 +89,10 @@ class Classifier:
         return FAILURE if self._is_failure is not None and self._is_failure(result) else SUCCESS
 
     def hold_ms_of(self, ended: Any) -> int:
-        """Milliseconds after which the service said to come back, by an exception or a result; 0 if it did not.
+        """Milliseconds after which the service said to come back, according to retry_after=; 0 if it did not say.
 
-        If retry_after= raises, that is logged once, and there is no hold. It gets no group, but what is in it.
+        ended: the exception or the result of the call. If retry_after= raises, that is logged once, and there is no
+        hold. Of an exception group, it gets the single exceptions.
         """
         if self._retry_after is None:
             return 0
@@ -109,9 +111,9 @@ class Classifier:
 
 
 def hold_ms(retry_after: float | str | None) -> int:
-    """The milliseconds of a hold, 30 days at most. 0 for None, NaN, and zero or less.
+    """The length of a hold in milliseconds, at most 30 days. 0 for None, NaN, and zero or less.
 
-    retry_after: seconds, also as the text of a header. Raises PolicyError for what is no number.
+    retry_after: seconds, as a number or as the text of a header. Raises PolicyError if it is not a number.
     """
     try:
         wait = float(retry_after or 0)
@@ -121,12 +123,12 @@ def hold_ms(retry_after: float | str | None) -> int:
 
 
 def described(error: BaseException, with_message: bool) -> str:
-    """The type of an error, and its message: at most 200 printable ASCII characters, as the scripts take."""
+    """The type of an error, and its message: at most 200 printable ASCII characters, as the scripts require."""
     text = type(error).__name__
     if with_message:
         try:
             text = f"{text}: {message}" if (message := str(error)) else text
-        except Exception:  # of the exception's own __str__
+        except Exception:  # the exception's own __str__ may raise
             logger.debug("the message of a %s cannot be read", text, exc_info=True)
     text = text[:200]
     if text.isascii() and text.isprintable():

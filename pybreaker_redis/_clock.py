@@ -1,6 +1,6 @@
-"""Times on the monotonic clock, which a test may freeze, far in the future or the past, and let go again.
+"""Times on the monotonic clock. A test may freeze that clock far in the future or the past, and release it again.
 
-Each deadline is therefore kept as a beginning and a length: one that began in the future is due.
+Each deadline is therefore kept as a beginning and a length. A deadline whose beginning is in the future is due.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ NEVER = float("-inf")
 
 
 class Clock(Protocol):
-    """The clock of a breaker in memory, if it is not the machine's: pybreaker_redis.testing.FakeClock."""
+    """A clock for a breaker in memory, in place of the machine's. See pybreaker_redis.testing.FakeClock."""
 
     def monotonic(self) -> float: ...
     def now_ms(self) -> int: ...
 
 
 def machine() -> float:
-    """The machine's clock, which a test may patch in this module at any time."""
+    """The machine's clock. Looks up monotonic at each call, since a test may patch it in this module."""
     return monotonic()
 
 
 def age(since: float, now: float) -> float:
-    """Seconds since then; infinite if then is in the future, since the clock was turned back meanwhile.
+    """Seconds since a time; infinite if that time is in the future, because the clock was turned back meanwhile.
 
-    Read the clock after what other threads may set: age(self.used_at, monotonic()), in this order.
+    If another thread may set the time, read it before the clock: age(self.used_at, monotonic()), in this order.
     """
     return now - since if since <= now else float("inf")

@@ -33,7 +33,7 @@ from .wire.subscription import BaseWatch
 W = TypeVar("W", bound=BaseWatch)
 Fallback: TypeAlias = Callable[[CircuitOpenError], Any]
 Engine: TypeAlias = MemoryEngine | FixedEngine
-ASKED_AGAIN = 0.1  # seconds after which a call is told to come back while other calls ask for the slots of probes
+ASKED_AGAIN = 0.1  # retry_after in seconds while other calls of this process ask for the slots of probes
 _NEWS = {"override", "transition"}
 _NEEDS_POLICY = {"failures", "slow", "hold_ms", "probe", "counted"}
 _OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", *_NEEDS_POLICY, "pending", "error"}
@@ -100,12 +100,12 @@ class BreakerCore:
         )
         if resource_warnings_are_shown():
             self._permit = self._warning_permit
-        # a clock of its own needs a lease of 0: then no call takes the fast path, which reads the machine's
+        # clock= needs a lease of 0: then no call takes the fast path, which reads the machine's clock
         self._view = View(float(lease) if clock is None else 0.0, self.policy, self._now)
         self._slow_calls = SlowCalls(self._view)
         self._override: dict[str, Any] | None = None  # the policy override, as last read
         self._override_end = NEVER, float("inf")  # when it was read, and how many seconds it then had left
-        self._obeyed = NEVER  # when the reply that was obeyed last was asked for
+        self._obeyed = NEVER  # when the request of the last obeyed reply was sent
         self._isolation = Isolation(self._local_engine, lambda: self._view.policy.quorum, self._isolation_changed)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
@@ -134,7 +134,7 @@ class BreakerCore:
         self._asking: list[object] = []  # one token for each call that asks for a permit now
 
     def _check_process(self) -> None:
-        """Start anew if this is a child. Where every 0.1 us counts, these lines stand in place of a call."""
+        """Start anew if this is a child. The fast path repeats these lines, to save a call."""
         if getpid() != self._pid:
             renew(self)
 
@@ -203,7 +203,7 @@ class BreakerCore:
         return verdict
 
     def _must_wait(self, began: float, now: float, refreshed: bool) -> bool:
-        """Refresh a view whose lease is over. Returns whether the call has to wait until that is done."""
+        """Refresh a view whose lease is over. Returns whether the call must wait for the refresh."""
         lease = self._view.lease
         if self._own_engine() is not None:
             if self._line is not None and self._line.must_wait_for_retry() and not refreshed:
@@ -218,7 +218,7 @@ class BreakerCore:
             return False
         self._redis.soon(self._line)
         seen, link = self._view.seen, self._redis.link
-        if refreshed:  # measured from the call's arrival, or a lease shorter than a round trip would never do
+        if refreshed:  # measured from the call's arrival: a lease may be shorter than a round trip
             return began - seen.sent >= 2 * lease and age(began, now) < link.timeout
         if seen.verdict(now) is Verdict.ASK and not self._asking:
             return False
@@ -232,10 +232,10 @@ class BreakerCore:
             *slow_probes, request = self._reports()
             for report in slow_probes:
                 yield from self._run("record", report)
-            # a generation alone says nothing: a closed document that another program wrote would go on under it
+            # not a generation alone: with it, a closed document that another program wrote would go on under it
             reply = yield from self._run("acquire", request if len(request) > 1 else {})
         finally:
-            if token in self._asking:  # a child begins with none
+            if token in self._asking:  # not after a fork: a child starts with an empty list
                 self._asking.remove(token)
         if not reply["admitted"] or reply.get("shadow"):
             wait = seconds(reply.get("retry_after_ms")) or 0.0
@@ -288,7 +288,7 @@ class BreakerCore:
     ) -> Steps[None] | None:
         """Count an outcome. Returns the steps that report it to Redis, or None if it was counted here.
 
-        hold_ms: for how long the service said to hold; only a failure of a probe then counts as one.
+        hold_ms: milliseconds after which the service said to come back. Then only a failure of a probe counts as one.
         """
         if getpid() != self._pid:
             renew(self)
@@ -319,7 +319,7 @@ class BreakerCore:
             report["successes"] = 1
         if outcome != IGNORED and (pending or slow):
             report["counted" if pending else "slow"] = 1
-        elif slow and not pending:  # cancelled, or timed out from outside: it was slow however it ended
+        elif slow and not pending:  # cancelled, or timed out from outside: it was slow all the same
             report["slow"] = 1
             if probe is None:
                 report["pending"] = 1  # nothing will count it as a call
@@ -329,7 +329,7 @@ class BreakerCore:
     def _reports(self, generation: int | None = None, as_it_ends: bool = False) -> list[Request]:
         """Take the gathered outcomes: a report for each probe that has become slow, then one of all the rest.
 
-        generation: of the report that they join; default: the view's. as_it_ends: see View.take.
+        generation: of the report that they go with; default: the view's. as_it_ends: see View.take.
         """
         request = self._view.take(generation, self._own_engine() is None, as_it_ends)
         current = self._view.seen.generation
@@ -431,12 +431,12 @@ class BreakerCore:
     def _run_on(self, engine: Engine, name: str, request: Request) -> Reply:
         sent = self._now()
         complete = self._complete(name, request)
-        complete.pop("seen_failure", None)  # a number of the fleet's; here, all outcomes come in order
+        complete.pop("seen_failure", None)  # the number is the fleet's; in this engine, all outcomes come in order
         reply = engine.run(name, complete)
         self._isolation.forget()
         self._obey(reply, sent)
         seen = self._view.seen
-        # only this process changes the state: a reply under the generation of a closed view brings nothing new
+        # only this process changes the state: under the generation of a closed view, a reply says nothing new
         if (
             not seen.sent <= sent < seen.closed_until
             or reply["generation"] != seen.generation
@@ -476,12 +476,12 @@ class BreakerCore:
         return adopted
 
     def _adopt_fleet(self, request: Request, reply: Reply, sent: float) -> bool:
-        """The same for what the link has read or reported."""
+        """_adopt() for a reply that the link has received, or a document that it has read."""
         self._obey(reply, sent)
         return self._adopt(self._isolated(request, reply), sent)
 
     def _isolated(self, request: Request, fleet: Reply) -> Reply:
-        """The fleet's reply, or that of this instance while it is isolated."""
+        """The fleet's reply; while this instance is isolated, its own."""
         if self._view.policy.quorum > 1:
             return self._isolation.applied(request, fleet, self._with_policy)
         self._isolation.forget()

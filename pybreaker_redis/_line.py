@@ -1,4 +1,4 @@
-"""A breaker's line: its part in its process's link to Redis, and the engine that takes over while Redis is down."""
+"""A breaker's line: the breaker as a member of the link, and the engine that takes over while Redis is down."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Texts(NamedTuple):
 
 
 class FixedEngine:
-    """Admits every call, or none, and counts nothing."""
+    """Admits every call or rejects every call, and counts nothing."""
 
     source = "local"
 
@@ -94,11 +94,11 @@ class Line:
         self._lock = threading.RLock()
         self.local: LocalEngine | FixedEngine | None = None
         self._texts: Texts | None = None  # as last read
-        # texts, what they say, since when, and for how long
+        # the texts that the view agrees with, that view, since when they agree, and for how many seconds
         self._known: tuple[Texts, Seen, float, float] | None = None
-        # the stored text of a policy override, what a reply said of it, and when
+        # the stored text of a policy override, what a reply said about it, and when
         self._policy: tuple[bytes | None, Reply, float] = None, {}, NEVER
-        self._keeps_window = False  # whoever asked for it
+        self._keeps_window = False  # in Redis, whichever client asked for the window
         self._renewed_at, self._renew_after = NEVER, 0.0  # the TTL
         self.news: dict[str, Any] | None = None
 
@@ -106,7 +106,7 @@ class Line:
         renew(self._owner)
 
     def after_fork(self) -> None:
-        """In a child: start anew, with locks of its own: a thread of the parent may hold the others."""
+        """In a child: start anew, with new locks, since a thread of the parent may hold the old ones."""
         self._start_process()
 
     # Outages
@@ -128,7 +128,7 @@ class Line:
             return self.local
 
     def must_wait_for_retry(self) -> bool:
-        """Whether a call must wait for the retry, since the last one in the background did not end."""
+        """Whether a call must wait for the retry, because the last retry in the background did not end."""
         return self._link.retry_is_due(self) and self._link.retry_was_abandoned(self)
 
     def _return(self, since: float | None) -> None:
@@ -151,7 +151,7 @@ class Line:
     def due(self, now: float, wanted: bool, hinted: bool) -> Due:
         owner, view = self._owner, self._owner._view
         seen, keeps_window = view.seen, self._wants_window()
-        if view.lease <= 0:  # it asks at each call
+        if view.lease <= 0:  # each call asks Redis
             return Due([], False, True)
         is_due = view.is_due(now, keeps_window) or owner._slow_calls.any_overdue()
         # an open circuit is refreshed until its time is over: calls that are rejected are not counted in the view
@@ -183,12 +183,12 @@ class Line:
         return grown or view.is_due(now, False) or self._owner._slow_calls.any_overdue()
 
     def __del__(self) -> None:
-        # nobody holds the breaker; the link does until it has reported what is gathered
+        # the breaker is not in use any more: the link holds it until it has reported what is gathered
         if not self._link.ended and self._owner._view.lease > 0 and self.local is None and self._has_news():
             self._link.held.append(self)
 
     def _take(self, renews: bool = False, as_it_ends: bool = False) -> list[Request]:
-        """Take what is gathered. renews: with a report in any case, since it renews the TTL. as_it_ends: see View."""
+        """Take what is gathered as reports. renews: even an empty one, to renew the TTL. as_it_ends: see View.take."""
         *reports, last = self._owner._reports(as_it_ends=as_it_ends)
         if len(last) > 1 or renews:
             reports.append(last)
@@ -241,7 +241,7 @@ class Line:
         return True
 
     def _override_in(self, policy: bytes | None, now: float) -> Reply | None:
-        """What a reply would say of a stored policy override. None if a script must read it."""
+        """The fields of a reply that describe a stored policy override. None if a script must read it."""
         text, said, since = self._policy
         if policy is None or policy != text:
             return {} if policy is None else None
@@ -251,7 +251,7 @@ class Line:
         return {**said, "override_left_ms": left_ms} if left_ms > 0 else None
 
     def replied(self, request: Request, reply: Reply, sent: float, read: bool = False) -> None:
-        if self.local is not None:  # asked before an outage began
+        if self.local is not None:  # the request was sent before an outage began
             return
         reply["source"] = "redis"
         self._renewed()
@@ -282,11 +282,11 @@ class Line:
     def announce(self, history: list[dict[str, Any]]) -> None:
         change, self.news = self.news, None
         assert change is not None
-        # the oldest one: a forced state that gets another end adds entries of its generation
+        # the oldest entry of the generation: a new end for a forced state adds entries to it
         known = (entry for entry in reversed(history) if entry.get("generation") == str(change["generation"]))
         entry = next(known, {"instance": ""})
         if entry["instance"] != self._owner._instance:  # our own transition comes with the reply that it caused
-            # of a decimal number, as a script writes it
+            # scripts write decimal numbers
             change |= {key: int(value) if re.fullmatch("[0-9]{1,15}", value) else value for key, value in entry.items()}
             self._owner._notices.changed(change, "watch", entry["instance"])
 
@@ -295,7 +295,7 @@ class Line:
 
 
 def _says(texts: Texts, reply: Reply) -> bool:
-    """Whether a script's reply is its reading of these texts, and not of what was stored a moment later."""
+    """Whether a script's reply agrees with these texts, rather than with something stored a moment later."""
     document, override = texts.document or b"", reply.get("override")
     numbers = b',"generation":%d,"failure_number":%d' % (reply["generation"], reply["failure_number"])
     if not document.startswith(b'{"state":"%b"' % reply["state"].encode()) or numbers not in document:

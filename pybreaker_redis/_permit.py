@@ -19,7 +19,7 @@ from ._protocol import Steps
 
 P = TypeVar("P", bound="BasePermit")
 T = TypeVar("T")
-# with the process that runs it: a child forked within a probe is no part of it
+# each with its process id: a child that was forked during a probe is not part of the probe
 _probes: contextvars.ContextVar[tuple[tuple[int, weakref.ref[BasePermit]], ...]] = contextvars.ContextVar(
     "pybreaker_redis_probes", default=()
 )
@@ -31,9 +31,9 @@ ADMITTED, ENTERED, SETTLED = 0, 1, 2
 class BasePermit:
     """The right to one call. Settle it once, by an outcome or by leaving its block.
 
-    generation: the one that admitted the call; None if its outcome does not count (in shadow mode, or within a probe).
-    probe: the slot of a probe, else None. started: when the call began, on the monotonic clock. pending_since: when it
-    was reported as slow while it ran, else None. tick: counts its success on the fast path, where nothing observes it.
+    generation: under which the call was admitted; None if its outcome does not count (in shadow mode, or within a
+    probe). probe: the slot of a probe, else None. started: when the call began, on the monotonic clock. pending_since:
+    when the call was reported as slow while it still ran, else None. tick: counts a success on the fast path.
     """
 
     __slots__ = ("__weakref__", "_breaker", "_stage", "_tick", "generation", "pending_since", "probe", "started")
@@ -83,7 +83,7 @@ class BasePermit:
             _probes.set(tuple(one for one in _probes.get() if one[1]() is not self))
 
     def around(self, generator: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
-        """The same generator, as part of the probe while it runs, but not while it is suspended."""
+        """Wrap a generator so that it is part of the probe while it runs, but not while it is suspended."""
         resume: Callable[[], Any] = functools.partial(next, generator)
         while True:
             self.begin()
@@ -113,7 +113,7 @@ class BasePermit:
         held_ms = hold_ms(retry_after)
         if error is not None and retry_after is None:
             held_ms = self._breaker._classifier.hold_ms_of(error)
-        stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
+        stage, self._stage = self._stage, SETTLED  # before the check: another thread may settle it at the same time
         if stage == SETTLED:
             raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
         if outcome == FAILURE and stage == ENTERED:
@@ -142,7 +142,7 @@ def warns_if_lost(kind: type[P]) -> type[P]:
 
 
 def resource_warnings_are_shown() -> bool:
-    """Whether Python shows them now, as in its development mode."""
+    """Whether Python shows a ResourceWarning now, as in its development mode."""
     actions = (action for action, _, category, *_ in warnings.filters if issubclass(ResourceWarning, category))
     return next(actions, "default") != "ignore"
 
@@ -156,11 +156,13 @@ def in_probe(innermost: Innermost) -> bool:
 
 
 class Innermost:
-    """Lets a failure count once where guards of the same breaker are nested: at the innermost guard that sees it.
+    """Makes a failure count once where guards of the same breaker are nested: at the innermost guard that sees it.
 
-    The same breaker has the same name, prefix and Redis, whatever the object or its class. failed_at: when a guard last
-    counted a failure, on the monotonic clock; a call that began later cannot have one within. A call within one began
-    later than it, so that calls at one moment of a frozen clock count each for itself.
+    Breakers with the same name, prefix and Redis are the same breaker, even as objects of two classes.
+
+    failed_at: when a guard last counted a failure, on the monotonic clock. A call that began later than that has no
+    failure within it. A nested failure must be later than the beginning of the outer call, not equal: so calls at one
+    moment of a frozen clock each count for themselves.
     """
 
     def __init__(self, now: Callable[[], float] = machine) -> None:
@@ -168,21 +170,21 @@ class Innermost:
         self._last: dict[int, float] = {}  # by thread or task: when it last counted a failure
 
     def failed(self, error: BaseException | None) -> None:
-        """A guard counts a failure, perhaps an exception that will pass other guards."""
+        """Note that a guard counts a failure. error: the exception, if any, which may yet pass other guards."""
         self.failed_at = now = self._now()
-        if len(self._last) >= 1000:  # of threads and tasks that are mostly gone
+        if len(self._last) >= 1000:  # most of these threads and tasks have ended
             self._last.clear()
         self._last[_running()] = now
         if error is not None:
             error.__dict__["_pybreaker_redis"] = self, now
 
     def has_counted(self, error: BaseException, since: float) -> bool:
-        """Whether a guard has counted this exception since then: the same object may be raised again by later calls."""
+        """Whether a guard has counted this exception after `since`. A later call may raise the same object again."""
         by, at = error.__dict__.get("_pybreaker_redis", (None, 0.0))
         return by is self and since < at
 
     def has_failed(self, since: float) -> bool:
-        """Whether this thread or task has counted a failure since then."""
+        """Whether this thread or task has counted a failure after `since`."""
         return since < self._last.get(_running(), since) <= self._now()
 
 
@@ -196,5 +198,5 @@ _innermost: weakref.WeakValueDictionary[tuple[object, ...], Innermost] = weakref
 
 
 def innermost_of(*identity: object) -> Innermost:
-    """What all breakers of the same name, prefix and Redis share."""
+    """The Innermost that all breakers with the same name, prefix and Redis share."""
     return _innermost.get(identity) or _innermost.setdefault(identity, Innermost())

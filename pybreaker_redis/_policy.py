@@ -82,7 +82,7 @@ class Policy:
         1,
         1,
         10**9,
-        "Failed probes that open the circuit again. More than 1: one sick host behind a balancer does not.",
+        "Failed probes that open the circuit again. With more than 1, one sick host behind a balancer does not.",
         on_success=False,
     )
     half_open_max_calls: int = _field(
@@ -153,7 +153,7 @@ class Policy:
         300.0,
         0,
         LONGEST_OPEN,
-        "Longest hold: the time for which the circuit stays open because the service itself said when to come back. 0:"
+        "Longest time for which the circuit stays open because the service itself said when to come back (a hold). 0:"
         " holds are ignored.",
         on_success=False,
     )

@@ -1,7 +1,8 @@
-"""This process. What a fork copies and a child must not use starts anew: identity, locks, sockets, threads and counts.
+"""Forks. A child must not use its parent's identity, locks, sockets, threads and counts: its parts start anew.
 
-A child is noticed by its process id, since not every fork runs Python's hooks (uWSGI forks in C). The fast path does
-not look: it goes on for one lease at most, and what it counts until then is dropped with what the parent has gathered.
+A child notices the fork by its process id, since not every fork runs Python's hooks (uWSGI forks in C). The fast path
+does not check the process id. It may go on for one lease at most, and the successes that it counts until then are
+dropped together with those that the parent had gathered.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Protocol
 
 
 class Part(Protocol):
-    """Something that starts anew in a child. _pid: the process in which it has started."""
+    """Something that starts anew in a child. _pid: the id of the process in which it last started."""
 
     _pid: int
 
@@ -22,12 +23,12 @@ class Part(Protocol):
 
 
 _told_of_forks: weakref.WeakKeyDictionary[Part, None] = weakref.WeakKeyDictionary()  # in the order they were made
-_locks: dict[int, threading.RLock] = {}  # by process: a thread of the parent may hold the parent's
+_locks: dict[int, threading.RLock] = {}  # by process id: a thread of the parent may hold the parent's
 _renewing: list[Part] = []
 
 
 def renew(part: Part) -> None:
-    """In a child: let a part start anew, once, before it is used: `if getpid() != part._pid: renew(part)`."""
+    """In a child: let a part start anew, once. Before each use: `if getpid() != part._pid: renew(part)`."""
     pid = getpid()
     with _locks.setdefault(pid, threading.RLock()):
         if part._pid == pid or part in _renewing:
@@ -41,7 +42,7 @@ def renew(part: Part) -> None:
 
 
 def tell_of_forks(part: Part) -> None:
-    """Renew a part at each fork by Python, at once."""
+    """Renew a part right after each fork that runs Python's hooks."""
     _told_of_forks[part] = None
 
 

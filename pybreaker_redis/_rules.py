@@ -156,7 +156,7 @@ def close(document: Document, reason: str) -> None:
 def trip(document: Document, policy: Policy, reason: str, hold_ms: int = 0) -> None:
     """Open the circuit for one more open period, or for hold_ms if that is longer.
 
-    What holds a closed circuit is no trip: it opens for hold_ms, and back-off does not grow.
+    A hold of a closed circuit is not a trip: the circuit opens for hold_ms, and back-off does not grow.
     """
     trips, ended, open_ms = recent_trips(document, policy), document.generation, 0
     if reason != "held" or document.state != "closed":
@@ -171,10 +171,9 @@ def trip(document: Document, policy: Policy, reason: str, hold_ms: int = 0) -> N
 
 
 def extend_hold(document: Document, request: Request, policy: Policy) -> bool:
-    """Extend a hold by a longer one, to max_hold in all, without a transition. Returns whether it extended it.
+    """Extend a hold to a later end, at most max_hold in all, without a transition. Returns whether it was extended.
 
-    A hold counts that was reported under the generation that the present hold ended, so that many instances make one
-    transition.
+    Also accepts a hold under the generation that the present hold ended, so that many instances make one transition.
     """
     ended = document.held_generation
     if ended is None or request.get("generation") not in (ended, document.generation):
@@ -240,7 +239,7 @@ def fail_probe(document: Document, policy: Policy, reason: str, hold_ms: int) ->
 
 
 def note_reporter(document: Document, policy: Policy, request: Request) -> None:
-    """Note which host failed: all instances of a host are one voice.
+    """Note which host failed: all instances of a host count once.
 
     Keeps the newest `quorum` hosts: older ones cannot decide.
     """
@@ -356,9 +355,9 @@ def record(document: Document, request: Request, policy: Policy) -> bool:
 
 
 def retry_after_ms(document: Document, policy: Policy) -> int | None:
-    """Milliseconds after which it is worthwhile for a refused caller to ask again; None while a slot is free.
+    """Milliseconds after which a refused caller should ask again; None while a slot is free.
 
-    In half open, after as long as the probes have been out so far: most end long before their deadline.
+    In half open, the time for which the probes have been running: most end long before their deadline.
     """
     if document.state == "open":
         return max(document.open_until_ms - document.now, 0)

@@ -104,25 +104,27 @@ class CircuitBreaker(BreakerCore):
     redis: a redis-py client (Redis, RedisCluster, Sentinel master), a URL, or None to keep the state in this process.
     policy: when the breaker trips and how it recovers. None: Policy().
     lease: seconds for which calls may rely on a reply from Redis. 0: each call asks before and reports after.
-    failures: the exceptions that count as failures: a type, several, or a function of the exception that returns true.
-        Any other exception counts as success: the service did answer. If the function raises, that is logged once, and
-        the call counts as failed.
-    ignore: likewise, the exceptions that count as neither success nor failure.
+    failures: the exceptions that count as failures: one type, several types, or a function of the exception. Any other
+        exception counts as success: the service did answer. If the function raises, that is logged once, and the call
+        counts as failed.
+    ignore: the exceptions that count as neither success nor failure: types, or a function, as for failures.
     is_failure: a function of the result. A call counts as a failure if it returns true.
-    retry_after: a function of the exception or of the result of a call. If the service said when to come back (429 or
-        503 with Retry-After), it returns the seconds until then, else None. The circuit then holds: it opens for that
-        time, for the whole fleet. It is not asked about ignored exceptions. If it raises, that is logged once, and
-        there is no hold.
+    retry_after: a function of the exception or the result of a call. If the service said when to come back (429 or
+        503 with Retry-After), it returns the seconds until then, and the circuit opens for that time, for the whole
+        fleet: a hold. Otherwise it returns None. It is not called for ignored exceptions. If it raises, that is logged
+        once, and there is no hold.
     listeners: callables that receive an Event for each transition and each outage of Redis.
     on_call: callables that receive an Event for every call: success, failure, ignored or rejected.
-    fallback: a function of the CircuitOpenError of a rejected call, which returns its result; for a generator function,
-        what to iterate over. It is not called for errors of the guarded function, nor for blocks.
+    fallback: a function of the CircuitOpenError. A rejected call returns its result; for a generator function, that is
+        an iterable. It is not called for errors of the guarded function, nor for blocks.
     on_redis_failure: what to do while Redis is down. "local" applies the same rules in this process, "open" rejects
         every call, "closed" admits every call.
     prefix: the first part of every key in Redis.
     redis_timeout: seconds to wait for a connection to Redis, and for each reply.
-    host: one voice of the quorum, and part of the name that the history shows. None: the machine's host name.
-    clock: for tests in memory, a pybreaker_redis.testing.FakeClock. It replaces the lease: each call is decided anew.
+    host: the name of this host, which counts once in the quorum and which the history shows. None: the machine's host
+        name.
+    clock: for tests in memory, a pybreaker_redis.testing.FakeClock. With a clock there is no lease: each call is
+        decided anew.
     record_errors: whether Redis, history and CircuitOpenError show the message of the failure that opened the circuit.
         False: its type only.
 

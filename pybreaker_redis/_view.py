@@ -1,6 +1,6 @@
-"""The view: what a process may decide without asking Redis, for one lease, and the successes gathered meanwhile.
+"""The view: what a process last read, by which it decides for one lease, and the successes gathered meanwhile.
 
-Knows neither Redis nor an event loop; the sync and the asyncio shell share it.
+It does no I/O; the sync and the asyncio shell share it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Verdict(enum.Enum):
 class Counter:
     """Counts from zero. tick() counts one, atomically; without a lock where Python has its global one.
 
-    Reading ticks too; `_reads` subtracts that. One thread reads at a time.
+    Reading ticks, too, and `_reads` subtracts those ticks. Only one thread may read at a time.
     """
 
     __slots__ = ("_reads", "tick")
@@ -66,10 +66,10 @@ def _locked(tick: Callable[[], int]) -> Callable[[], int]:
 
 
 class Successes(Counter):
-    """The successes of one generation, and the failures that they come after.
+    """The successes of one generation, and the number of the failure after which they ended.
 
-    read_number: the number of the latest failure that was read. proved: of the latest one that was read before the
-    newest success ended. grown_at: when the count was first seen to have grown to what it is. As of the last look().
+    read_number: the number of the latest failure that was read. proved: the number of the latest failure that was read
+    before the newest success ended. grown_at: when look() first saw the present count. All are as of the last look().
     """
 
     __slots__ = ("_looked_at", "_read_at", "_taken", "grown_at", "proved", "read_number")
@@ -83,7 +83,7 @@ class Successes(Counter):
         self.grown_at = NEVER
 
     def look(self, now: float) -> int:
-        """Note how far the count has grown. Returns the successes since the last take."""
+        """Note whether the count has grown. Returns the successes since the last take()."""
         total = self.total()
         if total > self._looked_at:
             self._looked_at, self.grown_at = total, now
@@ -98,7 +98,7 @@ class Successes(Counter):
             self.read_number, self._read_at = number, self._looked_at
 
     def take(self, now: float) -> int:
-        """The successes since the last take. Those that end after its look() wait for the next one."""
+        """The successes since the last take(). Successes that end after its look() are left for the next take()."""
         self.look(now)
         # not below zero: a signal handler may have taken them meanwhile. No call from here on: it would let one in
         new = self._looked_at - self._taken if self._looked_at > self._taken else 0
@@ -112,15 +112,17 @@ class Successes(Counter):
 
 @dataclasses.dataclass(slots=True)
 class Seen:
-    """One reply. A later one replaces it; until then only View extends it. Times: the monotonic clock.
+    """One reply. A later reply replaces it; until then only View extends it. All times are on the monotonic clock.
 
-    sent, arrived: when it was asked for, and when it came; later, when it was last found to hold still. began: when it
-    first came.
-    closed_until, open_until: until when calls are admitted or rejected without asking Redis; the fast path reads only
-    these, and sent. watched_until: replaces closed_until if each call needs a permit, because it is timed or the
-    process is alert. retry_at: until when an open or half-open circuit rejects. ramp_until: the end of the ramp after a
-    recovery. forced_until: the end of the forced state. reason, error: why it is not closed, for the rejected caller.
-    A reply from the future, before the clock was turned back, is stale: it holds while sent <= now < closed_until.
+    sent, arrived: when the reply was asked for, and when it came. If a refresh finds that nothing has changed, they are
+    the times of that refresh. began: when the reply first came.
+    closed_until, open_until: until when calls are admitted or rejected without asking Redis. The fast path reads only
+    these two and sent. watched_until: replaces closed_until if each call needs a permit, because it is timed or the
+    process is alert.
+    retry_at: until when an open or half-open circuit rejects. ramp_until: the end of the ramp after a recovery.
+    forced_until: the end of the forced state. reason, error: why the circuit is not closed, for the rejected caller.
+    A reply is good while sent <= now < closed_until. After the clock was turned back, sent may be in the future: then
+    the reply is stale.
     """
 
     state: State
@@ -183,8 +185,8 @@ def unseen(
 class View:
     """The last reply, good for `lease` seconds, and the successes gathered under its generation.
 
-    policy: the policy in force, with any policy override. now: the clock. The fast path reads the machine's instead, so
-    another clock needs a lease of 0.
+    policy: the policy in force, with any policy override. now: the clock. The fast path always reads the machine's
+    clock, so any other clock needs a lease of 0.
     """
 
     def __init__(self, lease: float, policy: Policy | None = None, now: Callable[[], float] = machine) -> None:
@@ -257,7 +259,7 @@ class View:
         return True
 
     def extend(self, seen: Seen, sent: float) -> bool:
-        """Let a reply hold for another lease, since what is stored has not changed. False if it was replaced."""
+        """Extend a reply by another lease, since what is stored has not changed. Returns False if it was replaced."""
         with self._lock:
             now = monotonic()
             if self.seen is not seen or sent < seen.sent or sent < self._not_before <= now:
@@ -273,7 +275,7 @@ class View:
         seen.sent, seen.arrived, seen.began = sent, now, now
         seen.reason, seen.error = reply.get("reason"), reply.get("error")
         seen.retry_at = now + (reply.get("retry_after_ms") or 0) / 1000
-        if reply["state"] == "half_open" and reply.get("retry_after_ms"):  # a refusal holds for a lease, like any view
+        if reply["state"] == "half_open" and reply.get("retry_after_ms"):  # good for a lease, like any view
             seen.retry_at = max(seen.retry_at, sent + self.lease)
         seen.ramp_until = now + (reply.get("ramp_left_ms") or 0) / 1000
         if self.lease > 0:
@@ -299,7 +301,7 @@ class View:
         return Successes()
 
     def drop(self, since: float | None = None) -> None:
-        """Stop using the view: the next call asks Redis. Gathered successes stay, for their generation may go on.
+        """Stop using the view: the next call asks Redis. Keeps gathered successes, whose generation may go on.
 
         since: replies to requests sent before then are not adopted; default: now.
         """
@@ -313,7 +315,7 @@ class View:
             self.seen = kept
 
     def end(self) -> None:
-        """Gather no more: from now on each call asks before and reports after it, as without a lease."""
+        """Stop gathering: from now on each call asks Redis before and reports after it, as without a lease."""
         self.lease = 0.0
         self.drop()
 
@@ -342,7 +344,7 @@ class View:
         self._alerted_at, self._alert_for = now, max(self._alert_left(now), self.lease)
 
     def hinted(self) -> None:
-        """A run of failures has come halfway: the next success may be reported at once."""
+        """A run of failures has reached half of its threshold: the next success may be reported at once."""
         self._claimed_at = NEVER
 
     def claim_report(self) -> bool:
@@ -376,8 +378,8 @@ class View:
     def is_due(self, now: float, keeps_window: bool) -> bool:
         """Whether the gathered successes should be reported now.
 
-        To a window they are reported whenever a tenth of its age has passed, so that a judged rate misses at most a
-        tenth of the calls. Else they matter only if they end failures of the run that this process has read.
+        With a window, they are due whenever a tenth of its age has passed, so that a judged rate misses at most a tenth
+        of the calls. Without one, they are due only if they end failures that this process has read.
         """
         with self._lock:
             seen, counter = self.seen, self.seen.counter
@@ -393,9 +395,9 @@ class View:
     def take(self, generation: int | None = None, shared: bool = True, as_it_ends: bool = False) -> Request:
         """Take the gathered successes out of the view, as a request. Empty if there is no lease.
 
-        generation: take nothing if the view has another one. shared: Redis decides, so that the link looks at the
-        counter in every lease. as_it_ends: if a success has just ended, leave out which failures it came after, so that
-        it ends them all; only for a report that the process's own failures wait for.
+        generation: take nothing if the view has another one. shared: whether Redis decides; then the link looks at the
+        counter in every lease. as_it_ends: if a success has just ended, omit which failures it came after, so that it
+        ends them all. Use it only for a report that the process's own failures wait for.
         """
         if self.lease <= 0:
             return {}
@@ -403,7 +405,7 @@ class View:
             seen, counter, now = self.seen, self.seen.counter, monotonic()
             if generation is not None and generation != seen.generation:
                 return {"generation": generation}
-            # not shared: nothing looks at the counter meanwhile, and its calls ended while the view was fresh
+            # if not shared, nothing has looked at the counter, and its calls ended while the view was fresh
             gathered = counter.take(now if shared or seen.sent == NEVER else min(now, seen.sent + self.lease))
             if not gathered:
                 return {"generation": seen.generation}

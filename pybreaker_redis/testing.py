@@ -1,4 +1,4 @@
-"""For the tests of code that uses breakers: a clock that the test moves, and breakers that are put into a state.
+"""Helpers for tests of code that uses breakers: a clock that the test moves, and functions that set a breaker's state.
 
 The pytest fixtures of this module's plugin, `breakers` and `breaker_redis`, are described in docs/how-to/testing.md.
 """
@@ -29,17 +29,17 @@ class FakeClock:
         self._look = itertools.count(1).__next__
 
     def advance(self, seconds: float) -> None:
-        """Let time pass. Within a guarded call, this makes the call last so long. Raises PolicyError below zero."""
+        """Let so many seconds pass. Within a guarded call, the call takes that long. Raises PolicyError below zero."""
         if not seconds >= 0:
             raise PolicyError(f"a clock advances by zero or more seconds, not by {seconds!r}")
         self._passed_ns += round(seconds * 1e9)
 
     def monotonic(self) -> float:
-        """Seconds since the start. Each look takes a nanosecond, so that of two events one comes first."""
+        """Seconds since the start. Each reading adds a nanosecond, so that no two readings are equal."""
         return (self._passed_ns + self._look()) / 1e9
 
     def now_ms(self) -> int:
-        """Unix milliseconds, as the state machine reads them."""
+        """Unix time in milliseconds, for the state machine."""
         return (self._start_ns + self._passed_ns) // 1_000_000
 
     def __repr__(self) -> str:
@@ -47,13 +47,13 @@ class FakeClock:
 
 
 def set_state(breaker: CircuitBreaker, state: Wanted, *, duration: float | None = None) -> None:
-    """Put a breaker into a state, on Redis or in memory. What it had counted is dropped; its history stays.
+    """Put a breaker into a state, on Redis or in memory. Its counts are dropped; its history stays.
 
     closed: as at the start. open: tripped by failures, for as long as its policy says. half_open: the next call is a
     probe. forced_open, forced_closed: as by an operator, for `duration` seconds; default and maximum: 30 days.
 
-    Raises PolicyError for a duration that the state does not take; CircuitBreakerError if the policy does not let
-    the breaker open by failures alone (a quorum, say); RedisUnavailableError.
+    Raises PolicyError if the state takes no duration; CircuitBreakerError if the failures of this process do not open
+    the circuit, for example because of a quorum; RedisUnavailableError if Redis does not answer.
     """
     _check(breaker, CircuitBreaker, state, duration)
     breaker.reset()

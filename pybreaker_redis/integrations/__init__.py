@@ -1,4 +1,4 @@
-"""Ready-made guards for other libraries: one module and one extra each. None imports the library of another."""
+"""Ready-made guards for other libraries. Each has its own module and extra, and imports no other guarded library."""
 
 from ._http import retry_after_header
 

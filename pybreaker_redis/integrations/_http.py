@@ -14,7 +14,7 @@ from .. import CircuitOpenError, PolicyError
 FAILURE_STATUSES: Final = frozenset({500, 502, 503, 504})
 HOLD_STATUSES: Final = frozenset({429, 503})
 DEFAULT_PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443}
-FIRST_EPOCH: Final = 10**9  # seconds; a greater RateLimit-Reset is a Unix time
+FIRST_EPOCH: Final = 10**9  # seconds; a larger RateLimit-Reset is a Unix time
 UNAVAILABLE: Final = "a service that this request needs is not available"
 
 Errors: TypeAlias = type[BaseException] | Iterable[type[BaseException]] | Callable[[BaseException], object]
@@ -24,17 +24,18 @@ E_ = TypeVar("E_", bound=CircuitOpenError)
 
 
 class FailedResponseError(Exception):
-    """A response whose status counts as failure: what on_call and the history see of it. It is never raised."""
+    """Stands for a failed response in on_call events and in the history. It is never raised."""
 
 
 def retry_after_header(response_or_error: Any, statuses: Collection[int] = HOLD_STATUSES) -> float | None:
     """Seconds after which the service wants to be asked again, or None if it did not say.
 
-    response_or_error: a response of httpx, requests or aiohttp, or an error of theirs, or of an SDK built on them, that
-    carries a response or its headers. statuses: other responses ask for nothing: on a 200, RateLimit-Reset is mere
-    information. Reads retry-after-ms, both forms of Retry-After (seconds, HTTP date), then RateLimit-Reset.
+    response_or_error: a response of httpx, requests or aiohttp; or an error that carries a response or its headers, of
+    these libraries or of an SDK built on them. statuses: responses with any other status return None: on a 200,
+    RateLimit-Reset does not mean that the client should wait. Reads retry-after-ms, then both forms of Retry-After
+    (seconds, HTTP date), then RateLimit-Reset.
     """
-    status = _status(response_or_error)  # first: most responses ask for nothing
+    status = _status(response_or_error)  # first: most responses do not ask the client to wait
     if status is not None and status not in statuses:
         return None
     response = getattr(response_or_error, "response", None)
@@ -85,7 +86,7 @@ def _date(text: Any) -> float | None:
 def host_of(request: Any) -> str:
     """The default name of a request's breaker: the host, and the port unless it is the scheme's default.
 
-    Every client gives the same host the same name, so that they share one circuit.
+    All clients use the same name for a host, so that they share one circuit.
     """
     url = request.url
     if isinstance(url, str):
@@ -113,8 +114,9 @@ def finder(
 ) -> Callable[[Any], Any]:
     """A function of a request that returns its breaker, or None if the request is not guarded.
 
-    breakers: a manager, or one breaker for all requests. kinds: the types of these that fit the client. A request
-    without a host is not guarded: the client itself says what is wrong with it. Raises PolicyError.
+    breakers: a manager, or one breaker for all requests. kinds: the manager and breaker types that fit the client. A
+    request without a host is not guarded: the client itself reports the mistake. Raises PolicyError if breakers do not
+    fit.
     """
     manager, breaker = kinds
     if isinstance(breakers, breaker):
@@ -133,24 +135,24 @@ def finder(
 
 
 def rejection(kind: type[E_], rejected: CircuitOpenError) -> E_:
-    """The same rejection as an error of an HTTP client."""
+    """The rejection as an error class of an HTTP client."""
     error = kind(*rejected.args)
     vars(error).update(vars(rejected))
     return error
 
 
 def unavailable_headers(error: CircuitOpenError) -> dict[str, str]:
-    """The headers of a 503 that passes a rejection on. Retry-After takes whole seconds."""
+    """The headers of a 503 that answers a rejection. Retry-After takes whole seconds."""
     return {"Retry-After": str(max(math.ceil(error.retry_after), 1)), "Cache-Control": "no-store"}
 
 
 class Rules:
-    """How HTTP calls end. What does not fit a rule is a success if it is a response, and nothing if it is an error.
+    """Decides how an HTTP call counts. Any other response counts as success, any other error as nothing.
 
-    failures, ignore: exception types, one or several, or a function of the exception. failure_statuses: those that
-    count as failures. retry_after: a function of the response: seconds to hold, or None.
+    failures, ignore: exception types, one or several, or a function of the exception. failure_statuses: the statuses
+    that count as failures. retry_after: a function of the response that returns the seconds to hold, or None.
 
-    The methods return what the permit's method returns: of an asyncio permit, something to await.
+    The methods return what the permit's method returns. With an asyncio permit, await it.
     """
 
     def __init__(
@@ -170,7 +172,7 @@ class Rules:
         return permit.failure(error) if counts else permit.release()
 
     def answered(self, permit: Any, status: int, response: Any) -> Any:
-        """Settle the permit of a call whose response is no success; else return None, and leave it to its block."""
+        """Settle the permit if the response is a failure or a hold. Otherwise return None: its block settles it."""
         seconds = self._retry_after(response)
         if seconds is not None and seconds > 0:
             return permit.failure(FailedResponseError(f"HTTP {status}"), retry_after=seconds)

@@ -1,4 +1,4 @@
-"""The transports for httpx and httpx2, whose interfaces are the same. Imports neither."""
+"""The transports for httpx and httpx2, which have the same interface. Imports neither."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BreakersT = TypeVar("BreakersT")
 
 
 class Body:
-    """The body of a response, read under guard. It becomes a stream of the library by a second base."""
+    """The body of a response, read under guard. A subclass also inherits from the library's stream class."""
 
     def __init__(self, stream: Any, permit: Any, rules: Rules, block: contextlib.ExitStack) -> None:
         self._stream, self._permit, self._rules, self._block = stream, permit, rules, block
@@ -52,7 +52,7 @@ class Body:
         self._block.close()
 
     def close(self) -> None:
-        """Also what ends a body that the caller did not read to its end: a success, since nothing broke."""
+        """Close the stream. If the caller did not read it to its end, the call is a success, since nothing broke."""
         try:
             self._stream.close()
         finally:

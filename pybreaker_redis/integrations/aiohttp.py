@@ -23,7 +23,7 @@ POOL_WAIT = "_wait_for_available_connection"  # the method of aiohttp's connecto
 def callers_own(error: BaseException) -> bool:
     """The default of `ignore`: a wait for a free connection of the pool, a closed connector, a body that raised.
 
-    aiohttp has no types of their own for these.
+    aiohttp has no separate exception types for these.
     """
     if type(error) is aiohttp.ClientConnectionError and not isinstance(error.__cause__, OSError):
         return True
@@ -55,12 +55,12 @@ def breaker_middleware(
     failure_statuses: the statuses that count as failures. Any other response is a success.
     failures: the exceptions that count as failures: types, or a function of the exception. Any other
         exception counts as nothing.
-    ignore: likewise, exceptions in `failures` that count as nothing; see callers_own().
+    ignore: exceptions in `failures` that count as nothing all the same: types, or a function; see callers_own().
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.
 
-    A call ends with the headers of the response; read the body under guard by a block of your own if it matters.
-    aiohttp repeats an idempotent request once when its connection breaks: each try is a call. A time-out of aiohttp's,
-    ClientTimeout(total=...) too, is a failure; a task that is cancelled counts as nothing.
+    A call ends with the headers of the response. To guard the body as well, read it in a block of your own. aiohttp
+    repeats an idempotent request once when its connection breaks: each try is a call. A time-out of ClientTimeout is a
+    failure, including `total`. A task that is cancelled counts as nothing.
 
     The breakers' own options for failures do not apply. A rejected request raises CircuitOpenClientError. Raises
     PolicyError for breakers that do not fit.
@@ -94,7 +94,7 @@ def breaker_middleware(
 
 
 def _as_time_out(error: BaseException, request: aiohttp.ClientRequest) -> BaseException:
-    """The error; or a TimeoutError, if it is the cancellation that becomes one further out, at aiohttp's own timer."""
+    """The error; but a TimeoutError for a cancellation by aiohttp's own timer, which aiohttp converts further out."""
     if isinstance(error, asyncio.CancelledError) and (timer := getattr(request, "_timer", None)) is not None:
         try:
             timer.assert_timeout()

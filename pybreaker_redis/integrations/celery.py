@@ -1,4 +1,4 @@
-"""Celery tasks behind a breaker: a task that is rejected is sent again for when the service may answer.
+"""Celery tasks behind a breaker: a rejected task is sent again, to run when the breaker may admit calls.
 
 payments = CircuitBreaker("payments", redis="redis://localhost")
 
@@ -24,21 +24,20 @@ LEAST_WAIT = 0.1  # seconds
 
 
 class BreakerTask(Task):  # type: ignore[misc]
-    """The base of tasks whose run() is a call of a guarded service: `@app.task(base=BreakerTask, breaker=...)`.
+    """The base class of tasks whose run() is a guarded call: `@app.task(base=BreakerTask, breaker=...)`.
 
     A rejected task is sent again, to run after the rejection's retry_after. That spends none of the task's own retries.
-    If the call itself fails, the breaker counts it, and the task's own policy decides (autoretry_for, self.retry()). A
-    CircuitOpenError of another breaker that leaves run() has the task sent again, too. Where a task runs without a
-    worker, called directly or by apply(), the CircuitOpenError reaches the caller.
+    If the call itself fails, the breaker counts it, and the task's own retries apply (autoretry_for, self.retry()). The
+    task is also sent again if a CircuitOpenError of another breaker leaves run(). If a task runs without a worker, by a
+    direct call or apply(), the CircuitOpenError reaches the caller.
 
     Options, as attributes or as arguments of app.task():
-    breaker: a CircuitBreaker, or the name of a service, whose breaker `breakers` has. None: only breakers that run()
-        itself uses.
-    breakers: the CircuitBreakerManager for names.
+    breaker: a CircuitBreaker, or the name of a service in `breakers`. None: run() itself uses guarded functions.
+    breakers: the CircuitBreakerManager in which a name is looked up.
     max_rejections: how often one task is sent again. After that a rejection is an error like any other. None: no limit.
-    rejection_jitter: seconds, at most, by which tasks are spread, so that they do not all come back at once.
+    rejection_jitter: longest random delay in seconds, so that the tasks do not all come back at once.
 
-    Raises PolicyError for an option that cannot be.
+    Raises PolicyError for an invalid option.
     """
 
     abstract = True
@@ -60,7 +59,7 @@ class BreakerTask(Task):  # type: ignore[misc]
             except CircuitOpenError as rejected:
                 self._send_again(rejected)
 
-        self.run = guarded  # before autoretry_for wraps it, so that the breaker sees the errors, and it no rejection
+        self.run = guarded  # before autoretry_for wraps run(), so that it sees no rejection, and the breaker each error
 
     def _check_options(self) -> None:
         if isinstance(self.breaker, str):
@@ -86,7 +85,7 @@ class BreakerTask(Task):  # type: ignore[misc]
             nonlocal signal
             try:
                 return run(*args, **kwargs)
-            except (Retry, Ignore, Reject) as one:  # no errors of the service, but orders to the worker
+            except (Retry, Ignore, Reject) as one:  # instructions to the worker, not errors of the service
                 signal = one
                 raise getattr(one, "exc", None) or _NoOutcome from one
 

@@ -1,4 +1,4 @@
-"""The circuit breakers of a Django project, and rejections as its answers (needs the extra `django`).
+"""Circuit breakers for a Django project, and 503 answers to rejections (needs the extra `django`).
 
     INSTALLED_APPS = [..., "pybreaker_redis.integrations.django.CircuitBreakersConfig"]
     MIDDLEWARE = [..., "pybreaker_redis.integrations.django.CircuitOpenMiddleware"]
@@ -27,7 +27,7 @@ M = TypeVar("M", CircuitBreakerManager, AsyncCircuitBreakerManager)
 
 
 class CircuitBreakersConfig(AppConfig):
-    """The app that owns the managers. A worker that is forked from a loaded project has its own connections."""
+    """The app that has the managers. A worker that is forked from a loaded project has its own connections."""
 
     name = "pybreaker_redis.integrations.django"
     label = "circuit_breakers"
@@ -72,9 +72,9 @@ def async_breakers() -> AsyncCircuitBreakerManager:
 
 
 class CircuitOpenMiddleware(MiddlewareMixin):
-    """Answers 503 with Retry-After where a CircuitOpenError leaves a view, synchronous or not.
+    """Answers 503 with Retry-After if a CircuitOpenError leaves a view, sync or async.
 
-    The answer names no service, since it leaves the project.
+    The answer does not name the service, since anyone may read it.
     """
 
     def process_exception(self, request: HttpRequest, exception: Exception) -> HttpResponse | None:
@@ -85,5 +85,5 @@ class CircuitOpenMiddleware(MiddlewareMixin):
 
 
 def health(request: HttpRequest) -> HttpResponse:
-    """A view of the state of every breaker as JSON, for whoever adds it: path("health", health)."""
+    """A view that shows the state of every breaker as JSON. Add it to your URLs: path("health", health)."""
     return JsonResponse(breakers().get_all_states())

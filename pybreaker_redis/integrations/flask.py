@@ -1,4 +1,4 @@
-"""Rejections as answers of a Flask application (needs the extra `flask`)."""
+"""503 answers to rejections in a Flask application (needs the extra `flask`)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["install", "unavailable"]
 
 
 def install(app: flask.Flask, breakers: CircuitBreakerManager, *, health: str | None = None) -> None:
-    """Let the application answer 503 with Retry-After where a CircuitOpenError leaves a view.
+    """Make the application answer 503 with Retry-After if a CircuitOpenError leaves a view.
 
     breakers: the manager, which views find as current_app.extensions["circuit_breakers"]. It reports what it has
     gathered when the process ends. health: the path, like "/health", of a page with the state of every breaker as JSON;
-    None: there is none. Anybody who can read that page learns which services the application calls.
+    None: no such page. Anyone who can read the page learns which services the application calls.
     """
     app.extensions["circuit_breakers"] = breakers
     app.register_error_handler(CircuitOpenError, unavailable)
@@ -28,7 +28,7 @@ def install(app: flask.Flask, breakers: CircuitBreakerManager, *, health: str | 
 
 
 def unavailable(error: CircuitOpenError) -> flask.Response:
-    """The error handler that install() adds. It names no service, since its answer leaves the application."""
+    """The error handler that install() adds. Its answer does not name the service, since anyone may read it."""
     response = flask.jsonify(detail=UNAVAILABLE)
     response.status_code = 503
     response.headers.update(unavailable_headers(error))

@@ -3,7 +3,7 @@
     channel = grpc.intercept_channel(grpc.insecure_channel(target), BreakerInterceptor(breaker))
     channel = grpc.aio.insecure_channel(target, interceptors=aio_interceptors(breaker))
 
-A call ends, and counts, with its status: for a stream, when the stream ends.
+A call counts by its status when it ends; a stream, when the stream ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FAILURES = (
 
 
 class RpcRejected(CircuitOpenError, grpc.RpcError):  # type: ignore[misc]
-    """The breaker rejected a call: a CircuitOpenError, and for handlers of gRPC's errors an UNAVAILABLE."""
+    """The breaker rejected a call. A CircuitOpenError, and also a grpc.RpcError with the code UNAVAILABLE."""
 
     def code(self) -> grpc.StatusCode:
         """UNAVAILABLE."""
@@ -51,19 +51,17 @@ class RpcRejected(CircuitOpenError, grpc.RpcError):  # type: ignore[misc]
 
 
 class AioRpcRejected(RpcRejected, grpc.aio.AioRpcError):  # type: ignore[misc]
-    """The same for grpc.aio, as an AioRpcError."""
+    """RpcRejected for grpc.aio: also an AioRpcError."""
 
     __str__, __repr__ = CircuitOpenError.__str__, CircuitOpenError.__repr__
     __reduce__ = Exception.__reduce__
 
 
 class _Guard(Generic[B]):
-    """What both sorts of interceptors share.
+    """What the blocking and the asyncio interceptors share. Raises PolicyError for an invalid option.
 
     breaker: for all calls, or a function of the method ("/package.Service/Method") that returns one. failures: the
     status codes that count as failures. CANCELLED counts as nothing, any other code as success: the service did answer.
-
-    Raises PolicyError for an option that cannot be.
     """
 
     _kind: type[B]
@@ -96,7 +94,7 @@ class BreakerInterceptor(
     failures: the status codes that count as failures. CANCELLED counts as nothing, any other code as success: the
         service did answer.
 
-    Raises PolicyError for an option that cannot be.
+    Raises PolicyError for an invalid option.
     """
 
     _kind = CircuitBreaker
@@ -171,7 +169,7 @@ class _UnaryUnary(_AioGuard, grpc.aio.UnaryUnaryClientInterceptor):  # type: ign
     async def intercept_unary_unary(self, continuation: Any, details: Any, request: Any) -> Any:
         permit, call = await self._start(continuation, details, request)
         try:
-            await call.code()  # the end of the call: it counts before the caller goes on
+            await call.code()  # wait for the end, so that the call counts before the caller goes on
         except BaseException:  # this task was cancelled
             call.cancel()
             await permit.release()
@@ -197,12 +195,12 @@ def aio_interceptors(
     *,
     failures: Iterable[grpc.StatusCode] = FAILURES,
 ) -> list[grpc.aio.ClientInterceptor]:
-    """For grpc.aio.insecure_channel(target, interceptors=aio_interceptors(breaker)): one for each kind of call, since a
-    channel of grpc.aio takes no more from one object. A rejected call raises AioRpcRejected.
+    """For grpc.aio.insecure_channel(target, interceptors=aio_interceptors(breaker)). Returns four interceptors, since a
+    channel of grpc.aio uses one object for one kind of call only. A rejected call raises AioRpcRejected.
 
     breaker, failures: as for BreakerInterceptor, with an AsyncCircuitBreaker.
 
-    Raises PolicyError for an option that cannot be.
+    Raises PolicyError for an invalid option.
     """
     codes = tuple(failures)
     return [kind(breaker, failures=codes) for kind in (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)]

@@ -42,8 +42,8 @@ class BreakerTransport(
     """A transport that guards each request of another one.
 
     breakers: a manager, or one breaker for every request.
-    transport: what sends the requests; None: a new httpx.HTTPTransport(). Options of a client that concern its
-        transport, like verify, http2, limits and proxies, belong there.
+    transport: what sends the requests; None: a new httpx.HTTPTransport(). Connection options, such as verify, http2,
+        limits and proxies, belong to this transport, not to the client.
     name: the name of a request's breaker, or a function of the request. None from it: the request is not guarded.
     until: "headers": a call ends with the headers of the response. "body": it ends when the body has been read or
         closed, and a body that breaks off is a failure.
@@ -51,8 +51,8 @@ class BreakerTransport(
     failure_statuses: the statuses that count as failures. Any other response is a success.
     failures: the exceptions that count as failures: types, or a function of the exception. Any other
         exception counts as nothing. None: httpx.TransportError.
-    ignore: likewise, exceptions in `failures` that count as nothing. None: the caller's own faults, which are
-        PoolTimeout, UnsupportedProtocol and LocalProtocolError.
+    ignore: exceptions in `failures` that count as nothing all the same: types, or a function. None: the caller's own
+        faults, which are PoolTimeout, UnsupportedProtocol and LocalProtocolError.
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.
 
     The breakers' own options for failures do not apply. Raises PolicyError for an invalid option.

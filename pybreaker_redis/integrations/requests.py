@@ -44,8 +44,8 @@ class BreakerAdapter(BaseAdapter):
     """An adapter that guards each request of another one: session.mount("https://", BreakerAdapter(breakers)).
 
     breakers: a manager, or one breaker for every request.
-    adapter: what sends the requests; None: a new HTTPAdapter(). Retries of urllib3 (its max_retries) happen inside of
-        it: a request and its retries are one call.
+    adapter: what sends the requests; None: a new HTTPAdapter(). Its retries by urllib3 (max_retries) happen inside the
+        guard: a request and its retries are one call.
     name: the name of a request's breaker, or a function of the PreparedRequest. None from it: the request is not
         guarded.
     until: "headers": a call ends with the headers of the response. "body": it ends when the body has been read, and a
@@ -53,7 +53,8 @@ class BreakerAdapter(BaseAdapter):
     failure_statuses: the statuses that count as failures. Any other response is a success.
     failures: the exceptions that count as failures: types, or a function of the exception. Any other
         exception counts as nothing: an invalid URL is the caller's own fault.
-    ignore: likewise, exceptions in `failures` that count as nothing. None: those of a pool that is closed.
+    ignore: exceptions in `failures` that count as nothing all the same: types, or a function. None: the errors of a
+        closed pool.
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.
 
     The breakers' own options for failures do not apply. Raises PolicyError for an invalid option.

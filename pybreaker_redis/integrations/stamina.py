@@ -31,8 +31,8 @@ def after_open(
     """For stamina's `on`: retries these errors, and a rejection once a call may be admitted again. A rejection counts
     as an attempt, so give `attempts=None` and a `timeout`.
 
-    errors: default: every Exception. jitter: seconds, at most, by which callers are spread, so that they do not all
-    come back at once. max: seconds, the longest wait for a rejection.
+    errors: default: every Exception. jitter: longest random delay in seconds, so that callers do not all come back at
+    once. max: longest wait after a rejection, in seconds.
 
     Raises PolicyError for a jitter or max below zero.
     """

@@ -1,4 +1,4 @@
-"""Rejections as answers of a Starlette or FastAPI application (needs the extra `starlette`)."""
+"""503 answers to rejections in a Starlette or FastAPI application (needs the extra `starlette`)."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TRY_AGAIN_LATER = 1013  # a close code of WebSocket
 def install(
     app: Starlette, breakers: AsyncCircuitBreakerManager | CircuitBreakerManager, *, health: str | None = None
 ) -> None:
-    """Let the application answer 503 with Retry-After where a CircuitOpenError leaves an endpoint.
+    """Make the application answer 503 with Retry-After if a CircuitOpenError leaves an endpoint.
 
     app: a Starlette or FastAPI application. breakers: its manager, which is closed after the application's own lifespan
-    has ended. health: the path, like "/health", of a page with the state of every breaker as JSON; None: there is none.
-    Anybody who can read that page learns which services the application calls.
+    has ended. health: the path, like "/health", of a page with the state of every breaker as JSON; None: no such page.
+    Anyone who can read the page learns which services the application calls.
     """
     app.add_exception_handler(CircuitOpenError, unavailable)
     inner = app.router.lifespan_context
@@ -55,7 +55,7 @@ def install(
 
 
 async def unavailable(connection: Request | WebSocket, error: Exception) -> Any:
-    """The exception handler that install() adds. It names no service, since its answer leaves the application."""
+    """The exception handler that install() adds. Its answer does not name the service, since anyone may read it."""
     assert isinstance(error, CircuitOpenError)
     if isinstance(connection, WebSocket):
         await connection.close(TRY_AGAIN_LATER, UNAVAILABLE)

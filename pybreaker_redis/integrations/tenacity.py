@@ -24,9 +24,9 @@ Wait: TypeAlias = Callable[[RetryCallState], float]
 
 
 class retry_unless_open(retry_base):
-    """Retries as another strategy says, but not a call that a breaker rejected.
+    """Retries as another strategy says, but never a call that a breaker rejected.
 
-    retry: the other strategy, no coroutine function; default: retry every Exception.
+    retry: the other strategy, not a coroutine function; default: retry every Exception.
     """
 
     def __init__(self, retry: Retry = retry_if_exception_type()) -> None:  # noqa: B008, it is immutable
@@ -38,12 +38,12 @@ class retry_unless_open(retry_base):
 
 
 class wait_until_probe(wait_base):
-    """Waits after a rejection until a call may be admitted, and a random time more; else as another strategy says.
+    """Waits after a rejection until a call may be admitted, plus a random time; otherwise as another strategy says.
 
     Use it with a `retry` that retries rejections, as the default of tenacity does, and with a `stop` by time:
     a rejection counts as an attempt.
-    wait: the other strategy; default: no wait. jitter: seconds, at most, by which callers are spread, so that they do
-    not all come back at once. max: seconds, the longest wait for a rejection.
+    wait: the other strategy; default: no wait. jitter: longest random delay in seconds, so that callers
+    do not all come back at once. max: longest wait after a rejection, in seconds.
 
     Raises PolicyError for a jitter or max below zero.
     """

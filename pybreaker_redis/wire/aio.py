@@ -86,7 +86,7 @@ class AsyncServer:
             self._start()
 
     async def refresh(self) -> None:
-        """Wait for an exchange of the link: the one that is under way, or a new one."""
+        """Wait for an exchange of the link: the one that is under way, or else a new one."""
         here = self._here()
         task = here.task
         if task is None or task.done():
@@ -109,7 +109,7 @@ class AsyncServer:
         self._deliver()
 
     def end(self) -> None:
-        """Report what is gathered, over blocking connections, since no event loop runs any more. Raises nothing."""
+        """Report what is gathered over blocking connections: no event loop runs any more. Raises nothing."""
         ends = monotonic() + self._timeout
         node = lambda address: sync.Connections(blocking(self._pool_of(address)), self._timeout)  # noqa: E731
         sync.end(self.link, self._routes, node, ends)
@@ -201,8 +201,8 @@ class OnLoop:
             self._end.asend(None).send(None)
 
     async def _close_with_the_loop(self) -> AsyncGenerator[None, None]:
-        """Close the connections when the loop ends, which it lets all asynchronous generators do. (A task would keep
-        programs that wait for all tasks.)"""
+        """Close the connections when the loop ends, since a loop then closes its asynchronous generators. (A task would
+        hold up programs that wait for all tasks.)"""
         try:
             yield
         finally:
@@ -211,7 +211,7 @@ class OnLoop:
                 await node.close()
 
     def wake_after(self, seconds: float | None, call: Callable[[], object]) -> None:
-        """Make a call after so many seconds, in place of the one that was planned before. None: no call."""
+        """Make a call after so many seconds, instead of the call that was planned before. None: make no call."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, call)
@@ -286,7 +286,7 @@ class AsyncConnections:
                     if asking:
                         await _read(connection)
                     replies.append(await _read(connection))
-        except GeneratorExit:  # collected before its end: its loop is gone, and the sockets with it
+        except GeneratorExit:  # collected while it ran: its loop is gone, and so are the sockets
             raise
         except BaseException as error:
             if isinstance(error, REDIS_ERRORS):
@@ -315,7 +315,7 @@ class AsyncConnections:
             await _drop(self._idle.pop()[0])
 
     async def _prepare(self, connection: Any, used_at: float) -> None:
-        """Open a connection, unless it is open and, after it was idle for long, proves that it leads to the server."""
+        """Open a connection, unless it is open. One that was idle for long must prove by a PING that it is usable."""
         with contextlib.suppress(*REDIS_ERRORS):
             if connection.is_connected and not await can_read(connection)():
                 if monotonic() - used_at <= PROOF_AFTER or await self._proves(connection):
@@ -328,7 +328,7 @@ class AsyncConnections:
         self._patience = patience_after(monotonic() - began, self._timeout)
 
     async def _proves(self, connection: Any) -> bool:
-        """Whether the server answers on this connection, and soon. An error is an answer, too."""
+        """Whether the server answers a PING on this connection in time. An error is an answer, too."""
         with contextlib.suppress(*REDIS_ERRORS):
             async with _deadline(self._patience):
                 await connection.send_packed_command([PING], check_health=False)
@@ -338,7 +338,7 @@ class AsyncConnections:
 
 
 def forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any]) -> None:
-    """Drop the entries of closed loops: their open connections refer to the loop, so it would never be collected."""
+    """Drop the entries of closed loops, which would never be collected: their open connections refer to the loop."""
     for reference in by_loop.keyrefs():
         loop = reference()
         if loop is not None and loop.is_closed():
@@ -346,7 +346,7 @@ def forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, A
 
 
 async def _read(connection: Any) -> Any:
-    try:  # the caller disconnects: redis-py would fail at it where the event loop is closed already
+    try:  # the caller disconnects: redis-py would fail to if the event loop is closed already
         return await connection.read_response(disconnect_on_error=False)
     except redis.ResponseError as error:
         return error
@@ -368,9 +368,9 @@ def _is_closed() -> bool:
 async def _deadline(
     seconds: float, least_turns: int = _TURNS, busy: Callable[[], bool] = lambda: False
 ) -> AsyncIterator[None]:
-    """Raise redis.TimeoutError after these seconds and so many turns of the loop: the loop may merely be busy.
+    """Raise redis.TimeoutError after so many seconds and so many turns of the loop, since the loop may merely be busy.
 
-    busy: called at the end of each turn after that; the time is not over while it returns True.
+    busy: called at the end of each later turn. While it returns True, the deadline is put off.
     """
     loop = asyncio.get_running_loop()
     turns = itertools.count(1)
@@ -392,7 +392,8 @@ async def _deadline(
 
 
 def _busy() -> Callable[[], bool]:
-    """Whether this thread has computed for a tenth of the time since. Then a long line is not the server's fault."""
+    """A function that tells whether this thread has computed for a tenth of the time since. Then a long wait in line is
+    not the server's fault."""
     began, computed = monotonic(), thread_time()
     return lambda: thread_time() - computed > (monotonic() - began) / 10
 

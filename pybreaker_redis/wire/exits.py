@@ -1,4 +1,4 @@
-"""When a process ends, each of its links reports what is still gathered: once, and not for long. No I/O."""
+"""When a process ends, each of its links reports what is still gathered, once, in redis_timeout at most. No I/O."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-_LATE = -100  # after the finalizers of others, which may still call
+_LATE = -100  # after other finalizers, which may still make guarded calls
 
-servers: weakref.WeakSet[Any] = weakref.WeakSet()  # those of wire.sync and wire.aio; all have end()
-_pid = 0  # of the process that has used a link
+servers: weakref.WeakSet[Any] = weakref.WeakSet()  # of wire.sync and wire.aio; each has end()
+_pid = 0  # the process that last used a link
 
 
 def begin() -> None:
-    """Called when a process uses a link: let it report at its end.
+    """Register this process to report at its end. Called when a process uses a link.
 
-    The children of multiprocessing and billiard end by os._exit(), without atexit, and with none of the finalizers that
-    their parent has registered. Workers of billiard's pools, thus Celery's, even skip those: they only call on_exit.
+    The children of multiprocessing and billiard end by os._exit(): handlers of atexit do not run. Finalizers run, but
+    not those that the parent has registered. Workers of billiard's pools, and thus of Celery, run no finalizers either:
+    they only call on_exit.
     """
     global _pid
     if _pid == os.getpid():
@@ -35,9 +36,9 @@ def begin() -> None:
         worker.on_exit = functools.partial(_end_after, worker.on_exit)
 
 
-@atexit.register  # once, here: before the handlers of whoever imports this, which run first then
+@atexit.register  # at import: handlers that are registered later run first, and may still make guarded calls
 def _end() -> None:
-    if _pid == os.getpid():  # else its links are copies of those of its parent
+    if _pid == os.getpid():  # else the links are copies of the parent's
         for server in list(servers):
             server.end()
 

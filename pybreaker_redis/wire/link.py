@@ -1,7 +1,7 @@
-"""The link: one process's line to one Redis. One exchange refreshes all its breakers, and they share each outage.
+"""The link of a process to one Redis. One exchange refreshes all its breakers, and they share each outage.
 
 An exchange first retries what is down, breaker by breaker. Then it sends, in one pipeline, the reports that are due and
-a read of the state and policy keys of every breaker that was used lately. A breaker reads a healthy document itself.
+a read of the state and policy keys of every recently used breaker. A breaker reads a healthy document itself.
 Any other document goes through a script, whose verdict holds while the stored bytes stay the same. No I/O.
 """
 
@@ -41,7 +41,8 @@ Pipelines: TypeAlias = Generator[Sequence[Command], list[Any], Any]
 class Health:
     """Whether a server, a node of a cluster or a single breaker can be used. error: why not; None while it can.
 
-    patience: seconds after which a retry that has not ended may be claimed again. failing: contains what has an error.
+    patience: seconds after which a retry that has not ended may be claimed again. failing: the set to which it belongs
+    while it has an error.
     """
 
     def __init__(self, patience: float, failing: set[Health]) -> None:
@@ -54,7 +55,7 @@ class Health:
         self._lock = threading.RLock()
 
     def fail(self, error: BaseException) -> bool:
-        """Note that it cannot be used. Returns whether that is new."""
+        """Note that it cannot be used. Returns whether it could be used before."""
         with self._lock:
             new = self.error is None
             if new:
@@ -68,7 +69,7 @@ class Health:
         return self.error is not None and age(self._waits_since, monotonic()) >= self._waits_for
 
     def claim(self) -> bool:
-        """Whether the caller is to retry. If it never finishes, another caller may claim the retry later."""
+        """Whether the caller should retry. If that retry never ends, another caller may claim it later."""
         with self._lock:
             due = self.is_due()
             if due:
@@ -76,7 +77,7 @@ class Health:
             return due
 
     def retried(self, failed: bool) -> None:
-        """A retry has ended."""
+        """Note the end of a retry."""
         with self._lock:
             self.abandoned = False
             if failed:
@@ -86,7 +87,7 @@ class Health:
                 self._failing.discard(self)
 
     def give_up(self) -> None:
-        """A retry was cancelled: the next caller may claim it."""
+        """Note that a retry was cancelled: the next caller may claim it."""
         self._waits_for = 0.0
 
     def _wait(self) -> None:
@@ -95,9 +96,10 @@ class Health:
 
 
 class Due(NamedTuple):
-    """What a breaker wants of an exchange.
+    """What a breaker needs from an exchange.
 
-    reports: requests for record.lua. reads: whether to read its keys. idle: whether it has not been called lately.
+    reports: requests for record.lua. reads: whether to read its keys. idle: whether to refresh it no more, because it
+    has not been called for IDLE.
     """
 
     reports: list[Request]
@@ -106,10 +108,10 @@ class Due(NamedTuple):
 
 
 class Member(Protocol):
-    """A breaker, as far as its link is concerned.
+    """What a link needs of a breaker.
 
     trouble: the health of this breaker alone. used_at: when it last asked for a refresh. notices: its events. news: a
-    transition of another instance of which its listeners must be notified; or None.
+    transition by another instance, of which the listeners must still be notified, or None.
     """
 
     name: str
@@ -129,19 +131,19 @@ class Member(Protocol):
         """Take the reports that are due. wanted: a refresh is needed, so join it. hinted: read the keys in any case."""
 
     def gathered(self, ends: bool = False) -> list[Request]:
-        """Take the reports of all that is gathered. ends: the process ends: take what matters, and gather no more."""
+        """Take all that is gathered as reports. ends: the process ends: take only what matters, and stop gathering."""
 
     def give_back(self, request: Request) -> None:
         """Keep the outcomes of a report that no server has executed."""
 
     def refresh_request(self, proves: bool = False) -> Request:
-        """The request for record.lua that asks for the state. proves: and for a proof that the server takes writes."""
+        """The request for record.lua that asks for the state. proves: it also proves that the server takes writes."""
 
     def read(self, document: bytes | None, policy: bytes | None, sent: float) -> bool:
-        """Take over what is stored. Returns False if a script must read it."""
+        """Adopt what is stored. Returns False if a script must read it."""
 
     def replied(self, request: Request, reply: Reply, sent: float, read: bool = False) -> None:
-        """Take over the reply to a report. read: it is the script's reading of the texts that read() was given last."""
+        """Adopt the reply to a report. read: whether the report was sent because read() returned False."""
 
     def restored(self, reply: Reply, sent: float) -> None:
         """Return to Redis: it has accepted a write."""
@@ -157,9 +159,9 @@ class Link:
     """The breakers of a process that use one Redis, and whether that Redis can be used.
 
     timeout: the longest time in seconds that one exchange with a server takes. home: returns the node that serves a
-    key; None if there is only one server. failing: what cannot be used now. undelivered: events of exchanges, with
-    their breakers. held: breakers that nobody else holds, and whose reports matter. ended: the process is ending, so
-    that nobody will look at what its breakers gather.
+    key; None if there is only one server. failing: the healths of what cannot be used now. undelivered: events of
+    exchanges, with their breakers. held: the lines of breakers that were freed with reports that matter. ended: whether
+    the process is ending, so that nothing will look at what its breakers gather.
     """
 
     def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
@@ -181,9 +183,9 @@ class Link:
         self._burst = 0, NEVER  # exchanges since when
 
     def after_fork(self) -> list[Member]:
-        """In a child: start empty; a thread of the parent may hold the locks of the healths.
+        """In a child: start empty, with new healths, since a thread of the parent may hold the locks of the old ones.
 
-        Returns the breakers that were used lately: calls may go by their views without asking which process this is.
+        Returns the recently used breakers: calls on the fast path do not check the process id, so renew them now.
         """
         used = _alive(self._used)
         self.wanted, self.busy_since = False, NEVER
@@ -208,7 +210,7 @@ class Link:
         return member.trouble.error or self.health(member).error
 
     def failed(self, member: Member, error: BaseException) -> None:
-        """A command of this breaker has failed: an outage of its server, or an error that concerns only the breaker."""
+        """Note a failed command: an outage of the breaker's server, or an error that concerns only this breaker."""
         if not concerns_server(error):
             self._trouble(member, error)
         elif self.health(member).fail(error) and not self.ended:
@@ -224,13 +226,13 @@ class Link:
         return member.trouble.is_due() or self.health(member).is_due()
 
     def retry_was_abandoned(self, member: Member) -> bool:
-        """Whether the last retry did not end. Short event loops may end before any retry in the background does."""
+        """Whether the last retry never ended. A short-lived event loop may end before its background retry does."""
         return member.trouble.abandoned or self.health(member).abandoned
 
     # Exchanges
 
     def is_busy(self) -> bool:
-        """Whether an exchange is under way, unless it takes longer than any may."""
+        """Whether an exchange is under way that is not overdue."""
         return age(self.busy_since, monotonic()) < self.patience
 
     def is_reporting(self, member: Member) -> bool:
@@ -238,7 +240,7 @@ class Link:
         return member in self._reporting
 
     def use(self, member: Member, hinted: bool = False) -> None:
-        """Refresh this breaker for a while. hinted: only read it in the next exchange, however fresh its view is."""
+        """Refresh this breaker until it is idle. hinted: only read it in the next exchange, even if it is fresh."""
         exits.begin()
         if self.ended:
             member.gathered(ends=True)
@@ -250,11 +252,11 @@ class Link:
             self._empty_since = float("inf")
 
     def leave(self, member: Member) -> None:
-        """Refresh this breaker no more, until it is used again."""
+        """Stop refreshing this breaker until it is used again."""
         self._used.pop(member, None)
 
     def pause(self) -> float | None:
-        """Seconds to the next check for due reports; None if no breaker was used lately."""
+        """Seconds until the next check for due reports; None if no breaker is in use."""
         pauses = [member.pause() for member in [*_alive(self._used), *self.held]]
         if pauses:
             self._empty_since = float("inf")
@@ -264,7 +266,7 @@ class Link:
         return LAST_PAUSE if now - self._empty_since < LAST_PAUSE / 2 else None
 
     def rest(self) -> float:
-        """Seconds to wait before the next exchange in the background: anyone can publish hints, and any number."""
+        """Seconds to wait before the next exchange in the background: anyone can publish any number of hints."""
         (count, since), now = self._burst, monotonic()
         self._burst = (count + 1, since) if 0 <= now - since < BURST_TIME else (1, now)
         return since + BURST_TIME - now if self._burst[0] > BURST else 0.0
@@ -297,7 +299,7 @@ class Link:
             self.busy_since = NEVER
 
     def end(self) -> Pipelines:
-        """The last exchange of a process: only reports, and only of what is not down."""
+        """The last exchange of a process: only reports, and only to servers that are not down."""
         self.ended = True
         yield from self._report_held()
         yield from self.report(_alive(self._used))
@@ -373,7 +375,7 @@ class Link:
             member.give_back(request)
 
     def _take_reads(self, chunks: list[list[Member]], replies: list[Any], sent: float) -> list[Member]:
-        """Let the breakers read what is stored. Returns those that need a script."""
+        """Let the breakers read what is stored. Returns the breakers that need a script to read it."""
         undecided = []
         for chunk, reply in zip(chunks, replies, strict=True):
             for place, member in enumerate(chunk):
@@ -384,7 +386,7 @@ class Link:
         return undecided
 
     def _decide(self, members: list[Member], undecided: list[Member]) -> Pipelines:
-        """Let the script read what the breakers cannot."""
+        """Let the script read the documents that the breakers could not."""
         self._collect(members)
         sent, requests = monotonic(), [member.refresh_request() for member in undecided]
         pairs = list(zip(undecided, requests, strict=True))
@@ -393,7 +395,7 @@ class Link:
             self._receive(member, request, reply, sent, read=True)
 
     def _announce(self, members: list[Member], news: list[Member]) -> Pipelines:
-        """Read the transitions that other instances have caused."""
+        """Read the history, and notify listeners of transitions by other instances."""
         self._collect(members)
         replies = yield from self._send([build.history(member.keys, 10) for member in news])
         for member, reply in zip(news, replies, strict=True):

@@ -15,13 +15,13 @@ from redis.exceptions import ConnectionError, ResponseError
 
 from .._protocol import state_pattern
 
-PING_EVERY = 1.0  # seconds; a connection that is silent for twice as long is lost
+PING_EVERY = 1.0  # seconds of silence before a PING; after as many without an answer the connection is lost
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 logger = logging.getLogger("pybreaker_redis")
 
 
 class Watcher(Protocol):
-    """A breaker, as far as a subscription is concerned."""
+    """What a subscription needs of a breaker."""
 
     keys: Any
     _redis: Any
@@ -32,17 +32,17 @@ class Watcher(Protocol):
 
 
 class Audience:
-    """The breakers of one subscription, and its side of the conversation. No I/O.
+    """The breakers of one subscription; decides what to send and takes what was received. No I/O.
 
-    connected: whether the subscription stands. A message is only a hint to read a breaker's keys again.
+    connected: whether the server has confirmed a subscription. A message is only a hint to read a breaker's keys again.
     """
 
     def __init__(self) -> None:
         self.connected = False
         self._running = False  # a thread or task holds the subscription, or tries to
-        self._warned = True  # of its loss; one that never stood is not lost
+        self._warned = True  # of its loss; a subscription that never was connected cannot be lost
         self._members: weakref.WeakKeyDictionary[Watcher, None] = weakref.WeakKeyDictionary()
-        self._by_key: dict[bytes, list[weakref.ref[Watcher]]] = {}  # so that a message is not held against each breaker
+        self._by_key: dict[bytes, list[weakref.ref[Watcher]]] = {}  # to find those that a message concerns
         self._lock = threading.RLock()
         self.opened()
 
@@ -58,7 +58,7 @@ class Audience:
             if is_new:
                 self._members[breaker] = None
                 self._by_key.setdefault(breaker.keys.state.encode(), []).append(weakref.ref(breaker))
-                if len(self._by_key) > 2 * len(self._members) + 16:  # most are of breakers that are gone
+                if len(self._by_key) > 2 * len(self._members) + 16:  # most of these breakers are gone
                     self._by_key = {key: found for key in self._by_key if (found := self._alive(key))}
             starts, self._running = not self._running, True
         if is_new and self.connected:
@@ -75,7 +75,7 @@ class Audience:
         return [one for one in self._by_key.get(key, ()) if (breaker := one()) is not None and breaker in members]
 
     def stop(self, only_if_empty: bool = False) -> bool:
-        """End the subscription; the next join() starts another one. Returns False if it is still needed."""
+        """End the subscription; the next join() starts another. Returns False if it is still needed, and goes on."""
         with self._lock:
             if only_if_empty and self._members:
                 return False
@@ -89,17 +89,18 @@ class Audience:
         self._pinged = False
 
     def lost(self, error: BaseException) -> bool:
-        """The connection is lost, or could not be opened. Returns whether the subscription stood."""
+        """Note that the connection is lost, or could not be opened. Returns whether the subscription was connected."""
         stood, self.connected = self.connected, False
         if stood:
             self._warned = False
-        elif not self._warned and self._members:  # it could not be opened again at once
+        elif not self._warned and self._members:  # the first attempt to open it again has failed
             self._warned = True
             logger.warning("circuit breakers: the subscription is lost: %r", error)
         return stood
 
     def to_send(self, silent: bool) -> tuple[str, ...]:
-        """The command to send now, or (). silent: nothing came for PING_EVERY. Raises ConnectionError if it is lost."""
+        """The command to send now, or (). silent: whether nothing came for PING_EVERY. Raises ConnectionError if the
+        last PING was not answered."""
         with self._lock:
             missing = {state_pattern(breaker._prefix) for breaker in self._members} - self._subscribed
         if missing:
@@ -112,14 +113,14 @@ class Audience:
         return ("PING",) if silent else ()
 
     def receive(self, read: Callable[[], Any]) -> None:
-        """Take a reply. A message's content is not read: anyone can publish."""
+        """Take a reply or a message. The content of a message is not read: anyone can publish."""
         self._pinged = False
         try:
             kind, *rest = read()
         except ResponseError:
             if self._unconfirmed:
                 raise
-            return  # a refused PING is a sign of life, too: the disk may be full, or an ACL may forbid it
+            return  # a refused PING shows that the server is alive: its disk may be full, or an ACL may forbid PING
         if kind in (b"pmessage", "pmessage"):
             channel = rest[1].encode() if isinstance(rest[1], str) else rest[1]
             with self._lock:
@@ -136,7 +137,7 @@ class Audience:
 
 
 class Subscription:
-    """The subscription of a link. A thread holds it until no breaker is left in it."""
+    """The subscription of a link, kept by a thread until it has no breaker any more."""
 
     def __init__(self) -> None:
         self.audience = Audience()
@@ -177,7 +178,7 @@ class Subscription:
 
 
 class AsyncSubscription:
-    """The same as a task of one event loop."""
+    """The subscription of one event loop, kept by a task."""
 
     def __init__(self) -> None:
         self.audience = Audience()
@@ -185,7 +186,7 @@ class AsyncSubscription:
     def join(self, breaker: Watcher) -> None:
         """Add a breaker, and start the subscription if it does not run."""
         if self.audience.join(breaker):
-            # kept: the loop has only a weak reference
+            # keep a reference: the loop has only a weak one
             self._task = asyncio.get_running_loop().create_task(
                 self._run(breaker._redis.subscriber), name="pybreaker_redis-watch"
             )
@@ -219,7 +220,7 @@ class AsyncSubscription:
                 if not silent:
                     self.audience.receive(reader.result)
                     reader = None
-        except GeneratorExit:  # collected before its end: its loop is gone, and the sockets with it
+        except GeneratorExit:  # collected while it ran: its loop is gone, and so are the sockets
             raise
         except BaseException:
             await self._close(connection, reader)
@@ -243,7 +244,7 @@ class BaseWatch:
 
     @property
     def active(self) -> bool:
-        """Whether the subscription stands now."""
+        """Whether the subscription is connected now."""
         self._breaker._check_process()
         return any(joined.audience.connected for joined in self._subscriptions())
 
@@ -251,7 +252,7 @@ class BaseWatch:
         return [joined for one in self._joined if (joined := one()) is not None]
 
     def join(self) -> None:
-        """Join the subscription, if the breaker has not done so. It starts with the first that joins."""
+        """Join the subscription, unless the breaker has joined it already. The first breaker to join starts it."""
         if not self._closed:
             subscription = self._breaker._redis.subscription()
             if subscription not in (joined := self._subscriptions()):

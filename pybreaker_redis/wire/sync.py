@@ -48,7 +48,7 @@ from .subscription import Subscription
 T = TypeVar("T")
 logger = logging.getLogger("pybreaker_redis")
 _CHUNK = 65536  # bytes
-_PER_COMMAND = 0.001  # seconds that a pipeline may take longer for each of its commands
+_PER_COMMAND = 0.001  # seconds by which each command of a pipeline extends the deadline
 _shared: weakref.WeakKeyDictionary[Any, dict[float, Server]] = weakref.WeakKeyDictionary()
 
 
@@ -64,9 +64,9 @@ def server_of(client: Any, timeout: float) -> Server:
 class Server:
     """This process's access to one Redis: a server, a Sentinel's master, or a cluster.
 
-    Commands go over connections of our own, which leaves the client as it was. They are never repeated, since that
+    Commands go over separate connections, so the client itself is not changed. Commands are never repeated, since that
     could count a report twice. A process needs one connection for each thread that talks to Redis at the same time,
-    however many breakers it has. No reference to the client is kept: it is the weak key of _shared.
+    however many breakers it has. It keeps no reference to the client, which is the weak key of _shared.
     """
 
     def __init__(self, client: Any, timeout: float) -> None:
@@ -92,7 +92,7 @@ class Server:
         self._messenger = Worker("pybreaker_redis-listeners", lambda: deliver, lambda: None)
 
     def _after_fork(self) -> None:
-        """In a child: start without threads and connections, which closes its copies of the idle sockets."""
+        """In a child: start without threads and connections. That closes the child's copies of the idle sockets."""
         self._nodes = {}  # threads of the parent hold some of its connections and locks, or wait for them
         used = self.link.after_fork()
         self._start_process()
@@ -108,7 +108,7 @@ class Server:
             self._worker.wake()
 
     def refresh(self) -> None:
-        """Wait for an exchange of the link: of this thread, or of another thread that has begun one."""
+        """Wait for an exchange of the link: make one, or wait for the one that another thread is making."""
         self._refresh(wanted=True)
 
     def wait_for_reports(self, member: Member) -> None:
@@ -126,7 +126,7 @@ class Server:
             self._messenger.wake()
 
     def end(self) -> None:
-        """Report what is gathered, after an exchange that is under way. Raises nothing."""
+        """Report what is gathered, once an exchange that is under way has ended. Raises nothing."""
         ends = monotonic() + self._timeout
         lock = self._refreshing
         if lock.acquire(timeout=self._timeout):
@@ -139,7 +139,7 @@ class Server:
     def _refresh(self, wanted: bool = False) -> None:
         lock, before = self._refreshing, self._refreshes
         if not lock.acquire(timeout=self.link.timeout):
-            # without an exchange: a signal handler raised in the lock's thread between the lock and `try`
+            # held, but no exchange: a signal handler raised in that thread between taking the lock and `try`
             if not self.link.is_busy() and self._refreshing is lock:
                 self._refreshing = threading.RLock()
             return
@@ -234,10 +234,11 @@ def end(link: Link, routes: Routes | None, node: Callable[[Address | None], Conn
 
 
 class Worker:
-    """A daemon thread that works when it is woken, and at each pause. Starts on demand; ends when there is no pause.
+    """A daemon thread that works when it is woken, and after each pause. It starts on demand, and ends if pause()
+    returns None while it is not woken.
 
-    name: of the thread. work: a reference to what it does, which may be a weak one. pause: returns seconds, or None to
-    work only when it is woken. rest: returns the seconds for which it must not work yet, though it was woken.
+    name: of the thread. work: a reference to the function to run, perhaps a weak one. pause: returns
+    the seconds until it works unwoken, or None. rest: returns the seconds that it must wait even if it is woken.
     """
 
     def __init__(
@@ -253,9 +254,9 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def wake(self) -> None:
-        """Let the thread work soon. Where no thread can run, the caller works."""
+        """Let the thread work soon. If no thread can start, the caller does the work."""
         self._awake.set()
-        with self._lock:  # or a thread that is just ending would miss it
+        with self._lock:  # a thread that is just ending would otherwise miss this
             if self._thread is not None:
                 return
             thread = threading.Thread(target=self._run, name=self._name, daemon=True)
@@ -267,7 +268,7 @@ class Worker:
             work()
 
     def _run(self) -> None:
-        work = self._work()  # held while the thread runs: a breaker that is freed may leave a report
+        work = self._work()  # a strong reference while the thread runs: a freed breaker may leave a report
         while work is not None:
             pause = self._pause()
             if pause is None:
@@ -290,7 +291,7 @@ def _deliver_all(undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:
     while True:
         try:
             member, events = undelivered.popleft()
-        except IndexError:  # where no thread can run, several callers may deliver
+        except IndexError:  # if no thread can start, several callers may deliver at once
             return
         try:
             member.deliver(events)
@@ -307,7 +308,7 @@ class Connections:
     def __init__(self, pool: Any, timeout: float) -> None:
         self._pool, self._limit = pool, limit_of(pool)
         self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
-        self._patience = self._timeout / 2  # seconds that a proof may take: as long as connecting took
+        self._patience = self._timeout / 2  # seconds for the answer to a PING: later, as long as connecting took
         self._idle: collections.deque[Pipe] = collections.deque()
         # in use or idle; weak, since a signal handler's exception may let a thread lose one at any point
         self._pipes: weakref.WeakSet[Pipe] = weakref.WeakSet()
@@ -316,7 +317,7 @@ class Connections:
         self._losses = self._closes = 0
 
     def send(self, commands: Sequence[Command], asking: bool = False, left: float | None = None) -> list[Any]:
-        """The replies, in order; that of a failed command is its error. left: seconds, if they are fewer than usual."""
+        """The replies, in order; that of a failed command is its error. left: seconds, if fewer than usual."""
         losses, closes = self._losses, self._closes
         timeout = self._timeout if left is None else left
         pipe = self._take(timeout)
@@ -361,7 +362,7 @@ class Connections:
                 self._drop(self._idle.pop())
 
     def _prepare(self, pipe: Pipe, timeout: float) -> None:
-        """Open a new connection, unless one that was idle for long proves that it still leads to the server."""
+        """Open the connection, unless it is open and a PING proves that it still leads to the server."""
         if pipe.is_open() and not pipe.readable(0):
             patience = min(self._patience, timeout / 2)
             if pipe.proves(patience):
@@ -397,7 +398,7 @@ class Connections:
     def _hand_over(self) -> None:
         """Give free connections to the callers that have waited longest.
 
-        Who adds a caller or a connection calls this afterwards: so no caller waits while a connection is free.
+        Call this after adding a caller or a connection, so that no caller waits while a connection is free.
         """
         while self._waiting and (pipe := self._free()) is not None:
             try:
@@ -429,7 +430,8 @@ class Connections:
 class Pipe:
     """One of the connections, once it is open.
 
-    Reads and writes its socket directly: redis-py's layers take a third of a script's time. used_at: when.
+    Reads and writes its socket directly, since redis-py's layers take a third of the time of a script call.
+    used_at: when it was last used.
     """
 
     def __init__(self) -> None:

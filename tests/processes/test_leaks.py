@@ -23,7 +23,12 @@ JOBS = {  # how often: in every run, in a long one
     "local_probes": (5_000, 20_000),
     "async_probes": (1_000, 20_000),
 }
-SHORT = [pytest.param(job, times, id=job) for job, (times, _) in JOBS.items() if times]
+USUAL = ("breakers", "loops", "watches", "probes")  # the others take too long for every run
+SHORT = [
+    pytest.param(job, times, id=job, marks=[] if job in USUAL else [pytest.mark.long])
+    for job, (times, _) in JOBS.items()
+    if times
+]
 LONG = [
     pytest.param(job, times, id=f"{job}-{times}", marks=[pytest.mark.long, pytest.mark.timeout(400)])
     for job, (_, times) in JOBS.items()

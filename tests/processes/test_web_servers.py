@@ -188,6 +188,7 @@ def test_loading_the_application_starts_nothing(
         assert [answer["at_import"] for answer in answers.values()] == [{"threads": [], "sockets": []}] * WORKERS
 
 
+@pytest.mark.long
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("command", SERVERS)
 def test_workers(
