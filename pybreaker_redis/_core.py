@@ -369,7 +369,8 @@ class BreakerCore:
             return _raise_after(self._report(permit, IGNORED, error), error)
         hold_ms = self._classifier.hold_ms_of(result)
         if outcome == FAILURE or hold_ms > 0:
-            self._innermost.failed(None)
+            if permit.generation is not None:
+                self._innermost.failed(None)
             return self._report(permit, FAILURE, None, hold_ms)
         return self._report_end(permit, None)
 

@@ -116,7 +116,7 @@ class BasePermit:
         stage, self._stage = self._stage, SETTLED  # first: another thread may settle it at the same time
         if stage == SETTLED:
             raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
-        if outcome == FAILURE and stage == ENTERED:
+        if outcome == FAILURE and stage == ENTERED and self.generation is not None:
             self._breaker._innermost.failed(error)
         report: Steps[None] | None = self._breaker._report(self, outcome, error, held_ms)
         return report

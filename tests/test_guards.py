@@ -757,6 +757,32 @@ def test_async_probes_that_call_their_own_breaker(server: EmbeddedServer, client
     asyncio.run(main())
 
 
+def test_a_failure_that_a_permit_says_within_a_probe(make_breaker: Callable[..., CircuitBreaker]) -> None:
+    """The nested guard counts nothing, so the probe counts the error that it sees."""
+    breaker = half_open(make_breaker(policy=PROBING))
+
+    def nested() -> None:
+        with breaker.acquire() as permit:
+            error = Boom()
+            permit.failure(error)
+            raise error
+
+    with pytest.raises(Boom):
+        breaker.call(nested)
+    assert breaker.history()[0].reason == "probe_failed"
+
+
+def test_a_failed_result_within_a_probe(make_breaker: Callable[..., CircuitBreaker]) -> None:
+    """Nor does the result of a nested call: the probe's own outcome counts."""
+    breaker = half_open(make_breaker(policy=PROBING, is_failure=lambda result: result == "bad"))
+
+    def nested() -> str:
+        return breaker.call(lambda: "bad") + ", but handled"
+
+    assert breaker.call(nested) == "bad, but handled"
+    assert breaker.history()[0].reason == "probe_succeeded"
+
+
 # Cancelled and timed out from outside -----------------------------------------------------------
 
 SLOW = Policy(
