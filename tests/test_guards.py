@@ -676,6 +676,37 @@ def test_async_nested_guards(server: EmbeddedServer, client: redis.Redis) -> Non
 
         assert await breaker.call(tolerant) == 1
         assert (await breaker.snapshot()).failure_count == 4
+
+        @breaker
+        async def stream() -> AsyncIterator[int]:
+            yield await tolerant()
+
+        assert [item async for item in stream()] == [1]
+        assert (await breaker.snapshot()).failure_count == 5
+        await breaker.close()
+
+    asyncio.run(main())
+
+
+def test_wrong_arguments_of_an_async_generator(server: EmbeddedServer) -> None:
+    """They are no call: no slot of a probe is taken, and nothing counts."""
+
+    async def main() -> None:
+        breaker = AsyncCircuitBreaker("wrong", redis=server.url, policy=PROBING)
+
+        @breaker
+        async def stream(number: int) -> AsyncIterator[int]:
+            yield number
+
+        with pytest.raises(Boom):
+            await breaker.call(araising, Boom())
+        while breaker.state != "half_open":
+            await asyncio.sleep(0.01)
+        wrong: Any = stream
+        with pytest.raises(TypeError):
+            await anext(wrong())
+        assert [item async for item in stream(1)] == [1]
+        assert (await breaker.snapshot()).state == "closed"
         await breaker.close()
 
     asyncio.run(main())
