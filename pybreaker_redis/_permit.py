@@ -167,6 +167,10 @@ class Innermost:
         self.failed_at, self._now = NEVER, now
         self._last: dict[int, float] = {}  # by thread or task: when it last counted a failure
 
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None elsewhere: an exception that has passed a guard can be read without this package."""
+        return type(None), ()
+
     def failed(self, error: BaseException | None) -> None:
         """A guard counts a failure, perhaps an exception that will pass other guards."""
         self.failed_at = now = self._now()

@@ -190,6 +190,17 @@ def test_a_rejection_can_be_pickled() -> None:
     assert (type(error), error.name, error.state, error.retry_after) == (CircuitOpenError, "payments", "open", 2.5)
 
 
+def test_an_exception_that_passed_a_guard_can_be_pickled(make_breaker: Callable[..., CircuitBreaker]) -> None:
+    """And read where this package is not installed."""
+    error = Boom("gone")
+    tried(make_breaker(), error)
+    stored = pickle.dumps(error)
+    assert b"pybreaker_redis._" not in stored
+    again = pickle.loads(stored)
+    assert str(again) == "gone"
+    assert tried(make_breaker("another", policy=ONE), again) == "open"
+
+
 # Fallbacks --------------------------------------------------------------------------------------
 
 
