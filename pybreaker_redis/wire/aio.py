@@ -183,9 +183,11 @@ class AsyncServer:
 
     def _here(self) -> OnLoop:
         loop = asyncio.get_running_loop()
-        if loop not in self._by_loop:
+        found = self._by_loop.get(loop)
+        if found is None:
             forget_ended(self._by_loop)
-        return self._by_loop.setdefault(loop, OnLoop())
+            found = self._by_loop[loop] = OnLoop()
+        return found
 
 
 class OnLoop:
