@@ -260,6 +260,7 @@ class BaseWatch:
 
     def _leave(self) -> None:
         self._closed = True
+        self._breaker._check_process()
         for subscription in self._subscriptions():
             subscription.audience.leave(self._breaker)
         self._joined = ()
