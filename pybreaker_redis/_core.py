@@ -370,7 +370,7 @@ class BreakerCore:
         hold_ms = self._classifier.hold_ms_of(result)
         if outcome == FAILURE or hold_ms > 0:
             if permit.generation is not None:
-                self._innermost.failed(None)
+                self._innermost.failed(None, permit.started)
             return self._report(permit, FAILURE, None, hold_ms)
         return self._report_end(permit, None)
 
@@ -387,7 +387,7 @@ class BreakerCore:
         if hold_ms > 0:
             outcome = FAILURE
         if outcome == FAILURE and permit.generation is not None:
-            self._innermost.failed(error)
+            self._innermost.failed(error, permit.started)
         return self._report(permit, outcome, error, hold_ms)
 
     # Script calls and their replies

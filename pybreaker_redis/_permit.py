@@ -117,7 +117,7 @@ class BasePermit:
         if stage == SETTLED:
             raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
         if outcome == FAILURE and stage == ENTERED and self.generation is not None:
-            self._breaker._innermost.failed(error)
+            self._breaker._innermost.failed(error, self.started)
         report: Steps[None] | None = self._breaker._report(self, outcome, error, held_ms)
         return report
 
@@ -171,19 +171,22 @@ class Innermost:
         """None elsewhere: an exception that has passed a guard can be read without this package."""
         return type(None), ()
 
-    def failed(self, error: BaseException | None) -> None:
-        """A guard counts a failure, perhaps an exception that will pass other guards."""
+    def failed(self, error: BaseException | None, began: float) -> None:
+        """A guard counts a failure of a call that began then, perhaps an exception that will pass other guards."""
         self.failed_at = now = self._now()
         if len(self._last) >= 1000:  # of threads and tasks that are mostly gone
             self._last.clear()
         self._last[_running()] = now
         if error is not None:
-            error.__dict__["_pybreaker_redis"] = self, now
+            error.__dict__["_pybreaker_redis"] = self, now, began
 
     def has_counted(self, error: BaseException, since: float) -> bool:
-        """Whether a guard has counted this exception since then: the same object may be raised again by later calls."""
-        by, at = error.__dict__.get("_pybreaker_redis", (None, 0.0))
-        return by is self and since < at
+        """Whether a guard within a call that began then has counted this exception.
+
+        The same object may be raised again by later calls, and by others at the same time: such a guard began later.
+        """
+        by, at, began = error.__dict__.get("_pybreaker_redis", (None, 0.0, 0.0))
+        return by is self and since < at and since <= began
 
     def has_failed(self, since: float) -> bool:
         """Whether this thread or task has counted a failure since then."""

@@ -645,6 +645,29 @@ def test_other_threads_count_for_themselves(make_breaker: Callable[..., CircuitB
     assert breaker.counts[:3] == (1, 0, 1)
 
 
+def test_calls_that_share_an_exception(server: EmbeddedServer) -> None:
+    """As where a connection fails, and with it all requests on it: each of them counts."""
+
+    async def main() -> None:
+        breaker = AsyncCircuitBreaker("shared", redis=server.url, policy=Policy(failure_threshold=50))
+        reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting: list[None] = []
+
+        async def request() -> None:
+            waiting.append(None)
+            await asyncio.shield(reply)
+
+        requests = [asyncio.ensure_future(breaker.call(breaker(request))) for _ in range(5)]
+        while len(waiting) < 5:
+            await asyncio.sleep(0.01)
+        reply.set_exception(Boom())
+        assert [type(one) for one in await asyncio.gather(*requests, return_exceptions=True)] == [Boom] * 5
+        assert (await breaker.snapshot()).failure_count == 5
+        await breaker.close()
+
+    asyncio.run(main())
+
+
 def test_nested_guards_of_other_breakers_count(make_breaker: Callable[..., CircuitBreaker]) -> None:
     """Only the same breaker counts once: same name, prefix and Redis, whatever the object."""
     breaker = make_breaker("a", policy=Policy(failure_threshold=9))
