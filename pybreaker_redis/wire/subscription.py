@@ -56,8 +56,9 @@ class Audience:
         with self._lock:
             is_new = breaker not in self._members
             if is_new:
+                key = breaker.keys.state.encode()
+                self._by_key[key] = [*self._alive(key), weakref.ref(breaker)]
                 self._members[breaker] = None
-                self._by_key.setdefault(breaker.keys.state.encode(), []).append(weakref.ref(breaker))
                 if len(self._by_key) > 2 * len(self._members) + 16:  # most are of breakers that are gone
                     self._by_key = {key: found for key in self._by_key if (found := self._alive(key))}
             starts, self._running = not self._running, True
