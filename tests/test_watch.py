@@ -401,9 +401,7 @@ def test_many_messages_are_few_reads(client: redis.Redis, watched: Callable[...,
     assert commands(client, "evalsha") - before[1] <= 5
 
 
-def test_breakers_that_are_gone_leave_nothing(
-    client: redis.Redis, watched: Callable[..., CircuitBreaker]
-) -> None:
+def test_breakers_that_are_gone_leave_nothing(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
     """However many breakers of one name have watched, and however often one of them."""
     breaker = watched()
     for _ in range(100):

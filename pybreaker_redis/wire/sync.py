@@ -389,9 +389,14 @@ class Connections:
             self._hand_over()
             return turn.get(timeout=timeout)
         except queue.Empty:
+            try:
+                self._waiting.remove(turn)
+            except ValueError:  # another thread has taken it from the line, and hands it a connection now
+                with contextlib.suppress(queue.Empty):
+                    return turn.get(timeout=timeout)
             raise none_free(self._limit, timeout) from None
         finally:
-            with contextlib.suppress(ValueError):  # another thread has taken it from the line
+            with contextlib.suppress(ValueError):
                 self._waiting.remove(turn)
 
     def _hand_over(self) -> None:
