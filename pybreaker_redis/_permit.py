@@ -186,7 +186,9 @@ class Innermost:
         The same object may be raised again by later calls, and by others at the same time: such a guard began later.
         """
         by, at, began = error.__dict__.get("_pybreaker_redis", (None, 0.0, 0.0))
-        return by is self and since < at and since <= began
+        if by is self and since < at and since <= began:
+            return True
+        return isinstance(error, BaseExceptionGroup) and any(self.has_counted(one, since) for one in error.exceptions)
 
     def has_failed(self, since: float) -> bool:
         """Whether this thread or task has counted a failure since then."""

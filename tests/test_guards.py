@@ -698,8 +698,12 @@ def test_async_nested_guards(server: EmbeddedServer, client: redis.Redis) -> Non
             async with breaker.acquire():
                 await breaker(araising)(Boom())
 
-        for number, work in enumerate((in_task, in_thread, in_block), 1):
-            with pytest.raises(Boom):
+        async def in_group() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(breaker.call(araising, Boom()))
+
+        for number, work in enumerate((in_task, in_thread, in_block, in_group), 1):
+            with pytest.raises((Boom, ExceptionGroup)):
                 await breaker.call(work)
             assert (await breaker.snapshot()).failure_count == number
 
@@ -709,14 +713,14 @@ def test_async_nested_guards(server: EmbeddedServer, client: redis.Redis) -> Non
             return 1
 
         assert await breaker.call(tolerant) == 1
-        assert (await breaker.snapshot()).failure_count == 4
+        assert (await breaker.snapshot()).failure_count == 5
 
         @breaker
         async def stream() -> AsyncIterator[int]:
             yield await tolerant()
 
         assert [item async for item in stream()] == [1]
-        assert (await breaker.snapshot()).failure_count == 5
+        assert (await breaker.snapshot()).failure_count == 6
         await breaker.close()
 
     asyncio.run(main())
