@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -401,16 +400,14 @@ def test_many_messages_are_few_reads(client: redis.Redis, watched: Callable[...,
     assert commands(client, "evalsha") - before[1] <= 5
 
 
-def test_breakers_that_are_gone_leave_nothing(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
-    """However many breakers of one name have watched, and however often one of them."""
-    breaker = watched()
+def test_breakers_that_are_gone_leave_nothing(client: redis.Redis) -> None:
+    """However many breakers of one name have joined a subscription, and left it."""
+    audience = subscription.Audience()
     for _ in range(100):
-        CircuitBreaker(breaker.name, redis=client).watch()
-        breaker.watch().close()
-    gc.collect()
-    with breaker.watch():
-        known = breaker._redis.subscription().audience._by_key
-        assert [len(breakers) for breakers in known.values()] == [1]
+        breaker = CircuitBreaker("discovery", redis=client)
+        audience.join(breaker)
+        audience.leave(breaker)
+    assert [len(known) for known in audience._by_key.values()] == [1]
 
 
 def test_bad_watches(client: redis.Redis) -> None:
