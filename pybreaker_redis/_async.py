@@ -281,6 +281,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
     def _guard_generator(self, func: Callable[..., AsyncGenerator[Any, Any]], fallback: Fallback | None) -> Any:
         async def guarded(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
+            generator = func(*args, **kwargs)  # first: wrong arguments are no call
             try:
                 permit = await self._admit(monotonic())
             except CircuitOpenError as rejected:
@@ -289,7 +290,6 @@ class AsyncCircuitBreaker(BreakerCore):
                 async for item in fallback(rejected):
                     yield item
                 return
-            generator = func(*args, **kwargs)
             step = functools.partial(anext, generator)
             try:
                 async with contextlib.aclosing(generator):
@@ -308,7 +308,7 @@ class AsyncCircuitBreaker(BreakerCore):
                         else:
                             step = functools.partial(generator.asend, sent)
             except StopAsyncIteration:
-                await self._drive(self._report(permit, SUCCESS))
+                await self._drive(self._report_end(permit, None))
             except BaseException as error:
                 await self._drive(self._report_end(permit, error))
                 raise

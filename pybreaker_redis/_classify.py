@@ -97,7 +97,8 @@ class Classifier:
         if self._retry_after is None:
             return 0
         if isinstance(ended, BaseExceptionGroup):
-            return max(map(self.hold_ms_of, ended.exceptions))
+            asked = [one for one in ended.exceptions if self.of_exception(one) != IGNORED]
+            return max(map(self.hold_ms_of, asked), default=0)
         try:
             return hold_ms(self._retry_after(ended))
         except Exception:

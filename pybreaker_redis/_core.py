@@ -369,7 +369,8 @@ class BreakerCore:
             return _raise_after(self._report(permit, IGNORED, error), error)
         hold_ms = self._classifier.hold_ms_of(result)
         if outcome == FAILURE or hold_ms > 0:
-            self._innermost.failed(None)
+            if permit.generation is not None:
+                self._innermost.failed(None, permit.started)
             return self._report(permit, FAILURE, None, hold_ms)
         return self._report_end(permit, None)
 
@@ -386,7 +387,7 @@ class BreakerCore:
         if hold_ms > 0:
             outcome = FAILURE
         if outcome == FAILURE and permit.generation is not None:
-            self._innermost.failed(error)
+            self._innermost.failed(error, permit.started)
         return self._report(permit, outcome, error, hold_ms)
 
     # Script calls and their replies

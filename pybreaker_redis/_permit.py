@@ -116,8 +116,8 @@ class BasePermit:
         stage, self._stage = self._stage, SETTLED  # before the check: another thread may settle it at the same time
         if stage == SETTLED:
             raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was already settled")
-        if outcome == FAILURE and stage == ENTERED:
-            self._breaker._innermost.failed(error)
+        if outcome == FAILURE and stage == ENTERED and self.generation is not None:
+            self._breaker._innermost.failed(error, self.started)
         report: Steps[None] | None = self._breaker._report(self, outcome, error, held_ms)
         return report
 
@@ -169,19 +169,31 @@ class Innermost:
         self.failed_at, self._now = NEVER, now
         self._last: dict[int, float] = {}  # by thread or task: when it last counted a failure
 
-    def failed(self, error: BaseException | None) -> None:
-        """Note that a guard counts a failure. error: the exception, if any, which may yet pass other guards."""
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        """None elsewhere: an exception that has passed a guard can be read without this package."""
+        return type(None), ()
+
+    def failed(self, error: BaseException | None, began: float) -> None:
+        """Note that a guard counts a failure. error: the exception, if any, which may yet pass other guards.
+
+        began: when the call began.
+        """
         self.failed_at = now = self._now()
         if len(self._last) >= 1000:  # most of these threads and tasks have ended
             self._last.clear()
         self._last[_running()] = now
         if error is not None:
-            error.__dict__["_pybreaker_redis"] = self, now
+            error.__dict__["_pybreaker_redis"] = self, now, began
 
     def has_counted(self, error: BaseException, since: float) -> bool:
-        """Whether a guard has counted this exception after `since`. A later call may raise the same object again."""
-        by, at = error.__dict__.get("_pybreaker_redis", (None, 0.0))
-        return by is self and since < at
+        """Whether a guard within a call that began then has counted this exception.
+
+        The same object may be raised again by later calls, and by others at the same time: such a guard began later.
+        """
+        by, at, began = error.__dict__.get("_pybreaker_redis", (None, 0.0, 0.0))
+        if by is self and since < at and since <= began:
+            return True
+        return isinstance(error, BaseExceptionGroup) and any(self.has_counted(one, since) for one in error.exceptions)
 
     def has_failed(self, since: float) -> bool:
         """Whether this thread or task has counted a failure after `since`."""

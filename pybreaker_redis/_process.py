@@ -24,21 +24,21 @@ class Part(Protocol):
 
 _told_of_forks: weakref.WeakKeyDictionary[Part, None] = weakref.WeakKeyDictionary()  # in the order they were made
 _locks: dict[int, threading.RLock] = {}  # by process id: a thread of the parent may hold the parent's
-_renewing: list[Part] = []
+_renewing: list[tuple[int, Part]] = []  # with the process: another thread may fork meanwhile
 
 
 def renew(part: Part) -> None:
     """In a child: let a part start anew, once. Before each use: `if getpid() != part._pid: renew(part)`."""
     pid = getpid()
     with _locks.setdefault(pid, threading.RLock()):
-        if part._pid == pid or part in _renewing:
+        if part._pid == pid or (pid, part) in _renewing:
             return
-        _renewing.append(part)
+        _renewing.append((pid, part))
         try:
             part._after_fork()
             part._pid = pid
         finally:
-            _renewing.remove(part)
+            _renewing.remove((pid, part))
 
 
 def tell_of_forks(part: Part) -> None:

@@ -1511,3 +1511,20 @@ def test_a_credential_provider_that_fails(server: EmbeddedServer) -> None:
         assert (await breaker.snapshot()).source == "local"
 
     asyncio.run(main())
+
+
+def test_calls_leave_nothing_in_their_loop(server: EmbeddedServer) -> None:
+    """A loop ends an asynchronous generator that is collected by a task: there is one for all exchanges."""
+
+    async def main() -> None:
+        breaker = AsyncCircuitBreaker("leaves", redis=server.url, **STRICT)
+        for _ in range(50):
+            await breaker.call(fine)
+        assert len(asyncio.get_running_loop()._asyncgens) == 1  # type: ignore[attr-defined]
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()

@@ -190,6 +190,17 @@ def test_a_rejection_can_be_pickled() -> None:
     assert (type(error), error.name, error.state, error.retry_after) == (CircuitOpenError, "payments", "open", 2.5)
 
 
+def test_an_exception_that_passed_a_guard_can_be_pickled(make_breaker: Callable[..., CircuitBreaker]) -> None:
+    """And read where this package is not installed."""
+    error = Boom("gone")
+    tried(make_breaker(), error)
+    stored = pickle.dumps(error)
+    assert b"pybreaker_redis._" not in stored
+    again = pickle.loads(stored)
+    assert str(again) == "gone"
+    assert tried(make_breaker("another", policy=ONE), again) == "open"
+
+
 # Fallbacks --------------------------------------------------------------------------------------
 
 
@@ -634,6 +645,29 @@ def test_other_threads_count_for_themselves(make_breaker: Callable[..., CircuitB
     assert breaker.counts[:3] == (1, 0, 1)
 
 
+def test_calls_that_share_an_exception(server: EmbeddedServer) -> None:
+    """As where a connection fails, and with it all requests on it: each of them counts."""
+
+    async def main() -> None:
+        breaker = AsyncCircuitBreaker("shared", redis=server.url, policy=Policy(failure_threshold=50))
+        reply: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        waiting: list[None] = []
+
+        async def request() -> None:
+            waiting.append(None)
+            await asyncio.shield(reply)
+
+        requests = [asyncio.ensure_future(breaker.call(breaker(request))) for _ in range(5)]
+        while len(waiting) < 5:
+            await asyncio.sleep(0.01)
+        reply.set_exception(Boom())
+        assert [type(one) for one in await asyncio.gather(*requests, return_exceptions=True)] == [Boom] * 5
+        assert (await breaker.snapshot()).failure_count == 5
+        await breaker.close()
+
+    asyncio.run(main())
+
+
 def test_nested_guards_of_other_breakers_count(make_breaker: Callable[..., CircuitBreaker]) -> None:
     """Only the same breaker counts once: same name, prefix and Redis, whatever the object."""
     breaker = make_breaker("a", policy=Policy(failure_threshold=9))
@@ -664,8 +698,12 @@ def test_async_nested_guards(server: EmbeddedServer, client: redis.Redis) -> Non
             async with breaker.acquire():
                 await breaker(araising)(Boom())
 
-        for number, work in enumerate((in_task, in_thread, in_block), 1):
-            with pytest.raises(Boom):
+        async def in_group() -> None:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(breaker.call(araising, Boom()))
+
+        for number, work in enumerate((in_task, in_thread, in_block, in_group), 1):
+            with pytest.raises((Boom, ExceptionGroup)):
                 await breaker.call(work)
             assert (await breaker.snapshot()).failure_count == number
 
@@ -675,7 +713,38 @@ def test_async_nested_guards(server: EmbeddedServer, client: redis.Redis) -> Non
             return 1
 
         assert await breaker.call(tolerant) == 1
-        assert (await breaker.snapshot()).failure_count == 4
+        assert (await breaker.snapshot()).failure_count == 5
+
+        @breaker
+        async def stream() -> AsyncIterator[int]:
+            yield await tolerant()
+
+        assert [item async for item in stream()] == [1]
+        assert (await breaker.snapshot()).failure_count == 6
+        await breaker.close()
+
+    asyncio.run(main())
+
+
+def test_wrong_arguments_of_an_async_generator(server: EmbeddedServer) -> None:
+    """They are no call: no slot of a probe is taken, and nothing counts."""
+
+    async def main() -> None:
+        breaker = AsyncCircuitBreaker("wrong", redis=server.url, policy=PROBING)
+
+        @breaker
+        async def stream(number: int) -> AsyncIterator[int]:
+            yield number
+
+        with pytest.raises(Boom):
+            await breaker.call(araising, Boom())
+        while breaker.state != "half_open":
+            await asyncio.sleep(0.01)
+        wrong: Any = stream
+        with pytest.raises(TypeError):
+            await anext(wrong())
+        assert [item async for item in stream(1)] == [1]
+        assert (await breaker.snapshot()).state == "closed"
         await breaker.close()
 
     asyncio.run(main())
@@ -755,6 +824,32 @@ def test_async_probes_that_call_their_own_breaker(server: EmbeddedServer, client
         await breaker.close()
 
     asyncio.run(main())
+
+
+def test_a_failure_that_a_permit_says_within_a_probe(make_breaker: Callable[..., CircuitBreaker]) -> None:
+    """The nested guard counts nothing, so the probe counts the error that it sees."""
+    breaker = half_open(make_breaker(policy=PROBING))
+
+    def nested() -> None:
+        with breaker.acquire() as permit:
+            error = Boom()
+            permit.failure(error)
+            raise error
+
+    with pytest.raises(Boom):
+        breaker.call(nested)
+    assert breaker.history()[0].reason == "probe_failed"
+
+
+def test_a_failed_result_within_a_probe(make_breaker: Callable[..., CircuitBreaker]) -> None:
+    """Nor does the result of a nested call: the probe's own outcome counts."""
+    breaker = half_open(make_breaker(policy=PROBING, is_failure=lambda result: result == "bad"))
+
+    def nested() -> str:
+        return breaker.call(lambda: "bad") + ", but handled"
+
+    assert breaker.call(nested) == "bad, but handled"
+    assert breaker.history()[0].reason == "probe_succeeded"
 
 
 # Cancelled and timed out from outside -----------------------------------------------------------

@@ -305,3 +305,23 @@ def test_without_the_option_nothing_is_asked() -> None:
     """A breaker without the option counts successes as before; with it, each result is looked at."""
     assert CircuitBreaker("discovery")._only_counts
     assert not CircuitBreaker("discovery", retry_after=wait_of)._only_counts
+
+
+def test_an_ignored_error_in_a_group(make_any: Make) -> None:
+    """retry_after= is not asked about it there either; about the others it is."""
+    breaker = make_any(failures=Boom, ignore=TooManyError, retry_after=wait_of, **PATIENT)
+
+    def group(*errors: Exception) -> Callable[[], Any]:
+        def call() -> None:
+            raise ExceptionGroup("several", errors)
+
+        return call
+
+    with pytest.raises(ExceptionGroup):
+        breaker.call(group(TooManyError(7), Boom()))
+    assert breaker.snapshot().state == "closed"
+    held = Boom()
+    held.retry_after = 7  # type: ignore[attr-defined]
+    with pytest.raises(ExceptionGroup):
+        breaker.call(group(TooManyError(70), held))
+    assert is_held(breaker)

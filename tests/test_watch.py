@@ -400,6 +400,16 @@ def test_many_messages_are_few_reads(client: redis.Redis, watched: Callable[...,
     assert commands(client, "evalsha") - before[1] <= 5
 
 
+def test_breakers_that_are_gone_leave_nothing(client: redis.Redis) -> None:
+    """However many breakers of one name have joined a subscription, and left it."""
+    audience = subscription.Audience()
+    for _ in range(100):
+        breaker = CircuitBreaker("discovery", redis=client)
+        audience.join(breaker)
+        audience.leave(breaker)
+    assert [len(known) for known in audience._by_key.values()] == [1]
+
+
 def test_bad_watches(client: redis.Redis) -> None:
     """Without Redis there is nothing to watch; watch() takes no argument."""
     with pytest.raises(PolicyError, match="nothing to watch"):

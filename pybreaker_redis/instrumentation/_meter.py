@@ -79,6 +79,8 @@ class Meter(Instrument):
     def _after_fork(self) -> None:
         """In a child: start from zero, since the parent exports its own counts, and replace the locks it may hold."""
         self._start_process()
+        if self._server is not None:
+            renew(self._server)
 
     def _start_process(self) -> None:
         self._counting, self._reading = threading.RLock(), threading.RLock()

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import redis
 
 from .._clock import NEVER
-from .._process import tell_of_forks
+from .._process import renew, tell_of_forks
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import exits, sync
@@ -54,7 +54,9 @@ def async_server_of(client: Any, timeout: float) -> AsyncServer:
     timeout: seconds for one exchange, connecting included.
     """
     by_timeout = _shared.setdefault(client, {})
-    return by_timeout.get(timeout) or by_timeout.setdefault(timeout, AsyncServer(client, timeout))
+    server = by_timeout.get(timeout) or by_timeout.setdefault(timeout, AsyncServer(client, timeout))
+    renew(server)  # in a child, the parent may have made it
+    return server
 
 
 class AsyncServer:
@@ -183,9 +185,11 @@ class AsyncServer:
 
     def _here(self) -> OnLoop:
         loop = asyncio.get_running_loop()
-        if loop not in self._by_loop:
+        found = self._by_loop.get(loop)
+        if found is None:
             forget_ended(self._by_loop)
-        return self._by_loop.setdefault(loop, OnLoop())
+            found = self._by_loop[loop] = OnLoop()
+        return found
 
 
 class OnLoop:

@@ -56,9 +56,10 @@ class Audience:
         with self._lock:
             is_new = breaker not in self._members
             if is_new:
+                key = breaker.keys.state.encode()
+                self._by_key[key] = [*self._alive(key), weakref.ref(breaker)]
                 self._members[breaker] = None
-                self._by_key.setdefault(breaker.keys.state.encode(), []).append(weakref.ref(breaker))
-                if len(self._by_key) > 2 * len(self._members) + 16:  # most of these breakers are gone
+                if len(self._by_key) > 2 * len(self._members) + 16:  # most are of breakers that are gone
                     self._by_key = {key: found for key in self._by_key if (found := self._alive(key))}
             starts, self._running = not self._running, True
         if is_new and self.connected:
@@ -261,6 +262,7 @@ class BaseWatch:
 
     def _leave(self) -> None:
         self._closed = True
+        self._breaker._check_process()
         for subscription in self._subscriptions():
             subscription.audience.leave(self._breaker)
         self._joined = ()

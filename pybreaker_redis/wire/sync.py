@@ -20,7 +20,7 @@ import redis
 from redis.exceptions import NoScriptError
 
 from .._clock import NEVER
-from .._process import tell_of_forks
+from .._process import renew, tell_of_forks
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
 from . import exits
@@ -58,7 +58,9 @@ def server_of(client: Any, timeout: float) -> Server:
     timeout: seconds to wait for a connection, and for a reply.
     """
     by_timeout = _shared.setdefault(client, {})
-    return by_timeout.get(timeout) or by_timeout.setdefault(timeout, Server(client, timeout))
+    server = by_timeout.get(timeout) or by_timeout.setdefault(timeout, Server(client, timeout))
+    renew(server)  # in a child, the parent may have made it
+    return server
 
 
 class Server:
@@ -390,9 +392,14 @@ class Connections:
             self._hand_over()
             return turn.get(timeout=timeout)
         except queue.Empty:
+            try:
+                self._waiting.remove(turn)
+            except ValueError:  # another thread has taken it from the line, and hands it a connection now
+                with contextlib.suppress(queue.Empty):
+                    return turn.get(timeout=timeout)
             raise none_free(self._limit, timeout) from None
         finally:
-            with contextlib.suppress(ValueError):  # another thread has taken it from the line
+            with contextlib.suppress(ValueError):
                 self._waiting.remove(turn)
 
     def _hand_over(self) -> None:

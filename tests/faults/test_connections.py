@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import itertools
 import logging
 import pathlib
+import queue
 import socket
 import ssl
 import subprocess
@@ -353,6 +355,39 @@ def test_callers_are_served_in_their_order(target: Restartable) -> None:
         thread.join()
     assert min(counts) > max(counts) / 2
     breaker.close()
+
+
+def test_a_caller_that_gives_up_as_its_turn_comes(target: Restartable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread has taken it from the line, and hands it a connection: it takes that one."""
+    with redis.Redis(port=target.port, max_connections=1) as client:
+        connections = sync.server_of(client, 30.0)._node(None)
+        pipe, chosen, late = connections._take(30.0), threading.Event(), threading.Event()
+
+        class Line(collections.deque[Any]):
+            def popleft(self) -> Any:
+                turn = super().popleft()
+                chosen.set()
+                late.wait(30)
+                return turn
+
+        class Turn(queue.SimpleQueue[Any]):
+            def get(self, block: bool = True, timeout: float | None = None) -> Any:
+                if not late.is_set():
+                    chosen.wait(30)
+                    late.set()
+                    raise queue.Empty
+                return super().get(block, timeout)
+
+        connections._waiting = Line()
+        monkeypatch.setattr(sync.queue, "SimpleQueue", Turn)
+        taken: list[Any] = []
+        thread = threading.Thread(target=lambda: taken.append(connections._take(30.0)))
+        thread.start()
+        wait_until(lambda: bool(connections._waiting))
+        connections._idle.append(pipe)
+        connections._hand_over()
+        thread.join(30)
+        assert taken == [pipe]
 
 
 @pytest.mark.parametrize("shell", ["sync", "async"])

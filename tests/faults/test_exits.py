@@ -423,6 +423,22 @@ def test_an_asyncio_manager_closes_in_one_exchange(server: EmbeddedServer, clien
     assert {counted(server.url, name) for name in names} == {(2, 0)}
 
 
+def test_calls_by_a_view_that_outlives_a_pause(server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long lease: calls after a pause go by the view, and ask nothing. They are reported at the end all the same."""
+    monkeypatch.setattr("pybreaker_redis._line.IDLE", 0.01)
+    with redis.Redis.from_url(server.url) as client:
+        breaker = CircuitBreaker("pause", redis=client, policy=RATE, lease=600.0, **FIRM)
+        breaker.call(int)
+        breaker.flush()
+        for _ in range(3):  # the first exchange reports, a later one finds it idle
+            time.sleep(0.05)
+            breaker._redis.refresh()
+        for _ in range(5):
+            breaker.call(int)
+        breaker._redis.end()
+        assert counted(server.url, "pause") == (6, 0)
+
+
 def test_calls_after_close(server: EmbeddedServer, client: redis.Redis) -> None:
     """A call right after close() is not gathered unseen: the link reports it, or the end of the process does."""
     breaker = CircuitBreaker(NAME, redis=server.url, policy=RATE, lease=60.0, **FIRM)

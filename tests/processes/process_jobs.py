@@ -23,7 +23,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import redis
+
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy
+from pybreaker_redis.instrumentation._meter import Meter
 from pybreaker_redis.wire import sync
 
 PATIENCE = 15.0  # seconds for what always happens, on however slow a machine
@@ -303,6 +306,32 @@ def gathered(url: str, how: str) -> object:
     report = children.report()
     breaker.flush()
     return {**report, "calls": breaker.snapshot().calls}
+
+
+def made_in_child(url: str, how: str) -> object:
+    """A child has breakers of its own, and a meter of its parent's, of the client over which its parent calls."""
+    client = redis.Redis.from_url(url)
+    breaker, meter = CircuitBreaker("parent", redis=client, lease=0, **FIRM), Meter(redis=client)
+    meter.attach(breaker)
+    breaker.call(fine)
+    meter.read()
+
+    def sockets(server: Any) -> list[int]:
+        return [os.fstat(pipe._socket.fileno()).st_ino for pipe in server._node(None)._idle]
+
+    def makes() -> object:
+        made = CircuitBreaker("child", redis=client, lease=0, **FIRM)
+        made.call(fine)
+        return sockets(made._redis)
+
+    def reads() -> object:
+        meter.read()
+        return sockets(meter._server)
+
+    children = Children(how)
+    for work in (makes, reads):
+        children.start(work)
+    return {**children.report(), "parent": [*sockets(breaker._redis), *sockets(meter._server)]}
 
 
 def probe(url: str, how: str) -> object:

@@ -86,6 +86,17 @@ def test_a_fork_of_a_fork(server: EmbeddedServer, client: redis.Redis, how: str)
 
 
 @pytest.mark.parametrize("how", HOW)
+def test_what_a_child_makes_of_its_parents_client(server: EmbeddedServer, how: str) -> None:
+    """Its breakers and meters use no connection of the parent, though they were no part of the parent's link."""
+    report = run("made_in_child", server.url, how)
+    assert len(report["found"]) == 2, report["errors"]
+    assert len(report["parent"]) == 2
+    for sockets in report["found"]:
+        assert sockets
+        assert not set(sockets) & set(report["parent"])
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_gathered_counts_stay_the_parents(server: EmbeddedServer, client: redis.Redis, how: str) -> None:
     """Of calls before the fork only the parent reports; a child reports at least what follows its first question.
 

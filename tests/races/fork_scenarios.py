@@ -17,7 +17,7 @@ from typing import Any
 import redis
 from race_workers import FIRM, PATIENCE, Boom, boom, fine, run_threads
 
-from pybreaker_redis import CircuitBreaker, Policy
+from pybreaker_redis import CircuitBreaker, Policy, _process
 
 MANY = Policy(failure_threshold=1_000_000_000)
 CHILD_PATIENCE = 10.0
@@ -155,6 +155,54 @@ def held(url: str, which: str) -> object:
     done.set()
     thread.join(PATIENCE)
     return {"ends": [end]}
+
+
+def renewed(url: str) -> object:
+    """Forked while another thread renews a part of this process."""
+    began, goes_on = threading.Event(), threading.Event()
+
+    class Part:
+        _pid = 0  # as if it were of the parent
+
+        def _after_fork(self) -> None:
+            began.set()
+            goes_on.wait(PATIENCE)
+
+    part = Part()
+    thread = threading.Thread(target=_process.renew, args=(part,))
+    thread.start()
+    began.wait(PATIENCE)
+
+    def child() -> None:
+        goes_on.set()
+        _process.renew(part)
+        assert part._pid == os.getpid()
+
+    ends = [ended(fork(child))]
+    goes_on.set()
+    thread.join(PATIENCE)
+    return {"ends": ends}
+
+
+def watched(url: str) -> object:
+    """Forked while a thread holds the lock of the subscription; the child only ends its watch."""
+    breaker = CircuitBreaker("fork-watched", redis=url, **FIRM)
+    watch = breaker.watch()
+    lock = breaker._redis.subscription().audience._lock
+    holds, goes_on = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            holds.set()
+            goes_on.wait(PATIENCE)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    holds.wait(PATIENCE)
+    ends = [ended(fork(watch.close))]
+    goes_on.set()
+    thread.join(PATIENCE)
+    return {"ends": ends}
 
 
 def gathered(url: str) -> object:

@@ -60,6 +60,18 @@ def test_forking_while_a_thread_holds_a_lock(server: EmbeddedServer, client: red
     assert report["ends"] == ["ok"], report["stderr"]
 
 
+def test_forking_while_a_thread_renews_a_part(server: EmbeddedServer) -> None:
+    """A child that has just noticed that it is one forks: its child starts anew as well."""
+    report = scenario("renewed", server.url)
+    assert report["ends"] == ["ok"], report["stderr"]
+
+
+def test_a_child_ends_a_watch_of_its_parent(server: EmbeddedServer) -> None:
+    """Though a thread of the parent held the lock of the subscription at the fork, and the child has not called."""
+    report = scenario("watched", server.url)
+    assert report["ends"] == ["ok"], report["stderr"]
+
+
 def test_gathered_successes_stay_the_parents(server: EmbeddedServer, client: redis.Redis) -> None:
     """What the parent gathered before the fork is reported once, by the parent."""
     server_watch.load_scripts(client)
