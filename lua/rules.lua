@@ -280,7 +280,7 @@ end
 -- Lets the next caller of an open circuit probe. Returns whether it changed anything.
 function breaker.probe_now(document)
   if document.forced or document.state ~= 'open' or document.open_until_ms <= document.now then return false end
-  document.open_until_ms = document.now
+  document.open_until_ms, document.held_generation = document.now, nil -- a late hold must not undo the probe
   return true
 end
 

@@ -372,6 +372,7 @@ def probe_now(document: Document) -> bool:
     if document.forced or document.state != "open" or document.open_until_ms <= document.now:
         return False
     document.open_until_ms = document.now
+    document.held_generation = None  # a late hold must not undo the probe
     return True
 
 

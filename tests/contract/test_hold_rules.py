@@ -187,6 +187,17 @@ def test_a_reset_ends_a_hold(machine: Machine) -> None:
     assert hold(machine, POLICY, generation, 5000)["applied"] is False
 
 
+def test_an_operators_probe_ends_a_hold(machine: Machine) -> None:
+    """A late report of another held call does not undo it: the next caller probes."""
+    generation = begin(machine, POLICY)
+    present = hold(machine, POLICY, generation, 60_000)["generation"]
+    machine.advance(1000)
+    assert machine.run("control", POLICY, action="probe")["changed"] is True
+    for late in (generation, present):
+        assert hold(machine, POLICY, late, 60_000)["applied"] is False
+    assert machine.run("acquire", POLICY)["probe"] == 1
+
+
 def test_a_hold_where_nothing_is_known(machine: Machine) -> None:
     """A report where nothing is stored holds nothing: its generation is gone."""
     assert hold(machine, POLICY, START_MS - 5, 5000)["state"] == "closed"
