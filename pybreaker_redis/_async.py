@@ -287,8 +287,14 @@ class AsyncCircuitBreaker(BreakerCore):
             except CircuitOpenError as rejected:
                 if fallback is None:
                     raise
-                async for item in fallback(rejected):
-                    yield item
+                instead = fallback(rejected)
+                instead = await instead if inspect.isawaitable(instead) else instead
+                if hasattr(instead, "__aiter__"):
+                    async for item in instead:
+                        yield item
+                else:
+                    for item in instead:
+                        yield item
                 return
             step = functools.partial(anext, generator)
             try:

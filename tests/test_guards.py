@@ -283,6 +283,9 @@ def test_async_fallbacks(server: EmbeddedServer, client: redis.Redis) -> None:
     async def pages(error: CircuitOpenError) -> AsyncIterator[str]:
         yield "cached page"
 
+    async def listed(error: CircuitOpenError) -> list[str]:
+        return ["listed"]
+
     async def main() -> None:
         breaker = AsyncCircuitBreaker("discovery", redis=server.url, fallback=lambda error: 7)
         await breaker.force_open()
@@ -298,6 +301,9 @@ def test_async_fallbacks(server: EmbeddedServer, client: redis.Redis) -> None:
         assert await breaker.call(aint) == 7
         assert await search() == "cached discovery"
         assert [page async for page in stream()] == ["cached page"]
+        for other in (lambda error: ["listed"], listed):
+            plain = breaker(fallback=other)(stream.__wrapped__)  # type: ignore[attr-defined]
+            assert [page async for page in plain()] == ["listed"]
         await breaker.reset()
         assert await search() == "found"
         assert [page async for page in stream()] == ["found"]
