@@ -165,6 +165,7 @@ def test_an_alert_process_reports_after_a_freeze(on_redis: Callable[..., Circuit
         wait_until(lambda: admits(breaker) and breaker.snapshot().failure_count == 0, timeout=5)
 
 
+@pytest.mark.long
 def test_nothing_runs_on_after_a_freeze(on_redis: Callable[..., CircuitBreaker]) -> None:
     """A breaker that was last called in the future is not refreshed any more: its thread can end."""
     breaker = on_redis()

@@ -174,6 +174,7 @@ def test_idle_connections_are_dropped(
     assert proxy.dropped >= 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("shell", ["sync", "async"])
 def test_healthy_calls_over_dropped_connections(
     proxy: FaultProxy, shell: str, caplog: pytest.LogCaptureFixture
@@ -455,6 +456,7 @@ def test_a_signal_handler_that_raises_loses_no_connection(target: Restartable) -
     breaker.close()
 
 
+@pytest.mark.long
 def test_a_signal_handler_that_calls_the_breaker_waits_for_no_connection_for_ever(target: Restartable) -> None:
     """Nor does a handler hang that calls the breaker while its own thread has the only connection."""
     options: dict[str, Any] = {"lease": 0, "redis_timeout": 0.1}
