@@ -13,7 +13,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Self, TypeAlias, TypeVar, cast, overload
 
 from ._classify import FAILURE, IGNORED, SUCCESS
-from ._core import BreakerCore, Fallback, check_fallback
+from ._core import BreakerCore, Fallback
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event, Listener, Notices
 from ._permit import SETTLED, BasePermit, warns_if_lost
@@ -172,40 +172,29 @@ class AsyncCircuitBreaker(BreakerCore):
         The decorated function has the breaker as `.breaker`. fallback: see CircuitBreaker; for this function only.
         Raises TypeError for a function that is none of these, and PolicyError for a fallback that is no function.
         """
-        if func is None:
-            if fallback is None:
-                raise TypeError("decorate a function, or give a fallback: @breaker(fallback=...)")
-            check_fallback(fallback)
-            return lambda func: self._decorate(func, fallback)
-        return self._decorate(func, fallback or self._fallback)
+        return self._decorator(func, fallback)
 
-    def _decorate(self, func: Any, fallback: Fallback | None) -> Any:
-        if isinstance(func, (classmethod, staticmethod)):  # callable only once they are bound
-            return type(func)(self._decorate(func.__func__, fallback))
+    def _guarded(self, func: Any, fallback: Fallback | None) -> Any:
         if not callable(func) or inspect.isgeneratorfunction(func):
             raise TypeError(f"{func!r} {_USE_SYNC}")
-        guarded: Any
         if inspect.isasyncgenfunction(func):
-            guarded = self._guard_generator(func, fallback)
-        elif inspect.iscoroutinefunction(func):
-            guarded = self._guard(func, fallback)
-        else:
-            plain = inspect.isroutine(func) or inspect.isclass(func)
-            if plain and inspect.unwrap(func) is func:  # else only its result tells
-                raise TypeError(f"{func!r} {_USE_SYNC}")
+            return self._guard_generator(func, fallback)
+        if inspect.iscoroutinefunction(func):
+            return self._guard(func, fallback)
+        plain = inspect.isroutine(func) or inspect.isclass(func)
+        if plain and inspect.unwrap(func) is func:  # else only its result tells
+            raise TypeError(f"{func!r} {_USE_SYNC}")
 
-            def guarded(*args: Any, **kwargs: Any) -> Any:
-                result = func(*args, **kwargs)
-                if inspect.isasyncgen(result):
-                    return self._guard_generator(lambda: result, fallback)()
-                if isinstance(result, contextlib._AsyncGeneratorContextManager):
-                    return self._around(result)
-                if inspect.isawaitable(result):
-                    return self._await(result, fallback)
-                raise TypeError(f"{func!r} {_USE_SYNC}")
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            result = func(*args, **kwargs)
+            if inspect.isasyncgen(result):
+                return self._guard_generator(lambda: result, fallback)()
+            if isinstance(result, contextlib._AsyncGeneratorContextManager):
+                return self._around(result)
+            if inspect.isawaitable(result):
+                return self._await(result, fallback)
+            raise TypeError(f"{func!r} {_USE_SYNC}")
 
-        guarded = functools.wraps(func)(guarded)
-        guarded.breaker = self
         return guarded
 
     async def _await(self, awaitable: Awaitable[T], fallback: Fallback | None) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
 import secrets
@@ -48,6 +49,7 @@ class BreakerCore:
     _kind: Kind
     _server_of: Callable[[Any, float], Any]
     _deliver_events: Callable[[list[Event]], None]
+    _guarded: Callable[[Any, Fallback | None], Any]  # a function of the same kind, guarded; raises TypeError
 
     def __init__(
         self,
@@ -173,6 +175,24 @@ class BreakerCore:
         """The calls of this breaker in this process so far, by outcome; for metrics."""
         self._check_process()
         return self._notices.counts(self._view.successes())
+
+    # Decorating
+
+    def _decorator(self, func: Any, fallback: Any) -> Any:
+        """What __call__() returns: a decorated function, or a decorator if only a fallback is given."""
+        if func is not None:
+            return self._decorate(func, fallback or self._fallback)
+        if fallback is None:
+            raise TypeError("decorate a function, or give a fallback: @breaker(fallback=...)")
+        check_fallback(fallback)
+        return lambda func: self._decorate(func, fallback)
+
+    def _decorate(self, func: Any, fallback: Fallback | None) -> Any:
+        if isinstance(func, (classmethod, staticmethod)):  # callable only once they are bound
+            return type(func)(self._decorate(func.__func__, fallback))
+        guarded: Any = functools.wraps(func)(self._guarded(func, fallback))
+        guarded.breaker = self
+        return guarded
 
     # Admission
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 import types
 from collections.abc import Callable, Generator, Iterator
@@ -12,7 +11,7 @@ from time import monotonic
 from typing import Any, ParamSpec, Self, TypeVar, cast, overload
 
 from ._classify import FAILURE, IGNORED, SUCCESS
-from ._core import BreakerCore, Fallback, check_fallback
+from ._core import BreakerCore, Fallback
 from ._errors import CircuitOpenError, RedisUnavailableError
 from ._events import Event
 from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
@@ -166,30 +165,19 @@ class CircuitBreaker(BreakerCore):
         The decorated function has the breaker as `.breaker`. fallback: see CircuitBreaker; for this function only.
         Raises TypeError for a coroutine function, and PolicyError for a fallback that is no function.
         """
-        if func is None:
-            if fallback is None:
-                raise TypeError("decorate a function, or give a fallback: @breaker(fallback=...)")
-            check_fallback(fallback)
-            return lambda func: self._decorate(func, fallback)
-        return self._decorate(func, fallback or self._fallback)
+        return self._decorator(func, fallback)
 
-    def _decorate(self, func: Any, fallback: Fallback | None) -> Any:
-        if isinstance(func, (classmethod, staticmethod)):  # callable only once they are bound
-            return type(func)(self._decorate(func.__func__, fallback))
+    def _guarded(self, func: Any, fallback: Fallback | None) -> Any:
         if inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func):
             raise TypeError(f"{func!r} {_USE_ASYNC}")
         if not callable(func):
             raise TypeError(f"{func!r} is not callable: decorate a function")
-        guarded: Any
-        if inspect.isgeneratorfunction(func):
+        if not inspect.isgeneratorfunction(func):
+            return self._guard(func, fallback)
 
-            def guarded(*args: Any, **kwargs: Any) -> Any:
-                return (yield from self._iterate(func(*args, **kwargs), fallback))
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            return (yield from self._iterate(func(*args, **kwargs), fallback))
 
-        else:
-            guarded = self._guard(func, fallback)
-        guarded = functools.wraps(func)(guarded)
-        guarded.breaker = self
         return guarded
 
     def _guard(self, func: Callable[P, R], fallback: Fallback | None) -> Callable[P, R]:
