@@ -455,7 +455,8 @@ class BreakerCore:
         complete.pop("seen_failure", None)  # the number is the fleet's; in this engine, all outcomes come in order
         reply = engine.run(name, complete)
         self._isolation.forget()
-        self._obey(reply, sent)
+        if self._override is not None or "override" in reply:  # else, in this process, there is nothing to put in force
+            self._obey(reply, sent)
         seen = self._view.seen
         # only this process changes the state: under the generation of a closed view, a reply says nothing new
         if (
@@ -606,7 +607,6 @@ class BreakerCore:
     # State and operator actions
 
     def _snapshot(self) -> Steps[Snapshot]:
-        self._check_process()
         if (steps := self._flush()) is not None:  # it includes what this process has gathered
             yield from steps
         engine = self._own_engine()
