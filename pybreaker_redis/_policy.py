@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ._errors import PolicyError
 
+WINDOW_RULES = ("error_rate_threshold", "slow_call_rate_threshold", "failures_in_window")  # fields that need a window
 LONGEST = 365 * 86400.0
 LONGEST_OPEN = 30 * 86400.0  # of a forced state, too
 LONGEST_PROBE = 86400.0
@@ -199,8 +200,8 @@ class Policy:
 
     @property
     def keeps_window(self) -> bool:
-        """Whether a window can trip the breaker: by a rate, or by failures_in_window."""
-        return bool(self.error_rate_threshold or self.slow_call_rate_threshold or self.failures_in_window)
+        """Whether a window can trip the breaker."""
+        return any(getattr(self, name) for name in WINDOW_RULES)
 
     def to_request(self) -> dict[str, Any]:
         """The fields that differ from the defaults, in the scripts' units."""

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from ._policy import WINDOW_RULES
+
 
 @dataclasses.dataclass(slots=True)
 class Window:
@@ -33,9 +35,7 @@ class Sums(NamedTuple):
 
 def bucket_ms(policy: dict[str, Any]) -> int | None:
     """The length of a bucket if a window can trip the circuit, else None: none is needed."""
-    if policy["error_rate_threshold"] > 0 or policy["slow_call_rate_threshold"] > 0 or policy["failures_in_window"] > 0:
-        return int(policy["window_ms"] // 10)
-    return None
+    return int(policy["window_ms"] // 10) if any(map(policy.__getitem__, WINDOW_RULES)) else None
 
 
 def rebucketed(window: Window, bucket_ms: int, newest: int) -> Window:
