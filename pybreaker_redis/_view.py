@@ -228,7 +228,7 @@ class View:
 
     # Replies
 
-    def adopt(self, reply: Reply, sent: float, now: float | None = None) -> bool:
+    def adopt(self, reply: Reply, sent: float) -> bool:
         """Make a reply the view, unless a newer one came in between. Returns whether it did."""
         seen, generation = self.seen, reply["generation"]
         forced, failure_count = reply.get("forced"), reply["failure_count"]
@@ -236,7 +236,7 @@ class View:
         if self.lease <= 0 and unchanged and reply["state"] == "closed" and forced is None and seen.forced is None:
             return False  # no call uses the view
         with self._lock:
-            seen, now = self.seen, self.now() if now is None else now
+            seen, now = self.seen, self.now()
             # adopt a lower generation only if its request was sent after the last reply arrived
             since = seen.arrived if generation < seen.generation else seen.sent
             if sent < since <= now and generation <= seen.generation and not reply.get("isolated"):

@@ -1218,12 +1218,16 @@ def test_state_is_open_for_as_long_as_calls_are_rejected(make_any: Make, lease: 
 
 def test_state_after_the_time_of_an_open_circuit() -> None:
     """A reply that said open is half open from the end of its time on, not a moment later."""
-    view, now = View(LONG), time.monotonic()
+    now = time.monotonic()
+    clock = [now]
+    view = View(LONG, now=lambda: clock[0])
     counts = {"failure_count": 1, "failure_number": 1, "source": "redis"}
     reply = {"state": "open", "generation": 1, "retry_after_ms": 1000, **counts}
-    view.adopt(reply, now, now)
+    view.adopt(reply, now)
     assert view.state == "open"
-    view.adopt({**reply, "generation": 2}, now - 1.0, now - 1.0)
+    clock[0] = now + 0.999
+    assert view.state == "open"
+    clock[0] = now + 1.0
     assert view.state == "half_open"
     view.drop()
     assert view.state == "half_open"

@@ -52,6 +52,15 @@ from pybreaker_redis.wire.url import client_from_url
 MANY = Policy(failure_threshold=1_000_000_000)
 
 
+def adopt(view: View, taken: Any, sent: float, now: float) -> bool:
+    """Let a view adopt a reply at a moment of the test's choice."""
+    usual, view.now = view.now, lambda: now
+    try:
+        return view.adopt(taken, sent)
+    finally:
+        view.now = usual
+
+
 def reply(state: str, generation: int, retry_after_ms: int | None = None) -> dict[str, Any]:
     """What a script replied."""
     counts = {"failure_count": 0, "failure_number": 0, "source": "redis"}
@@ -162,7 +171,7 @@ def test_a_view_ends_on_time(monkeypatch: pytest.MonkeyPatch) -> None:
         return Verdict.ADMIT
 
     assert at(0.0) is Verdict.WAIT
-    view.adopt(reply("closed", 1), 100.0, 103.0)  # the reply took 3 s: the lease began when the request was sent
+    adopt(view, reply("closed", 1), 100.0, 103.0)  # the reply took 3 s: the lease began when the request was sent
     assert max(view.seen.closed_until, view.seen.watched_until) == 110.0
     refreshes.clear()
     assert at(109.9) is Verdict.ADMIT
@@ -174,7 +183,7 @@ def test_a_view_ends_on_time(monkeypatch: pytest.MonkeyPatch) -> None:
     link.busy_since = 119.0  # an exchange hangs: for redis_timeout the view serves on
     assert at(122.9) is Verdict.ADMIT
     assert at(123.0) is Verdict.WAIT
-    view.adopt(reply("open", 2, 5000), 130.0, 133.0)
+    adopt(view, reply("open", 2, 5000), 130.0, 133.0)
     assert at(137.9) is Verdict.REJECT
     assert at(138.0) is Verdict.ASK
 
@@ -182,16 +191,16 @@ def test_a_view_ends_on_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_older_reply_of_the_same_generation_is_dropped() -> None:
     """A reply that arrives after a newer one of its generation does not shorten the lease."""
     view = View(10.0)
-    view.adopt(reply("closed", 7), 105.0, 106.0)
-    view.adopt(reply("closed", 7), 100.0, 107.0)
+    adopt(view, reply("closed", 7), 105.0, 106.0)
+    adopt(view, reply("closed", 7), 100.0, 107.0)
     assert max(view.seen.closed_until, view.seen.watched_until) == 115.0
 
 
 def test_an_older_reply_does_not_undo_a_trip() -> None:
     """A reply of before a trip that arrives after it does not put the view back."""
     view = View(10.0)
-    view.adopt(reply("open", 8, 30_000), 105.0, 106.0)
-    view.adopt(reply("closed", 7), 100.0, 107.0)
+    adopt(view, reply("open", 8, 30_000), 105.0, 106.0)
+    adopt(view, reply("closed", 7), 100.0, 107.0)
     assert (view.seen.state, view.seen.generation) == ("open", 8)
     assert max(view.seen.closed_until, view.seen.watched_until) == float("-inf")
 
@@ -199,17 +208,17 @@ def test_an_older_reply_does_not_undo_a_trip() -> None:
 def test_an_overtaken_reply_does_not_undo_a_trip() -> None:
     """Two requests under way together: the one sent later ran before the trip, and its reply comes last."""
     view = View(10.0)
-    view.adopt(reply("closed", 7), 90.0, 91.0)
-    view.adopt(reply("open", 8, 30_000), 100.0, 106.0)  # sent first, ran second: it tripped
-    view.adopt(reply("closed", 7), 101.0, 107.0)  # sent second, ran first, arrived last
+    adopt(view, reply("closed", 7), 90.0, 91.0)
+    adopt(view, reply("open", 8, 30_000), 100.0, 106.0)  # sent first, ran second: it tripped
+    adopt(view, reply("closed", 7), 101.0, 107.0)  # sent second, ran first, arrived last
     assert (view.seen.state, view.seen.generation) == ("open", 8)
 
 
 def test_a_lower_generation_is_taken_when_it_is_newer() -> None:
     """A request sent after the last reply came tells the truth, even if its generation is lower (a clock went back)."""
     view = View(10.0)
-    view.adopt(reply("open", 8, 30_000), 100.0, 106.0)
-    view.adopt(reply("closed", 7), 106.5, 107.0)
+    adopt(view, reply("open", 8, 30_000), 100.0, 106.0)
+    adopt(view, reply("closed", 7), 106.5, 107.0)
     assert (view.seen.state, view.seen.generation) == ("closed", 7)
 
 
@@ -218,7 +227,7 @@ def test_gathering_loses_nothing(monkeypatch: pytest.MonkeyPatch, has_global_loc
     """What 32 threads gather while another takes is taken whole, also as it is counted without a global lock."""
     monkeypatch.setattr(_view, "HAS_GLOBAL_LOCK", has_global_lock)
     view = View(10.0)
-    view.adopt(reply("closed", 7), 0.0, 0.0)
+    adopt(view, reply("closed", 7), 0.0, 0.0)
     taken: list[int] = []
     gathering = threading.Barrier(33)
 
@@ -258,9 +267,9 @@ def test_a_success_that_ends_during_a_take_waits_for_the_next() -> None:
 def test_a_straggler_gathers_nothing() -> None:
     """A success of an earlier generation is not gathered under the new one, and a new generation starts at none."""
     view = View(10.0)
-    view.adopt(reply("closed", 7), 0.0, 0.0)
+    adopt(view, reply("closed", 7), 0.0, 0.0)
     view.gather(7)
-    view.adopt(reply("closed", 9), 1.0, 1.0)
+    adopt(view, reply("closed", 9), 1.0, 1.0)
     view.gather(7)
     assert view.take() == {"generation": 9}
     view.gather(9)
