@@ -85,7 +85,7 @@ class ManagerCore(Generic[B]):
         return manager
 
     def _share(self, client: Any) -> None:
-        check_clock(self._hooks["clock"], self)
+        check_clock(self._hooks["clock"], self.config.redis_url)
         url, options = self.config.redis_url, self.config.redis_options
         self._client = self._kind.from_url(url, **options) if client is None else client_of(client, self._kind)
 

@@ -22,7 +22,7 @@ class Part(Protocol):
     def _after_fork(self) -> None: ...
 
 
-_told_of_forks: weakref.WeakKeyDictionary[Part, None] = weakref.WeakKeyDictionary()  # in the order they were made
+_renewed_at_forks: weakref.WeakKeyDictionary[Part, None] = weakref.WeakKeyDictionary()  # in the order they were made
 _locks: dict[int, threading.RLock] = {}  # by process id: a thread of the parent may hold the parent's
 _renewing: list[tuple[int, Part]] = []  # with the process: another thread may fork meanwhile
 
@@ -41,13 +41,13 @@ def renew(part: Part) -> None:
             _renewing.remove((pid, part))
 
 
-def tell_of_forks(part: Part) -> None:
+def renew_at_forks(part: Part) -> None:
     """Renew a part right after each fork that runs Python's hooks."""
-    _told_of_forks[part] = None
+    _renewed_at_forks[part] = None
 
 
 def _in_child() -> None:
-    for part in list(_told_of_forks):
+    for part in list(_renewed_at_forks):
         renew(part)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 from .._clock import NEVER
 from .._core import BreakerCore
 from .._events import Counts, Event, Instrument, Notices
-from .._process import renew, tell_of_forks
+from .._process import renew, renew_at_forks
 from .._protocol import Snapshot, State, decode, snapshot_from
 from .._view import View
 from ..wire import commands
@@ -74,7 +74,7 @@ class Meter(Instrument):
         self._breakers: weakref.WeakKeyDictionary[BreakerCore, None] = weakref.WeakKeyDictionary()
         self._start_process()
         self._pid = getpid()
-        tell_of_forks(self)
+        renew_at_forks(self)
 
     def _after_fork(self) -> None:
         """In a child: start from zero, since the parent exports its own counts, and replace the locks it may hold."""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import redis
 
 from .._clock import NEVER
-from .._process import renew, tell_of_forks
+from .._process import renew, renew_at_forks
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import exits, sync
@@ -69,7 +69,7 @@ class AsyncServer:
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, OnLoop] = weakref.WeakKeyDictionary()
         self.link = Link(timeout, self._routes.home if self._routes else None)
         self._pid = os.getpid()
-        tell_of_forks(self)
+        renew_at_forks(self)
         exits.servers.add(self)
 
     def _after_fork(self) -> None:
@@ -113,7 +113,10 @@ class AsyncServer:
     def end(self) -> None:
         """Report what is gathered over blocking connections: no event loop runs any more. Raises nothing."""
         ends = monotonic() + self._timeout
-        node = lambda address: sync.Connections(blocking(self._pool_of(address)), self._timeout)  # noqa: E731
+
+        def node(address: Address | None) -> sync.Connections:
+            return sync.Connections(blocking(self._pool_of(address)), self._timeout)
+
         sync.end(self.link, self._routes, node, ends)
 
     def _start(self) -> None:

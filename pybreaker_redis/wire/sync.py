@@ -20,7 +20,7 @@ import redis
 from redis.exceptions import NoScriptError
 
 from .._clock import NEVER
-from .._process import renew, tell_of_forks
+from .._process import renew, renew_at_forks
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
 from . import exits
@@ -79,7 +79,7 @@ class Server:
         self.link = Link(timeout, self._routes.home if self._routes else None)
         self._start_process()
         self._pid = os.getpid()
-        tell_of_forks(self)
+        renew_at_forks(self)
         exits.servers.add(self)
 
     def _start_process(self) -> None:
