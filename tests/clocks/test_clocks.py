@@ -16,45 +16,15 @@ import redis
 import time_machine
 from conftest import stopped, wait_until
 from freezegun import freeze_time
+from timed_calls import LASTING, Boom, admits, boom, elsewhere, fine
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Policy
 from pybreaker_redis.embedded import EmbeddedServer
 
 DATES = ["2068-02-29", "2012-01-14", "1950-06-01"]  # freezegun makes a monotonic clock of each date
 QUICK = Policy(failure_threshold=1, reset_timeout=0.2)
-LASTING = Policy(failure_threshold=1, reset_timeout=3600)
 
 frozen = pytest.mark.parametrize("date", DATES)
-
-
-class Boom(Exception):
-    """A failure of the guarded service."""
-
-
-def fine() -> str:
-    """A call that succeeds."""
-    return "fine"
-
-
-def boom() -> None:
-    """A call that fails."""
-    raise Boom
-
-
-def admits(breaker: Any, func: Callable[[], Any] = fine) -> bool:
-    """Whether a call is admitted now."""
-    try:
-        breaker.call(func)
-    except CircuitOpenError:
-        return False
-    except Boom:
-        pass
-    return True
-
-
-def elsewhere(server: EmbeddedServer, policy: Policy = LASTING) -> CircuitBreaker:
-    """The breaker of another process: it shares no link with the others."""
-    return CircuitBreaker("discovery", redis=redis.Redis.from_url(server.url), policy=policy, redis_timeout=5.0)
 
 
 @pytest.fixture(params=["redis", "memory"])

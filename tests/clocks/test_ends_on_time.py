@@ -13,29 +13,15 @@ from typing import Any
 import pytest
 import redis
 from conftest import stopped, wait_until
+from timed_calls import LASTING, Boom, admits, boom, elsewhere, fine
 
-from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Policy
+from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError
 from pybreaker_redis._view import View
 from pybreaker_redis.embedded import EmbeddedServer
 
 Make = Callable[..., Any]
 LENGTH = 2.0  # seconds for which something is set
 MUCH_LATER = 10.0  # seconds after its end by which even a slow machine has noticed
-FRAGILE = Policy(failure_threshold=1, reset_timeout=3600)
-
-
-class Boom(Exception):
-    """A failure of the guarded service."""
-
-
-def fine() -> str:
-    """A call that succeeds."""
-    return "fine"
-
-
-def boom() -> None:
-    """A call that fails."""
-    raise Boom
 
 
 class OnLoop:
@@ -65,28 +51,12 @@ class OnLoop:
 @pytest.fixture(params=["sync", "async"])
 def make(request: pytest.FixtureRequest, own_server: EmbeddedServer) -> Iterator[Make]:
     """Makes breakers of a server that the test may hurt; the asyncio one looks like the other."""
-    options: dict[str, Any] = {"redis": own_server.url, "policy": FRAGILE, "redis_timeout": 2.0}
+    options: dict[str, Any] = {"redis": own_server.url, "policy": LASTING, "redis_timeout": 2.0}
     if request.param == "sync":
         yield lambda **given: CircuitBreaker("discovery", **options, **given)
         return
     with asyncio.Runner() as runner:
         yield lambda **given: OnLoop(AsyncCircuitBreaker("discovery", **options, **given), runner)
-
-
-def elsewhere(server: EmbeddedServer) -> CircuitBreaker:
-    """The breaker of another process: it shares no link with the others."""
-    return CircuitBreaker("discovery", redis=redis.Redis.from_url(server.url), policy=FRAGILE, redis_timeout=5.0)
-
-
-def admits(breaker: Any, func: Callable[[], Any] = fine) -> bool:
-    """Whether a call is admitted now."""
-    try:
-        breaker.call(func)
-    except CircuitOpenError:
-        return False
-    except Boom:
-        pass
-    return True
 
 
 def fail(breaker: Any) -> None:
@@ -145,7 +115,7 @@ def test_a_policy_override_ends_without_redis(make: Make, own_server: EmbeddedSe
 
     check_ends(began, LENGTH, tolerates)
     seen = breaker.snapshot()
-    assert (seen.source, seen.state, seen.policy) == ("local", "open", FRAGILE)
+    assert (seen.source, seen.state, seen.policy) == ("local", "open", LASTING)
     assert "override" not in seen.policy_sources.values()
 
 
@@ -257,7 +227,7 @@ def test_nothing_is_revived_when_redis_comes_back(make: Make, own_server: Embedd
     for _ in range(30):
         assert not admits(breaker)
         time.sleep(0.01)
-    assert breaker.snapshot().policy == FRAGILE
+    assert breaker.snapshot().policy == LASTING
 
 
 def test_what_has_not_ended_holds_when_redis_comes_back(make: Make, own_server: EmbeddedServer) -> None:
@@ -316,7 +286,7 @@ def test_the_same_policy_again_after_it_was_cleared(make: Make, own_server: Embe
 def test_a_late_reply_revives_nothing(own_server: EmbeddedServer) -> None:
     """A reply that was sent before a policy override was cleared, and arrives after that was read, changes nothing."""
     breaker, operator = (
-        CircuitBreaker("discovery", redis=own_server.url, policy=FRAGILE, redis_timeout=2.0),
+        CircuitBreaker("discovery", redis=own_server.url, policy=LASTING, redis_timeout=2.0),
         elsewhere(own_server),
     )
     breaker.set_policy(enforce=False)
@@ -353,7 +323,7 @@ def noise(own_server: EmbeddedServer) -> Iterator[None]:
 @pytest.mark.parametrize("lease", [0.1, 600.0])
 def test_shadow_mode_ends_while_watched(own_server: EmbeddedServer, lease: float) -> None:
     """A watching process obeys the end, whatever messages come, and whatever its lease."""
-    breaker = CircuitBreaker("discovery", redis=own_server.url, policy=FRAGILE, lease=lease, redis_timeout=2.0)
+    breaker = CircuitBreaker("discovery", redis=own_server.url, policy=LASTING, lease=lease, redis_timeout=2.0)
     with breaker.watch():
         fail(breaker)
         began = time.monotonic()
@@ -366,7 +336,7 @@ def test_shadow_mode_ends_while_watched(own_server: EmbeddedServer, lease: float
 @pytest.mark.parametrize("lease", [0.1, 600.0])
 def test_forced_states_end_while_watched(own_server: EmbeddedServer, lease: float) -> None:
     """The same for forced states: failures count, and a probe may run, from the end on."""
-    breaker = CircuitBreaker("discovery", redis=own_server.url, policy=FRAGILE, lease=lease, redis_timeout=2.0)
+    breaker = CircuitBreaker("discovery", redis=own_server.url, policy=LASTING, lease=lease, redis_timeout=2.0)
     operator = elsewhere(own_server)
     with breaker.watch() as watch:
         wait_until(lambda: watch.active)
@@ -393,7 +363,7 @@ def test_shadow_mode_ends_while_watched_on_asyncio(own_server: EmbeddedServer) -
         return True
 
     async def main() -> None:
-        breaker = AsyncCircuitBreaker("discovery", redis=own_server.url, policy=FRAGILE, redis_timeout=2.0)
+        breaker = AsyncCircuitBreaker("discovery", redis=own_server.url, policy=LASTING, redis_timeout=2.0)
         async with await breaker.watch():
             await breaker.force_open(3600)
             began = time.monotonic()
@@ -413,11 +383,11 @@ def test_shadow_mode_ends_while_watched_on_asyncio(own_server: EmbeddedServer) -
 
 def test_ends_in_memory() -> None:
     """Without Redis at all, what was set for a time is kept until its end, and ends then."""
-    breaker = CircuitBreaker("discovery", policy=FRAGILE)
+    breaker = CircuitBreaker("discovery", policy=LASTING)
     began = time.monotonic()
     breaker.force_closed(LENGTH)
     breaker.set_policy(quorum=1, enforce=False, duration=2 * LENGTH)
     assert breaker.snapshot().forced == "closed"
     check_ends(began, LENGTH, lambda: admits(breaker, boom) and breaker.state == "closed")
     check_ends(began, 2 * LENGTH, lambda: admits(breaker))
-    assert breaker.snapshot().policy == FRAGILE
+    assert breaker.snapshot().policy == LASTING

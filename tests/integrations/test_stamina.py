@@ -11,22 +11,11 @@ stamina = pytest.importorskip("stamina")
 
 from pybreaker_redis.integrations.stamina import after_open, unless_open  # noqa: E402
 
-
-class Service:
-    """Fails as often as told, then answers."""
-
-    def __init__(self, failures: int) -> None:
-        self.failures, self.calls = failures, 0
-
-    def __call__(self) -> str:
-        self.calls += 1
-        if self.calls <= self.failures:
-            raise OSError("down")
-        return "fine"
+from .failing import Service  # noqa: E402
 
 
 def test_a_rejection_is_not_retried() -> None:
-    """The service's errors are retried until the circuit opens; then the caller hears of it at once."""
+    """The service's errors are retried until the circuit opens; then the caller gets the rejection at once."""
     breaker = CircuitBreaker("payments", policy=Policy(failure_threshold=3, reset_timeout=30))
     service = Service(failures=100)
     with pytest.raises(CircuitOpenError):

@@ -13,24 +13,13 @@ tenacity = pytest.importorskip("tenacity")
 
 from pybreaker_redis.integrations.tenacity import retry_unless_open, wait_until_probe  # noqa: E402
 
+from .failing import Service  # noqa: E402
+
 POLICY = Policy(failure_threshold=3, reset_timeout=30)
 
 
-class Service:
-    """Fails as often as told, then answers."""
-
-    def __init__(self, failures: int) -> None:
-        self.failures, self.calls = failures, 0
-
-    def __call__(self) -> str:
-        self.calls += 1
-        if self.calls <= self.failures:
-            raise OSError("down")
-        return "fine"
-
-
 def test_a_rejection_is_not_retried() -> None:
-    """The service's errors are retried until the circuit opens; then the caller hears of it at once."""
+    """The service's errors are retried until the circuit opens; then the caller gets the rejection at once."""
     breaker = CircuitBreaker("payments", policy=POLICY)
     service, slept = Service(failures=100), list[float]()
     retried = tenacity.retry(

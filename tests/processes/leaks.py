@@ -138,12 +138,18 @@ def subscriptions(url: str, times: int) -> object:
     return compared(work, times)
 
 
-def probes(url: str, times: int) -> object:
-    """Probes in one thread."""
-    breaker = CircuitBreaker("leak-probe", redis=url, policy=PROBES, **FIRM)
+def half_open(**options: Any) -> CircuitBreaker:
+    """A breaker whose next call is a probe."""
+    breaker = CircuitBreaker("leak-probe", policy=PROBES, **options)
     with contextlib.suppress(Boom):
         breaker.call(boom)
     time.sleep(0.05)
+    return breaker
+
+
+def probes(url: str, times: int) -> object:
+    """Probes in one thread."""
+    breaker = half_open(redis=url, **FIRM)
 
     def work(number: int) -> None:
         with contextlib.suppress(CircuitOpenError):
@@ -154,10 +160,7 @@ def probes(url: str, times: int) -> object:
 
 def blocks(url: str, times: int) -> object:
     """Probes in one thread, as blocks."""
-    breaker = CircuitBreaker("leak-probe", redis=url, policy=PROBES, **FIRM)
-    with contextlib.suppress(Boom):
-        breaker.call(boom)
-    time.sleep(0.05)
+    breaker = half_open(redis=url, **FIRM)
 
     def work(number: int) -> None:
         with contextlib.suppress(CircuitOpenError), breaker.acquire():
@@ -168,10 +171,7 @@ def blocks(url: str, times: int) -> object:
 
 def local_probes(url: str, times: int) -> object:
     """Probes in one thread, without Redis."""
-    breaker = CircuitBreaker("leak-probe", policy=PROBES)
-    with contextlib.suppress(Boom):
-        breaker.call(boom)
-    time.sleep(0.05)
+    breaker = half_open()
 
     def work(number: int) -> None:
         with contextlib.suppress(CircuitOpenError):
