@@ -172,6 +172,8 @@ def test_policies_change_under_load(client: redis.Redis) -> None:
                 breakers[n % 4].call(fail if turn % 3 == 0 else int)
 
     in_threads(work)
+    assert operator.snapshot().state == "closed"
+    operator.reset()  # all threads end by a failure: with those below, they could be the seven in a row
     operator.set_policy(failure_threshold=7, slow_call_duration=5)
     for breaker in breakers:
         with contextlib.suppress(Boom):
