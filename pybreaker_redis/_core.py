@@ -146,6 +146,7 @@ class BreakerCore:
         self._start_process()
         self._view.after_fork()
         self._slow_calls.after_fork()
+        self._innermost.after_fork()
         self._isolation.forget()  # a thread of the parent may hold the lock of its engine
         for own in (self._memory, self._line):
             if own is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator
@@ -168,6 +169,11 @@ class Innermost:
     def __init__(self, now: Callable[[], float] = machine) -> None:
         self.failed_at, self._now = NEVER, now
         self._last: dict[int, float] = {}  # by thread or task: when it last counted a failure
+        self.after_fork()
+
+    def after_fork(self) -> None:
+        """In a child: replace the lock, which a thread of the parent may hold."""
+        self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         """None elsewhere: an exception that has passed a guard can be read without this package."""
@@ -178,7 +184,8 @@ class Innermost:
 
         began: when the call began.
         """
-        self.failed_at = now = self._now()
+        with self._lock:  # or a thread that read the clock earlier could set failed_at back
+            self.failed_at = now = self._now()
         if len(self._last) >= 1000:  # most of these threads and tasks have ended
             self._last.clear()
         self._last[_running()] = now

@@ -125,6 +125,7 @@ def held(url: str, which: str) -> object:
         "engine": line._lock,
         "isolated": isolated and isolated._lock,
         "view": breaker._view._lock,
+        "nested": breaker._innermost._lock,
         "refreshing": server._refreshing,
         "health": server.link.health(line)._lock,
         "trouble": line.trouble._lock,

@@ -42,6 +42,7 @@ def test_forking_amid_calls_never_hangs_the_child(server: EmbeddedServer, client
 
 LOCKS = [
     "view",
+    "nested",
     "engine",
     "refreshing",
     "isolated",

@@ -42,6 +42,7 @@ from pybreaker_redis import (
     _events,
     _view,
 )
+from pybreaker_redis._permit import Innermost
 from pybreaker_redis._view import Successes, Verdict, View
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire import link as link_module
@@ -243,6 +244,29 @@ def test_gathering_loses_nothing(monkeypatch: pytest.MonkeyPatch, has_global_loc
 
     run_threads(33, work)
     assert sum(taken) + view.take().get("successes", 0) == 32 * 2000
+
+
+def test_a_failure_of_another_thread_sets_no_time_back() -> None:
+    """Else a call around the later of two failures would take itself for one without a failure within."""
+    times, reading, go = iter([10.0, 11.0]), threading.Event(), threading.Event()
+
+    def now() -> float:
+        at = next(times)
+        if at == 10.0:
+            reading.set()
+            go.wait(PATIENCE)
+        return at
+
+    innermost = Innermost(now)
+    threads = [threading.Thread(target=innermost.failed, args=(None, 0.0)) for _ in range(2)]
+    threads[0].start()
+    assert reading.wait(PATIENCE)
+    threads[1].start()
+    threads[1].join(0.2)
+    go.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert innermost.failed_at == 11.0
 
 
 class Racing(Successes):

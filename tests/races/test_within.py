@@ -138,7 +138,7 @@ def test_an_own_rejection_is_no_failure() -> None:
 # By the thread that is at work on it -----------------------------------------------------------
 
 
-IN_MEMORY = ["view", "engine", "counting"]
+IN_MEMORY = ["view", "engine", "counting", "nested"]
 LINKED = [*IN_MEMORY, "refreshing", "health", "trouble", "worker", "messenger", "subscription"]
 
 
@@ -152,6 +152,7 @@ def test_a_thread_that_holds_a_lock_may_call(server: EmbeddedServer, url: str, l
     line: Any = breaker._line
     engine: Any = breaker._memory or line
     locks = {"view": breaker._view._lock, "engine": engine._lock, "counting": breaker._notices.counting}
+    locks["nested"] = breaker._innermost._lock
     if line is not None:
         breaker.reset()
         server = breaker._redis
