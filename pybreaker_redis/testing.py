@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from . import AsyncCircuitBreaker, CircuitBreaker, CircuitBreakerError, CircuitBreakerManager, PolicyError
 
+__all__ = ["Breakers", "FakeClock", "Wanted", "aset_state", "set_state"]
+
 Wanted: TypeAlias = Literal["closed", "open", "half_open", "forced_open", "forced_closed"]
 _MOST_FAILURES = 10_000  # reported to open a circuit
 

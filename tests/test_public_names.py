@@ -1,0 +1,103 @@
+"""The public names of each public module, so that nobody changes one without noticing.
+
+After a change that is meant, with its line in CHANGELOG.md: python tests/test_public_names.py
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import json
+import pathlib
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+LIST = pathlib.Path(__file__).with_suffix(".json")
+WITHOUT_EXTRA = ("pybreaker_redis", "pybreaker_redis.embedded", "pybreaker_redis.testing")
+INTERNAL = {"pybreaker_redis.cli", "pybreaker_redis.wire"}  # packages whose names nobody should import
+
+
+def public_modules() -> dict[str, pathlib.Path]:
+    """The modules that users import, by name: no part of the name begins with an underscore."""
+    found = {}
+    for path in sorted((ROOT / "pybreaker_redis").rglob("*.py")):
+        name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        internal = any(name == one or name.startswith(f"{one}.") for one in INTERNAL)
+        if not internal and not any(part.startswith("_") for part in name.split(".")):
+            found[name] = path
+    return found
+
+
+def names_of(path: pathlib.Path) -> list[str]:
+    """The module's `__all__`, read without importing it, since it may need an extra. A mere docstring has no names."""
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    for node in body:
+        if isinstance(node, ast.Assign) and [ast.unparse(one) for one in node.targets] == ["__all__"]:
+            return list(ast.literal_eval(node.value))
+    assert len(body) == 1, f"{path} has no __all__: list its public names, or rename it with an underscore"
+    return []
+
+
+def members_of(kind: type) -> dict[str, list[str]]:
+    """The public members of a class, with the names of their parameters."""
+    names = [name for name in dir(kind) if not name.startswith("_") and not hasattr(BaseException, name)]
+    return {name: parameters_of(getattr(kind, name)) for name in names} | {"()": parameters_of(kind.__init__)[1:]}
+
+
+def parameters_of(value: object) -> list[str]:
+    """The parameters of a function or method, keyword-only ones after a star; none for anything else."""
+    if not inspect.isfunction(value) and not inspect.ismethod(value):
+        return []
+    found: list[str] = []
+    for one in inspect.signature(value).parameters.values():
+        if one.kind is one.KEYWORD_ONLY and "*" not in found and not any(name.startswith("*") for name in found):
+            found.append("*")
+        found.append({one.VAR_POSITIONAL: "*", one.VAR_KEYWORD: "**"}.get(one.kind, "") + one.name)
+    return found
+
+
+def present() -> dict[str, object]:
+    """The public names of each public module; for those that need no extra, with the members of their classes."""
+    names: dict[str, object] = {module: names_of(path) for module, path in public_modules().items()}
+    for module in WITHOUT_EXTRA:
+        imported = importlib.import_module(module)
+        values = {name: getattr(imported, name) for name in imported.__all__}
+        names[module] = {
+            name: members_of(value) if isinstance(value, type) else parameters_of(value)
+            for name, value in values.items()
+        }
+    return names
+
+
+def test_public_names() -> None:
+    """They are those in the list."""
+    assert present() == json.loads(LIST.read_text()), f"if that is meant: python tests/{pathlib.Path(__file__).name}"
+
+
+def test_public_names_are_there() -> None:
+    """Each name of a module that needs no extra can be imported, and has a docstring if it is a class or function."""
+    for module in WITHOUT_EXTRA:
+        imported = importlib.import_module(module)
+        for name in imported.__all__:
+            value = getattr(imported, name)
+            assert not inspect.isclass(value) and not inspect.isfunction(value) or value.__doc__, f"{module}.{name}"
+
+
+def test_public_names_are_typed() -> None:
+    """tests/typing/api.py imports each of them and uses it, as a user's type checker sees it."""
+    tree = ast.parse((ROOT / "tests" / "typing" / "api.py").read_text())
+    used = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, (ast.Name, ast.Attribute))}
+    typed = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            typed |= {(node.module, one.name) for one in node.names if (one.asname or one.name) in used}
+        elif isinstance(node, ast.Import):
+            typed |= {
+                (one.name, name.removeprefix(f"{one.asname or one.name}.")) for one in node.names for name in used
+            }
+    wanted = {(module, name) for module, path in public_modules().items() for name in names_of(path)}
+    assert wanted <= typed, sorted(wanted - typed)
+
+
+if __name__ == "__main__":
+    LIST.write_text(json.dumps(present(), indent=2) + "\n")
