@@ -38,34 +38,32 @@ def names_of(path: pathlib.Path) -> list[str]:
     return []
 
 
-def members_of(kind: type) -> dict[str, list[str]]:
-    """The public members of a class, with the names of their parameters."""
-    names = [name for name in dir(kind) if not name.startswith("_") and not hasattr(BaseException, name)]
-    return {name: parameters_of(getattr(kind, name)) for name in names} | {"()": parameters_of(kind.__init__)[1:]}
+def members_of(name: str, kind: type) -> list[str]:
+    """A class and its public members, as they are called."""
+    names = [one for one in dir(kind) if not one.startswith("_") and not hasattr(BaseException, one)]
+    return [called(name, kind.__init__), *(called(f"{name}.{one}", getattr(kind, one)) for one in names)]
 
 
-def parameters_of(value: object) -> list[str]:
-    """The parameters of a function or method, keyword-only ones after a star; none for anything else."""
+def called(name: str, value: object) -> str:
+    """A function or method with its parameters, but for self; the name alone of anything else."""
     if not inspect.isfunction(value) and not inspect.ismethod(value):
-        return []
-    found: list[str] = []
-    for one in inspect.signature(value).parameters.values():
-        if one.kind is one.KEYWORD_ONLY and "*" not in found and not any(name.startswith("*") for name in found):
-            found.append("*")
-        found.append({one.VAR_POSITIONAL: "*", one.VAR_KEYWORD: "**"}.get(one.kind, "") + one.name)
-    return found
+        return name
+    parameters = [one for one in inspect.signature(value).parameters.values() if one.name != "self"]
+    plain = [one.replace(annotation=one.empty, default=one.empty) for one in parameters]
+    return f"{name}{inspect.Signature(plain)}"
 
 
-def present() -> dict[str, object]:
-    """The public names of each public module; for those that need no extra, with the members of their classes."""
-    names: dict[str, object] = {module: names_of(path) for module, path in public_modules().items()}
+def present() -> dict[str, list[str]]:
+    """The public names of each public module; for those that need no extra, with members and parameters."""
+    names = {module: names_of(path) for module, path in public_modules().items()}
     for module in WITHOUT_EXTRA:
         imported = importlib.import_module(module)
-        values = {name: getattr(imported, name) for name in imported.__all__}
-        names[module] = {
-            name: members_of(value) if isinstance(value, type) else parameters_of(value)
-            for name, value in values.items()
-        }
+        values = [(name, getattr(imported, name)) for name in imported.__all__]
+        names[module] = [
+            line
+            for name, value in values
+            for line in (members_of(name, value) if isinstance(value, type) else [called(name, value)])
+        ]
     return names
 
 

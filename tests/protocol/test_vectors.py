@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import on_frozen_clock, published
-from invariants import OPERATOR, REASONS
+from invariants import NOTES, OPERATOR, REASONS
 
 from pybreaker_redis._policy import RULES, request_field
 from pybreaker_redis._protocol import Keys, keys_of
@@ -166,11 +166,11 @@ def test_page_names_stored_fields() -> None:
     found = {name: value for one in parts("after", "state") for name, value in one.items() if name != "a_later_field"}
     assert rows("The document").keys() == found.keys()
     assert all(f"`{name}`" in PAGE for name in found["window"])
-    assert names_in(parts("after", "policy")) - {"until_ms"} <= rows("Policy fields").keys()
+    assert names_in(parts("after", "policy")) - {"until_ms", "operator", "note"} <= rows("Policy fields").keys()
 
 
 def test_page_names_messages_and_history() -> None:
-    """So do the sections on the history and on notifications."""
+    """So do the sections on the history and on notifications, and the history's reasons are all shown."""
     for heading, kind in (("The history", "history"), ("Notifications", "messages")):
         section = (
             PAGE.split(f"## {heading}\n")[1].split("\n## ")[0] + PAGE.split("A transition has")[1].split("\n\n")[0]
@@ -178,6 +178,9 @@ def test_page_names_messages_and_history() -> None:
         entries = [entry for vector in VECTORS for entry in vector["after"].get(kind, [])]
         assert entries
         assert all(f"`{name}`" in section for entry in entries for name in entry)
+        if kind == "history":
+            noted = {entry["reason"] for entry in entries if entry["from"] == entry["to"]}
+            assert noted == NOTES | {"reset"}
 
 
 DECLARED = """
