@@ -40,7 +40,7 @@ _END = re.compile(r"(?:(?<!\be\.g)(?<!\bi\.e)(?<!\bvs)(?<!\bcf)(?<!\.\.)\.|\.\.\
 
 # The words that the project gave up, in the sense that it gave up, with what to say instead.
 RETIRED = {
-    r"(?<!in a )rows?": "a run of failures, or failures in a row",
+    r"rows? (?:of (?:failures|trips|successes|errors|slow calls|outcomes)|ends?)": "a run, or failures in a row",
     r"told|heard": "notified",
     r"beside": "in the background",
     r"(?:in[ -])?flights?|t(?:ake|akes|ook|aken|aking) off|land(?:s|ed|ing(?! page))?": "permit, started, finished",

@@ -156,6 +156,8 @@ def test_messages() -> None:
     [
         ("three failures in a row", False),
         ("the row of failures", True),
+        ("when the row ends", True),
+        ("the row of a breaker in the table", False),
         ("policy overrides end", False),
         ("the policy override ends", False),
         ("the override ends", True),
