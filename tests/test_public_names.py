@@ -1,4 +1,4 @@
-"""The public names of each public module, so that nobody changes one without noticing.
+"""The public names of each public module, and the commands, so that nobody changes one without noticing.
 
 After a change that is meant, with its line in CHANGELOG.md: python tests/test_public_names.py
 """
@@ -10,16 +10,22 @@ import importlib
 import inspect
 import json
 import pathlib
+from typing import Any
+
+import typer.main
+
+from pybreaker_redis.cli import app
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIST = pathlib.Path(__file__).with_suffix(".json")
 WITHOUT_EXTRA = ("pybreaker_redis", "pybreaker_redis.embedded", "pybreaker_redis.testing")
+PLUGIN = "pytest_pybreaker_redis"  # its fixtures
 INTERNAL = {"pybreaker_redis.cli", "pybreaker_redis.wire"}  # packages whose names nobody should import
 
 
 def public_modules() -> dict[str, pathlib.Path]:
     """The modules that users import, by name: no part of the name begins with an underscore."""
-    found = {}
+    found = {PLUGIN: ROOT / f"{PLUGIN}.py"}
     for path in sorted((ROOT / "pybreaker_redis").rglob("*.py")):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         internal = any(name == one or name.startswith(f"{one}.") for one in INTERNAL)
@@ -53,6 +59,15 @@ def called(name: str, value: object) -> str:
     return f"{name}{inspect.Signature(plain)}"
 
 
+def commands(command: Any, path: str) -> list[str]:
+    """The commands of the program, with their arguments and options."""
+    subcommands = getattr(command, "commands", {})
+    if subcommands:
+        return [line for name, one in sorted(subcommands.items()) for line in commands(one, f"{path} {name}")]
+    given = [max(one.opts, key=len) if one.param_type_name == "option" else one.name.upper() for one in command.params]
+    return [" ".join([path, *given])]
+
+
 def present() -> dict[str, list[str]]:
     """The public names of each public module; for those that need no extra, with members and parameters."""
     names = {module: names_of(path) for module, path in public_modules().items()}
@@ -64,6 +79,7 @@ def present() -> dict[str, list[str]]:
             for name, value in values
             for line in (members_of(name, value) if isinstance(value, type) else [called(name, value)])
         ]
+    names["pybreaker-redis"] = commands(typer.main.get_command(app), "pybreaker-redis")
     return names
 
 
@@ -95,6 +111,7 @@ def test_public_names_are_typed() -> None:
                 (one.name, name.removeprefix(f"{one.asname or one.name}.")) for one in node.names for name in used
             }
     wanted = {(module, name) for module, path in public_modules().items() for name in names_of(path)}
+    wanted = {(module, name) for module, name in wanted if module != PLUGIN}
     assert wanted <= typed, sorted(wanted - typed)
 
 
