@@ -6,7 +6,8 @@ Prints each problem with its place. --longest: also prints the mean of each docu
 test_prose.py tests it.
 
 A sentence may have 30 words, and those of a document 16 on average. Code, tables, headings and comments are left out;
-a piece of code within a sentence is one word. A document is a page, or the docstrings of a module, or its messages.
+a piece of code within a sentence is one word. A document is a page, or the docstrings of a module, or its messages, or
+what stands above the functions of a Lua file.
 """
 
 from __future__ import annotations
@@ -182,6 +183,11 @@ def all_sentences() -> dict[str, list[Sentence]]:
         for line, message in messages(tree):
             for paragraph in re.split(r"\n\s*\n", textwrap.dedent(message)):
                 add(f"{name}, messages", line, paragraph)
+    for path in sorted((ROOT / "lua").glob("*.lua")):
+        name, text = path.relative_to(ROOT).as_posix(), path.read_text(encoding="utf-8")
+        for comment in re.finditer(r"(?m)^(?:-- .*\n)+(?=function )", text):
+            line = text.count("\n", 0, comment.start()) + 1
+            add(f"{name}, comments", line, re.sub(r"(?m)^-- ", "", comment[0]))
     return found
 
 

@@ -19,6 +19,8 @@ def test_every_kind_is_read() -> None:
     for name in ("_policy.py", "_core.py", "config.py"):
         assert len(FOUND[f"pybreaker_redis/{name}, docstrings"]) > 3
         assert len(FOUND[f"pybreaker_redis/{name}, messages"]) > 3
+    for name in ("rules", "document"):
+        assert len(FOUND[f"lua/{name}.lua, comments"]) > 10
 
 
 def test_every_exception_is_used() -> None:
