@@ -46,7 +46,7 @@ RETIRED = {
     r"beside": "in the background",
     r"(?:in[ -])?flights?|t(?:ake|akes|ook|aken|aking) off|land(?:s|ed|ing(?! page))?": "permit, started, finished",
     r"fresh (?:document|breaker|circuit|state|key|one)s?": "new",
-    r"(?<!policy )overrides?(?= is| was| has| ends| of|[.,;:]|$)": "forced state or policy override",
+    r"(?<!policy )overrides?(?= is| was| has| ends| of|[.,;]|$)": "forced state or policy override",
     r"(?:is|are|was|were|be|been|being|decides?|runs?|works?|goes on|left) alone": "without Redis, or below the quorum",
 }
 
