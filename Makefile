@@ -61,11 +61,14 @@ mutants: $(VENV)/mutation.stamp ## change the state machine in 2700 places, and 
 	@$(BIN)/python tests/mutation/python_mutants.py
 	@$(BIN)/python tests/mutation/lua_mutants.py $(ARGS)
 
-lint: $(VENV)/integrations.stamp bundles ## check style, types and the Lua
+lint: $(VENV)/integrations.stamp bundles ## check style, types, the Lua, and the files for GitHub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(TYPED)
 	$(BIN)/python tests/check_lua.py
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms \
+	  $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 	@if command -v luacheck >/dev/null; then luacheck --quiet lua $(wildcard tests/lua) build/lua; fi
 
 docs: $(VENV)/docs.stamp ## build the documentation into build/site

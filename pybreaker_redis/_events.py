@@ -30,8 +30,8 @@ class Event(NamedTuple):
     breaker: its name. instance: the process that caused the event, as "host:pid-" and eight random hex digits.
     old, new, reason, generation, counts, error: of a state_change; error is type and message of the failure that opened
     the circuit, if one did. Each transition notifies the one process that caused it.
-    A watching process is notified of each new generation that it reads, with source "watch"; reason and counts come
-    from the history, and are None and empty if its entry is gone.
+    A watching process is notified of each new generation that it reads, with source "watch". Reason and counts then
+    come from the history; they are None and empty if its entry is gone.
     retry_after: of a rejection, in seconds. enforced: False in shadow mode, where the rejected call ran all the same.
     exception: of a failure, an ignored call or a redis_error.
     slow: whether a success or failure took slow_call_duration or longer; None if the policy does not measure it.

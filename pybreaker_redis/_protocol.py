@@ -104,8 +104,9 @@ class Snapshot:
     reason: of the last transition, as in HistoryEntry. changed_at: when it was, in unix seconds. error: type and
     message of the failure that opened the circuit, while it is not closed. operator, note: who carried out the last
     action on the state, and why, until the next transition. All are None where there is none.
-    health: 0 (open) to 100 = state (closed 100, half_open 50, open 0) x (1 - failures) x (1 - slow_rate / 2)
-    x 4 / (4 + trips), where failures is the failure rate or, if greater, failure_count / failure_threshold.
+    health: from 0 (open) to 100. A closed circuit starts from 100, a half-open one from 50. This is multiplied by
+    1 - failures, by 1 - slow_rate / 2 and by 4 / (4 + trips). Here failures is the failure rate or, if that is greater,
+    failure_count / failure_threshold.
     reporters: the last failure of each host in unix seconds; kept for a quorum.
     policy: the one in force. policy_sources: the source of each field: "default", "client" or "override".
     override_operator, override_note: who set the policy override, and why; None where nobody said.
