@@ -23,7 +23,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations soak mutants lint docs bundles bench bench-link clean
+.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations soak mutants lint docs pictures bundles bench bench-link clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -71,14 +71,17 @@ lint: $(VENV)/integrations.stamp bundles ## check style, types and the Lua
 docs: $(VENV)/docs.stamp ## build the documentation into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+pictures: $(VENV)/demo.stamp ## draw the pictures of README and the documentation, from the demo and the benchmarks
+	@PYTHONPATH=docs $(BIN)/python -m pictures
+
 bundles: $(VENV)/demo.stamp ## write build/lua/NAME.lua, the very bytes that Redis runs
 	@$(BIN)/python -c "$$WRITE_BUNDLES"
 
-bench: $(VENV)/bench.stamp ## compare with every peer, and simulate fleets (eight minutes)
+bench: $(VENV)/bench.stamp ## compare with every peer, and simulate fleets; then draw the charts (eight minutes)
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
 	@$(BIN)/python benchmarks/fleet.py
 	@$(BIN)/python benchmarks/watch.py
-	@$(BIN)/python benchmarks/charts.py
+	@PYTHONPATH=docs $(BIN)/python -m pictures
 
 bench-link: $(VENV)/bench.stamp ## one process's line to Redis, and simulated fleets (twenty minutes)
 	@$(BIN)/python benchmarks/link.py $(ARGS)
