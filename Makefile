@@ -23,7 +23,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations soak mutants lint docs pictures bundles bench bench-link clean
+.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations test-docs soak mutants lint docs pictures bundles bench bench-link clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -53,6 +53,9 @@ test-pythons: ## run the tests on every Python found, with the oldest and the ne
 
 test-integrations: $(VENV)/integrations.stamp ## run the tests of integrations with other libraries, and of their pages (a minute)
 	@$(BIN)/python -m pytest $(INTEGRATIONS) tests/test_docs.py -k 'integrations or http-clients or frameworks or retries or grpc' $(ARGS)
+
+test-docs: $(VENV)/browser.stamp ## build the documentation, and look at every page in a browser without a network (a minute)
+	@$(BIN)/python -m pytest tests/web/test_site.py $(ARGS)
 
 soak: $(VENV)/dev.stamp ## random faults for ten minutes; another time: make soak SECONDS=3600
 	@$(BIN)/python tests/faults/soak.py $(SECONDS) $(ARGS)
