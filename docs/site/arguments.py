@@ -91,7 +91,8 @@ def _spelled_out(text: griffe.Expr | str | None, named: dict[str, Any]) -> griff
     if not any(values):
         return text
     spelled = "".join(str(value or part) for value, part in zip(values, parts, strict=True)).replace("'", '"')
-    return re.sub(r'\["(\w+)"\]', r"[\1]", re.sub(r'TypeVar\("\w+"\)', "Any", spelled))
+    without_variables = re.sub(r"TypeVar\([^)]*\)", "Any", spelled).replace("][Any]", "]")
+    return re.sub(r'\["(\w+)"\]', r"[\1]", without_variables)
 
 
 def _describe_policy(policy: griffe.Class) -> None:

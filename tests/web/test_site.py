@@ -167,14 +167,13 @@ def test_reference_has_every_public_name(site: pathlib.Path, pages: dict[pathlib
 
 
 def test_reference_has_every_option(site: pathlib.Path) -> None:
-    """Each option of a constructor, and each field of a reading, has a row with a meaning."""
+    """Each option of a constructor, and each field of a reading, has a row."""
     tables = "".join(path.read_text(encoding="utf-8") for path in (site / "reference").rglob("*.html"))
     for kind in (*CONSTRUCTED, *READINGS):
         heading = f'id="{kind.__module__.partition("._")[0]}.{kind.__name__}"'
         section = tables[tables.index(heading) :].partition("</table>")[0]
-        for option in inspect.signature(kind).parameters:
-            row = re.search(rf"<tr[^>]*>(?:(?!</tr>).)*<code>{option}</code>(?:(?!</tr>).)*</tr>", section, re.DOTALL)
-            assert row, f"{kind.__name__} does not describe {option}"
+        rows = re.findall(r"<tr[^>]*>\s*<td>\s*<code>(?:<span[^>]*>)?(\w+)<", section)
+        assert sorted(rows) == sorted(inspect.signature(kind).parameters), kind.__name__
 
 
 def test_reference_has_no_internal_names(site: pathlib.Path, pages: dict[pathlib.Path, Page]) -> None:
@@ -189,7 +188,7 @@ def watched(context: Any, address: str, troubles: list[str]) -> Any:
     page = context.new_page()
     page.on("console", lambda message: message.type in ("error", "warning") and troubles.append(message.text))
     page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.on("requestfailed", lambda request: troubles.append(f"failed: {request.url}"))
+    page.on("requestfailed", lambda request: troubles.append(f"{request.failure}: {request.url}"))
     page.on("response", lambda answer: answer.status >= 400 and troubles.append(f"{answer.status}: {answer.url}"))
     page.on(
         "request", lambda request: request.url.startswith((address, "data:", "blob:")) or troubles.append(request.url)
@@ -206,7 +205,7 @@ def test_pages_in_a_browser(site: pathlib.Path, address: str, browser: Any, them
         page = watched(context, address, troubles)
         for path in sorted(site.rglob("index.html")):
             page.set_viewport_size({"width": 1280, "height": 900})
-            page.goto(address + str(path.parent.relative_to(site)).lstrip(".") + "/", wait_until="networkidle")
+            page.goto(address + str(path.parent.relative_to(site)).lstrip(".") + "/", wait_until="load")
             scheme = page.evaluate("document.body.getAttribute('data-md-color-scheme')")
             assert scheme == {"light": "default", "dark": "slate"}[theme]
             for picture in page.locator("article svg.picture").all():
@@ -219,7 +218,8 @@ def test_pages_in_a_browser(site: pathlib.Path, address: str, browser: Any, them
             assert not broken, path
             page.set_viewport_size({"width": 390, "height": 800})
             assert page.evaluate("document.documentElement.scrollWidth") <= 390, path
-            assert not troubles, path
+    # what the test itself ended by going to the next page
+    assert not [one for one in troubles if not one.startswith("net::ERR_ABORTED")]
     assert drawn >= 10
 
 
@@ -241,7 +241,8 @@ def test_search_and_next_page(address: str, browser: Any) -> None:
     with contextlib.closing(browser.new_context()) as context:
         page = watched(context, address, troubles)
         page.goto(address, wait_until="networkidle")
-        page.locator("[data-md-component=search-query]").fill("quorum")
+        page.locator("[data-md-component=search-query]").click()
+        page.keyboard.type("quorum")
         page.locator(".md-search-result__link").first.wait_for()
         page.goto(f"{address}tutorial/", wait_until="networkidle")
         page.locator(".md-footer__link--next").click()
