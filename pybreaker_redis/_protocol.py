@@ -102,8 +102,8 @@ class Snapshot:
     last_failure_time, opened_at: unix seconds, or None. retry_after: seconds after which a rejected call should ask
     again; None while calls are admitted. forced: "open" or "closed" while an operator forces the state.
     forced_until: when that ends, in unix seconds. trips: in a row. probes_in_flight: probes that run now, in the whole
-    fleet. calls, failures, slow: counts of the window, 0 without one. failure_rate, slow_rate: shares of the calls, None
-    without calls.
+    fleet. calls, failures, slow: counts of the window, 0 without one. failure_rate, slow_rate: shares of the calls,
+    None without calls.
     reason: of the last transition, as in HistoryEntry. changed_at: when it was, in unix seconds. error: type and
     message of the failure that opened the circuit, while it is not closed. operator, note: who carried out the last
     action on the state, and why, until the next transition. All are None where there is none.

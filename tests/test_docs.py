@@ -258,6 +258,14 @@ def test_readme_is_short() -> None:
     assert "pip install" in "\n".join(text.splitlines()[:30])
 
 
+def test_links_of_readme_lead_somewhere() -> None:
+    """Each of its links is a file of this repository."""
+    links = re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8"))
+    assert len(links) > 15
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
 def figure_in_readme(pattern: str) -> float:
     """The number that README has where the pattern has a group."""
     match = re.search(pattern, README.read_text(encoding="utf-8"))

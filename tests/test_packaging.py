@@ -128,6 +128,15 @@ def test_installed_wheel_works_outside_the_checkout(built: pathlib.Path, environ
     use(environment, environment)
 
 
+def test_example_of_readme_runs_with_the_wheel_alone(built: pathlib.Path, environment: pathlib.Path) -> None:
+    """The first Python block of README prints what README says, far from the checkout."""
+    (wheel,) = built.glob("*.whl")
+    install(environment, wheel)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example, printed = (readme.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("python", "text"))
+    assert run(environment / "bin" / "python", "-I", "-c", example, cwd=environment) == printed
+
+
 def test_editable_install_runs_the_scripts_of_the_checkout(environment: pathlib.Path) -> None:
     """An editable install uses the checkout's package and its lua/."""
     install(environment, "--editable", ROOT)

@@ -43,7 +43,7 @@ def rewritten(docstring: str, names: set[str], section: str) -> str:
     if not names:
         return docstring
     known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
-    begins = re.compile(rf"(?:^ *|(?<=[.;] ))((?:{known})(?:, (?:{known}))*):\s", re.MULTILINE)
+    begins = re.compile(rf"(?:^ *|(?<=[.;] ))((?:{known})(?:,\s+(?:{known}))*):\s", re.MULTILINE)
     prose: list[str] = []
     rows: list[str] = []
     for paragraph in re.split(r"\n\s*\n", docstring):
@@ -54,7 +54,7 @@ def rewritten(docstring: str, names: set[str], section: str) -> str:
             prose += after
         for written, meaning in zip(described[::2], described[1::2], strict=True):
             text = " ".join(meaning.split())
-            rows += [f"    {name}: {text[0].upper()}{text[1:]}" for name in written.split(", ")]
+            rows += [f"    {name}: {text[0].upper()}{text[1:]}" for name in re.split(r",\s+", written)]
     kept = [paragraph for paragraph in prose if paragraph.strip()]
     return "\n\n".join([*kept, "\n".join([f"{section}:", *rows])] if rows else kept)
 
@@ -101,8 +101,7 @@ def _describe_policy(policy: griffe.Class) -> None:
         policy.attributes[name].value = repr(default)
     rows = [f"    {name}: {rule.meaning} {bounds(rule)}".rstrip() for name, rule in RULES.items()]
     assert policy.docstring is not None
-    first, *rest = policy.docstring.value.split("\n\n")
-    policy.docstring.value = "\n\n".join([first, "\n".join(["Args:", *rows]), *rest])
+    policy.docstring.value = "\n\n".join([policy.docstring.value, "\n".join(["Args:", *rows])])
 
 
 def bounds(rule: Rule) -> str:
