@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 OUTAGES := tests/faults tests/link tests/model tests/processes tests/clocks
 INTEGRATIONS := tests/integrations
+SITE := tests/docs
 TYPED := pybreaker_redis tests/typing/api.py
 SECONDS ?= 600
 
@@ -32,14 +33,14 @@ help: ## show this list
 demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one shared breaker
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
-test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, and the long ones (five minutes)
-	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS)) $(ARGS)
+test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, other libraries, the site, and the long ones (five minutes)
+	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS) $(SITE)) $(ARGS)
 
 test-outages: $(VENV)/dev.stamp ## run those of outages, of processes, of the link and of models (ten minutes)
 	@$(BIN)/python -m pytest $(OUTAGES) $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
-	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --cov --cov-report=term-missing:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --ignore=$(SITE) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
 	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
@@ -54,8 +55,8 @@ test-pythons: ## run the tests on every Python found, with the oldest and the ne
 test-integrations: $(VENV)/integrations.stamp ## run the tests of integrations with other libraries, and of their pages (a minute)
 	@$(BIN)/python -m pytest $(INTEGRATIONS) tests/test_docs.py -k 'integrations or http-clients or frameworks or retries or grpc' $(ARGS)
 
-test-docs: $(VENV)/browser.stamp ## build the documentation, and look at every page in a browser without a network (a minute)
-	@$(BIN)/python -m pytest tests/web/test_site.py $(ARGS)
+test-docs: $(VENV)/docs.stamp $(VENV)/webtests.stamp ## build the documentation, and look at every page in a browser without a network (a minute)
+	@$(BIN)/python -m pytest $(SITE) $(ARGS)
 
 soak: $(VENV)/dev.stamp ## random faults for ten minutes; another time: make soak SECONDS=3600
 	@$(BIN)/python tests/faults/soak.py $(SECONDS) $(ARGS)

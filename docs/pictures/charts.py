@@ -128,7 +128,7 @@ def _lines(picture: Picture, left: float, title: str, points: dict[float, list[t
         picture.line(left, y(tick), left + width, y(tick), "rule")
         picture.text(left - 8, y(tick) + 4, f"{tick:g}", "end small muted")
     picture.text(left + width / 2, top + height + 36, "instances", "middle small muted")
-    label_at = top + height
+    label_at = float(top + height)
     for (lease, line), kind in sorted(zip(points.items(), LEASES, strict=True), key=lambda pair: pair[0][1][-1][1]):
         label_at = min(y(line[-1][1]), label_at - 14)  # lowest first, so that no two labels overlap
         picture.text(left + width + 8, label_at + 4, f"lease {lease:g} s", f"small {kind}")

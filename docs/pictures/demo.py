@@ -28,7 +28,7 @@ TICKS = {"answered": (-4, 10, "good"), "failed": (-14, 10, "bad"), "rejected": (
 def demo() -> Picture:
     """Three processes, one dead service, one trip."""
     run = json.loads(RECORDED.read_text(encoding="utf-8"))
-    ends = max(at for calls in run["calls"] for at, _ in calls) + 0.05
+    ends: float = max(at for calls in run["calls"] for at, _ in calls) + 0.05
     bottom = TOP + LANE * len(run["calls"])
     picture = Picture(
         WIDTH,

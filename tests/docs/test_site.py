@@ -25,7 +25,7 @@ from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.testing import FakeClock
 
 pytest.importorskip("mkdocs", reason="needs the extra `docs`")
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `browser`")
+playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra `webtests`")
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
