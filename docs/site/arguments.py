@@ -91,8 +91,9 @@ def _spelled_out(text: griffe.Expr | str | None, named: dict[str, Any]) -> griff
     if not any(values):
         return text
     spelled = "".join(str(value or part) for value, part in zip(values, parts, strict=True)).replace("'", '"')
-    without_variables = re.sub(r"TypeVar\([^)]*\)", "Any", spelled).replace("][Any]", "]")
-    return re.sub(r'\["(\w+)"\]', r"[\1]", without_variables)
+    spelled = re.sub(r"TypeVar\([^)]*\)", "Any", spelled)
+    spelled = re.sub(r"\b[A-Z]\]\[(\w+)\]", r"\1]", spelled)  # of a generic alias: what stands for its variable
+    return re.sub(r'\["(\w+)"\]', r"[\1]", spelled)  # a name that its module quotes
 
 
 def _describe_policy(policy: griffe.Class) -> None:
