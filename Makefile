@@ -24,7 +24,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations test-docs soak mutants lint docs pictures bundles bench bench-link clean
+.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations test-docs soak mutants lint docs drawings bundles bench bench-link clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -75,7 +75,7 @@ lint: $(VENV)/integrations.stamp bundles ## check style, types and the Lua
 docs: $(VENV)/docs.stamp ## build the documentation into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-pictures: $(VENV)/demo.stamp ## draw the pictures of README and the documentation, from the demo and the benchmarks
+drawings: $(VENV)/demo.stamp ## draw the pictures of README and the documentation, from the demo and the benchmarks
 	@PYTHONPATH=docs $(BIN)/python -m pictures
 
 bundles: $(VENV)/demo.stamp ## write build/lua/NAME.lua, the very bytes that Redis runs

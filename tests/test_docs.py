@@ -289,10 +289,10 @@ def test_figures_of_readme_are_those_of_the_benchmarks() -> None:
 
 
 def test_pictures_are_those_of_their_sources() -> None:
-    """`make pictures` has been run since the demo's record, the benchmarks or what draws them changed."""
+    """`make drawings` has been run since the demo's record, the benchmarks or what draws them changed."""
     for name, drawn in pictures().items():
         committed = (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
-        assert committed == drawn, f"run `make pictures`: {name}.svg is not what docs/pictures draws"
+        assert committed == drawn, f"run `make drawings`: {name}.svg is not what docs/pictures draws"
 
 
 def test_figures_of_the_pages_are_those_of_the_benchmarks() -> None:
@@ -301,7 +301,7 @@ def test_figures_of_the_pages_are_those_of_the_benchmarks() -> None:
     assert len(found) >= 3
     for page in found:
         text = page.read_text(encoding="utf-8")
-        assert text == tables.filled(text), f"run `make pictures`: {page.name} has other figures than the results"
+        assert text == tables.filled(text), f"run `make drawings`: {page.name} has other figures than the results"
 
 
 def table_of_faults() -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Writes every picture and every table of figures of the documentation: `make pictures`."""
+"""Writes every picture and every table of figures of the documentation: `make drawings`."""
 
 from __future__ import annotations
 
