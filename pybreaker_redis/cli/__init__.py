@@ -1,8 +1,12 @@
 """The program `pybreaker-redis` (extra `cli`): inspect breakers, steer them, and check the server that they use.
 
-Exit codes: 0 done; 1 doctor found something wrong, nothing is stored under the name given to show, or a question was
-answered with no; 2 the command was not understood; 3 Redis does not answer, or refuses; 130 Ctrl-C; 141 the reader of
-a pipe has gone.
+Exit codes:
+
+- 0: done.
+- 1: doctor found something wrong, nothing is stored under the name given to show, or a question was answered with no.
+- 2: the command was not understood.
+- 3: Redis does not answer, or refuses.
+- 130: Ctrl-C. 141: the reader of a pipe has gone.
 """
 
 from __future__ import annotations

@@ -67,7 +67,7 @@ class PrometheusMetrics(Meter, Collector):
         )
         health = GaugeMetricFamily("circuit_breaker_health_score", "0 (open) to 100.", labels=breaker)
         slots = GaugeMetricFamily(
-            "circuit_breaker_probe_slots_in_use", "Probes in flight, in the whole fleet.", labels=breaker
+            "circuit_breaker_probe_slots_in_use", "Probes that run now, in the whole fleet.", labels=breaker
         )
         fallback = GaugeMetricFamily(
             "circuit_breaker_fallback_active", "1 while this process continues without Redis.", labels=breaker
