@@ -226,6 +226,7 @@ class BreakerCore:
     def _must_wait(self, began: float, now: float, refreshed: bool) -> bool:
         """Refresh a view whose lease is over. Returns whether the call must wait for the refresh."""
         lease = self._view.lease
+        self._notices.used()
         if self._own_engine() is not None:
             if self._line is not None and self._line.must_wait_for_retry() and not refreshed:
                 return True
