@@ -170,6 +170,21 @@ def test_a_policy_that_processes_know(run: Run, client: redis.Redis) -> None:
     assert fields["failure_threshold"] == {"value": None, "source": "client", "values": values}
 
 
+def test_a_user_who_may_not_read_the_list(run: Run) -> None:
+    """The policy override is shown all the same; doctor and fleet say which right is missing."""
+    with EmbeddedServer(port=0) as server, redis.Redis.from_url(server.url) as admin:
+        admin.execute_command("ACL", "SETUSER", "me", "on", ">secret", "~*", "&*", "+@all", "-hscan")
+        url = ["--redis", server.url.replace("://", "://me:secret@")]
+        assert run("policy", "set", "d", "quorum=2", "-y", *url)[0] == 0
+        code, out, err = run("policy", "get", "d", *url)
+        assert code == 0
+        assert re.search(r"^quorum +2 +override$", out, re.MULTILINE)
+        assert "the list of processes cannot be read" in err
+        assert "hscan" in run("fleet", *url)[2]
+        found = {one["check"]: one for one in json.loads(run("doctor", "--json", *url)[1])}
+        assert (found["policies"]["status"], "hscan" in found["policies"]["detail"]) == ("warning", True)
+
+
 def test_a_policy_of_a_file(run: Run, client: redis.Redis, tmp_path: pathlib.Path) -> None:
     """With --config the file is the client, whatever processes say."""
     file = tmp_path / "breakers.yaml"

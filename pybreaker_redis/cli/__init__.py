@@ -452,8 +452,9 @@ def _write_scripts(folder: pathlib.Path) -> None:
 def doctor(url: Url = None, prefix: Prefix = None, use_json: Json = False) -> int | None:
     """Check whether the server is fit for breakers.
 
-    Checks version, role, latency, clock, eviction, persistence, connections, scripts, TTLs and the user's rights. The
-    rights are tried on a breaker of its own, which is then removed. Exit code 1 when something is wrong.
+    Checks version, role, latency, clock, eviction, persistence, connections, scripts, TTLs, whether the processes agree
+    on every policy, and the user's rights. The rights are tried on a breaker of its own, which is then removed. Exit
+    code 1 when something is wrong.
     """
     from ._doctor import examine
 

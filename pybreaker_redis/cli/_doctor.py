@@ -236,7 +236,12 @@ def _ttls(fleet: Fleet, node: Connections) -> Iterator[Finding]:
 
 
 def _policies(fleet: Fleet, node: Connections) -> Iterator[Finding]:
-    processes = read_processes(fleet.server, fleet.prefix)
+    try:
+        processes = read_processes(fleet.server, fleet.prefix)
+    except REDIS_ERRORS as error:
+        fix = f"ACL SETUSER {_user(node)} +hscan" if error_kind(error) == "permission" else "see the other findings"
+        yield Finding("policies", "warning", f"the list of processes cannot be read: {error}", fix)
+        return
     disputed = [clean(breaker) for breaker, _ in disagreements(processes)]
     if disputed:
         named = ", ".join(disputed[:_MOST_NAMED]) + (", ..." if len(disputed) > _MOST_NAMED else "")

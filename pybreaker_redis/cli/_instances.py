@@ -10,6 +10,7 @@ import rich.text
 from .._policy import DEFAULTS
 from .._processes import Fields, Given, Process, disagreements, given_policies, read_processes
 from .._protocol import Snapshot
+from ..wire.options import REDIS_ERRORS, error_kind
 from ._fleet import Fleet
 from ._output import clean, err, out, put, put_json, span
 
@@ -102,7 +103,7 @@ def known_policy(fleet: Fleet, snapshot: Snapshot, from_file: bool) -> dict[str,
     A policy override is stored in Redis. The rest is known from the file of --config, if one was given, or else from
     the processes that list themselves.
     """
-    given = [] if from_file else given_policies(read_processes(fleet.server, fleet.prefix), snapshot.name)
+    given = [] if from_file else given_policies(_processes(fleet), snapshot.name)
     found: dict[str, Known] = {}
     for field, source in snapshot.policy_sources.items():
         if source == "override" or from_file:
@@ -110,6 +111,17 @@ def known_policy(fleet: Fleet, snapshot: Snapshot, from_file: bool) -> dict[str,
         else:
             found[field] = _from_processes(field, given)
     return found
+
+
+def _processes(fleet: Fleet) -> list[Process]:
+    """The processes; none if this user may not read the list, which the rest of the policy does not need."""
+    try:
+        return read_processes(fleet.server, fleet.prefix)
+    except REDIS_ERRORS as error:
+        if error_kind(error) != "permission":
+            raise
+        err.print(f"the list of processes cannot be read: {error}", style="yellow")
+        return []
 
 
 def _from_processes(field: str, given: list[Given]) -> Known:

@@ -356,6 +356,8 @@ class Link:
 
     def _to_list(self, now: float) -> list[Command]:
         """The commands that list this process in its fleet, if that is due, but not to nodes that are down."""
+        if not self._listing.is_due(now):
+            return []
         commands = self._listing.commands(_alive(self._used), now)
         if self._home is None or not self.failing:
             return commands

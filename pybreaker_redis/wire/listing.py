@@ -62,12 +62,14 @@ class Listing:
         """Go on listing a breaker that is refreshed no more, as long as it exists."""
         self._idle[member] = None
 
-    def commands(self, used: Iterable[Listed], now: float) -> list[Command]:
-        """The commands that renew the entries, if that is due. used: the breakers that are refreshed."""
+    def is_due(self, now: float) -> bool:
+        """Whether it is time to renew the entries. The first time comes a little after the first exchange."""
         if self._since == NEVER:
             self._put_off(now, FIRST)
-        if age(self._since, now) < self._wait:
-            return []
+        return age(self._since, now) >= self._wait
+
+    def commands(self, used: Iterable[Listed], now: float) -> list[Command]:
+        """The commands that renew the entries. used: the breakers that are refreshed."""
         by_prefix: dict[str, list[Listed]] = {}
         idle = (reference() for reference in self._idle.keyrefs())
         for member in dict.fromkeys([*used, *idle]):

@@ -19,7 +19,7 @@ import redis
 from conftest import stopped, wait_until
 from fault_servers import cluster
 
-from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitBreakerManager, Policy
+from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitBreakerManager, Config, Policy, PolicyError
 from pybreaker_redis._processes import Process, disagreements, given_policies, read_processes
 from pybreaker_redis.config import load
 from pybreaker_redis.embedded import EmbeddedServer
@@ -189,6 +189,14 @@ def test_off_by_option(server: EmbeddedServer, client: redis.Redis) -> None:
                 ]
             )
         assert client.exists(KEY) == listed
+
+
+@pytest.mark.parametrize("value", [None, 1, "no"])
+def test_an_option_that_makes_no_sense(value: Any) -> None:
+    """Only True and False are taken, and the error names the value."""
+    for make in (lambda: CircuitBreaker("a", listed=value), lambda: Config(listed=value)):
+        with pytest.raises(PolicyError, match=rf"listed must be True or False, not {value!r}"):
+            make()
 
 
 def test_one_hash_per_prefix(server: EmbeddedServer, client: redis.Redis, often: None) -> None:
