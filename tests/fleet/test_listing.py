@@ -237,7 +237,7 @@ def test_many_prefixes_and_hosts(server: EmbeddedServer, client: redis.Redis, of
     breakers = [CircuitBreaker("a", redis=server.url, prefix=f"p{number}", **PATIENT) for number in range(15)]
     for breaker in breakers:
         breaker.call(int)
-    wait_until(lambda: [breaker.call(int), len(client.keys("p*:fleet")) == listing.MOST_ENTRIES][1])
+    wait_until(lambda: [breakers[0].call(int), len(client.keys("p*:fleet")) == listing.MOST_ENTRIES][1])
     client.flushall()
     two = [CircuitBreaker("a", redis=server.url, prefix="two", host=host, **PATIENT) for host in ("x", "y")]
     del breakers, breaker
