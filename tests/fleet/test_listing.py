@@ -234,13 +234,16 @@ class Stand:
 
 def test_many_prefixes_and_hosts(server: EmbeddedServer, client: redis.Redis, often: None) -> None:
     """A process has an entry for each prefix and host, but no more than ten."""
+
+    def listed_prefixes() -> int:
+        for breaker in breakers:
+            breaker.call(int)
+        return len(client.keys("p*:fleet"))
+
     breakers = [CircuitBreaker("a", redis=server.url, prefix=f"p{number}", **PATIENT) for number in range(15)]
-    for breaker in breakers:
-        breaker.call(int)
-    wait_until(lambda: [breakers[0].call(int), len(client.keys("p*:fleet")) == listing.MOST_ENTRIES][1])
-    client.flushall()
+    wait_until(lambda: listed_prefixes() == listing.MOST_ENTRIES)
     two = [CircuitBreaker("a", redis=server.url, prefix="two", host=host, **PATIENT) for host in ("x", "y")]
-    del breakers, breaker
+    breakers.clear()
     gc.collect()
 
     def hosts() -> set[str]:
