@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import gc
 import json
 import logging
@@ -309,6 +310,24 @@ def test_loops_of_one_call_each(server: EmbeddedServer, client: redis.Redis) -> 
         return bool(client.exists(KEY))
 
     wait_until(is_listed)
+    assert client.hlen(KEY) == 1
+
+
+def test_two_loops_at_once(server: EmbeddedServer, client: redis.Redis, often: None) -> None:
+    """Both may find the entry due: it is one field, so the process is listed once."""
+    breaker = AsyncCircuitBreaker("a", redis=server.url, **PATIENT)
+    client.config_resetstat()
+
+    async def calls() -> None:
+        deadline = time.monotonic() + 30
+        while commands(client) < 20:
+            assert time.monotonic() < deadline
+            await asyncio.gather(*(breaker.call(fine) for _ in range(5)))
+            await asyncio.sleep(LEASE)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(asyncio.run, calls()) for _ in range(2)]:
+            done.result(60)
     assert client.hlen(KEY) == 1
 
 
