@@ -23,6 +23,8 @@ WRITE_EVERY = 0.5  # seconds
 
 Samples: TypeAlias = Iterator[tuple[Sequence[str], float]]
 
+__all__ = ["PrometheusMetrics"]
+
 
 class PrometheusMetrics(Meter, Collector):
     """A listener for any number of breakers, and the collector that exports them.
