@@ -317,8 +317,8 @@ def policy_get(
 ) -> int | None:
     """Show what is known of the policy in force, and from whom.
 
-    Sources: override (the policy override in Redis); client (the file of --config, or else the processes that list
-    themselves); default (as client, and the client leaves the field as it is by default); unknown.
+    Sources: override is the policy override in Redis. client is the file of --config, or else the processes that list
+    themselves. default: these leave the field as it is by default. unknown: nobody has said.
     """
     from ._instances import known_policy, show_policy
 
