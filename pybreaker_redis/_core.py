@@ -154,6 +154,11 @@ class BreakerCore:
         if self._watch is not None:
             self._watch.after_fork()
 
+    def _share_memory(self, other: BreakerCore) -> None:
+        """Share the state of another breaker in memory, whose policy and class may differ. Call it before any use."""
+        self._memory, self._view = other._memory, other._view
+        self._slow_calls, self._innermost = other._slow_calls, other._innermost
+
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
 

@@ -25,6 +25,7 @@ from pybreaker_redis import (
     Snapshot,
     Watch,
 )
+from pybreaker_redis.compat import circuitbreaker, pybreaker
 
 State = Literal["closed", "open", "half_open"]
 
@@ -265,3 +266,64 @@ async def managed() -> None:
         assert_type(await aio_manager.call("discovery", fetch, "x", limit=2), list[str])
         assert_type(aio_manager.get_or_create("discovery"), AsyncCircuitBreaker)
         assert_type(await aio_manager.get_all_states(), dict[str, State])
+
+
+# Other libraries' interfaces
+
+
+class OnChange(pybreaker.CircuitBreakerListener):
+    def state_change(
+        self,
+        cb: pybreaker.CircuitBreaker,
+        old_state: pybreaker.CircuitBreakerState | None,
+        new_state: pybreaker.CircuitBreakerState,
+    ) -> None:
+        assert_type(new_state.name, str)
+
+
+compatible = pybreaker.CircuitBreaker(
+    fail_max=1,
+    reset_timeout=1000,
+    exclude=[KeyError, lambda error: isinstance(error, RuntimeError)],
+    listeners=[OnChange()],
+    state_storage=pybreaker.CircuitRedisStorage(pybreaker.STATE_CLOSED, Redis(), "discovery", lease=0.5, adopt=True),
+)
+in_process = pybreaker.CircuitBreaker(state_storage=pybreaker.CircuitMemoryStorage(pybreaker.STATE_CLOSED))
+
+
+@compatible
+def compatible_length(text: str) -> int:
+    return len(text)
+
+
+@compatible(__pybreaker_call_async=True)
+async def compatible_lookup(text: str) -> int:
+    return len(text)
+
+
+@circuitbreaker.circuit
+def circuit_length(text: str) -> int:
+    return len(text)
+
+
+@circuitbreaker.circuit(failure_threshold=3, expected_exception=ConnectionError)
+async def circuit_lookup(text: str) -> int:
+    return len(text)
+
+
+async def use_compatible() -> None:
+    assert_type(compatible.call(compatible_length, "x"), int)
+    assert_type(compatible_length("x"), int)
+    assert_type(await compatible_lookup("x"), int)
+    assert_type(await compatible.call(compatible_lookup, "x"), int)
+    assert_type(compatible.state.name, str)
+    assert_type(compatible.fail_counter, int)
+    compatible.fail_max = 3
+    with compatible.calling():
+        pass
+    circuitbreaker.configure("redis://localhost", lease=1)
+    assert_type(circuit_length("x"), int)
+    assert_type(await circuit_lookup("x"), int)
+    assert_type(circuitbreaker.CircuitBreakerMonitor.get("x"), circuitbreaker.CircuitBreaker | None)
+    with circuitbreaker.CircuitBreaker(name="x"):
+        pass
