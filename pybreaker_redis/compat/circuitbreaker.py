@@ -14,6 +14,8 @@ What differs from circuitbreaker 2.1, on purpose:
 - A result of a call that began before the last change of the state does not count. While the circuit is open, call()
   and `with` blocks still run, as in circuitbreaker, but count as nothing: a success of theirs does not close it.
 - Nested guards of one breaker count a failure once.
+- A value out of range is a PolicyError, which is a ValueError. A decorated function does not go through call() and its
+  kin, so overriding those changes nothing; overriding `opened` does.
 - A call that is cancelled or interrupted (CancelledError, KeyboardInterrupt, an iteration that is abandoned) counts as
   nothing; in circuitbreaker it counts as a success. A group of exceptions counts as the worst exception that it holds.
 - If a predicate in `expected_exception` raises, that is logged, the call counts as failed, and its own exception is

@@ -48,8 +48,8 @@ Redis:
 - With a lease, a call relies on what this process has read up to two leases before.
 - Construction asks Redis nothing, unless adopt=True or another state than "closed" is given. The first look at Redis
   is no change of state for the listeners.
-- The client's own methods, such as get, are not called: the breaker has connections of its own to the same server, with
-  a deadline, so clients that are no real ones (fakeredis) are refused.
+- The breaker has connections of its own to the client's server, with a deadline. It does not call the client's methods,
+  such as get, and refuses fakeredis.
 - fallback_circuit_state is "closed", which admits calls while Redis is down, or "open".
 """
 

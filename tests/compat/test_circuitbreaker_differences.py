@@ -251,6 +251,21 @@ def test_wrong_values() -> None:
 
 
 @anywhere
+def test_what_a_subclass_may_override() -> None:
+    """`opened` decides for decorated functions; call() is not used by them."""
+
+    class Own(CircuitBreaker):
+        opened = True
+
+        def call(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+            raise AssertionError
+
+    guarded = Own(name="x", fallback_function=lambda *_: "instead")(work)
+    assert guarded() == "instead"
+    Own.opened = False
+    assert guarded() == "done"
+
+
 def test_blocks_in_threads_and_tasks() -> None:
     """Each block of one breaker counts for itself, in whatever order they end."""
     breaker = CircuitBreaker(name="x")

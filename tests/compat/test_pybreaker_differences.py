@@ -314,6 +314,19 @@ def test_functions_and_coroutine_functions_share_a_circuit(make: Make) -> None:
         wait_until(lambda: breaker.call(int))  # with a lease, the other kind learns of it as another process does
 
 
+def test_a_generator_from_a_coroutine_function() -> None:
+    """It is not guarded: the call has ended when it is returned."""
+    breaker = CircuitBreaker()
+
+    async def items() -> Iterator[int]:
+        return (1 // number for number in (1, 0))
+
+    iterated = asyncio.run(breaker.call_async(items))
+    with pytest.raises(ZeroDivisionError):
+        list(iterated)
+    assert breaker.fail_counter == 0
+
+
 def test_a_hanging_redis_does_not_hold_up_the_event_loop(own_server: EmbeddedServer) -> None:
     """While coroutine functions wait for Redis, the loop goes on."""
 
@@ -447,6 +460,18 @@ def test_a_native_breaker_shares_the_circuit(client: redis.Redis) -> None:
     fail(breaker, 2)
     assert Native("test", redis=client).snapshot().state == "open"
     assert client.keys("*state") == [b"circuit_breaker:test:state"]
+
+
+def test_a_trip_calls_no_method() -> None:
+    """A subclass learns of transitions by a listener, not by overriding open()."""
+
+    class Own(CircuitBreaker):
+        def open(self) -> bool:
+            raise AssertionError
+
+    breaker = Own(fail_max=1)
+    fail(breaker)
+    assert breaker.current_state == STATE_OPEN
 
 
 def test_foreign_storages_and_wrong_values() -> None:
