@@ -16,6 +16,8 @@ from django.http import HttpRequest, HttpResponse
 from redis import Redis
 from starlette.applications import Starlette
 
+import pybreaker_redis.compat.circuitbreaker as circuitbreaker
+import pybreaker_redis.compat.pybreaker as pybreaker
 import pybreaker_redis.integrations.aiohttp as integrations_aiohttp
 import pybreaker_redis.integrations.django as integrations_django
 import pybreaker_redis.integrations.flask as integrations_flask
@@ -46,7 +48,6 @@ from pybreaker_redis import (
     Snapshot,
     Watch,
 )
-from pybreaker_redis.compat import circuitbreaker, pybreaker
 from pybreaker_redis.config import load
 from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, find_binary, serve
 from pybreaker_redis.instrumentation.logging import LoggingListener
@@ -360,14 +361,22 @@ async def use_compatible() -> None:
     assert_type(compatible.state.name, str)
     assert_type(compatible.fail_counter, int)
     compatible.fail_max = 3
-    with compatible.calling():
-        pass
+    assert_type([pybreaker.STATE_CLOSED, pybreaker.STATE_OPEN, pybreaker.STATE_HALF_OPEN], list[str])
+    try:
+        with compatible.calling():
+            compatible.open()
+    except pybreaker.CircuitBreakerError as error:
+        assert_type(error.breaker, pybreaker.CircuitBreaker | None)
     circuitbreaker.configure("redis://localhost", lease=1)
     assert_type(circuit_length("x"), int)
     assert_type(await circuit_lookup("x"), int)
     assert_type(circuitbreaker.CircuitBreakerMonitor.get("x"), circuitbreaker.CircuitBreaker | None)
-    with circuitbreaker.CircuitBreaker(name="x"):
-        pass
+    states = [circuitbreaker.STATE_CLOSED, circuitbreaker.STATE_OPEN, circuitbreaker.STATE_HALF_OPEN]
+    assert_type(states, list[str])
+    with circuitbreaker.CircuitBreaker(name="x") as entered:
+        assert_type(entered, None)
+    caught: type[CircuitBreakerError] = circuitbreaker.CircuitBreakerError
+    print(caught)
 
 
 # Every other public module. What a library without types gives is Any.
