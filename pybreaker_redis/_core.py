@@ -125,15 +125,25 @@ class BreakerCore:
         # so that each knows its own transitions. A script takes 200 characters.
         self._instance = f"{self.host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
         self._notices.start_process(self._instance)
+        self._set_requests()
+        self._warned_of_window = False
+        self._obeying = threading.RLock()
+        self._asking: list[object] = []  # one token for each call that asks for a permit now
+
+    def _set_requests(self) -> None:
+        """The fields that every request has, and those that a report of only successes has."""
         given = self.policy.to_request()
         # a report of only successes omits the policy unless a field matters to it: parsing it costs the script time
         self._without_policy: Request = {}
         self._with_policy: Request = {"instance": self._instance, **({"policy": given} if given else {})}
         if any(rule.on_success and request_field(name) in given for name, rule in RULES.items()):
             self._without_policy = self._with_policy
-        self._warned_of_window = False
-        self._obeying = threading.RLock()
-        self._asking: list[object] = []  # one token for each call that asks for a permit now
+
+    def _follow(self, policy: Policy) -> None:
+        """Follow another policy of this process from now on."""
+        self.policy = policy
+        self._view.policy = policy.with_override(self._override)
+        self._set_requests()
 
     def _check_process(self) -> None:
         """Start anew if this is a child. The fast path repeats these lines, to save a call."""

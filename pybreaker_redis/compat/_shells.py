@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .. import AsyncCircuitBreaker, CircuitBreaker
+from .. import AsyncCircuitBreaker, CircuitBreaker, Policy
 from .._core import BreakerCore
 from .._view import Seen
 from ..wire.options import asyncio_client_of
@@ -33,6 +33,13 @@ class Shells:
                 breaker._share_memory(self.sync)
             self._asyncio = breaker
         return self._asyncio
+
+    def follow(self, policy: Policy) -> None:
+        """Follow another policy from now on."""
+        self._options["policy"] = policy
+        self.sync._follow(policy)
+        if self._asyncio is not None:
+            self._asyncio._follow(policy)
 
     def latest(self) -> BreakerCore:
         """The shell that has read the state last."""

@@ -23,8 +23,8 @@ Calls:
   exception that is thrown into it counts by what the generator makes of it.
 - Coroutine functions are guarded on asyncio, by call_async, call and the decorator. pybreaker's call_async needs
   Tornado; this one returns a coroutine, which Tornado's coroutines can yield, so HAS_TORNADO_SUPPORT is gone. A
-  generator that a coroutine function returns is not guarded. If an object or a partial returns a coroutine, call() is
-  a TypeError.
+  generator that a coroutine function returns is not guarded. To decorate an async generator function is a TypeError, and
+  so is call() of an object or a partial that returns a coroutine.
 - The function is a positional argument of call() and call_async(). The decorator refuses options that it does not know.
 
 State:
@@ -63,7 +63,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from datetime import UTC, datetime
 from functools import wraps
-from inspect import CO_COROUTINE, iscoroutinefunction
+from inspect import CO_COROUTINE, iscoroutinefunction, isgeneratorfunction
 from os import getpid
 from types import GeneratorType
 from typing import Any, ClassVar, NoReturn, ParamSpec, TypeAlias, TypeVar, overload
@@ -441,21 +441,19 @@ class CircuitBreaker:
         self._throw_new_error_on_trip = throw_new_error_on_trip
         self._locks: dict[int, threading.RLock] = {}  # by process: a thread of the parent may hold the parent's
         self._state: CircuitBreakerState | None = None  # as the listeners know it; None: before the first look
-        self._limits: dict[str, Any] = {}
-        self._shells: Shells
-        self._guard: Guard
-        self._limit(fail_max=fail_max, reset_timeout=reset_timeout, success_threshold=success_threshold)
+        self._limits = {"fail_max": fail_max, "reset_timeout": reset_timeout, "success_threshold": success_threshold}
+        self._shells = state_storage._shells(
+            name, _policy(self._limits), failures=self.is_system_error, fallback=self._refuse
+        )
+        self._guard = self._shells.sync
         if state_storage._reads_at_start:
             self._state = self._create_new_state(self.current_state)
 
     def _limit(self, **changed: Any) -> None:
-        """Make a guard with other limits; calls that run now end under the one before."""
         with self._lock():
             limits = {**self._limits, **changed}
-            shells = self._state_storage._shells(
-                self._name, _policy(limits), failures=self.is_system_error, fallback=self._refuse
-            )
-            self._limits, self._shells, self._guard = limits, shells, shells.sync
+            self._shells.follow(_policy(limits))
+            self._limits = limits
 
     # What is set and read
 
@@ -480,7 +478,7 @@ class CircuitBreaker:
     @property
     def reset_timeout(self) -> float:
         """Seconds until a trial call. A new value counts from the next time that this process opens the circuit."""
-        return self._limits["reset_timeout"]  # type: ignore[no-any-return]
+        return self._limits["reset_timeout"]
 
     @reset_timeout.setter
     def reset_timeout(self, timeout: float) -> None:
@@ -623,18 +621,21 @@ class CircuitBreaker:
             self._succeeded()
         return result
 
-    def _guarded(self, func: Callable[P, R]) -> Callable[P, R]:
-        """call() bound to one function, which saves a call."""
+    def _guarded(self, func: Callable[..., Any]) -> Callable[..., Any]:
+        """call() bound to one function, which saves most of its time while nobody listens."""
+        if isgeneratorfunction(func):  # which asks when it is called, too
+            return lambda *args, **kwargs: self.call(func, *args, **kwargs)
+        bound = self._guard(func)
 
-        def guarded(*args: P.args, **kwargs: P.kwargs) -> R:
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            if self._listeners:
+                return self.call(func, *args, **kwargs)
             try:
-                result = self._guard.call(self._announced(func) if self._listeners else func, *args, **kwargs)
+                result = bound(*args, **kwargs)
             except BaseException as error:
                 self._failed(error)
                 raise
-            if self._listeners or type(result) is GeneratorType:
-                return self._finish(result)
-            return result
+            return self._finish(result) if type(result) is GeneratorType else result
 
         return guarded
 

@@ -9,7 +9,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import fakeredis
@@ -312,6 +312,29 @@ def test_functions_and_coroutine_functions_share_a_circuit(make: Make) -> None:
     asyncio.run(story())
     with pytest.raises(CircuitBreakerError):
         wait_until(lambda: breaker.call(int))  # with a lease, the other kind learns of it as another process does
+
+
+def test_limits_change_for_coroutine_functions(make: Make) -> None:
+    """A new limit counts for both kinds of calls, whichever came first."""
+    breaker = make(fail_max=9)
+
+    async def story() -> None:
+        assert await breaker.call_async(afine) == "fine"
+        breaker.fail_max = 2
+        await trip(breaker)
+
+    asyncio.run(story())
+    assert breaker.current_state == STATE_OPEN
+
+
+def test_async_generator_functions() -> None:
+    """They are refused when they are decorated, not unguarded."""
+
+    async def items() -> AsyncIterator[int]:
+        yield 1
+
+    with pytest.raises(TypeError, match="AsyncCircuitBreaker"):
+        CircuitBreaker()(items)
 
 
 def test_a_generator_from_a_coroutine_function() -> None:
