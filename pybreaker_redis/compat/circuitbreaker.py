@@ -144,10 +144,9 @@ class CircuitBreaker:
         return made
 
     def _make(self) -> Shells:
-        key = self._key or self._name
-        if key is None and _options.get("redis") is not None:
+        if self._key is None and _options.get("redis") is not None:
             raise PolicyError("give a CircuitBreaker that is not used as a decorator a name: it is its key in Redis")
-        return Shells(key or str(self), policy=self._policy, failures=self._is_failure, **_options)
+        return Shells(self._key or str(self), policy=self._policy, failures=self._is_failure, **_options)
 
     def _is_failure(self, error: BaseException) -> bool:
         found = bool(self.is_failure(type(error), error))

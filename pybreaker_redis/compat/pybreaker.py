@@ -12,8 +12,8 @@ Calls:
 
 - No lock is held while your function runs: the threads of one breaker run at the same time. Listeners are called one
   at a time. While half open, one trial call runs at a time in the whole fleet, and other calls are rejected.
-- A result of a call that began before the last change of the state does not count. If such a call fails while the
-  circuit is open, it raises CircuitBreakerError like the call that opened it.
+- A result of a call that began before the last change of the state does not count. If such a call fails after failures
+  have opened the circuit, it raises CircuitBreakerError like the call that opened it.
 - Nested guards of one breaker count a failure once, not once for each guard.
 - A call that is cancelled or interrupted (CancelledError, KeyboardInterrupt, GeneratorExit) counts as nothing. A group
   of exceptions counts as the worst exception that it holds.
@@ -22,9 +22,9 @@ Calls:
 - A generator asks again when its iteration starts, and is rejected then if the circuit has opened meanwhile. An
   exception that is thrown into it counts by what the generator makes of it.
 - Coroutine functions are guarded on asyncio, by call_async, call and the decorator. pybreaker's call_async needs
-  Tornado; this one returns a coroutine, which Tornado's coroutines can yield, so HAS_TORNADO_SUPPORT is gone. A
-  generator that a coroutine function returns is not guarded. To decorate an async generator function is a TypeError, and
-  so is call() of an object or a partial that returns a coroutine.
+  Tornado; this one returns a coroutine, which Tornado's coroutines can yield, so HAS_TORNADO_SUPPORT is gone.
+- A generator that a coroutine function returns is not guarded. It is a TypeError to decorate an async generator
+  function, or to call() an object or a partial that returns a coroutine.
 - The function is a positional argument of call() and call_async(). The decorator refuses options that it does not know.
 
 State:
@@ -60,6 +60,7 @@ import json
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator
 from datetime import UTC, datetime
 from functools import wraps
@@ -74,7 +75,7 @@ from .. import CircuitOpenError, Policy, PolicyError
 from .._classify import FAILURE, SUCCESS
 from .._clock import NEVER
 from .._memory import clock_ms
-from .._protocol import State
+from .._protocol import State, keys_of
 from .._rules import Document
 from ..wire.options import BLOCKING, REDIS_ERRORS, client_of
 from ._shells import Shells
@@ -332,49 +333,58 @@ class CircuitRedisStorage(CircuitBreakerStorage):
         self._initial = _ours(state)
         self._reads_at_start = adopt or self._initial != "closed"
         self._options: dict[str, Any] = {"lease": lease, "on_redis_failure": fallback_circuit_state}
-        self._latest: Shells | None = None
+        self._key = namespace
         self._begun: set[str] = set()
+        self._made: weakref.WeakSet[Shells] = weakref.WeakSet()
 
     def _shells(self, name: str | None, policy: Policy, **options: Any) -> Shells:
-        key = self._namespace or name
-        if not key:
+        self._key = self._namespace or name
+        shells = Shells(self._checked_key(), self._redis, policy=policy, **self._options, **options)
+        self._made.add(shells)
+        self._begin(max(policy.ttl, policy.reset_timeout))
+        return shells
+
+    def _checked_key(self) -> str:
+        if not self._key:
             raise PolicyError(
                 "give the CircuitRedisStorage a namespace, or the CircuitBreaker a name: without both, the breakers of"
                 " all services would share one key, and one dead service would stop the calls to every other"
             )
-        self._latest = Shells(key, self._redis, policy=policy, **self._options, **options)
-        if key not in self._begun:
-            self._begun.add(key)
-            self._begin(max(policy.ttl, policy.reset_timeout))
-        return self._latest
+        return self._key
 
     def _reader(self) -> Guard:
-        if self._latest is None:
-            self._shells(None, Policy())
-        assert self._latest is not None
-        return self._latest.sync
+        self._begin(Policy().ttl)
+        for shells in list(self._made):
+            shells.sync.flush()
+        return Guard(self._checked_key(), redis=self._redis, **{**self._options, "lease": 0})
 
     def _store(self, fields: dict[str, Any], keep: float = Policy().ttl, only_new: bool = False) -> None:
         text = json.dumps({"last_failure_time": None, **fields})
-        self._redis.set(self._reader().keys.state, text, px=round(keep * 1000), nx=only_new)
-        assert self._latest is not None
-        self._latest.drop()
+        self._redis.set(keys_of(self._checked_key()).state, text, px=round(keep * 1000), nx=only_new)
+        for shells in list(self._made):
+            shells.drop()
 
     def _begin(self, keep: float) -> None:
         """Store the state to begin with, unless one is stored. keep: seconds for which a state is worth keeping."""
-        fields: dict[str, Any] | None = None
+        key = self._checked_key()
+        if key in self._begun:
+            return
+        self._begun.add(key)
         try:
-            if self._adopt:
-                fields = self._left_by_pybreaker()
-            if fields is None and self._initial != "closed":
-                fields = {"state": self._initial, "failure_count": 0, "success_count": 0, "opened_at": 0}
-            if fields is None:
+            if (fields := self._first_state()) is None:
                 return
-            left = keep - max(time.time() - fields["opened_at"], 0) if fields["opened_at"] else keep
-            if left > 0:
-                self._store(fields, left, only_new=True)
+            age = time.time() - fields["opened_at"] if fields["opened_at"] else 0.0
+            if age < keep:
+                self._store(fields, keep - max(age, 0.0), only_new=True)
         except (*REDIS_ERRORS, ValueError) as error:
-            logger.warning("circuit breaker %r: its first state was not stored: %s", self._reader().name, error)
+            logger.warning("circuit breaker %r: its first state was not stored: %s", key, error)
+
+    def _first_state(self) -> dict[str, Any] | None:
+        """The state to begin with; None for a closed circuit, of which nothing need be stored."""
+        fields = self._left_by_pybreaker() if self._adopt else None
+        if fields is None and self._initial != "closed":
+            fields = {"state": self._initial, "failure_count": 0, "success_count": 0, "opened_at": 0}
+        return fields
 
     def _left_by_pybreaker(self) -> dict[str, Any] | None:
         """The state under pybreaker's own keys; None if it is closed, or not there."""

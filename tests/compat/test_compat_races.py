@@ -162,7 +162,6 @@ def test_breakers_that_nobody_holds_are_freed(storage: Any) -> None:
     breaker = pybreaker.CircuitBreaker(state_storage=storage, listeners=[pybreaker.CircuitBreakerListener()])
     breaker.call(int)
     gone = weakref.ref(breaker)
-    storage._latest = None
     del breaker
     gc.collect()
     assert gone() is None
