@@ -111,6 +111,7 @@ class BreakerCore:
         self._isolation = Isolation(self._local_engine, lambda: self._view.policy.quorum, self._isolation_changed)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
+        self._shares: BreakerCore | None = None  # whose view and engine this breaker uses
         # one of the two: the state machine in this process, or the breaker's part in the link to Redis
         now_ms = clock_ms if clock is None else clock.now_ms
         self._memory = MemoryEngine(now_ms, quorum_of_one=True) if redis is None else None
@@ -154,6 +155,9 @@ class BreakerCore:
         if self._redis is not None and self._redis._pid != getpid():
             renew(self._redis)
         self._start_process()
+        if self._shares is not None:
+            self._shares._check_process()
+            return
         self._view.after_fork()
         self._slow_calls.after_fork()
         self._innermost.after_fork()
@@ -166,6 +170,7 @@ class BreakerCore:
 
     def _share_memory(self, other: BreakerCore) -> None:
         """Share the state of another breaker in memory, whose policy and class may differ. Call it before any use."""
+        self._shares = other
         self._memory, self._view = other._memory, other._view
         self._slow_calls, self._innermost = other._slow_calls, other._innermost
 

@@ -157,6 +157,24 @@ def test_a_fork_while_a_listener_runs(storage: Any) -> None:
     assert code == 0
 
 
+def test_a_fork_of_shared_state() -> None:
+    """What a child counts is not lost when another object of the same state is first used in the child."""
+    storage = pybreaker.CircuitMemoryStorage("closed")
+    one, other = (pybreaker.CircuitBreaker(state_storage=storage) for _ in range(2))
+    for breaker in (one, other):
+        breaker.call(int)
+
+    def child() -> None:
+        failed(lambda: one.call(boom))
+        one.call(int)
+        assert (other.call(int), storage.state, one.fail_counter, other.fail_counter) == (0, "closed", 0, 0)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(20)
+    assert process.exitcode == 0
+
+
 def test_breakers_that_nobody_holds_are_freed(storage: Any) -> None:
     """Neither the engine beneath nor the link keeps them."""
     breaker = pybreaker.CircuitBreaker(state_storage=storage, listeners=[pybreaker.CircuitBreakerListener()])
