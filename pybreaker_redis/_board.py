@@ -1,26 +1,30 @@
 """The board: all breakers of a prefix at a glance, for the terminal and for the web page.
 
 Reads them by SCAN and MGET and decodes the documents here, without a script: thousands of breakers cost the server a
-few milliseconds. What a policy decides (thresholds, health) is not in a document, and not in a row.
+few milliseconds. Only the policy override is known here, not the policies of the processes.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from ._policy import RULES, request_field
-from ._protocol import EXACT, LARGEST_TEXT, state_pattern
+from . import _rules
+from ._policy import RULES, default_request, request_field
+from ._protocol import EXACT, LARGEST_TEXT, State, state_pattern
 from ._window import Sums, Window, sums, window_at
 from .wire.commands import Command
+from .wire.options import connecting
 from .wire.sync import Connections, Server
 
 SCAN_COUNT = 1000
 CHUNK = 500  # breakers in one MGET: bounds what client and server buffer, and for how long the server is busy
+_DEFAULTS = default_request()
 _POLICY_FIELDS = {request_field(name) for name in RULES}
 _REASON = re.compile(r"[a-z_]{1,30}")
 _BUCKET = re.compile(r" (\d{1,14}),(\d{1,14}),(\d{1,14})")
@@ -37,6 +41,16 @@ CONDITIONS: dict[Condition, str] = {
     "closed": "closed",
 }
 """Each condition in words, the most urgent one first."""
+
+_STATES: dict[Condition, State] = {
+    "open": "open",
+    "half_open": "half_open",
+    "held": "open",
+    "forced_open": "open",
+    "forced_closed": "closed",
+    "unreadable": "closed",
+    "closed": "closed",
+}
 
 GROUPS: dict[str, str] = {
     "open": "open",
@@ -84,9 +98,10 @@ class Row:
     since: unix seconds of the last transition or, without one, of the document's beginning.
     reason: of the last transition, as in HistoryEntry. error: type and message of the failure that opened the circuit.
     operator, note: who acted last and why, while that explains the condition.
-    failures: in a row. trips: in a row. probes: that are running.
-    calls, failed, slow: counts of the window; 0 without one.
+    failures: in a row. probes: that are running.
     override: the policy override, in the scripts' units; empty without one. override_until: its end in unix seconds.
+    trips, closed_at_ms, window: as stored; see recent_trips(), health() and sums().
+    key: the state key; its name is not always UTF-8.
     """
 
     name: str
@@ -98,13 +113,18 @@ class Row:
     operator: str | None = None
     note: str | None = None
     failures: int = 0
-    trips: int = 0
     probes: int = 0
-    calls: int = 0
-    failed: int = 0
-    slow: int = 0
     override: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     override_until: float | None = None
+    trips: int = 0
+    closed_at_ms: int = 0
+    window: Mapping[str, Any] | None = None
+    key: bytes = b""
+
+    @property
+    def state(self) -> State:
+        """The state as the scripts know it."""
+        return _STATES[self.condition]
 
     @property
     def shadow(self) -> bool:
@@ -117,6 +137,37 @@ class Row:
         main = {"forced_open": "forced", "forced_closed": "forced", "unreadable": "closed"}
         more = [("shadow", self.shadow), ("override", bool(self.override))]
         return (main.get(self.condition, self.condition), *(group for group, belongs in more if belongs))
+
+    def counted(self, now: float) -> Window:
+        """The window with its buckets as of now, in unix seconds; empty if none is kept."""
+        return window_at(_window(self.window or {}), None, round(now * 1000))
+
+    def sums(self, now: float) -> Sums:
+        """Calls, failures and slow calls in the window as of now, in unix seconds."""
+        return sums(self.counted(now)) if self.window else Sums(0, 0, 0)
+
+    def recent_trips(self, now: float) -> int:
+        """Trips in a row as of now, in unix seconds, by the default policy and the policy override."""
+        return _rules.recent_trips(self._document(now), {**_DEFAULTS, **self.override})
+
+    def health(self, now: float) -> int:
+        """From 0 to 100 as of now, in unix seconds, by the default policy and the policy override."""
+        return _rules.health(self._document(now), {**_DEFAULTS, **self.override}, self.sums(now))
+
+    def ends(self, now: float) -> bool:
+        """Whether time alone has changed the row by now, in unix seconds, though Redis stores the same bytes."""
+        forced_ends = self.condition.startswith("forced") and self.until is not None and self.until <= now
+        return forced_ends or self.probes > 0 or (self.override_until is not None and self.override_until <= now)
+
+    def _document(self, now: float) -> _rules.Document:
+        return _rules.Document(
+            generation=1,
+            state=self.state,
+            failure_count=self.failures,
+            trips=self.trips,
+            closed_at_ms=self.closed_at_ms or None,
+            now=round(now * 1000),
+        )
 
 
 # Reading
@@ -178,6 +229,32 @@ def _checked(replies: list[Any]) -> list[Any]:
     return replies
 
 
+@contextlib.contextmanager
+def subscribed(server: Server, *words: str) -> Iterator[Callable[[float], tuple[bytes, bytes] | None]]:
+    """Subscribe for a `with` block, by a command such as "PSUBSCRIBE", pattern.
+
+    Gives a function that waits for a notification, so many seconds, and returns its channel and content, or None.
+    Raises redis.RedisError or OSError.
+    """
+    connection = server.subscriber()
+    with connecting():
+        connection.connect()
+    try:
+        connection.send_command(*words)
+        for _ in words[1:]:
+            connection.read_response()
+
+        def receive(wait: float) -> tuple[bytes, bytes] | None:
+            if not connection.can_read(wait):
+                return None
+            kind, *_, channel, content = connection.read_response()
+            return (channel, content) if kind in (b"message", b"pmessage") else None
+
+        yield receive
+    finally:
+        connection.disconnect()
+
+
 def name_of(key: bytes, prefix: str) -> str:
     """The name of the breaker with this state key, which is also its channel."""
     return key.decode(errors="backslashreplace")[len(prefix) + 1 : -len(":state")]
@@ -192,8 +269,8 @@ def row_of(stored: Stored, prefix: str) -> Row:
     override, override_until = _override(stored.override, now_ms)
     document = _decoded(stored.document)
     if document is None or document.get("state") not in ("closed", "open", "half_open"):
-        return Row(name, "unreadable", override=override, override_until=override_until)
-    window = _window(document.get("window"), now_ms)
+        return Row(name, "unreadable", override=override, override_until=override_until, key=stored.key)
+    window = document.get("window")
     reason, forced_until = _text(document, "reason", 30), _integer(document, "forced_until_ms")
     forced = document.get("forced") == document["state"] and forced_until > now_ms
     return Row(
@@ -206,13 +283,13 @@ def row_of(stored: Stored, prefix: str) -> Row:
         operator=_text(document, "operator", 100),
         note=_text(document, "note", 200),
         failures=_integer(document, "failure_count"),
-        trips=_integer(document, "trips"),
         probes=_running(document.get("probes"), now_ms),
-        calls=window.calls,
-        failed=window.failures,
-        slow=window.slow,
         override=override,
         override_until=override_until,
+        trips=_integer(document, "trips"),
+        closed_at_ms=_integer(document, "closed_at_ms"),
+        window=window if isinstance(window, dict) else None,
+        key=stored.key,
     )
 
 
@@ -248,14 +325,12 @@ def _override(text: bytes | None, now_ms: int) -> tuple[dict[str, Any], float | 
     return fields, None if ends is None else ends / 1000
 
 
-def _window(stored: object, now_ms: int) -> Sums:
-    if not isinstance(stored, dict):
-        return Sums(0, 0, 0)
+def _window(stored: Mapping[str, Any]) -> Window:
     fields = ("bucket_ms", "newest", "calls", "failures", "slow")
     bucket_ms, newest, calls, failures, slow = (_integer(stored, field) for field in fields)
     found = _BUCKET.findall(str(stored.get("past"))[:400])[:9]
     past = tuple((int(one), int(two), int(three)) for one, two, three in found)
-    return sums(window_at(Window(bucket_ms or 1, newest, calls, failures, slow, past), None, now_ms))
+    return Window(bucket_ms or 1, newest, calls, failures, slow, past)
 
 
 def _decoded(text: bytes | None) -> dict[str, Any] | None:
@@ -306,6 +381,11 @@ def select(rows: Iterable[Row], group: str | None = None, search: str = "") -> l
 
 
 # Words
+
+
+def clean(text: str) -> str:
+    """A stored text with its control characters escaped: they could steer a terminal, or turn the text around."""
+    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
 
 
 def span(seconds: float) -> str:

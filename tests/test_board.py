@@ -10,7 +10,7 @@ import pytest
 import redis
 
 from pybreaker_redis import CircuitBreaker, Policy
-from pybreaker_redis._board import CONDITIONS, Row, counts, outlook, read_rows, select, span, urgency, why
+from pybreaker_redis._board import CONDITIONS, Row, clean, counts, outlook, read_rows, select, span, urgency, why
 from pybreaker_redis._protocol import keys_of
 from pybreaker_redis.wire.sync import Server, server_of
 from pybreaker_redis.wire.url import client_from_url
@@ -78,7 +78,7 @@ def test_every_condition_is_shown(client: redis.Redis, reader: Server) -> None:
     assert outlook(found["forced-open"], found["forced-open"].since or 0) == "ends in 100 s"
     assert outlook(found["closed"], now) == outlook(found["half"], now) == why(found["closed"]) == ""
     assert (found["half"].probes, found["open"].failures) == (1, 2)
-    assert (found["open"].calls, found["closed"].calls, found["closed"].failed) == (0, 1, 0)
+    assert (found["open"].sums(now), found["closed"].sums(now)) == ((0, 0, 0), (1, 0, 0))
 
 
 def test_a_forced_state_that_has_ended_is_none(client: redis.Redis, reader: Server) -> None:
@@ -120,14 +120,34 @@ def test_a_policy_override_is_shown_with_its_end(client: redis.Redis, reader: Se
 
 def test_counts_of_the_window_leave_it_with_time(client: redis.Redis, reader: Server) -> None:
     """Calls count while the window holds them, and no longer, though nobody has written the document since."""
-    short = make(client, "short", Policy(window=0.5, error_rate_threshold=0.9, failure_threshold=100))
-    fail(short, 2)
-    short.call(int)
-    row = rows(reader)["short"]
-    assert (row.calls, row.failed) in ((3, 2), (1, 0), (2, 1), (0, 0))  # a slow machine takes longer than the window
-    time.sleep(0.6)
-    row = rows(reader)["short"]
-    assert (row.calls, row.failed, row.failures) == (0, 0, 0)
+    breaker = make(client, "discovery", Policy(window=60, error_rate_threshold=0.9, failure_threshold=100))
+    fail(breaker, 2)
+    breaker.call(int)
+    row, now = rows(reader)["discovery"], time.time()
+    assert row.sums(now) == (3, 2, 0)
+    assert row.sums(now + 60) == (0, 0, 0)
+    assert (row.health(now), row.health(now + 60)) == (33, 100)
+
+
+def test_health_and_trips_are_those_of_the_scripts(client: redis.Redis, reader: Server) -> None:
+    """What the rows compute without a script is what the snapshot script says."""
+    again = make(client, "again", Policy(failure_threshold=1, reset_timeout=0.001, success_threshold=2))
+    for _ in range(3):
+        fail(again, 1)
+        time.sleep(0.01)
+    again.call(int)
+    fail(make(client, "failing"), 1)
+    recovered = make(client, "recovered", Policy(failure_threshold=1, reset_timeout=0.001))
+    fail(recovered, 1)
+    time.sleep(0.01)
+    recovered.call(int)
+    make(client, "override").set_policy(failure_threshold=50)
+    fail(make(client, "override"), 10)
+    found, now = rows(reader), time.time()
+    for name, row in found.items():
+        seen = make(client, name, Policy()).snapshot()
+        assert (row.health(now), row.recent_trips(now)) == (seen.health, seen.trips), name
+    assert found["recovered"].recent_trips(now + 3600) == 0
 
 
 @pytest.mark.parametrize(
@@ -158,7 +178,10 @@ def test_fields_that_make_no_sense_are_absent(client: redis.Redis, reader: Serve
     client.set(keys_of("odd").state, json.dumps({"state": "open", **odd, "trips": None}))
     client.lpush(keys_of("list").state, "no string")
     found = rows(reader)
-    assert found == {"odd": Row("odd", "open", note="n" * 200)}
+    assert found == {
+        "odd": Row("odd", "open", note="n" * 200, window={"newest": "x"}, key=b"circuit_breaker:odd:state")
+    }
+    assert found["odd"].sums(time.time()) == (0, 0, 0)
 
 
 def test_names_of_other_prefixes_and_odd_bytes(client: redis.Redis, reader: Server) -> None:
@@ -197,6 +220,11 @@ def test_an_operator_and_a_note_explain_the_condition() -> None:
     assert why(Row("n", "forced_open", reason="forced", note="deploy")) == "deploy"
     assert why(Row("n", "forced_open", reason="forced")) == "forced by an operator"
     assert why(Row("n", "open", reason="of_a_later_version")) == "of_a_later_version"
+
+
+def test_control_characters_are_shown_not_obeyed() -> None:
+    """Escape sequences and marks that turn text around are spelled out; letters of every script stay."""
+    assert clean("\x1b[2Ja\u202eb\n\u05d0 é") == r"\x1b[2Ja\x202eb\x0a" + "\u05d0 é"
 
 
 def test_lengths_of_time_are_short() -> None:
