@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from . import _rules
 from ._policy import RULES, default_request, request_field
-from ._protocol import EXACT, LARGEST_TEXT, State, state_pattern
+from ._protocol import EXACT, LARGEST_TEXT, LONGEST_NOTE, LONGEST_OPERATOR, State, state_pattern
 from ._window import Sums, Window, sums, window_at
 from .wire.commands import Command
 from .wire.options import connecting
@@ -100,6 +100,7 @@ class Row:
     operator, note: who acted last and why, while that explains the condition.
     failures: in a row. probes: that are running.
     override: the policy override, in the scripts' units; empty without one. override_until: its end in unix seconds.
+    override_operator, override_note: who set it, and why.
     trips, closed_at_ms, window: as stored; see recent_trips(), health() and sums().
     key: the state key; its name is not always UTF-8.
     """
@@ -116,6 +117,8 @@ class Row:
     probes: int = 0
     override: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     override_until: float | None = None
+    override_operator: str | None = None
+    override_note: str | None = None
     trips: int = 0
     closed_at_ms: int = 0
     window: Mapping[str, Any] | None = None
@@ -266,10 +269,10 @@ def name_of(key: bytes, prefix: str) -> str:
 def row_of(stored: Stored, prefix: str) -> Row:
     """The row of a breaker. Values that make no sense count as absent, as they do for the scripts."""
     name, now_ms = name_of(stored.key, prefix), stored.now_ms
-    override, override_until = _override(stored.override, now_ms)
+    override = _override(stored.override, now_ms)
     document = _decoded(stored.document)
     if document is None or document.get("state") not in ("closed", "open", "half_open"):
-        return Row(name, "unreadable", override=override, override_until=override_until, key=stored.key)
+        return Row(name, "unreadable", key=stored.key, **override)
     window = document.get("window")
     reason, forced_until = _text(document, "reason", 30), _integer(document, "forced_until_ms")
     forced = document.get("forced") == document["state"] and forced_until > now_ms
@@ -280,16 +283,15 @@ def row_of(stored: Stored, prefix: str) -> Row:
         since=_since(document),
         reason=reason if reason and _REASON.fullmatch(reason) else None,
         error=_text(document, "error", 200),
-        operator=_text(document, "operator", 100),
-        note=_text(document, "note", 200),
+        operator=_text(document, "operator", LONGEST_OPERATOR),
+        note=_text(document, "note", LONGEST_NOTE),
         failures=_integer(document, "failure_count"),
         probes=_running(document.get("probes"), now_ms),
-        override=override,
-        override_until=override_until,
         trips=_integer(document, "trips"),
         closed_at_ms=_integer(document, "closed_at_ms"),
         window=window if isinstance(window, dict) else None,
         key=stored.key,
+        **override,
     )
 
 
@@ -316,13 +318,18 @@ def _running(probes: object, now_ms: int) -> int:
     return sum(isinstance(end, (int, float)) and end > now_ms for end in ends)
 
 
-def _override(text: bytes | None, now_ms: int) -> tuple[dict[str, Any], float | None]:
+def _override(text: bytes | None, now_ms: int) -> dict[str, Any]:
+    """The fields of a row about its policy override; none if it has ended, or the scripts would not accept it."""
     fields = _decoded(text) or {}
     ends = fields.pop("until_ms", None)
-    sound = isinstance(ends, (int, float, type(None))) and fields.keys() <= _POLICY_FIELDS
-    if not sound or (ends is not None and ends <= now_ms):
-        return {}, None
-    return fields, None if ends is None else ends / 1000
+    about = {
+        "override_until": ends / 1000 if isinstance(ends, (int, float)) else None,
+        "override_operator": _text(fields, "operator", LONGEST_OPERATOR),
+        "override_note": _text(fields, "note", LONGEST_NOTE),
+    }
+    given = {name: value for name, value in fields.items() if name not in ("operator", "note")}
+    sound = given and given.keys() <= _POLICY_FIELDS and isinstance(ends, (int, float, type(None)))
+    return {"override": given, **about} if sound and (ends is None or ends > now_ms) else {}
 
 
 def _window(stored: Mapping[str, Any]) -> Window:

@@ -100,12 +100,19 @@ def test_a_policy_override_is_shown_with_its_end(client: redis.Redis, reader: Se
     client.set(keys_of("c").policy, json.dumps({"failure_threshold": 7, "until_ms": 1}))
     make(client, "c").call(int)
     client.set(keys_of("d").policy, json.dumps({"unknown": 7}))
+    client.set(keys_of("e").policy, json.dumps({"quorum": 2, "operator": "ann", "note": "two hosts"}))
+    make(client, "e").call(int)
     make(client, "d").call(int)
     found = rows(reader)
     assert found["a"].override == {"failure_threshold": 7}
     assert 90 < (found["a"].override_until or 0) - time.time() < 110
     assert found["b"].shadow
     assert (found["a"].groups, found["b"].groups) == (("closed", "override"), ("closed", "shadow", "override"))
+    assert (found["e"].override, found["e"].override_operator, found["e"].override_note) == (
+        {"quorum": 2},
+        "ann",
+        "two hosts",
+    )
     assert found["c"].groups == found["d"].groups == ("closed",)
     assert counts(found.values()) == {
         "open": 0,
@@ -113,8 +120,8 @@ def test_a_policy_override_is_shown_with_its_end(client: redis.Redis, reader: Se
         "held": 0,
         "forced": 0,
         "shadow": 1,
-        "override": 2,
-        "closed": 4,
+        "override": 3,
+        "closed": 5,
     }
 
 
