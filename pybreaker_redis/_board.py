@@ -403,13 +403,22 @@ def span(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
+def next_step(row: Row) -> tuple[str, str] | None:
+    """What comes at row.until, in words: before that time, and afterwards. None if nothing is known to come."""
+    if row.until is None:
+        return None
+    if row.condition in ("open", "held"):
+        return "probe in", "probe is due"
+    return ("ends in", "ends now") if row.condition in ("forced_open", "forced_closed") else None
+
+
 def outlook(row: Row, now: float) -> str:
     """What comes next and when, as in "probe in 12 s"; empty if nothing is known to come. now: unix seconds."""
-    if row.until is None or row.condition not in ("open", "held", "forced_open", "forced_closed"):
+    step = next_step(row)
+    if step is None or row.until is None:
         return ""
-    if row.condition in ("open", "held"):
-        return f"probe in {span(row.until - now)}" if row.until > now else "probe is due"
-    return f"ends in {span(max(row.until - now, 0.0))}"
+    before, after = step
+    return f"{before} {span(row.until - now)}" if row.until > now else after
 
 
 def why(row: Row) -> str:

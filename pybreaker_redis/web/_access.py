@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from .._errors import PolicyError
 from .._protocol import LONGEST_OPERATOR
 
-Authorize: TypeAlias = Callable[[Request], "str | None | Awaitable[str | None]"]
+Authorize: TypeAlias = Callable[[Request], "str | Awaitable[str | None] | None"]
 
 COOKIE = "pybreaker_redis_csrf"
 TOKEN_FIELD = "csrf_token"

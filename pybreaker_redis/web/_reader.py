@@ -40,8 +40,8 @@ logger = logging.getLogger("pybreaker_redis")
 class Board:
     """All breakers at one time. Immutable: whoever holds one may use it in any thread.
 
-    rows: the most urgent first. counts: breakers by group. error: why Redis cannot be read now, else None. live: whether
-    notifications arrive. clock: the server's unix seconds minus the monotonic clock.
+    rows: the most urgent first. counts: breakers by group. error: why Redis cannot be read now, else None. live:
+    whether notifications arrive. clock: the server's unix seconds minus the monotonic clock.
     """
 
     rows: Sequence[Row] = ()
@@ -78,6 +78,11 @@ class BoardReader:
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
         self._used_at = monotonic()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the board is kept up to date now, in this process."""
+        return self._thread is not None and self._pid == os.getpid()
 
     @property
     def server(self) -> Server:
