@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from ._errors import PolicyError
 from ._policy import LONGEST_OPEN
+from ._protocol import printable
 
 Exceptions: TypeAlias = (
     type[BaseException] | Iterable[type[BaseException]] | Callable[[BaseException], object]
@@ -131,11 +132,7 @@ def described(error: BaseException, with_message: bool) -> str:
             text = f"{text}: {message}" if (message := str(error)) else text
         except Exception:  # the exception's own __str__ may raise
             logger.debug("the message of a %s cannot be read", text, exc_info=True)
-    text = text[:200]
-    if text.isascii() and text.isprintable():
-        return text
-    printable = "".join(letter if letter.isprintable() else " " for letter in text)
-    return printable.encode("ascii", "backslashreplace").decode()[:200]
+    return printable(text, 200)
 
 
 def _holds(predicate: Callable[[BaseException], object], exception: BaseException) -> bool:

@@ -24,7 +24,7 @@ from ._memory import LocalEngine, MemoryEngine, clock_ms, document_for
 from ._permit import BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
 from ._policy import RULES, Policy, override_request, request_field
 from ._process import renew
-from ._protocol import Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
+from ._protocol import Action, Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
 from ._rules import Document
 from ._slow import SlowCalls
 from ._view import Verdict, View
@@ -622,12 +622,10 @@ class BreakerCore:
         self._check(reply)
         return _protocol.snapshot_from(self.name, reply, self.policy, self._isolation.decides_over(reply))
 
-    def _command(
-        self, action: str, duration: float | None = None, policy: Mapping[str, Any] | None = None
-    ) -> Steps[None]:
+    def _command(self, action: Action, policy: Mapping[str, Any] | None = None) -> Steps[None]:
         """Carry out an operator's action in Redis, or not at all. Raises RedisUnavailableError."""
         self._check_process()
-        request = {**self._with_policy, **_protocol.control_request(action, duration)}
+        request = {**self._with_policy, **_protocol.control_request(action)}
         if policy is not None:
             request["override"] = override_request(policy)
             duration_of_slow = policy.get("slow_call_duration", self._view.policy.slow_call_duration)
@@ -641,15 +639,15 @@ class BreakerCore:
             try:
                 reply = yield from self._ask_redis("control", request)
             except REDIS_ERRORS as error:
-                raise RedisUnavailableError(f"{action} was not carried out: {error}") from error
+                raise RedisUnavailableError(f"{action.name} was not carried out: {error}") from error
         changed = "transition" in reply
-        if changed or action == "reset":
+        if changed or action.name == "reset":
             self._isolation.forget()
         if changed or reply["generation"] == self._view.seen.generation:
             self._adopt(reply, sent)
         else:
             self._check(reply)
-        if action == "probe" and (forced := reply.get("forced")):
+        if action.name == "probe" and (forced := reply.get("forced")):
             raise CircuitBreakerError(f"circuit breaker {self.name!r} is forced {forced}: end that by clear_forced()")
         if not changed:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
             self._view.drop()

@@ -306,7 +306,8 @@ def _says(texts: Texts, reply: Reply) -> bool:
     try:
         stored = json.loads(texts.policy)
         if isinstance(stored, dict):
-            stored.pop("until_ms", None)
+            for said in ("until_ms", "operator", "note"):  # about the policy override
+                stored.pop(said, None)
         return override == stored  # type: ignore[no-any-return]
     except (ValueError, RecursionError):  # corrupt, and thus not in force
         return override is None

@@ -56,6 +56,7 @@ class MemoryEngine:
         self._document = document
         self._override = override
         self._override_until_ms = override_until_ms
+        self._override_by: dict[str, Any] = {}  # its operator and note, as in the reply of the snapshot
         self._dropped = False  # whether the present request, a reset, has ended a policy override
         self._latest_ms = 0  # what the clock said last
         self._scripts: dict[str, Callable[[Document, Request, dict[str, Any]], Reply]] = {
@@ -83,7 +84,7 @@ class MemoryEngine:
             expired = self._override_until_ms is not None and self._override_until_ms <= now
             self._dropped = self._override is not None and not expired and request.get("action") == "reset"
             if expired or self._dropped:  # a reset replaces everything but the history
-                self._override = self._override_until_ms = None
+                self._forget_override()
             policy = self._policy_of(request.get("policy"))
             document = self._load(policy, now)
             reply = self._scripts[name](document, request, policy)
@@ -108,7 +109,10 @@ class MemoryEngine:
     def obey(self, override: dict[str, Any] | None) -> None:
         """Apply a policy override that was set elsewhere."""
         with self._lock:
-            self._override, self._override_until_ms = override, None
+            self._override, self._override_until_ms, self._override_by = override, None, {}
+
+    def _forget_override(self) -> None:
+        self._override, self._override_until_ms, self._override_by = None, None, {}
 
     def _turn_back(self, by_ms: int) -> None:
         """Follow a clock that was turned back: what is left of each time stays."""
@@ -123,7 +127,7 @@ class MemoryEngine:
             return Document(generation=now, now=now, is_local=self.is_local)
         document = self._document.copy()
         document.now, document.is_new, document.outlived = now, False, False
-        document.change, document.note, document.hint, document.reported_error = None, None, False, None
+        document.change, document.entry, document.hint, document.reported_error = None, None, False, None
         if document.probes:
             document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
@@ -157,13 +161,15 @@ class MemoryEngine:
         if action == "set_policy":
             self._override = {**(self._override or {}), **request["override"]}
             self._override_until_ms = None if duration_ms is None else document.now + duration_ms
+            self._override_by = {f"override_{field}": request.get(field) for field in ("operator", "note")}
             return {"changed": True}
         if action == "clear_policy":
             changed = self._override is not None
-            self._override = self._override_until_ms = None
+            self._forget_override()
             return {"changed": changed}
         changed = _rules.control(document, action, duration_ms or LONGEST_OPEN_MS)
         if changed:
+            _rules.sign(document, request)
             self._document = document
         return {"changed": changed or self._dropped}
 
@@ -175,6 +181,9 @@ class MemoryEngine:
             "opened_at": document.opened_at,
             "reason": document.reason,
             "changed_at_ms": document.changed_at_ms,
+            "operator": document.operator,
+            "note": document.note,
+            **self._override_by,
             "forced_until_ms": document.forced_until_ms,
             "trips": _rules.recent_trips(document, policy),
             "health": _rules.health(document, policy, counts),
@@ -191,7 +200,7 @@ class MemoryEngine:
 
     def _announce(self, document: Document, request: Request, reply: Reply) -> None:
         """Add a transition to the history, and publish what a script would."""
-        change = document.change or document.note
+        change = document.change or document.entry
         message: dict[str, Any] | None = None
         if change is not None:
             instance = request.get("instance", "")
@@ -201,7 +210,7 @@ class MemoryEngine:
         elif document.hint:
             message = {"failure_count": document.failure_count}
         elif reply.get("changed"):
-            message = {"policy": request["action"]}
+            message = {"policy": request["action"], "operator": request.get("operator"), "note": request.get("note")}
         if self._publish is not None and message is not None:
             message |= {"instance": request.get("instance"), "time_ms": document.now}
             self._publish({field: value for field, value in message.items() if value is not None})

@@ -235,11 +235,11 @@ async def awaiting() -> None:
     assert_type(aio.counts, Counts)
     assert_type(await aio.snapshot(), Snapshot)
     assert_type(await aio.history(count=2), list[HistoryEntry])
-    await aio.force_open(duration=60)
+    await aio.force_open(duration=60, operator="ann", note="repair")
     await aio.flush()
     await aio.set_policy(window=10)
     await aio.clear_forced()
-    await aio.probe()
+    await aio.probe(note="repaired")
     async with await aio.watch() as watch:
         assert_type(watch, AsyncWatch)
     await watch.close()
