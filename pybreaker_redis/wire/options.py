@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import re
 import sys
 import weakref
@@ -192,6 +193,19 @@ def blocking(pool: Any) -> Any:
     sentinel = redis.sentinel.Sentinel([], min_other_sentinels=manager.min_other_sentinels)
     sentinel.sentinels = [redis.Redis(connection_pool=blocking(one.connection_pool)) for one in manager.sentinels]
     return redis.sentinel.SentinelConnectionPool(pool.service_name, sentinel, is_master=pool.is_master, **kwargs)
+
+
+def blocking_client(given: Any) -> Any:
+    """The blocking counterpart of a client of either sort, or of a URL. Raises PolicyError for anything else, and
+    LookupError for a connection class that is not redis-py's."""
+    if isinstance(given, ASYNCIO.cluster):
+        known = inspect.signature(redis.Redis).parameters.keys() - {"connection_pool", "retry", "event_dispatcher"}
+        options = {name: value for name, value in given.connection_kwargs.items() if name in known}
+        tls = issubclass(given.connection_kwargs["connection_class"], redis.asyncio.SSLConnection)
+        return ClusterUrl(known_nodes(given)(), {**options, "ssl": tls})
+    if isinstance(given, ASYNCIO.client) and not _is_fake(given):
+        return BLOCKING.client(connection_pool=blocking(given.connection_pool))
+    return client_of(given, BLOCKING)
 
 
 def _impatient(client: Any, kind: Kind, timeout: float) -> Any:

@@ -1,0 +1,232 @@
+"""Reads the board for all viewers of a process: one thread, one subscription, one SCAN every few seconds.
+
+The thread starts with the first viewer and ends soon after the last one has left, so a page that nobody looks at costs
+nothing. It decodes off the event loop: an application that mounts the page goes on answering meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from time import monotonic
+from typing import Any
+
+from redis.exceptions import ResponseError
+
+from .._board import Row, Stored, counts, read_keys, read_stored, row_of, subscribed, urgency
+from .._process import renew, renew_at_forks
+from .._protocol import state_pattern
+from ..wire.options import REDIS_ERRORS
+from ..wire.sync import Server, server_of
+
+TIMEOUT = 5.0
+SHORTEST_PAUSE = 2.0  # seconds between two readings of all breakers
+LONGEST_PAUSE = 30.0
+SHARE = 0.005  # of the time, at most, for reading all breakers
+BURST = 0.02  # seconds for which notifications gather before their breakers are read
+RETRY = 1.0
+LINGER = 30.0  # seconds without viewers and requests after which the thread ends
+logger = logging.getLogger("pybreaker_redis")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Board:
+    """All breakers at one time. Immutable: whoever holds one may use it in any thread.
+
+    rows: the most urgent first. counts: breakers by group. error: why Redis cannot be read now, else None. live:
+    whether notifications arrive. clock: the server's unix seconds minus the monotonic clock.
+    """
+
+    rows: Sequence[Row] = ()
+    by_key: dict[bytes, Row] = dataclasses.field(default_factory=dict)
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    clock: float = 0.0
+    error: str | None = None
+    live: bool = False
+    is_read: bool = False
+
+    @property
+    def now(self) -> float:
+        """The server's clock, in unix seconds."""
+        return self.clock + monotonic()
+
+
+class BoardReader:
+    """Keeps the board of one prefix up to date while somebody looks at it.
+
+    board: as last read; replaced, never changed.
+    """
+
+    def __init__(self, client: Any, prefix: str) -> None:
+        self.client, self.prefix = client, prefix
+        self._pid = os.getpid()
+        self._after_fork()
+        renew_at_forks(self)
+
+    def _after_fork(self) -> None:
+        """In a child: start without a thread, and without the parent's viewers."""
+        self.board = Board()
+        self._stored: dict[bytes, Stored] = {}
+        self._viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._used_at = monotonic()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the board is kept up to date now, in this process."""
+        return self._thread is not None and self._pid == os.getpid()
+
+    @property
+    def server(self) -> Server:
+        """This process's access to the Redis."""
+        return server_of(self.client, TIMEOUT)
+
+    def current(self) -> Board:
+        """The board, once it has been read, or an attempt has failed. Blocks meanwhile; starts the thread."""
+        self._start()
+        with self._changed:
+            self._changed.wait_for(lambda: self.board.is_read or self.board.error, 2 * TIMEOUT)
+        return self.board
+
+    @contextlib.contextmanager
+    def viewer(self) -> Iterator[Viewer]:
+        """Follow the board for a `with` block, on the running event loop."""
+        viewer = Viewer(asyncio.get_running_loop())
+        self._viewers.add(viewer)
+        try:
+            self._start()
+            yield viewer
+        finally:
+            self._viewers.discard(viewer)
+            self._used_at = monotonic()
+
+    def _start(self) -> None:
+        renew(self)
+        with self._changed:
+            self._used_at = monotonic()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="pybreaker_redis-board", daemon=True)
+                self._thread.start()
+
+    def _is_wanted(self) -> bool:
+        with self._changed:
+            if self._viewers or monotonic() - self._used_at < LINGER:
+                return True
+            self._thread, self.board = None, Board()
+            return False
+
+    # The thread
+
+    def _run(self) -> None:
+        while True:
+            try:
+                self._follow()
+                return
+            except REDIS_ERRORS as error:
+                self._publish(error=str(error) or repr(error), live=False)
+            except Exception:
+                logger.exception("reading the board failed")
+                self._publish(error="reading the board failed; the log of the web server says why", live=False)
+            time.sleep(RETRY)
+
+    def _follow(self) -> None:
+        """Subscribe, then read until nobody looks any more. Without the right to subscribe, only read."""
+        with contextlib.ExitStack() as stack:
+            try:
+                receive = stack.enter_context(subscribed(self.server, "PSUBSCRIBE", state_pattern(self.prefix)))
+            except ResponseError:
+                self._read_on(_nothing, live=False)
+            else:
+                self._read_on(receive, live=True)
+
+    def _read_on(self, receive: Callable[[float], tuple[bytes, bytes] | None], live: bool) -> None:
+        due = monotonic()
+        while self._is_wanted():
+            began = monotonic()
+            if began >= due:
+                self._read_all(live)
+                ended = monotonic()
+                due = ended + min(max((ended - began) / SHARE, SHORTEST_PAUSE), LONGEST_PAUSE)
+            if keys := _notified(receive, due - monotonic()):
+                self._read(keys)
+
+    def _read_all(self, live: bool) -> None:
+        found = [one for chunk in read_stored(self.server, self.prefix) for one in chunk]
+        rows = {one.key: self._row(one) for one in found}
+        self._stored = {one.key: one for one in found}
+        self._publish(rows, found[-1].now_ms if found else round(time.time() * 1000), live=live)
+
+    def _read(self, keys: list[bytes]) -> None:
+        """Read the breakers that notifications were about."""
+        found = {one.key: one for one in read_keys(self.server, keys)}
+        rows = dict(self.board.by_key)
+        for key in keys:
+            if one := found.get(key):
+                rows[key], self._stored[key] = self._row(one), one
+            elif key in rows:
+                del rows[key], self._stored[key]
+        self._publish(rows, max((one.now_ms for one in found.values()), default=None))
+
+    def _row(self, one: Stored) -> Row:
+        """The row; the same object as before, if nothing about it has changed."""
+        known, row = self._stored.get(one.key), self.board.by_key.get(one.key)
+        same = known is not None and (known.document, known.override) == (one.document, one.override)
+        if row is not None and same and not row.ends(one.now_ms / 1000):
+            return row
+        return row_of(one, self.prefix)
+
+    def _publish(self, rows: dict[bytes, Row] | None = None, now_ms: int | None = None, **changes: Any) -> None:
+        """Replace the board, and wake everybody who looks at it."""
+        if rows is not None:
+            changes |= {"by_key": rows, "is_read": True, "error": None}
+            if rows != self.board.by_key:
+                changes |= {"rows": sorted(rows.values(), key=urgency), "counts": counts(rows.values())}
+        if now_ms is not None:
+            changes["clock"] = now_ms / 1000 - monotonic()
+        with self._changed:
+            self.board = dataclasses.replace(self.board, **changes)
+            self._changed.notify_all()
+        for viewer in list(self._viewers):
+            viewer.wake()
+
+
+class Viewer:
+    """Somebody who looks at the board, on an event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop, self._event = loop, asyncio.Event()
+
+    def wake(self) -> None:
+        """Let the viewer look again. For other threads."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def changed(self, seconds: float) -> None:
+        """Wait until the board may have changed, at most for so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._event.wait()
+        self._event.clear()
+
+
+def _nothing(seconds: float) -> None:
+    time.sleep(max(seconds, 0.0))
+
+
+def _notified(receive: Callable[[float], tuple[bytes, bytes] | None], wait: float) -> list[bytes]:
+    """The keys of the breakers that notifications are about: those that come within BURST after the first one."""
+    found: dict[bytes, None] = {}
+    message = receive(min(max(wait, 0.0), RETRY))
+    ends = monotonic() + BURST
+    while message is not None:
+        found[message[0]] = None
+        message = receive(max(ends - monotonic(), 0.0))
+    return list(found)
