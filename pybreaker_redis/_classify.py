@@ -44,17 +44,20 @@ class Classification:
 
 
 class Classifier:
-    """Turns exceptions and results into outcomes. Raises PolicyError for an invalid option."""
+    """Turns exceptions and results into outcomes. Raises PolicyError for an invalid option.
+
+    owner: whose options these are, for the log: the name of a breaker.
+    """
 
     def __init__(
         self,
-        breaker: str,
+        owner: str,
         failures: Exceptions,
         ignore: Exceptions,
         is_failure: Callable[[Any], object] | None,
         retry_after: RetryAfter | None,
     ) -> None:
-        self._breaker = breaker
+        self._owner = owner
         self._failures, self._ignore = _matcher("failures", failures), _matcher("ignore", ignore)
         if is_failure is not None:
             _check_function("is_failure", "the result", is_failure)
@@ -109,7 +112,7 @@ class Classifier:
     def _log_once(self, option: str, ended: Any) -> None:
         if option not in self._logged:
             self._logged.add(option)
-            logger.exception("circuit breaker %r: %s failed for %r", self._breaker, option, ended)
+            logger.exception("%s of %r failed for %r", option, self._owner, ended)
 
 
 def hold_ms(retry_after: float | str | None) -> int:
