@@ -73,10 +73,12 @@ REASONS = {
     "probe_failed": "a probe failed",
     "probe_slow": "a probe was slow",
     "probe_succeeded": "probes succeeded",
-    "forced": "forced by an operator",
-    "reset": "reset by an operator",
+    "forced": "forced",
+    "reset": "reset",
+    "clear_forced": "forced state ended",
+    "probe": "probe allowed",
 }
-"""The reason of a transition in words."""
+"""The reason of a history entry in words."""
 
 
 class Stored(NamedTuple):
@@ -425,5 +427,7 @@ def why(row: Row) -> str:
     """Why the breaker is in its condition: who and their note, or the reason and the error; empty if not known."""
     if row.operator or row.note:
         return ": ".join(filter(None, (row.operator and f"by {row.operator}", row.note)))
+    if row.condition == "half_open" and row.error:
+        return f"opened by {row.error}"
     reason = row.reason and REASONS.get(row.reason, row.reason)
     return ": ".join(filter(None, (reason, row.error)))

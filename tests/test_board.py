@@ -225,7 +225,8 @@ def test_an_operator_and_a_note_explain_the_condition() -> None:
     """Who acted and why come before the reason of the transition."""
     assert why(Row("n", "forced_open", reason="forced", operator="ann", note="deploy")) == "by ann: deploy"
     assert why(Row("n", "forced_open", reason="forced", note="deploy")) == "deploy"
-    assert why(Row("n", "forced_open", reason="forced")) == "forced by an operator"
+    assert why(Row("n", "forced_open", reason="forced")) == "forced"
+    assert why(Row("n", "half_open", reason="timeout", error="OSError: no")) == "opened by OSError: no"
     assert why(Row("n", "open", reason="of_a_later_version")) == "of_a_later_version"
 
 

@@ -23,7 +23,7 @@ import typer
 from .._config import Config
 from .._errors import CircuitBreakerError, RedisUnavailableError
 from .._policy import Policy
-from .._protocol import keys_of
+from .._protocol import keys_of, requests_by_hand
 from .._sync import CircuitBreaker
 from ..wire.options import REDIS_ERRORS
 from ..wire.scripts import SCRIPTS, compose, sha1
@@ -403,12 +403,7 @@ def scripts(
     fleet = _fleet(url, None, prefix)
     keys = keys_of(name, fleet.prefix)
     generation = _read(fleet, name).snapshot.generation
-    requests = {
-        "acquire": {"instance": "redis-cli"},
-        "record": {"generation": generation, "instance": "redis-cli"},
-        "control": {"action": "clear_forced", "instance": "redis-cli"},
-        "snapshot": {},
-    }
+    requests = requests_by_hand(generation)
     for node in fleet.masters():
         send(node, *(command("SCRIPT", "LOAD", compose(script)) for script in SCRIPTS))
     program = redis_cli(fleet)

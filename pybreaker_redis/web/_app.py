@@ -31,7 +31,7 @@ from ._access import Authorize
 from ._actions import ACTIONS, Order, order_from_form, order_from_json
 from ._openapi import description
 from ._pages import TIMELINE, Cells, Page, View, page_of, row_json, templates
-from ._reader import TIMEOUT, Board, BoardReader, Viewer
+from ._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 
 HISTORY = 50  # entries on a breaker's page
 LARGEST_BODY = 65536
@@ -141,7 +141,9 @@ class Site:
             "segments": segments,
             "shown": {segment.condition for segment in segments},
             "start": segments[0].start,
-            "scripts": {},
+            "scripts": _pages.redis_cli_lines(
+                keys_of(name, self._prefix), seen.generation, self._reader.server.clustered
+            ),
             "bars": _pages.bars(row, now),
             "fields": _pages.policy_fields(seen),
             "details": _details_json(stored),
@@ -280,12 +282,13 @@ class Site:
     async def _one_messages(self, root: str, name: str) -> AsyncIterator[dict[str, str]]:
         """The changing part of a breaker's page, as often as it has changed."""
         sent, key = "", keys_of(name, self._prefix).state.encode()
-        known: object = self
+        known: Row | None = None
+        read_at = -math.inf
         async for board in self._boards():
             row = board.by_key.get(key)
-            if row is known and not (row and row.window):
+            if row is known and monotonic() - read_at < SHORTEST_PAUSE:
                 continue
-            known = row
+            known, read_at = row, monotonic()
             try:
                 stored = await self._read(name)
             except (HTTPException, *REDIS_ERRORS):  # expired, or cannot be read now: the page stays as it is

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import importlib.resources
 import json
+import shlex
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
@@ -18,7 +19,8 @@ import jinja2
 from .._board import CONDITIONS, GROUPS, REASONS, Condition, Row, clean, next_step, outlook, select, span, why
 from .._errors import PolicyError
 from .._policy import DEFAULTS, RULES
-from .._protocol import HistoryEntry, Snapshot, keys_of
+from .._protocol import HistoryEntry, Keys, Snapshot, keys_of, requests_by_hand
+from ..wire.scripts import sha1
 from ._actions import ACTIONS, POLICY_FIELD, UNITS
 from ._reader import Board
 
@@ -240,6 +242,15 @@ def _shown(name: str, value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g} s" if RULES[name].kind == "seconds" else f"{value:g}"
+
+
+def redis_cli_lines(keys: Keys, generation: int, clustered: bool) -> dict[str, str]:
+    """A line for the shell that runs each script. The server's address is left to REDIS_URL: it is not everybody's."""
+    made = {}
+    for script, request in requests_by_hand(generation).items():
+        words = ["EVALSHA", sha1(script), "3", *keys, json.dumps(request)]
+        made[script] = f'redis-cli {"-c " if clustered else ""}-u "$REDIS_URL" {shlex.join(words)}'
+    return made
 
 
 # Templates

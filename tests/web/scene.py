@@ -12,13 +12,17 @@ import redis
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Policy
 
 RATES = Policy(
-    failure_threshold=20, error_rate_threshold=0.5, slow_call_duration=0.5, slow_call_rate_threshold=0.8, reset_timeout=45
+    failure_threshold=20,
+    error_rate_threshold=0.5,
+    slow_call_duration=0.5,
+    slow_call_rate_threshold=0.8,
+    reset_timeout=45,
 )
 AREAS = ("billing", "catalog", "checkout", "identity", "inventory", "mail", "media", "payments", "search", "shipping")
 PARTS = ("api", "cache", "db-eu-1", "db-us-1", "events", "gateway", "geo", "partner", "reports", "webhooks")
 HOSTILE = (
     "<script>document.title='owned'</script>",
-    "\"><img src=x onerror=\"document.title='owned'\">",
+    '"><img src=x onerror="document.title=\'owned\'">',
     "\x1b]0;owned\x07\x1b[2J",
     "'; drop table breakers; --",
     "a/../b?c=d#e",
