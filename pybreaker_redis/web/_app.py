@@ -24,6 +24,7 @@ from .. import _protocol
 from .._board import Row, read_keys, row_of
 from .._errors import CircuitBreakerError, PolicyError, RedisUnavailableError
 from .._protocol import HistoryEntry, Keys, Snapshot, keys_of
+from .._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 from .._sync import CircuitBreaker
 from ..wire.options import REDIS_ERRORS, blocking_client
 from . import _access, _pages
@@ -31,7 +32,6 @@ from ._access import Authorize
 from ._actions import ACTIONS, Order, order_from_form, order_from_json
 from ._openapi import description
 from ._pages import TIMELINE, Cells, Page, View, page_of, row_json, templates
-from ._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 
 HISTORY = 50  # entries on a breaker's page
 LARGEST_BODY = 65536
