@@ -29,14 +29,14 @@ from .._board import CONDITIONS, checked, clean, counts, span
 from .._config import Config
 from .._errors import CircuitBreakerError, RedisUnavailableError
 from .._policy import Policy
-from .._protocol import LONGEST_NOTE, LONGEST_OPERATOR, Snapshot, keys_of, requests_by_hand
+from .._protocol import LONGEST_NOTE, LONGEST_OPERATOR, keys_of, requests_by_hand
 from .._sync import CircuitBreaker
 from ..wire.options import REDIS_ERRORS
 from ..wire.scripts import SCRIPTS, compose, sha1
 from ..wire.url import client_from_url
 from ._fleet import Fleet, command, redis_cli, send
 from ._hints import explained
-from ._output import as_json, assignments, details, err, out, pairs, policy_lines, put, put_json, seconds, transition
+from ._output import as_json, assignments, details, err, out, pairs, put, put_json, seconds, transition
 from ._table import Known, layout, row_json, summary
 
 P = ParamSpec("P")
@@ -270,6 +270,20 @@ def history(
     return DONE
 
 
+@_command(app, "fleet")
+def list_processes(
+    url: Url = None, config: ConfigFile = None, prefix: Prefix = None, use_json: Json = False
+) -> int | None:
+    """List the processes that use the breakers, and show on which policies they disagree.
+
+    SEEN: when the process last listed itself, which it does once a minute while it calls. BREAKERS: those it has used.
+    """
+    from ._instances import show_fleet
+
+    show_fleet(_fleet(url, config, prefix), use_json)
+    return DONE
+
+
 # Steering
 
 
@@ -386,32 +400,21 @@ def policy_get(
 ) -> int | None:
     """Show what is known of the policy in force, and from whom.
 
-    Redis stores the policy override only. The processes' own policies are those of --config, if it is given.
+    Sources: override (the policy override in Redis); client (the file of --config, or else the processes that list
+    themselves); default (as client, and the client leaves the field as it is by default); unknown.
     """
     fleet = _fleet(url, config, prefix)
-    if not use_json:
-        _show_policy(fleet, name)
-        return DONE
-    seen, policy, ends_in = _policy(fleet, name)
-    known = {field: source for field, source in seen.policy_sources.items() if policy or source == "override"}
-    fields = {
-        field: {"value": getattr(seen.policy, field) if field in known else None, "source": known.get(field)}
-        for field in seen.policy_sources
-    }
-    by = {"override_operator": seen.override_operator, "override_note": seen.override_note}
-    put_json({"fields": fields, "override_ends_in": ends_in, **by})
+    _show_policy(fleet, name, from_file=config is not None, use_json=use_json)
     return DONE
 
 
-def _policy(fleet: Fleet, name: str) -> tuple[Snapshot, Policy | None, float | None]:
-    """What Redis knows, the policy of the configuration file, and in how many seconds the policy override ends."""
+def _show_policy(fleet: Fleet, name: str, *, from_file: bool = False, use_json: bool = False) -> None:
+    from ._instances import known_policy, show_policy
+
+    seen = fleet.read(name).snapshot
     key = keys_of(name, fleet.prefix).policy
     (left,) = checked(fleet.server.exchange([command("PTTL", key, key=key)]))
-    return fleet.read(name).snapshot, fleet.policy_of(name), left / 1000 if left > 0 else None
-
-
-def _show_policy(fleet: Fleet, name: str) -> None:
-    put(pairs(policy_lines(*_policy(fleet, name))))
+    show_policy(known_policy(fleet, seen, from_file), seen, left / 1000 if left > 0 else None, use_json)
 
 
 @_command(policy_app, "set")
@@ -576,8 +579,9 @@ def _write_scripts(folder: pathlib.Path) -> None:
 def doctor(url: Url = None, prefix: Prefix = None, use_json: Json = False) -> int | None:
     """Check whether the server is fit for breakers.
 
-    Checks version, role, latency, clock, eviction, persistence, connections, scripts, TTLs and the user's rights. The
-    rights are tried on a breaker of its own, which is then removed. Exit code 1 when something is wrong.
+    Checks version, role, latency, clock, eviction, persistence, connections, scripts, TTLs, whether the processes agree
+    on every policy, and the user's rights. The rights are tried on a breaker of its own, which is then removed. Exit
+    code 1 when something is wrong.
     """
     from ._doctor import examine
 

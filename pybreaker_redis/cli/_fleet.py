@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 from .. import _protocol
 from .._board import Row, checked, masters, name_of, read_keys, read_stored, row_of, scan, urgency
 from .._policy import Policy
+from .._processes import given_policies, read_processes
 from .._protocol import HistoryEntry, Snapshot, keys_of, state_pattern
 from .._sync import CircuitBreaker
 from ..wire.commands import Command
-from ..wire.options import Endpoint, connecting, endpoint, is_cluster
+from ..wire.options import REDIS_ERRORS, Endpoint, connecting, endpoint, error_kind, is_cluster
 from ..wire.scripts import sha1
 from ..wire.sync import Connections, server_of
 
@@ -119,9 +120,16 @@ class Fleet:
         return Row(name, "closed", key=key), time.time()
 
     def is_known(self, name: str) -> bool:
-        """Whether Redis stores anything under this name: a document, a history, or a policy override."""
+        """Whether Redis knows this name: by a document, a history, a policy override, or the list of processes."""
         keys = keys_of(name, self.prefix)
-        return any(checked(self.server.exchange([command("EXISTS", key, key=key) for key in keys])))
+        if any(checked(self.server.exchange([command("EXISTS", key, key=key) for key in keys]))):
+            return True
+        try:
+            return bool(given_policies(read_processes(self.server, self.prefix), name))
+        except REDIS_ERRORS as error:
+            if error_kind(error) != "permission":
+                raise
+            return False
 
     def read(self, name: str) -> Reading:
         """One breaker, by its snapshot script. Raises redis.RedisError or OSError."""

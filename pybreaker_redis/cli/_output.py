@@ -22,6 +22,7 @@ from .._protocol import HistoryEntry, Snapshot
 from ._fleet import Reading
 from ._table import STYLES
 
+LABEL = 25  # letters of a label
 _UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -80,7 +81,8 @@ def details(reading: Reading, policy: Policy | None) -> Iterable[tuple[str, str]
     yield "trips in a row", str(seen.trips)
     yield "generation", str(seen.generation)
     if overruled := [field for field, source in seen.policy_sources.items() if source == "override"]:
-        yield "policy override", ", ".join(f"{field}={getattr(seen.policy, field)}" for field in overruled) + _by(seen)
+        fields = ", ".join(f"{field}={getattr(seen.policy, field)}" for field in overruled)
+        yield "policy override", fields + by_whom(seen)
     for host, at in seen.reporters.items():
         yield "host with a failure", f"{clean(host)} at {stamp(at)}"
 
@@ -96,7 +98,8 @@ def _state(reading: Reading) -> str:
     return f"open, probe in {span(reading.retry_after)}" if reading.retry_after else "open, a probe is due"
 
 
-def _by(seen: Snapshot) -> str:
+def by_whom(seen: Snapshot) -> str:
+    """Who set the policy override, and why, in brackets; empty where nobody said."""
     texts = filter(None, (seen.override_operator and f"by {seen.override_operator}", seen.override_note))
     return f" ({clean(': '.join(texts))})" if seen.override_operator or seen.override_note else ""
 
@@ -104,26 +107,6 @@ def _by(seen: Snapshot) -> str:
 def _of(seen: Snapshot, policy: Policy | None, count: int, threshold: str) -> str:
     known = policy is not None or seen.policy_sources[threshold] == "override"
     return f"{count} of {getattr(seen.policy, threshold)}" if known else str(count)
-
-
-def policy_lines(seen: Snapshot, policy: Policy | None, ends_in: float | None) -> Iterable[tuple[str, str]]:
-    """What is known of the policy, and from whom, as label and text.
-
-    policy: of a configuration file, or None without one. ends_in: seconds until the policy override ends.
-    """
-    known = [field for field, source in seen.policy_sources.items() if policy or source == "override"]
-    for field in known:
-        yield field, f" {getattr(seen.policy, field)!s:<12} {SOURCES[seen.policy_sources[field]]}"
-    if "override" in seen.policy_sources.values():
-        end = "until it is cleared" if ends_in is None else f"for another {span(ends_in)}"
-        yield "policy override", f" {end}{_by(seen)}"
-    if unknown := len(seen.policy_sources) - len(known):
-        fields = f"{unknown} other fields" if known else "every field"
-        yield fields, " not stored in Redis: each process uses its own (--config FILE shows those of a file)"
-
-
-LABEL = 20  # letters of a label
-SOURCES = {"override": "policy override", "client": "configuration file", "default": "default, not set in the file"}
 
 
 def pairs(found: Iterable[tuple[str, str]], width: int = 1000) -> list[rich.text.Text]:
