@@ -422,7 +422,8 @@ def test_hostile_texts(text: str, run: Callable[..., Done], client: redis.Redis)
     """Names, errors, notes, operators and instance names with control characters change no line of any command."""
     breaker = CircuitBreaker(text, redis=client, policy=ONE, lease=0, redis_timeout=20, host="web")
     breaker.acquire().failure(ConnectionError(text))
-    client.xadd(keys_of(text).history, {**newest(client, text), "instance": text, "reason": text, "error": text})
+    odd = {"instance": text, "reason": text, "error": text, "from": text}
+    client.xadd(keys_of(text).history, {**newest(client, text), **odd})
     forced = client.get(keys_of(text).state).replace(
         b'"version":1', b'"version":1,"note":%b' % json.dumps(text).encode()
     )

@@ -28,7 +28,7 @@ import typer
 from .._board import CONDITIONS, checked, clean, counts, span
 from .._config import Config
 from .._errors import CircuitBreakerError, RedisUnavailableError
-from .._policy import Policy
+from .._policy import LONGEST_OPEN, Policy
 from .._protocol import LONGEST_NOTE, LONGEST_OPERATOR, keys_of, requests_by_hand
 from .._sync import CircuitBreaker
 from ..wire.options import REDIS_ERRORS
@@ -296,102 +296,84 @@ class Act(NamedTuple):
     on_policy: bool = False
 
 
-@_command(app, "force-open")
-def force_open(
-    name: Name,
-    duration: For = None,
-    operator: Operator = None,
-    note: Note = None,
-    create: Create = False,
-    url: Url = None,
-    prefix: Prefix = None,
-    yes: Yes = False,
-    use_json: Json = False,
-) -> int | None:
-    """Force the circuit open: reject every call of the fleet."""
-    act = Act(
-        f"Reject every call of the fleet for {span(duration or 30 * 86400)}?",
-        lambda breaker, who, why: breaker.force_open(duration, operator=who, note=why),
-        may_create=True,
-    )
-    return _steer(_fleet(url, None, prefix), name, act, operator, note, create=create, yes=yes, use_json=use_json)
+def _acting(owner: typer.Typer, name: str, act: Act, help_: str) -> None:
+    """Add a command that acts on a breaker which is known."""
+
+    def run(
+        name: Name,
+        operator: Operator = None,
+        note: Note = None,
+        url: Url = None,
+        prefix: Prefix = None,
+        yes: Yes = False,
+        use_json: Json = False,
+    ) -> int | None:
+        return _steer(_fleet(url, None, prefix), name, act, operator, note, yes=yes, use_json=use_json)
+
+    run.__doc__ = help_
+    _command(owner, name)(run)
 
 
-@_command(app, "force-closed")
-def force_closed(
-    name: Name,
-    duration: For = None,
-    operator: Operator = None,
-    note: Note = None,
-    create: Create = False,
-    url: Url = None,
-    prefix: Prefix = None,
-    yes: Yes = False,
-    use_json: Json = False,
-) -> int | None:
-    """Force the circuit closed: admit every call of the fleet."""
-    act = Act(
-        f"Admit every call of the fleet, unprotected, for {span(duration or 30 * 86400)}?",
-        lambda breaker, who, why: breaker.force_closed(duration, operator=who, note=why),
-        may_create=True,
-    )
-    return _steer(_fleet(url, None, prefix), name, act, operator, note, create=create, yes=yes, use_json=use_json)
+def _forcing(
+    name: str,
+    question: str,
+    carry_out: Callable[[CircuitBreaker, float | None, str | None, str | None], None],
+    help_: str,
+) -> None:
+    """Add a command that forces a state. question: with a place for the length of time."""
+
+    def run(
+        name: Name,
+        duration: For = None,
+        operator: Operator = None,
+        note: Note = None,
+        create: Create = False,
+        url: Url = None,
+        prefix: Prefix = None,
+        yes: Yes = False,
+        use_json: Json = False,
+    ) -> int | None:
+        asked = question.format(span(duration or LONGEST_OPEN))
+        act = Act(asked, lambda breaker, who, why: carry_out(breaker, duration, who, why), may_create=True)
+        return _steer(_fleet(url, None, prefix), name, act, operator, note, create=create, yes=yes, use_json=use_json)
+
+    run.__doc__ = help_
+    _command(app, name)(run)
 
 
-@_command(app, "clear")
-def clear(
-    name: Name,
-    operator: Operator = None,
-    note: Note = None,
-    url: Url = None,
-    prefix: Prefix = None,
-    yes: Yes = False,
-    use_json: Json = False,
-) -> int | None:
-    """End a forced state.
-
-    A circuit forced open lets a probe through next; one forced closed stays closed.
-    """
-    act = Act("End the forced state?", lambda breaker, who, why: breaker.clear_forced(operator=who, note=why))
-    return _steer(_fleet(url, None, prefix), name, act, operator, note, yes=yes, use_json=use_json)
-
-
-@_command(app, "probe")
-def probe(
-    name: Name,
-    operator: Operator = None,
-    note: Note = None,
-    url: Url = None,
-    prefix: Prefix = None,
-    yes: Yes = False,
-    use_json: Json = False,
-) -> int | None:
-    """Let the next call probe now, whatever is left of the open period.
-
-    Refused while a state is forced.
-    """
-    act = Act(
-        "Let the next call of the fleet probe now?", lambda breaker, who, why: breaker.probe(operator=who, note=why)
-    )
-    return _steer(_fleet(url, None, prefix), name, act, operator, note, yes=yes, use_json=use_json)
-
-
-@_command(app, "reset")
-def reset(
-    name: Name,
-    operator: Operator = None,
-    note: Note = None,
-    url: Url = None,
-    prefix: Prefix = None,
-    yes: Yes = False,
-    use_json: Json = False,
-) -> int | None:
-    """Close the circuit; forget all counts, forced states and the policy override."""
-    act = Act(
+_forcing(
+    "force-open",
+    "Reject every call of the fleet for {}?",
+    lambda breaker, duration, who, why: breaker.force_open(duration, operator=who, note=why),
+    "Force the circuit open: reject every call of the fleet.",
+)
+_forcing(
+    "force-closed",
+    "Admit every call of the fleet, unprotected, for {}?",
+    lambda breaker, duration, who, why: breaker.force_closed(duration, operator=who, note=why),
+    "Force the circuit closed: admit every call of the fleet.",
+)
+_acting(
+    app,
+    "clear",
+    Act("End the forced state?", lambda breaker, who, why: breaker.clear_forced(operator=who, note=why)),
+    "End a forced state.\n\nA circuit forced open lets a probe through next; one forced closed stays closed.",
+)
+_acting(
+    app,
+    "probe",
+    Act("Let the next call of the fleet probe now?", lambda breaker, who, why: breaker.probe(operator=who, note=why)),
+    "Let the next call probe now, whatever is left of the open period.\n\nRefused while a state is forced.",
+)
+_acting(
+    app,
+    "reset",
+    Act(
         "Close the circuit and forget all its counts and its policy override?",
         lambda breaker, who, why: breaker.reset(operator=who, note=why),
-    )
-    return _steer(_fleet(url, None, prefix), name, act, operator, note, yes=yes, use_json=use_json)
+    ),
+    "Close the circuit; forget all counts, forced states and the policy override.",
+)
 
 
 @_command(policy_app, "get")
@@ -449,23 +431,16 @@ def policy_set(
     return _steer(_fleet(url, None, prefix), name, act, operator, note, create=create, yes=yes, use_json=use_json)
 
 
-@_command(policy_app, "clear")
-def policy_clear(
-    name: Name,
-    operator: Operator = None,
-    note: Note = None,
-    url: Url = None,
-    prefix: Prefix = None,
-    yes: Yes = False,
-    use_json: Json = False,
-) -> int | None:
-    """End the policy override: each instance follows its own policy."""
-    act = Act(
+_acting(
+    policy_app,
+    "clear",
+    Act(
         "End the policy override, so that every instance follows its own policy?",
         lambda breaker, who, why: breaker.clear_policy(operator=who, note=why),
         on_policy=True,
-    )
-    return _steer(_fleet(url, None, prefix), name, act, operator, note, yes=yes, use_json=use_json)
+    ),
+    "End the policy override: each instance follows its own policy.",
+)
 
 
 def _steer(

@@ -129,10 +129,10 @@ def transition(entry: HistoryEntry, *, stamped: bool = False, brief: bool = Fals
     text = rich.text.Text(f"{stamp(entry.time)}  " if stamped else "")
     old, new = (entry.old, entry.new) if brief else (f"{entry.old:>9}", f"{entry.new:<9}")
     if entry.old != entry.new:
-        text.append(old, STYLES[entry.old]).append(" -> ")
+        text.append(clean(old), STYLES.get(entry.old, "")).append(" -> ")
     elif not brief:
         text.append(" " * 13)
-    text.append(new, STYLES[entry.new])
+    text.append(clean(new), STYLES.get(entry.new, ""))
     counts = f"  {entry.failure_count} in a row"
     if entry.calls is not None:
         counts += f", {entry.failures} of {entry.calls} failed, {entry.slow} slow"

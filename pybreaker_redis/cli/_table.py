@@ -14,7 +14,7 @@ from .._board import CONDITIONS, GROUPS, Row, clean, next_step, span, why
 from .._policy import Policy
 from .._window import Sums
 
-STYLES = {
+STYLES: dict[str, str] = {
     "open": "bold red",
     "half_open": "yellow",
     "held": "red",
