@@ -16,11 +16,13 @@ Errors   BADREQUEST process or entry: problem
   redis-cli EVALSHA $FLEET 1 circuit_breaker:fleet me:1-00000000 '{"host":"me","pid":1,"breakers":0,"policies":[]}'
 ]]
 local fleet, process, entry = KEYS[1], ARGV[1], ARGV[2]
-local KEPT_MS, MOST, LARGEST, LOOKED_AT = 600000, 10000, 4096, 10
+local KEPT_MS, MOST, MOST_BYTES, LOOKED_AT = 600000, 10000, 4096, 10
 
-if not process or #process < 1 or #process > 512 then return redis.error_reply('BADREQUEST process: must have 1 to 512 bytes') end
-if not entry or #entry > LARGEST or not string.find(entry, '^{"') then
-  return redis.error_reply('BADREQUEST entry: must be a JSON object of at most ' .. LARGEST .. ' bytes')
+if not process or #process < 1 or #process > 512 then
+  return redis.error_reply('BADREQUEST process: must have 1 to 512 bytes')
+end
+if not entry or #entry > MOST_BYTES or not string.find(entry, '^{"') then
+  return redis.error_reply('BADREQUEST entry: must be a JSON object of at most ' .. MOST_BYTES .. ' bytes')
 end
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)

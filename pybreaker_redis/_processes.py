@@ -50,7 +50,7 @@ class Process(NamedTuple):
         return len(frozenset().union(*(policy.names for policy in self.policies)))
 
 
-class Given(NamedTuple):
+class Variant(NamedTuple):
     """A policy of one breaker, and the processes that gave it this policy."""
 
     fields: Fields
@@ -104,17 +104,17 @@ def _is_field(name: str, value: object) -> bool:
     return True
 
 
-def given_policies(processes: list[Process], breaker: str) -> list[Given]:
+def given_policies(processes: list[Process], breaker: str) -> list[Variant]:
     """The policies that the processes gave to a breaker, that of most processes first. Empty if none has listed it."""
-    found: dict[str, Given] = {}
+    found: dict[str, Variant] = {}
     for process in processes:
         for policy in process.policies:
             if breaker in policy.names:
-                found.setdefault(_text(policy.fields), Given(policy.fields, [])).processes.append(process)
-    return sorted(found.values(), key=lambda given: -len(given.processes))
+                found.setdefault(_text(policy.fields), Variant(policy.fields, [])).processes.append(process)
+    return sorted(found.values(), key=lambda variant: -len(variant.processes))
 
 
-def disagreements(processes: list[Process]) -> Iterator[tuple[str, list[Given]]]:
+def disagreements(processes: list[Process]) -> Iterator[tuple[str, list[Variant]]]:
     """Each breaker to which processes gave different policies, with these policies."""
     texts: dict[str, set[str]] = {}
     for process in processes:

@@ -9,7 +9,7 @@ import rich.text
 
 from .._board import clean, span
 from .._policy import DEFAULTS
-from .._processes import Fields, Given, Process, disagreements, given_policies, read_processes
+from .._processes import Fields, Process, Variant, disagreements, given_policies, read_processes
 from .._protocol import Snapshot
 from ..wire.options import REDIS_ERRORS, error_kind
 from ._fleet import Fleet
@@ -46,8 +46,8 @@ def _line(process: Process) -> rich.text.Text:
 
 
 def _sum(processes: list[Process]) -> str:
-    hosts = {process.host for process in processes}
-    return f"{_count(len(processes), 'process', 'processes')} on {_count(len(hosts), 'host', 'hosts')}"
+    names, hosts = {process.name for process in processes}, {process.host for process in processes}
+    return f"{_count(len(names), 'process', 'processes')} on {_count(len(hosts), 'host', 'hosts')}"
 
 
 def _count(count: int, one: str, many: str) -> str:
@@ -59,13 +59,13 @@ def _fields(fields: Fields) -> str:
 
 
 def _named(processes: list[Process]) -> str:
-    """How many these are, and the names of some."""
-    names = [clean(process.name) for process in processes[:MOST_NAMED]]
-    more = ", ..." if len(processes) > MOST_NAMED else ""
-    return f"{_count(len(processes), 'process', 'processes')}: {', '.join(names)}{more}"
+    """How many these are, and the names of some. A process with two clients has two entries."""
+    names = list(dict.fromkeys(clean(process.name) for process in processes))
+    more = ", ..." if len(names) > MOST_NAMED else ""
+    return f"{_count(len(names), 'process', 'processes')}: {', '.join(names[:MOST_NAMED])}{more}"
 
 
-def _as_json(processes: list[Process], disputed: Iterable[tuple[str, list[Given]]]) -> dict[str, Any]:
+def _as_json(processes: list[Process], disputed: Iterable[tuple[str, list[Variant]]]) -> dict[str, Any]:
     return {
         "processes": [
             {
@@ -119,13 +119,13 @@ def _processes(fleet: Fleet) -> list[Process]:
     try:
         return read_processes(fleet.server, fleet.prefix)
     except REDIS_ERRORS as error:
-        if error_kind(error) != "permission":
+        if error_kind(error) not in ("permission", "response"):
             raise
         err.print(f"the list of processes cannot be read: {error}", style="yellow")
         return []
 
 
-def _from_processes(field: str, given: list[Given]) -> Known:
+def _from_processes(field: str, given: list[Variant]) -> Known:
     values: dict[Any, list[Process]] = {}
     for one in given:
         values.setdefault(one.fields.get(field, DEFAULTS[field]), []).extend(one.processes)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from prometheus_client.values import ValueClass
+from prometheus_client.values import MutexValue, ValueClass
 
 from .._process import renew
 from ..wire import exits
@@ -62,7 +62,7 @@ class PrometheusMetrics(Meter, Collector):
             registry=None,
             buckets=DURATION_BOUNDS,
         )
-        self._files = _Files() if ValueClass._multiprocess else None
+        self._files = None if ValueClass is MutexValue else _Files()
         self._writer = Worker(
             "pybreaker_redis-prometheus",
             weakref.WeakMethod(self._write),

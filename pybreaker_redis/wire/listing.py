@@ -1,6 +1,6 @@
 """Lists this process in its fleet, for people: which processes are there, and which policy each breaker was given.
 
-There is one hash for each prefix, with an entry for each process. lua/fleet.lua describes it. A process renews its
+There is one hash for each prefix, with an entry for each process. lua/fleet.lua describes them. A process renews its
 entry once a minute at most, in the pipeline of an exchange that takes place anyway. No I/O.
 """
 
@@ -25,6 +25,7 @@ from .options import concerns_server
 FIRST = 1.0, 2.0  # seconds after its first exchange for which a process is not listed: it may be short-lived
 EVERY = 60.0, 70.0  # seconds between two listings
 ROOM = 4096  # bytes of an entry, as in lua/fleet.lua
+MOST_ENTRIES = 10  # of one process: it has one for each prefix and each host= that its breakers were given
 _HEAD = 600  # bytes that are kept for its first fields: a host has 200 characters at most
 _AROUND = 50  # bytes around a policy
 logger = logging.getLogger("pybreaker_redis")
@@ -70,14 +71,18 @@ class Listing:
 
     def commands(self, used: Iterable[Listed], now: float) -> list[Command]:
         """The commands that renew the entries. used: the breakers that are refreshed."""
-        by_prefix: dict[str, list[Listed]] = {}
+        # by prefix and host, and then by policy: the names
+        named: dict[tuple[str, str], dict[str, dict[str, None]]] = {}
         idle = (reference() for reference in self._idle.keyrefs())
         for member in dict.fromkeys([*used, *idle]):
-            if member is not None and member.given is not None:
-                by_prefix.setdefault(member.given.prefix, []).append(member)
-        if not by_prefix:
+            if member is not None and (given := member.given) is not None:
+                by_policy = named.get(given[:2]) or named.setdefault(given[:2], {})
+                names = by_policy.get(given.policy) or by_policy.setdefault(given.policy, {})
+                names[member.name] = None
+        if not named:
             self._put_off(now, EVERY)
-        return [build.listing(prefix, *self._entry(members)) for prefix, members in by_prefix.items()]
+        some = list(named.items())[:MOST_ENTRIES]
+        return [build.listing(prefix, *self._entry(host, by_policy)) for (prefix, host), by_policy in some]
 
     def replied(self, replies: Sequence[Any], now: float) -> None:
         """Note that the commands were sent. An error is no outage: the reports of the same exchange tell those."""
@@ -92,18 +97,12 @@ class Listing:
     def _put_off(self, now: float, by: tuple[float, float]) -> None:
         self._since, self._wait = now, random.uniform(*by)
 
-    def _entry(self, members: list[Listed]) -> tuple[str, str]:
-        """The name of this process, and what it says of these breakers."""
-        assert members[0].given is not None
-        host = members[0].given.host
-        named: dict[str, dict[str, None]] = {}  # by policy
-        for member in members:
-            assert member.given is not None
-            named.setdefault(member.given.policy, {})[member.name] = None
-        counted = len({member.name for member in members})
-        head = {"host": host, "pid": os.getpid(), "version": _version(), "breakers": counted}
+    def _entry(self, host: str, named: dict[str, dict[str, None]]) -> tuple[str, str]:
+        """The name of this process, and what it says of its breakers. named: their names by their policies."""
+        pid, breakers = os.getpid(), len(set().union(*named.values()))
+        head = {"host": host, "pid": pid, "version": _version(), "breakers": breakers}
         entry = json.dumps({**head, "policies": _policies(named)}, separators=(",", ":"))
-        return f"{host[:180]}:{os.getpid()}-{self._digits}", entry
+        return f"{host[:180]}:{pid}-{self._digits}", entry
 
 
 def _policies(named: dict[str, dict[str, None]]) -> list[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import ctypes
+import concurrent.futures
 import gc
 import json
 import logging
@@ -18,6 +18,7 @@ import pytest
 import redis
 from conftest import stopped, wait_until
 from fault_servers import cluster
+from process_jobs import FORKS
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitBreakerManager, Config, Policy, PolicyError
 from pybreaker_redis._processes import Process, disagreements, given_policies, read_processes
@@ -232,6 +233,28 @@ class Stand:
         self.name, self.given = name, listing.Given("circuit_breaker", "\\" * 200, policy)
 
 
+def test_many_prefixes_and_hosts(server: EmbeddedServer, client: redis.Redis, often: None) -> None:
+    """A process has an entry for each prefix and host, but no more than ten."""
+
+    def listed_prefixes() -> int:
+        for breaker in breakers:
+            breaker.call(int)
+        return len(client.keys("p*:fleet"))
+
+    breakers = [CircuitBreaker("a", redis=server.url, prefix=f"p{number}", **PATIENT) for number in range(15)]
+    wait_until(lambda: listed_prefixes() == listing.MOST_ENTRIES)
+    two = [CircuitBreaker("a", redis=server.url, prefix="two", host=host, **PATIENT) for host in ("x", "y")]
+    breakers.clear()
+    gc.collect()
+
+    def hosts() -> set[str]:
+        for one in two:
+            one.call(int)
+        return {entry["host"] for entry in entries(client, "two:fleet")}
+
+    wait_until(lambda: hosts() == {"x", "y"})
+
+
 @pytest.mark.parametrize("policies", [1, 30, 20_000])
 def test_twenty_thousand_breakers(client: redis.Redis, policies: int) -> None:
     """Whatever their policies, Redis takes the entry: names, and then policies, are left out."""
@@ -251,7 +274,7 @@ def test_twenty_thousand_breakers(client: redis.Redis, policies: int) -> None:
 # Interleavings: tests/races/README.md
 
 
-@pytest.mark.parametrize("fork", [os.fork, ctypes.CDLL(None).fork], ids=["python", "c"])
+@pytest.mark.parametrize("fork", FORKS.values(), ids=FORKS)
 def test_a_child_lists_itself(
     server: EmbeddedServer, client: redis.Redis, often: None, fork: Callable[[], int]
 ) -> None:
@@ -261,8 +284,8 @@ def test_a_child_lists_itself(
     child = fork()
     if child == 0:
         try:
-            deadline = time.monotonic() + 30
-            while client_of_child(server).hlen(KEY) < 2 and time.monotonic() < deadline:
+            deadline, own_client = time.monotonic() + 30, redis.Redis.from_url(server.url)
+            while own_client.hlen(KEY) < 2 and time.monotonic() < deadline:
                 used.call(int)
                 time.sleep(LEASE)
         finally:
@@ -272,11 +295,6 @@ def test_a_child_lists_itself(
     assert found.keys() == {os.getpid(), child}
     assert found[child] == {"both"}
     assert found[os.getpid()] == {"both", "parents"}
-
-
-def client_of_child(server: EmbeddedServer) -> redis.Redis:
-    """A client with connections of its own."""
-    return redis.Redis.from_url(server.url)
 
 
 def test_loops_of_one_call_each(server: EmbeddedServer, client: redis.Redis) -> None:
@@ -292,6 +310,24 @@ def test_loops_of_one_call_each(server: EmbeddedServer, client: redis.Redis) -> 
         return bool(client.exists(KEY))
 
     wait_until(is_listed)
+    assert client.hlen(KEY) == 1
+
+
+def test_two_loops_at_once(server: EmbeddedServer, client: redis.Redis, often: None) -> None:
+    """Both may find the entry due: it is one field, so the process is listed once."""
+    breaker = AsyncCircuitBreaker("a", redis=server.url, **PATIENT)
+    client.config_resetstat()
+
+    async def calls() -> None:
+        deadline = time.monotonic() + 30
+        while commands(client) < 20:
+            assert time.monotonic() < deadline
+            await asyncio.gather(*(breaker.call(fine) for _ in range(5)))
+            await asyncio.sleep(LEASE)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(asyncio.run, calls()) for _ in range(2)]:
+            done.result(60)
     assert client.hlen(KEY) == 1
 
 
