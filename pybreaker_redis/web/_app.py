@@ -23,12 +23,12 @@ from starlette.types import ASGIApp
 from .. import _protocol
 from .._board import Row, read_keys, row_of
 from .._errors import CircuitBreakerError, PolicyError, RedisUnavailableError
-from .._protocol import HistoryEntry, Keys, Snapshot, keys_of
+from .._protocol import EXACT, HistoryEntry, Keys, Snapshot, keys_of
 from .._sync import CircuitBreaker
 from ..wire.options import REDIS_ERRORS, blocking_client
 from . import _access, _pages
 from ._access import Authorize
-from ._actions import ACTIONS, Order, order_from_form, order_from_json
+from ._actions import ACTIONS, Order, kept_fields, order_from_form, order_from_json
 from ._openapi import description
 from ._pages import TIMELINE, Cells, Page, View, page_of, row_json, templates
 from ._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
@@ -39,7 +39,7 @@ MOST_LISTED = 1000  # breakers in one JSON answer
 STREAM = 600.0  # seconds after which a browser must ask again for events, and so must its operator
 MOST_RENDERED = 5000  # rows whose markup is kept
 REST = 0.05  # seconds between two messages to one viewer
-TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+ASSETS = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 
 class Details(NamedTuple):
@@ -196,8 +196,7 @@ class Site:
         self, request: Request, name: str, action: str, order: Order, values: dict[str, str]
     ) -> Response:
         stored = await self._read(name)
-        kept = {key: value for key, value in values.items() if key != _access.TOKEN_FIELD}
-        asked = {"action": action, "order": order, "kept": kept}
+        asked = {"action": action, "order": order, "kept": kept_fields(values, order)}
         return self._html(request, "confirm.html", {"name": name, "row": stored.row, "now": stored.now, **asked})
 
     async def _carry_out(self, name: str, action: str, order: Order) -> Details:
@@ -365,7 +364,11 @@ class Site:
             return None
         reply = server.run("snapshot", keys, {})
         seen = _protocol.snapshot_from(name, {**reply, "source": "redis"})
-        history = _protocol.history_entries(server.history(keys, HISTORY))
+        history = [
+            entry
+            for entry in _protocol.history_entries(server.history(keys, HISTORY))
+            if 0 <= entry.time * 1000 <= EXACT  # another program may have written any number
+        ]
         return Details(row_of(found[0], self._prefix), seen, history, found[0].now_ms / 1000)
 
     # Errors
@@ -452,11 +455,7 @@ async def _json_body(request: Request) -> Any:
 
 async def _static(request: Request) -> Response:
     name = request.path_params["name"]
-    kind = TYPES.get(name.rpartition(".")[2])
-    try:
-        content = _pages.asset(name) if kind else None
-    except OSError:
-        content = None
-    if content is None:
+    if name not in ASSETS:
         raise HTTPException(404, "There is no such file.")
-    return Response(content, media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
+    headers = {"Cache-Control": "public, max-age=31536000, immutable"}
+    return Response(_pages.asset(name), media_type=ASSETS[name], headers=headers)

@@ -126,7 +126,7 @@ class BoardReader:
     # The thread
 
     def _run(self) -> None:
-        while True:
+        while self._is_wanted():
             try:
                 self._follow()
                 return
