@@ -28,9 +28,9 @@ class ByName:
 
 
 @contextlib.contextmanager
-def served(app: Any) -> Iterator[str]:
-    """The address under which a server of its own thread answers."""
-    port = free_port()
+def served(app: Any, port: int = 0) -> Iterator[str]:
+    """The address under which a server of its own thread answers. port: 0 for any free one."""
+    port = port or free_port()
     server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
