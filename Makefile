@@ -7,6 +7,7 @@ BIN := $(VENV)/bin
 ARGS ?=
 OUTAGES := tests/faults tests/link tests/model tests/processes tests/clocks
 INTEGRATIONS := tests/integrations
+WEB := tests/web
 TYPED := pybreaker_redis tests/typing/api.py
 SECONDS ?= 600
 
@@ -23,7 +24,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations soak mutants lint docs bundles bench bench-link clean
+.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations test-web pictures soak mutants lint docs bundles bench bench-link clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -33,13 +34,13 @@ demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one 
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
 test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, and the long ones (five minutes)
-	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS)) $(ARGS)
+	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS) $(WEB)) $(ARGS)
 
 test-outages: $(VENV)/dev.stamp ## run those of outages, of processes, of the link and of models (ten minutes)
 	@$(BIN)/python -m pytest $(OUTAGES) $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
-	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --cov --cov-report=term-missing:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --ignore=$(WEB) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
 	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
@@ -54,6 +55,12 @@ test-pythons: ## run the tests on every Python found, with the oldest and the ne
 test-integrations: $(VENV)/integrations.stamp ## run the tests of integrations with other libraries, and of their pages (a minute)
 	@$(BIN)/python -m pytest $(INTEGRATIONS) tests/test_docs.py -k 'integrations or http-clients or frameworks or retries or grpc' $(ARGS)
 
+test-web: $(VENV)/webtests.stamp ## run the tests of the web page, in Debian's chromium if it is there (four minutes)
+	@$(BIN)/python -m pytest $(WEB) tests/test_docs.py -k 'web' $(ARGS)
+
+pictures: $(VENV)/webtests.stamp ## take the pictures of the web page in docs/images anew, from a real run
+	@PYTHONPATH=tests $(BIN)/python -m tests.web.pictures
+
 soak: $(VENV)/dev.stamp ## random faults for ten minutes; another time: make soak SECONDS=3600
 	@$(BIN)/python tests/faults/soak.py $(SECONDS) $(ARGS)
 
@@ -61,7 +68,7 @@ mutants: $(VENV)/mutation.stamp ## change the state machine in 2700 places, and 
 	@$(BIN)/python tests/mutation/python_mutants.py
 	@$(BIN)/python tests/mutation/lua_mutants.py $(ARGS)
 
-lint: $(VENV)/integrations.stamp bundles ## check style, types and the Lua
+lint: $(VENV)/integrations.stamp $(VENV)/webtests.stamp bundles ## check style, types and the Lua
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(TYPED)

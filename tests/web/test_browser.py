@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,19 +18,10 @@ from pybreaker_redis import Policy
 from pybreaker_redis.web import breakers_app
 
 from . import scene
+from .browser import CHROMIUM, QUIET
 from .conftest import served
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: Debian's package chromium")
-QUIET = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 # Texts that are wider or taller than the box that shows them, in a box that hides what does not fit.
 CUT = """() => [...document.querySelectorAll("body *")].filter((one) =>
     one.textContent.trim() && !one.closest(".quiet, .skip, pre, svg, [hidden], thead, option") &&
