@@ -31,7 +31,6 @@ from ._access import Authorize
 from ._actions import ACTIONS, Order, kept_fields, order_from_form, order_from_json
 from ._openapi import description
 from ._pages import TIMELINE, View, row_json
-from ._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 from ._screens import Screen, Screens, part
 
 HISTORY = 50  # entries on a breaker's page

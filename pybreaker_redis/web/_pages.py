@@ -20,9 +20,9 @@ from .._board import CONDITIONS, GROUPS, REASONS, Condition, Row, clean, next_st
 from .._errors import PolicyError
 from .._policy import DEFAULTS, RULES
 from .._protocol import HistoryEntry, Keys, Snapshot, keys_of, requests_by_hand
+from .._reader import Board
 from ..wire.scripts import sha1
 from ._actions import ACTIONS, POLICY_FIELD, UNITS
-from ._reader import Board
 
 ROWS = 50  # on one page
 TIMELINE = 40  # transitions in the picture, at most

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .._board import Row
+from .._reader import Board
 from . import _pages
 from ._pages import Cells, Page, View, page_of, templates
-from ._reader import Board
 
 MOST_RENDERED = 5000  # rows whose markup is kept
 _serials = itertools.count(1)

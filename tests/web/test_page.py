@@ -26,10 +26,10 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Mount
 
-from pybreaker_redis import CircuitBreaker, Policy, PolicyError
+from pybreaker_redis import CircuitBreaker, Policy, PolicyError, _reader
 from pybreaker_redis._protocol import keys_of
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.web import _reader, breakers_app
+from pybreaker_redis.web import breakers_app
 from pybreaker_redis.web._access import COOKIE, TOKEN_FIELD, TOKEN_HEADER
 from pybreaker_redis.web._actions import ACTIONS
 

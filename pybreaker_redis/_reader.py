@@ -21,11 +21,11 @@ from typing import Any
 
 from redis.exceptions import ResponseError
 
-from .._board import Row, Stored, counts, read_keys, read_stored, row_of, subscribed, urgency
-from .._process import renew, renew_at_forks
-from .._protocol import state_pattern
-from ..wire.options import REDIS_ERRORS
-from ..wire.sync import Server, server_of
+from ._board import Row, Stored, counts, read_keys, read_stored, row_of, subscribed, urgency
+from ._process import renew, renew_at_forks
+from ._protocol import state_pattern
+from .wire.options import REDIS_ERRORS
+from .wire.sync import Server, server_of
 
 TIMEOUT = 5.0
 SHORTEST_PAUSE = 2.0  # seconds between two readings of all breakers
