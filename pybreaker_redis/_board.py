@@ -162,9 +162,9 @@ class Row:
         """Trips in a row as of now, in unix seconds, by the default policy and the policy override."""
         return _rules.recent_trips(self._document(now), {**_DEFAULTS, **self.override})
 
-    def health(self, now: float) -> int:
-        """From 0 to 100 as of now, in unix seconds, by the default policy and the policy override."""
-        return _rules.health(self._document(now), {**_DEFAULTS, **self.override}, self.sums(now))
+    def health(self, now: float, own: Mapping[str, Any] | None = None) -> int:
+        """From 0 to 100 as of now, in unix seconds. own: a policy in the scripts' units, under the policy override."""
+        return _rules.health(self._document(now), {**_DEFAULTS, **(own or {}), **self.override}, self.sums(now))
 
     def ends(self, now: float) -> bool:
         """Whether time alone has changed the row by now, in unix seconds, though Redis stores the same bytes."""
@@ -191,10 +191,18 @@ def read_rows(server: Server, prefix: str) -> Iterator[list[Row]]:
         yield [row_of(one, prefix) for one in chunk]
 
 
+def masters(server: Server) -> list[Connections]:
+    """The connections to each node that serves keys. Raises OSError when no node lists them."""
+    found = server.masters()
+    if not found:
+        raise ConnectionError("no node of the cluster lists its slots; a user with ACL rules needs +cluster|slots")
+    return found
+
+
 def read_stored(server: Server, prefix: str) -> Iterator[list[Stored]]:
     """What Redis stores for every breaker under a prefix, in chunks. Raises redis.RedisError or OSError."""
     seen: set[bytes] = set()
-    for node in server.masters():
+    for node in masters(server):
         for page in scan(node, state_pattern(prefix)):
             new = list(dict.fromkeys(key for key in page if key not in seen))  # SCAN may return a key twice
             seen.update(new)
@@ -207,7 +215,7 @@ def scan(node: Connections, pattern: str) -> Iterator[list[bytes]]:
     cursor = b"0"
     while True:
         words = (b"SCAN", cursor, b"MATCH", pattern.encode(), b"COUNT", b"%d" % SCAN_COUNT)
-        ((cursor, keys),) = _checked(node.send((Command(b"", words),)))
+        ((cursor, keys),) = checked(node.send((Command(b"", words),)))
         yield keys
         if cursor == b"0":
             return
@@ -220,7 +228,7 @@ def read_keys(server: Server, keys: list[bytes]) -> list[Stored]:
     size = 1 if server.clustered else len(keys)  # two breakers have different slots in a cluster
     groups = [keys[start : start + size] for start in range(0, len(keys), size)]
     clock = Command(keys[0], (b"TIME",))
-    (seconds, microseconds), *replies = _checked(server.exchange([clock, *map(_mget, groups)]))
+    (seconds, microseconds), *replies = checked(server.exchange([clock, *map(_mget, groups)]))
     now_ms = int(seconds) * 1000 + int(microseconds) // 1000
     values = [value for reply in replies for value in reply]
     return [
@@ -234,7 +242,8 @@ def _mget(keys: list[bytes]) -> Command:
     return Command(keys[0], (b"MGET", *(word for key in keys for word in (key, b"{%b}:policy" % key))))
 
 
-def _checked(replies: list[Any]) -> list[Any]:
+def checked(replies: list[Any]) -> list[Any]:
+    """The replies. Raises the first error among them."""
     for reply in replies:
         if isinstance(reply, Exception):
             raise reply
@@ -402,6 +411,8 @@ def select(rows: Iterable[Row], group: str | None = None, search: str = "") -> l
 
 def clean(text: str) -> str:
     """A stored text with its control characters escaped: they could steer a terminal, or turn the text around."""
+    if text.isprintable():
+        return text
     return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
 
 

@@ -1,7 +1,8 @@
 """Reads the board for all viewers of a process: one thread, one subscription, one SCAN every few seconds.
 
 The thread starts with the first viewer and ends soon after the last one has left, so a page that nobody looks at costs
-nothing. It decodes off the event loop: an application that mounts the page goes on answering meanwhile.
+nothing. It decodes off the event loop: an application that mounts the page goes on answering meanwhile, and a terminal
+goes on reading keys.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ LONGEST_PAUSE = 30.0
 SHARE = 0.005  # of the time, at most, for reading all breakers
 BURST = 0.02  # seconds for which further notifications gather after the breakers of some were read
 RETRY = 1.0
+GLANCE = 1.0  # seconds between two readings of the breakers in sight
 LINGER = 30.0  # seconds without viewers and requests after which the thread ends
 logger = logging.getLogger("pybreaker_redis")
 
@@ -62,11 +64,13 @@ class Board:
 class BoardReader:
     """Keeps the board of one prefix up to date while somebody looks at it.
 
-    board: as last read; replaced, never changed.
+    heard: receives the channel and the content of each notification, in the reader's thread.
+    board: as last read; replaced, never changed. in_sight: keys of breakers to read again every second.
     """
 
-    def __init__(self, client: Any, prefix: str) -> None:
-        self.client, self.prefix = client, prefix
+    def __init__(self, client: Any, prefix: str, heard: Callable[[bytes, bytes], object] | None = None) -> None:
+        self.client, self.prefix, self._heard = client, prefix, heard
+        self.in_sight: Sequence[bytes] = ()
         self._pid = os.getpid()
         self._after_fork()
         renew_at_forks(self)
@@ -95,6 +99,13 @@ class BoardReader:
         self._start()
         with self._changed:
             self._changed.wait_for(lambda: self.board.is_read or self.board.error, 2 * TIMEOUT)
+        return self.board
+
+    def changed(self, board: Board, seconds: float) -> Board:
+        """Wait until the board is another one, at most for so many seconds. Returns the present board."""
+        self._start()
+        with self._changed:
+            self._changed.wait_for(lambda: self.board is not board, seconds)
         return self.board
 
     @contextlib.contextmanager
@@ -149,16 +160,30 @@ class BoardReader:
                 self._read_on(receive, live=True)
 
     def _read_on(self, receive: Callable[[float], tuple[bytes, bytes] | None], live: bool) -> None:
-        due = monotonic()
+        due, glance = monotonic(), monotonic() + GLANCE
         while self._is_wanted():
             began = monotonic()
             if began >= due:
                 self._read_all(live)
                 ended = monotonic()
                 due = ended + min(max((ended - began) / SHARE, SHORTEST_PAUSE), LONGEST_PAUSE)
-            if keys := _notified(receive, due - monotonic()):
-                self._read(keys)
+            keys = self._notified(receive, min(due, glance) - monotonic())
+            if monotonic() >= glance:
+                keys, glance = [*keys, *self.in_sight], monotonic() + GLANCE
+            if keys:
+                self._read(list(dict.fromkeys(keys)))
                 time.sleep(BURST)
+
+    def _notified(self, receive: Callable[[float], tuple[bytes, bytes] | None], wait: float) -> list[bytes]:
+        """The keys of the breakers that notifications are about: all that have come when the first one has."""
+        found: list[bytes] = []
+        message = receive(min(max(wait, 0.0), RETRY))
+        while message is not None:
+            found.append(message[0])
+            if self._heard is not None:
+                self._heard(*message)
+            message = receive(0.0)
+        return found
 
     def _read_all(self, live: bool) -> None:
         found = [one for chunk in read_stored(self.server, self.prefix) for one in chunk]
@@ -179,7 +204,7 @@ class BoardReader:
                 _take_out(rows, old)
                 _count(counted, old, -1)
             if (one := found.get(key)) is not None:
-                by_key[key] = new = row_of(one, self.prefix)
+                by_key[key] = new = self._row(one)
                 self._stored[key] = one
                 bisect.insort(rows, new, key=urgency)
                 _count(counted, new, 1)
@@ -238,13 +263,3 @@ def _take_out(rows: list[Row], row: Row) -> None:
 def _count(counted: dict[str, int], row: Row, by: int) -> None:
     for group in row.groups:
         counted[group] += by
-
-
-def _notified(receive: Callable[[float], tuple[bytes, bytes] | None], wait: float) -> list[bytes]:
-    """The keys of the breakers that notifications are about: all that have come when the first one has."""
-    found: dict[bytes, None] = {}
-    message = receive(min(max(wait, 0.0), RETRY))
-    while message is not None:
-        found[message[0]] = None
-        message = receive(0.0)
-    return list(found)

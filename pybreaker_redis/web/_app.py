@@ -24,6 +24,7 @@ from .. import _protocol
 from .._board import Row, read_keys, row_of
 from .._errors import CircuitBreakerError, PolicyError, RedisUnavailableError
 from .._protocol import EXACT, HistoryEntry, Keys, Snapshot, keys_of
+from .._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 from .._sync import CircuitBreaker
 from ..wire.options import REDIS_ERRORS, blocking_client
 from . import _access, _pages
