@@ -164,7 +164,7 @@ class BoardReader:
         while self._is_wanted():
             began = monotonic()
             if began >= due:
-                self._read_all(live)
+                self._read_all(receive, live)
                 ended = monotonic()
                 due = ended + min(max((ended - began) / SHARE, SHORTEST_PAUSE), LONGEST_PAUSE)
             keys = self._notified(receive, min(due, glance) - monotonic())
@@ -185,15 +185,29 @@ class BoardReader:
             message = receive(0.0)
         return found
 
-    def _read_all(self, live: bool) -> None:
-        found = [one for chunk in read_stored(self.server, self.prefix) for one in chunk]
-        by_key = {one.key: self._row(one) for one in found}
-        self._stored = {one.key: one for one in found}
+    def _read_all(self, receive: Callable[[float], tuple[bytes, bytes] | None], live: bool) -> None:
+        """Read every breaker. Notifications need not wait for the last one."""
+        found: dict[bytes, Stored] = {}
+        hinted: dict[bytes, None] = {}
+        for chunk in read_stored(self.server, self.prefix):
+            found |= {one.key: one for one in chunk}
+            keys = self._notified(receive, 0.0)
+            hinted |= dict.fromkeys(keys)
+            if keys and self.board.is_read:
+                self._read(keys)
+        for key in hinted:  # it may have been found before the notification was sent
+            found.pop(key, None)
+        found |= {one.key: one for one in read_keys(self.server, list(hinted))}
+        self._replace(found, live)
+
+    def _replace(self, found: dict[bytes, Stored], live: bool) -> None:
+        by_key = {key: self._row(one) for key, one in found.items()}
+        self._stored = found
         changes: dict[str, Any] = {"is_read": True, "error": None, "live": live}
         if by_key != self.board.by_key or not self.board.is_read:
             rows = sorted(by_key.values(), key=urgency)
             changes |= {"by_key": by_key, "rows": rows, "counts": counts(rows)}
-        self._publish(found[-1].now_ms if found else round(time.time() * 1000), **changes)
+        self._publish(max((one.now_ms for one in found.values()), default=round(time.time() * 1000)), **changes)
 
     def _read(self, keys: list[bytes]) -> None:
         """Read the breakers that notifications were about."""
