@@ -79,8 +79,8 @@ function breaker.save(document, request)
 end
 
 -- The document as JSON. Written by hand: the contract fields come first, large numbers keep all digits, and it takes
--- half the time of cjson. %d is cheaper than %.0f, but ends at 2^31 on a 32-bit server: there, the failures of a
--- generation that has more of them are numbered anew from failure_count, and a window that has more calls begins anew.
+-- half the time of cjson. %d is cheaper than %.0f, but ends at 2^31 on a 32-bit server. There, a generation with more
+-- failures numbers them anew from failure_count, and a window with more calls begins anew.
 function breaker.encode(document)
   local text = string.format('{"state":"%s","failure_count":%d,"success_count":%d,"last_failure_time":%s,' ..
     '"opened_at":%s,"version":1,"generation":%.0f,"failure_number":%d', document.state, document.failure_count,

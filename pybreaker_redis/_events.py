@@ -28,15 +28,17 @@ class Event(NamedTuple):
     kind: `listeners` receive "state_change", "redis_error" and "redis_restored"; `on_call` receives "success",
     "failure", "ignored" and "rejected".
     breaker: its name. instance: the process that caused the event, as "host:pid-" and eight random hex digits.
-    old, new, reason, generation, counts, error: of a state_change; error is type and message of the failure that opened
-    the circuit, if one did. Each transition notifies the one process that caused it.
-    A watching process is notified of each new generation that it reads, with source "watch"; reason and counts come
-    from the history, and are None and empty if its entry is gone.
+    old, new, reason, generation, counts: of a state_change. error: type and message of the failure that opened the
+    circuit, if one did.
     retry_after: of a rejection, in seconds. enforced: False in shadow mode, where the rejected call ran all the same.
     exception: of a failure, an ignored call or a redis_error.
     slow: whether a success or failure took slow_call_duration or longer; None if the policy does not measure it.
     source: "redis", "memory" (redis=None), "local" (Redis is down), "isolated" (below the quorum, for this instance
     only) or "watch".
+
+    Each transition notifies the one process that caused it. A watching process is notified of each new generation that
+    it reads, with source "watch". Reason and counts then come from the history; they are None and empty if its entry is
+    gone.
     """
 
     kind: EventKind
@@ -58,7 +60,9 @@ class Event(NamedTuple):
 class Counts(NamedTuple):
     """The calls of one breaker in this process, by outcome; they only grow.
 
-    successes: all of them, the slow ones too. slow: successes that took slow_call_duration or longer.
+    successes: all of them, the slow ones too. slow: successes that took slow_call_duration or longer. failures: those
+    of the guarded functions. ignored: calls that counted as nothing. rejected: calls that did not run, and in shadow
+    mode those that would not have run.
     """
 
     successes: int

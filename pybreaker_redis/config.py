@@ -38,6 +38,8 @@ from ._errors import ConfigError, PolicyError
 from ._policy import RULES, Policy, override_request
 from .wire.url import parse
 
+__all__ = ["load"]
+
 ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
 MOST_VALUES = 1_000_000
 _ALIASES = {"timeout_seconds": "reset_timeout"}

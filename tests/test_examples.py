@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -15,6 +17,7 @@ from typing import Any
 import pytest
 import redis
 
+from pybreaker_redis import CircuitBreaker
 from pybreaker_redis.embedded import EmbeddedServer
 
 EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
@@ -32,7 +35,7 @@ def run(name: str, url: str) -> str:
 def test_every_example_is_run() -> None:
     """Each example has a test here and a line in the list; the demo has its own tests."""
     ours, listed = pathlib.Path(__file__).read_text(), (EXAMPLES / "README.md").read_text()
-    for path in EXAMPLES.glob("*.py"):
+    for path in (*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.mjs")):
         assert path.name in ours
         assert path.name in listed
     assert "demo" in listed
@@ -80,6 +83,30 @@ def test_rolling_deployment(server: EmbeddedServer, client: redis.Redis) -> None
     assert dying in (["failed"] * count + ["rejected"] * (6 - count) for count in (3, 4, 5))
     assert output["two of v2, the second just started"] == "rejected rejected"
     assert output["after the repair"] == "answered"
+
+
+def test_node_client(server: EmbeddedServer, client: redis.Redis, bundles: pathlib.Path) -> None:
+    """node_client.mjs: three failures, a rejection, a probe; a breaker of this package sees the same transitions."""
+    node = shutil.which("node") or pytest.skip("needs Node.js")
+    environment = {**os.environ, "REDIS_URL": server.url, "SCRIPTS": str(bundles)}
+    command = [node, str(EXAMPLES / "node_client.mjs")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.splitlines() == [
+        *["failed: the mail server is down"] * 3,
+        "rejected: the circuit of mail is open",
+        "sent mail 5",
+        "sent mail 6",
+        "the circuit is closed, its health 80",
+    ]
+    recovered, probed, tripped = CircuitBreaker("mail", redis=client).history()
+    assert [entry.reason for entry in (tripped, probed, recovered)] == [
+        "failure_threshold",
+        "timeout",
+        "probe_succeeded",
+    ]
+    assert tripped.error == "Error: the mail server is down"
+    assert tripped.instance.startswith(f"{socket.gethostname()}:")
 
 
 class Backend(BaseHTTPRequestHandler):

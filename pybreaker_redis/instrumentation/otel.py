@@ -13,6 +13,8 @@ from .._events import Event
 from ..wire.options import error_kind
 from ._meter import DURATION_BOUNDS, STATES, BreakerReading, Meter, Reading
 
+__all__ = ["OpenTelemetryMetrics", "OpenTelemetrySpans"]
+
 _SCOPE = "pybreaker_redis"
 _NAME = "circuit_breaker.name"
 

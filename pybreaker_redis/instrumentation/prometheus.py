@@ -11,6 +11,8 @@ from prometheus_client.registry import Collector
 
 from ._meter import DURATION_BOUNDS, STATES, Meter, Reading
 
+__all__ = ["PrometheusMetrics"]
+
 
 class PrometheusMetrics(Meter, Collector):
     """A listener for any number of breakers, and the collector that exports them.
