@@ -8,6 +8,7 @@ ARGS ?=
 OUTAGES := tests/faults tests/link tests/model tests/processes tests/clocks
 INTEGRATIONS := tests/integrations
 SITE := tests/docs
+WEB := tests/web
 TYPED := pybreaker_redis tests/typing/api.py
 SECONDS ?= 600
 
@@ -24,7 +25,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations test-docs soak mutants lint docs drawings bundles bench bench-link clean
+.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations test-web test-docs pictures soak mutants lint docs drawings bundles bench bench-link clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -34,13 +35,13 @@ demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one 
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
 test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, other libraries, the site, and the long ones (five minutes)
-	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS) $(SITE)) $(ARGS)
+	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS) $(SITE) $(WEB)) $(ARGS)
 
 test-outages: $(VENV)/dev.stamp ## run those of outages, of processes, of the link and of models (ten minutes)
 	@$(BIN)/python -m pytest $(OUTAGES) $(ARGS)
 
 coverage: $(VENV)/dev.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
-	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --ignore=$(SITE) --cov --cov-report=term-missing:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --ignore=$(SITE) --ignore=$(WEB) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
 	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
@@ -55,6 +56,12 @@ test-pythons: ## run the tests on every Python found, with the oldest and the ne
 test-integrations: $(VENV)/integrations.stamp ## run the tests of integrations with other libraries, and of their pages (a minute)
 	@$(BIN)/python -m pytest $(INTEGRATIONS) tests/test_docs.py -k 'integrations or http-clients or frameworks or retries or grpc' $(ARGS)
 
+test-web: $(VENV)/webtests.stamp ## run the tests of the operators' page, in Debian's chromium if it is there (four minutes)
+	@$(BIN)/python -m pytest $(WEB) tests/test_docs.py -k web $(ARGS)
+
+pictures: $(VENV)/webtests.stamp ## take the pictures of the operators' page in docs/images anew, from a real run
+	@PYTHONPATH=tests $(BIN)/python -m tests.web.pictures
+
 test-docs: $(VENV)/docs.stamp $(VENV)/webtests.stamp ## build the documentation, and look at every page in a browser without a network (a minute)
 	@$(BIN)/python -m pytest $(SITE) $(ARGS)
 
@@ -65,7 +72,7 @@ mutants: $(VENV)/mutation.stamp ## change the state machine in 2700 places, and 
 	@$(BIN)/python tests/mutation/python_mutants.py
 	@$(BIN)/python tests/mutation/lua_mutants.py $(ARGS)
 
-lint: $(VENV)/integrations.stamp bundles ## check style, types, the Lua, and the files for GitHub
+lint: $(VENV)/integrations.stamp $(VENV)/webtests.stamp bundles ## check style, types, the Lua, and the files for GitHub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(TYPED)

@@ -63,6 +63,12 @@ GROUPS: dict[str, str] = {
 }
 """The groups by which a board is filtered, in words. A breaker may be in several of them."""
 
+_MAIN_GROUPS: dict[Condition, str] = {
+    "forced_open": "forced",
+    "forced_closed": "forced",
+    "unreadable": "closed",
+}
+
 REASONS = {
     "failure_threshold": "failures in a row",
     "failures_in_window": "failures in the window",
@@ -139,9 +145,10 @@ class Row:
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups, as in GROUPS, that the breaker belongs to."""
-        main = {"forced_open": "forced", "forced_closed": "forced", "unreadable": "closed"}
-        more = [("shadow", self.shadow), ("override", bool(self.override))]
-        return (main.get(self.condition, self.condition), *(group for group, belongs in more if belongs))
+        main = _MAIN_GROUPS.get(self.condition, self.condition)
+        if not self.override:
+            return (main,)
+        return (main, "shadow", "override") if self.shadow else (main, "override")
 
     def counted(self, now: float) -> Window:
         """The window with its buckets as of now, in unix seconds; empty if none is kept."""
@@ -395,7 +402,8 @@ def counts(rows: Iterable[Row]) -> dict[str, int]:
 def select(rows: Iterable[Row], group: str | None = None, search: str = "") -> list[Row]:
     """The rows of a group whose names contain a text, in any case."""
     wanted = search.casefold()
-    return [row for row in rows if group in (None, *row.groups) and wanted in row.name.casefold()]
+    found = [row for row in rows if group in row.groups] if group else list(rows)
+    return [row for row in found if wanted in row.name.casefold()] if wanted else found
 
 
 # Words

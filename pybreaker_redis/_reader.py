@@ -8,6 +8,7 @@ goes on reading keys.
 from __future__ import annotations
 
 import asyncio
+import bisect
 import contextlib
 import dataclasses
 import logging
@@ -31,8 +32,9 @@ TIMEOUT = 5.0
 SHORTEST_PAUSE = 2.0  # seconds between two readings of all breakers
 LONGEST_PAUSE = 30.0
 SHARE = 0.005  # of the time, at most, for reading all breakers
-BURST = 0.02  # seconds for which notifications gather before their breakers are read
+BURST = 0.02  # seconds for which further notifications gather after the breakers of some were read
 RETRY = 1.0
+MOST_AT_ONCE = 1000  # notifications that are taken together: a flood must not keep the board from being read
 GLANCE = 1.0  # seconds between two readings of the breakers in sight
 LINGER = 30.0  # seconds without viewers and requests after which the thread ends
 logger = logging.getLogger("pybreaker_redis")
@@ -137,7 +139,7 @@ class BoardReader:
     # The thread
 
     def _run(self) -> None:
-        while True:
+        while self._is_wanted():
             try:
                 self._follow()
                 return
@@ -163,7 +165,7 @@ class BoardReader:
         while self._is_wanted():
             began = monotonic()
             if began >= due:
-                self._read_all(live)
+                self._read_all(receive, live)
                 ended = monotonic()
                 due = ended + min(max((ended - began) / SHARE, SHORTEST_PAUSE), LONGEST_PAUSE)
             keys = self._notified(receive, min(due, glance) - monotonic())
@@ -171,36 +173,58 @@ class BoardReader:
                 keys, glance = [*keys, *self.in_sight], monotonic() + GLANCE
             if keys:
                 self._read(list(dict.fromkeys(keys)))
+                time.sleep(BURST)
 
     def _notified(self, receive: Callable[[float], tuple[bytes, bytes] | None], wait: float) -> list[bytes]:
-        """The keys of the breakers that notifications are about: those that come within BURST after the first one."""
-        found: dict[bytes, None] = {}
+        """The keys of the breakers that notifications are about: all that have come when the first one has."""
+        found: list[bytes] = []
         message = receive(min(max(wait, 0.0), RETRY))
-        ends = monotonic() + BURST
         while message is not None:
-            found[message[0]] = None
+            found.append(message[0])
             if self._heard is not None:
                 self._heard(*message)
-            left = ends - monotonic()
-            message = receive(left) if left > 0 else None
-        return list(found)
+            message = receive(0.0) if len(found) < MOST_AT_ONCE else None
+        return found
 
-    def _read_all(self, live: bool) -> None:
-        found = [one for chunk in read_stored(self.server, self.prefix) for one in chunk]
-        rows = {one.key: self._row(one) for one in found}
-        self._stored = {one.key: one for one in found}
-        self._publish(rows, found[-1].now_ms if found else round(time.time() * 1000), live=live)
+    def _read_all(self, receive: Callable[[float], tuple[bytes, bytes] | None], live: bool) -> None:
+        """Read every breaker. Notifications need not wait for the last one."""
+        found: dict[bytes, Stored] = {}
+        hinted: dict[bytes, None] = {}
+        for chunk in read_stored(self.server, self.prefix):
+            found |= {one.key: one for one in chunk}
+            keys = self._notified(receive, 0.0)
+            hinted |= dict.fromkeys(keys)
+            if keys and self.board.is_read:
+                self._read(keys)
+        for key in hinted:  # it may have been found before the notification was sent
+            found.pop(key, None)
+        found |= {one.key: one for one in read_keys(self.server, list(hinted))}
+        self._replace(found, live)
+
+    def _replace(self, found: dict[bytes, Stored], live: bool) -> None:
+        by_key = {key: self._row(one) for key, one in found.items()}
+        self._stored = found
+        changes: dict[str, Any] = {"is_read": True, "error": None, "live": live}
+        if by_key != self.board.by_key or not self.board.is_read:
+            rows = sorted(by_key.values(), key=urgency)
+            changes |= {"by_key": by_key, "rows": rows, "counts": counts(rows)}
+        self._publish(max((one.now_ms for one in found.values()), default=round(time.time() * 1000)), **changes)
 
     def _read(self, keys: list[bytes]) -> None:
         """Read the breakers that notifications were about."""
         found = {one.key: one for one in read_keys(self.server, keys)}
-        rows = dict(self.board.by_key)
+        by_key, rows, counted = dict(self.board.by_key), list(self.board.rows), dict(self.board.counts)
         for key in keys:
-            if one := found.get(key):
-                rows[key], self._stored[key] = self._row(one), one
-            elif key in rows:
-                del rows[key], self._stored[key]
-        self._publish(rows, max((one.now_ms for one in found.values()), default=None))
+            if (old := by_key.pop(key, None)) is not None:
+                _take_out(rows, old)
+                _count(counted, old, -1)
+            if (one := found.get(key)) is not None:
+                by_key[key] = new = self._row(one)
+                self._stored[key] = one
+                bisect.insort(rows, new, key=urgency)
+                _count(counted, new, 1)
+        clock = max((one.now_ms for one in found.values()), default=None)
+        self._publish(clock, by_key=by_key, rows=rows, counts=counted)
 
     def _row(self, one: Stored) -> Row:
         """The row; the same object as before, if nothing about it has changed."""
@@ -210,12 +234,8 @@ class BoardReader:
             return row
         return row_of(one, self.prefix)
 
-    def _publish(self, rows: dict[bytes, Row] | None = None, now_ms: int | None = None, **changes: Any) -> None:
-        """Replace the board, and wake everybody who looks at it."""
-        if rows is not None:
-            changes |= {"by_key": rows, "is_read": True, "error": None}
-            if rows != self.board.by_key:
-                changes |= {"rows": sorted(rows.values(), key=urgency), "counts": counts(rows.values())}
+    def _publish(self, now_ms: int | None = None, **changes: Any) -> None:
+        """Replace the board, and wake everybody who looks at it. now_ms: the server's clock."""
         if now_ms is not None:
             changes["clock"] = now_ms / 1000 - monotonic()
         with self._changed:
@@ -246,3 +266,15 @@ class Viewer:
 
 def _nothing(seconds: float) -> None:
     time.sleep(max(seconds, 0.0))
+
+
+def _take_out(rows: list[Row], row: Row) -> None:
+    place = bisect.bisect_left(rows, urgency(row), key=urgency)
+    while rows[place] is not row:  # two names that are no UTF-8 may look the same
+        place += 1
+    del rows[place]
+
+
+def _count(counted: dict[str, int], row: Row, by: int) -> None:
+    for group in row.groups:
+        counted[group] += by

@@ -251,6 +251,36 @@ def watch(
     return DONE
 
 
+@_command(app, "serve")
+def serve(
+    url: Url = None,
+    config: ConfigFile = None,
+    prefix: Prefix = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8642,
+    write: Annotated[bool, typer.Option("--write", help="Let operators act on breakers.")] = False,
+    authorize: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Takes a request, returns the operator's name or None."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Further name of this server, as a proxy passes it on.")
+    ] = None,
+    health: Annotated[bool, typer.Option("--health", help="Answer /health, to everybody.")] = False,
+) -> int | None:
+    """Serve the operators' web page. It only reads, unless --write is given.
+
+    --write needs --authorize, or a password in PYBREAKER_REDIS_WEB_PASSWORD: then browsers ask for a name and this
+    password, and the name is the operator's.
+    """
+    from ._serve import serve as run
+
+    fleet = _fleet(url, config, prefix)
+    names = allow_host or ()
+    run(fleet.client, fleet.prefix, host, port, write=write, authorize=authorize, names=names, health=health)
+    return DONE
+
+
 @_command(app, "history")
 def history(
     name: Name,

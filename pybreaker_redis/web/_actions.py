@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from .._errors import PolicyError
 from .._policy import RULES, Rule, override_request
-from .._protocol import LONGEST_NOTE
+from .._protocol import LONGEST_NOTE, printable
 from .._sync import CircuitBreaker
 
 UNITS = {"minutes": 60, "hours": 3600, "days": 86400, "seconds": 1}
@@ -112,6 +112,12 @@ def order_from_form(action: str, form: Mapping[str, str], operator: str | None) 
     return checked(action, Order(operator, form.get("note", "").strip() or None, duration, fields))
 
 
+def kept_fields(form: Mapping[str, str], order: Order) -> dict[str, str]:
+    """The fields of a form that its confirmation must send again. The reason is the one that will be stored."""
+    given = {name: form[name] for name in form if name in ("amount", "unit") or name.startswith(POLICY_FIELD)}
+    return {**given, "note": order.note or ""}
+
+
 def order_from_json(action: str, body: Any, operator: str | None) -> Order:
     """The order that a JSON document gives: duration (seconds), note, fields. Raises PolicyError."""
     if not isinstance(body, dict) or body.keys() - {"duration", "note", "fields"}:
@@ -127,6 +133,7 @@ def checked(action: str, order: Order) -> Order:
     if order.note is not None and (not isinstance(order.note, str) or len(order.note) > LONGEST_NOTE):
         raise PolicyError(f"A reason is a text of at most {LONGEST_NOTE} characters.")
     taken = order._replace(
+        note=printable(order.note, LONGEST_NOTE) if order.note else None,
         duration=order.duration if ACTIONS[action].timed else None,
         fields=order.fields if "fields" in ACTIONS[action].needs else {},
     )

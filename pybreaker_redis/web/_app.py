@@ -23,23 +23,23 @@ from starlette.types import ASGIApp
 from .. import _protocol
 from .._board import Row, read_keys, row_of
 from .._errors import CircuitBreakerError, PolicyError, RedisUnavailableError
-from .._protocol import HistoryEntry, Keys, Snapshot, keys_of
+from .._protocol import EXACT, HistoryEntry, Keys, Snapshot, keys_of
 from .._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 from .._sync import CircuitBreaker
 from ..wire.options import REDIS_ERRORS, blocking_client
 from . import _access, _pages
 from ._access import Authorize
-from ._actions import ACTIONS, Order, order_from_form, order_from_json
+from ._actions import ACTIONS, Order, kept_fields, order_from_form, order_from_json
 from ._openapi import description
-from ._pages import TIMELINE, Cells, Page, View, page_of, row_json, templates
+from ._pages import TIMELINE, View, row_json
+from ._screens import Screen, Screens, part
 
 HISTORY = 50  # entries on a breaker's page
 LARGEST_BODY = 65536
 MOST_LISTED = 1000  # breakers in one JSON answer
 STREAM = 600.0  # seconds after which a browser must ask again for events, and so must its operator
-MOST_RENDERED = 5000  # rows whose markup is kept
 REST = 0.05  # seconds between two messages to one viewer
-TYPES = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}
+ASSETS = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
 
 class Details(NamedTuple):
@@ -83,8 +83,7 @@ class Site:
     def __init__(self, reader: BoardReader, prefix: str, read_only: bool, authorize: Authorize | None) -> None:
         self._reader, self._prefix = reader, prefix
         self._read_only, self._authorize = read_only, authorize
-        self._found: tuple[Board | None, dict[View, list[Row]]] = (None, {})
-        self._rendered: dict[bytes, tuple[Row, tuple[str, Cells], str]] = {}
+        self._screens = Screens(prefix)
 
     def application(self, health: bool) -> ASGIApp:
         """The ASGI application."""
@@ -118,7 +117,7 @@ class Site:
 
     async def _board(self, request: Request) -> Response:
         board, view = await self._current(), View.of(request.query_params)
-        page = self._page(board, view)
+        page = self._screens.page(board, view)
         return self._html(request, "board.html", {"board": board, "view": view, "page": page, "now": board.now})
 
     async def _breaker(self, request: Request) -> Response:
@@ -151,18 +150,15 @@ class Site:
 
     def _html(self, request: Request, template: str, content: dict[str, Any], status: int = 200) -> Response:
         token = _access.token_of(request)
-        shown = (
-            templates()
-            .get_template(template)
-            .render(
-                root=_root(request),
-                prefix=self._prefix,
-                operator=getattr(request.state, "operator", None),
-                read_only=self._read_only,
-                token=token,
-                token_field=_access.TOKEN_FIELD,
-                **content,
-            )
+        shown = part(
+            template,
+            root=_root(request),
+            prefix=self._prefix,
+            operator=getattr(request.state, "operator", None),
+            read_only=self._read_only,
+            token=token,
+            token_field=_access.TOKEN_FIELD,
+            **content,
         )
         response = HTMLResponse(shown, status)
         if not self._read_only:
@@ -196,8 +192,7 @@ class Site:
         self, request: Request, name: str, action: str, order: Order, values: dict[str, str]
     ) -> Response:
         stored = await self._read(name)
-        kept = {key: value for key, value in values.items() if key != _access.TOKEN_FIELD}
-        asked = {"action": action, "order": order, "kept": kept}
+        asked = {"action": action, "order": order, "kept": kept_fields(values, order)}
         return self._html(request, "confirm.html", {"name": name, "row": stored.row, "now": stored.now, **asked})
 
     async def _carry_out(self, name: str, action: str, order: Order) -> Details:
@@ -217,7 +212,7 @@ class Site:
 
     async def _list(self, request: Request) -> Response:
         board, query = await self._current(), request.query_params
-        found = self._select(board, View.of(query))
+        found = self._screens.rows(board, View.of(query))
         offset, limit = _count(query, "offset", 0, math.inf), _count(query, "limit", 100, MOST_LISTED)
         answer = {
             "prefix": self._prefix,
@@ -263,21 +258,12 @@ class Site:
 
     async def _rows_messages(self, root: str, view: View) -> AsyncIterator[dict[str, str]]:
         """What has changed on one page of the board, as often as something has."""
-        sent: dict[str, str] = {}
-        about = ""
+        seen: Screen | None = None
         async for board in self._boards():
-            page, now = self._page(board, view), board.now
-            rows = {row.name: self._row_html(root, row, now) for row in page.rows}
-            around = {
-                "order": list(rows),
-                "chips": _part("chips.html", root=root, board=board, view=view),
-                "pager": _part("pager.html", root=root, page=page, view=view),
-                "status": _part("status.html", board=board),
-            }
-            news = {name: html for name, html in rows.items() if sent.get(name) != html}
-            if news or json.dumps(around) != about:
-                about, sent = json.dumps(around), rows
-                yield {"event": "board", "data": json.dumps({**around, "rows": news, "now": now})}
+            screen = self._screens.screen(root, board, view)
+            message, seen = screen.since(seen), screen
+            if message is not None:
+                yield {"event": "board", "data": message}
 
     async def _one_messages(self, root: str, name: str) -> AsyncIterator[dict[str, str]]:
         """The changing part of a breaker's page, as often as it has changed."""
@@ -293,10 +279,10 @@ class Site:
                 stored = await self._read(name)
             except (HTTPException, *REDIS_ERRORS):  # expired, or cannot be read now: the page stays as it is
                 continue
-            html = _part("live.html", root=root, prefix=self._prefix, **self._about(name, stored))
+            html = part("live.html", root=root, prefix=self._prefix, **self._about(name, stored))
             if html != sent:
                 sent = html
-                status = _part("status.html", board=board)
+                status = part("status.html", board=board)
                 yield {"event": "breaker", "data": json.dumps({"html": html, "status": status, "now": stored.now})}
 
     async def _boards(self) -> AsyncIterator[Board]:
@@ -322,31 +308,6 @@ class Site:
         board = self._reader.board
         return board if board.is_read and self._reader.is_running else await run_in_threadpool(self._reader.current)
 
-    def _select(self, board: Board, view: View) -> list[Row]:
-        """The rows of a view, which many viewers share."""
-        if self._found[0] is not board:
-            self._found = (board, {})
-        known = self._found[1]
-        key = view._replace(page=1)
-        if key not in known:
-            known[key] = view.rows(board)
-        return known[key]
-
-    def _page(self, board: Board, view: View) -> Page:
-        return page_of(self._select(board, view), view.page)
-
-    def _row_html(self, root: str, row: Row, now: float) -> str:
-        """A row's markup; made once for all viewers."""
-        shows = (root, _pages.cells_of(row, now))
-        known = self._rendered.get(row.key)
-        if known is not None and known[0] is row and known[1] == shows:
-            return known[2]
-        if len(self._rendered) > MOST_RENDERED:
-            self._rendered.clear()
-        html = _part("row.html", root=root, row=row, cells=shows[1], now=now, prefix=self._prefix)
-        self._rendered[row.key] = (row, shows, html)
-        return html
-
     async def _read(self, name: str) -> Details:
         """Everything about one breaker. Raises HTTPException if nothing is stored; PolicyError; redis.RedisError or
         OSError."""
@@ -365,7 +326,11 @@ class Site:
             return None
         reply = server.run("snapshot", keys, {})
         seen = _protocol.snapshot_from(name, {**reply, "source": "redis"})
-        history = _protocol.history_entries(server.history(keys, HISTORY))
+        history = [
+            entry
+            for entry in _protocol.history_entries(server.history(keys, HISTORY))
+            if 0 <= entry.time * 1000 <= EXACT  # another program may have written any number
+        ]
         return Details(row_of(found[0], self._prefix), seen, history, found[0].now_ms / 1000)
 
     # Errors
@@ -410,10 +375,6 @@ def _root(request: Request) -> str:
     return str(request.scope.get("root_path", "")).rstrip("/")
 
 
-def _part(template: str, **content: Any) -> str:
-    return templates().get_template(template).render(**content)
-
-
 def _details_json(stored: Details) -> dict[str, Any]:
     """Everything about one breaker for a program. Times are in unix seconds."""
     return {
@@ -452,11 +413,7 @@ async def _json_body(request: Request) -> Any:
 
 async def _static(request: Request) -> Response:
     name = request.path_params["name"]
-    kind = TYPES.get(name.rpartition(".")[2])
-    try:
-        content = _pages.asset(name) if kind else None
-    except OSError:
-        content = None
-    if content is None:
+    if name not in ASSETS:
         raise HTTPException(404, "There is no such file.")
-    return Response(content, media_type=kind, headers={"Cache-Control": "public, max-age=31536000, immutable"})
+    headers = {"Cache-Control": "public, max-age=31536000, immutable"}
+    return Response(_pages.asset(name), media_type=ASSETS[name], headers=headers)

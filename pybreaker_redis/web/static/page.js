@@ -52,8 +52,7 @@
     events.addEventListener("board", (event) => showBoard(JSON.parse(event.data)));
     events.addEventListener("breaker", (event) => showBreaker(JSON.parse(event.data)));
     events.addEventListener("error", () => {
-      const status = document.getElementById("status");
-      if (status) status.innerHTML = '<span class="live lost">Connection lost. Trying again.</span>';
+      fill("status", '<span class="live lost">Connection lost. Trying again.</span>');
       if (events.readyState === EventSource.CLOSED) setTimeout(connect, 3000);
     });
   }
