@@ -321,6 +321,17 @@ def read_window(text: bytes | None) -> dict[str, int]:
     return {} if found is None else dict(zip(COUNTS[2:], map(int, found.groups()), strict=True))
 
 
+def requests_by_hand(generation: int) -> dict[str, Request]:
+    """A request for each script, to be sent by redis-cli. acquire takes a probe where one is due, record renews the
+    TTL, and control ends a forced state."""
+    return {
+        "acquire": {"instance": "redis-cli"},
+        "record": {"generation": generation, "instance": "redis-cli"},
+        "control": {"action": "clear_forced", "instance": "redis-cli"},
+        "snapshot": {},
+    }
+
+
 def printable(text: str, most: int) -> str:
     """The text as the scripts require it: at most so many printable ASCII characters; others are escaped."""
     text = text[:most]
