@@ -64,6 +64,11 @@ def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
     return Keys(state, f"{{{state}}}:history", f"{{{state}}}:policy")
 
 
+def fleet_key(prefix: str) -> str:
+    """The hash in which the processes of a prefix list themselves. No state key, since those end in ":state"."""
+    return f"{prefix}:fleet"
+
+
 def state_pattern(prefix: str) -> str:
     """The glob pattern of all state keys, which are also the channels."""
     escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in prefix)

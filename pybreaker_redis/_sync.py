@@ -126,6 +126,8 @@ class CircuitBreaker(BreakerCore):
         decided anew.
     record_errors: whether Redis, history and CircuitOpenError show the message of the failure that opened the circuit.
         False: its type only.
+    listed: whether `pybreaker-redis fleet` shows this breaker and its policy: the process writes them to Redis once a
+        minute, with a refresh.
 
     Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """

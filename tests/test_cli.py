@@ -29,7 +29,7 @@ from fault_servers import cluster
 from pybreaker_redis import CircuitBreaker, Policy
 from pybreaker_redis._protocol import keys_of
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.wire.scripts import SCRIPTS, compose, sha1
+from pybreaker_redis.wire.scripts import FLEET, SCRIPTS, compose, sha1
 from pybreaker_redis.wire.url import client_from_url
 
 pytest.importorskip("typer", reason="needs the extra cli")
@@ -214,7 +214,7 @@ def test_list_on_a_cluster(run: Callable[..., Done], cluster_url: str) -> None:
     assert names == {f"service-{number}" for number in range(300)}
     assert run("show", "service-7", "--redis", cluster_url).code == 0
     found = [line for line in run("doctor", "--redis", cluster_url).out.splitlines() if not line.startswith(" ")]
-    assert len(found) == 3 * 9 + 1  # a slow machine gets a hint with its latency, too
+    assert len(found) == 3 * 9 + 2  # a slow machine gets a hint with its latency, too
     client.close()
 
 
@@ -605,6 +605,7 @@ def test_doctor_of_a_good_server(run: Callable[..., Done], client: redis.Redis) 
         "connections",
         "script cache",
         "ttl",
+        "policies",
         "rights",
     }
     assert set(findings(run("doctor", "--json"))) == checks
@@ -773,7 +774,7 @@ def test_doctor_of_foreign_keys(run: Callable[..., Done], client: redis.Redis, m
 
 def test_the_acl_line_names_every_command_of_the_scripts(client: redis.Redis) -> None:
     """The line that doctor prints has every word of the Lua that is a command of the server."""
-    words = {word for script in SCRIPTS for word in re.findall(r"'([A-Z]{2,})'", compose(script))}
+    words = {word for script in (*SCRIPTS, FLEET) for word in re.findall(r"'([A-Z]{2,})'", compose(script))}
     commands = {word.lower() for word in words} & {name.decode() for name in client.command_list()}
     rule = acl_rule(Fleet(client, "circuit_breaker", lambda name: ONE, print)).split()
     assert "xadd" in commands
@@ -787,7 +788,7 @@ def test_help_names_every_command(run: Callable[..., Done]) -> None:
     """--help names the commands and the exit codes, and ends with 0."""
     done = run("--help")
     assert done.code == 0
-    commands = "list show watch history force-open force-closed clear reset policy scripts doctor"
+    commands = "list show watch history force-open force-closed clear reset policy fleet scripts doctor"
     assert all(re.search(rf"^  {command} ", done.out, re.MULTILINE) for command in commands.split())
     assert "Exit codes:" in done.out
 

@@ -38,7 +38,6 @@ from ._output import (
     heading,
     line,
     out,
-    policy_lines,
     put,
     put_json,
     seconds,
@@ -280,6 +279,20 @@ def history(
     return DONE
 
 
+@_command(app, "fleet")
+def list_processes(
+    url: Url = None, config: ConfigFile = None, prefix: Prefix = None, use_json: Json = False
+) -> int | None:
+    """List the processes that use the breakers, and show on which policies they disagree.
+
+    SEEN: when the process last listed itself, which it does once a minute while it calls. BREAKERS: those it has used.
+    """
+    from ._instances import show_fleet
+
+    show_fleet(_fleet(url, config, prefix), use_json)
+    return DONE
+
+
 # Steering
 
 
@@ -332,24 +345,18 @@ def reset(name: Name, url: Url = None, prefix: Prefix = None, yes: Yes = False, 
 def policy_get(
     name: Name, url: Url = None, config: ConfigFile = None, prefix: Prefix = None, use_json: Json = False
 ) -> int | None:
-    """Show the policy in force, and the source of each field.
+    """Show what is known of the policy in force, and from whom.
 
-    Sources: default; client (the file of --config); override (the policy override in Redis).
+    Sources: override (the policy override in Redis); client (the file of --config, or else the processes that list
+    themselves); default (as client, and the client leaves the field as it is by default); unknown.
     """
+    from ._instances import known_policy, show_policy
+
     fleet = _fleet(url, config, prefix)
-    seen = _read(fleet, name).snapshot
+    known = known_policy(fleet, _read(fleet, name).snapshot, from_file=config is not None)
     key = keys_of(name, fleet.prefix).policy
     (left,) = checked(fleet.server.exchange([command("PTTL", key, key=key)]))
-    if use_json:
-        fields = {
-            field: {"value": getattr(seen.policy, field), "source": source}
-            for field, source in seen.policy_sources.items()
-        }
-        put_json({"fields": fields, "override_ends_in": left / 1000 if left > 0 else None})
-        return DONE
-    _put_pairs(policy_lines(seen))
-    if left > 0:
-        out.print(f"the policy override ends in {span(left / 1000)}")
+    show_policy(known, left / 1000 if left > 0 else None, use_json)
     return DONE
 
 
@@ -470,8 +477,9 @@ def _write_scripts(folder: pathlib.Path) -> None:
 def doctor(url: Url = None, prefix: Prefix = None, use_json: Json = False) -> int | None:
     """Check whether the server is fit for breakers.
 
-    Checks version, role, latency, clock, eviction, persistence, connections, scripts, TTLs and the user's rights. The
-    rights are tried on a breaker of its own, which is then removed. Exit code 1 when something is wrong.
+    Checks version, role, latency, clock, eviction, persistence, connections, scripts, TTLs, whether the processes agree
+    on every policy, and the user's rights. The rights are tried on a breaker of its own, which is then removed. Exit
+    code 1 when something is wrong.
     """
     from ._doctor import examine
 

@@ -189,12 +189,6 @@ def transition(entry: HistoryEntry, name: str = "") -> rich.text.Text:
     return text.append(f"  {clean(entry.error)}") if entry.error else text
 
 
-def policy_lines(snapshot: Snapshot) -> Iterable[tuple[str, str]]:
-    """Each field of the policy in force, with its value and source."""
-    for name, source in snapshot.policy_sources.items():
-        yield name, f" {getattr(snapshot.policy, name)!s:<12} {source}"
-
-
 # Arguments
 
 

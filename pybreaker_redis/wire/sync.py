@@ -290,7 +290,7 @@ class Worker:
             try:
                 work()
             except Exception:
-                logger.exception("refreshing the circuit breakers failed")
+                logger.exception("the work of the thread %s failed", self._name)
 
 
 def _deliver_all(undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:
