@@ -178,11 +178,12 @@ class BoardReader:
         """The keys of the breakers that notifications are about: all that have come when the first one has."""
         found: list[bytes] = []
         message = receive(min(max(wait, 0.0), RETRY))
+        ends = monotonic() + BURST
         while message is not None:
             found.append(message[0])
             if self._heard is not None:
                 self._heard(*message)
-            message = receive(0.0)
+            message = receive(0.0) if monotonic() < ends else None
         return found
 
     def _read_all(self, receive: Callable[[float], tuple[bytes, bytes] | None], live: bool) -> None:

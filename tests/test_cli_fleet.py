@@ -142,7 +142,7 @@ def test_doctor_names_policies_on_which_processes_disagree(run: Run, client: red
 
 def test_a_policy_that_nobody_knows(run: Run, client: redis.Redis) -> None:
     """No default is shown as a fact: what neither Redis nor a process says is unknown."""
-    run("policy", "set", "d", "quorum=2", "-y")
+    run("policy", "set", "d", "quorum=2", "-y", "--create")
     code, out, err = run("policy", "get", "d")
     assert code == 0
     assert re.search(r"^quorum +2 +override$", out, re.MULTILINE)
@@ -152,6 +152,13 @@ def test_a_policy_that_nobody_knows(run: Run, client: redis.Redis) -> None:
     fields = json.loads(run("policy", "get", "d", "--json")[1])["fields"]
     assert fields["reset_timeout"] == {"value": None, "source": "unknown"}
     assert fields["quorum"] == {"value": 2, "source": "override"}
+
+
+def test_a_breaker_that_a_process_lists_is_known(run: Run, client: redis.Redis) -> None:
+    """A command that acts needs no --create for a breaker that a process uses, though nothing is stored for it yet."""
+    enlist(client, "web-1:4102", {"discovery": {}})
+    assert run("force-open", "discovery", "-y")[0] == 0
+    assert run("force-open", "discovry", "-y")[0] == 1
 
 
 def test_a_policy_that_processes_know(run: Run, client: redis.Redis) -> None:
@@ -175,7 +182,7 @@ def test_a_user_who_may_not_read_the_list(run: Run) -> None:
     with EmbeddedServer(port=0) as server, redis.Redis.from_url(server.url) as admin:
         admin.execute_command("ACL", "SETUSER", "me", "on", ">secret", "~*", "&*", "+@all", "-hscan")
         url = ["--redis", server.url.replace("://", "://me:secret@")]
-        assert run("policy", "set", "d", "quorum=2", "-y", *url)[0] == 0
+        assert run("policy", "set", "d", "quorum=2", "-y", "--create", *url)[0] == 0
         code, out, err = run("policy", "get", "d", *url)
         assert code == 0
         assert re.search(r"^quorum +2 +override$", out, re.MULTILINE)

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from .._board import checked, clean, scan, subscribed
 from .._processes import disagreements, read_processes
 from .._protocol import Keys, keys_of
 from ..wire.options import REDIS_ERRORS, error_kind
 from ..wire.scripts import SCRIPTS, sha1
 from ..wire.sync import Connections
-from ._fleet import Fleet, checked, command, place_of, send
-from ._output import clean
+from ._fleet import Fleet, command, place_of, send
 
 OLDEST = {"redis": (6, 2), "valkey": (7, 2)}
 _SLOW, _SKEWED = 0.010, 1.0
@@ -216,7 +216,7 @@ def _script_cache(fleet: Fleet, node: Connections) -> Iterator[Finding]:
 
 def _ttls(fleet: Fleet, node: Connections) -> Iterator[Finding]:
     count, endless = 0, []
-    for keys in fleet.scan(node):
+    for keys in scan(node, fleet.pattern()):
         left = checked(fleet.server.exchange([command("PTTL", key, key=key) for key in keys]))
         endless += [key for key, milliseconds in zip(keys, left, strict=True) if milliseconds == -1]
         count += len(keys)
@@ -298,7 +298,7 @@ def _use(fleet: Fleet, keys: Keys) -> str | None:
     def ask(script: str, **request: Any) -> Any:
         return fleet.server.run(script, keys, request)
 
-    with fleet.subscribed() as receive:
+    with subscribed(fleet.server, "PSUBSCRIBE", fleet.pattern()) as receive:
         generation = ask("acquire")["generation"]
         ask("control", action="set_policy", override={"failure_threshold": 1}, duration_ms=60_000)
         tripped = ask("record", generation=generation, failures=1)

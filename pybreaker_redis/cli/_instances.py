@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import rich.text
 
+from .._board import clean, span
 from .._policy import DEFAULTS
 from .._processes import Fields, Process, Variant, disagreements, given_policies, read_processes
 from .._protocol import Snapshot
 from ..wire.options import REDIS_ERRORS, error_kind
 from ._fleet import Fleet
-from ._output import clean, err, out, put, put_json, span
+from ._output import by_whom, err, out, pairs, put, put_json
 
 MOST_NAMED = 5
 NOBODY = (
@@ -134,16 +135,22 @@ def _from_processes(field: str, given: list[Variant]) -> Known:
     return Known(list(values.items()), "default" if is_default else "client")
 
 
-def show_policy(known: dict[str, Known], override_left: float | None, use_json: bool) -> None:
+def show_policy(known: dict[str, Known], seen: Snapshot, override_left: float | None, use_json: bool) -> None:
     """Print what is known of a policy. override_left: seconds until the policy override ends, if it has an end."""
     if use_json:
-        put_json({"fields": {name: _known_json(one) for name, one in known.items()}, "override_ends_in": override_left})
+        by = {"override_operator": seen.override_operator, "override_note": seen.override_note}
+        fields = {name: _known_json(one) for name, one in known.items()}
+        put_json({"fields": fields, "override_ends_in": override_left, **by})
         return
-    put([rich.text.Text(f"{name:<25}", "bold").append(_known_text(one), "") for name, one in known.items()])
-    if override_left is not None:
-        out.print(f"the policy override ends in {span(override_left)}")
+    put(pairs((name, _known_text(one)) for name, one in known.items()))
+    if any(one.source == "override" for one in known.values()):
+        end = "has no end" if override_left is None else f"ends in {span(override_left)}"
+        out.print(f"the policy override {end}{by_whom(seen)}")
     if any(one.source == "unknown" for one in known.values()):
-        err.print("unknown: no process has named this breaker and its policy. --config FILE reads it from a file")
+        err.print(
+            "unknown: not stored in Redis. Each process uses its own policy, and none has listed this breaker with it."
+            " --config FILE reads the policy from a file"
+        )
 
 
 def _known_json(known: Known) -> dict[str, Any]:
@@ -156,6 +163,6 @@ def _known_json(known: Known) -> dict[str, Any]:
 
 def _known_text(known: Known) -> str:
     if len(known.values) > 1:
-        return " the processes disagree: " + "; ".join(f"{value} ({_named(who)})" for value, who in known.values)
+        return "the processes disagree: " + "; ".join(f"{value} ({_named(who)})" for value, who in known.values)
     value, who = known.values[0] if known.values else ("-", [])
-    return f" {value!s:<12} {known.source}" + (f" ({_named(who)})" if who else "")
+    return f"{value!s:<12} {known.source}" + (f" ({_named(who)})" if who else "")
