@@ -10,6 +10,7 @@ INTEGRATIONS := tests/integrations
 COMPAT := tests/compat
 CIRCUITBREAKER := 2.1.3
 SITE := tests/docs
+WEB := tests/web
 TYPED := pybreaker_redis tests/typing/api.py
 SECONDS ?= 600
 
@@ -26,7 +27,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations test-compat test-docs soak mutants lint docs drawings bundles bench bench-link clean
+.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations test-compat test-web test-docs pictures soak mutants lint docs drawings bundles bench bench-link clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -36,13 +37,13 @@ demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one 
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
 test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, other libraries, the site, and the long ones (five minutes)
-	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS) $(COMPAT) $(SITE)) $(ARGS)
+	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS) $(COMPAT) $(SITE) $(WEB)) $(ARGS)
 
 test-outages: $(VENV)/dev.stamp ## run those of outages, of processes, of the link and of models (ten minutes)
 	@$(BIN)/python -m pytest $(OUTAGES) $(ARGS)
 
 coverage: $(VENV)/compat.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
-	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --ignore=$(SITE) --cov --cov-report=term-missing:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --ignore=$(SITE) --ignore=$(WEB) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
 	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
@@ -67,6 +68,12 @@ build/circuitbreaker-$(CIRCUITBREAKER): | $(BIN)/python
 	  circuitbreaker==$(CIRCUITBREAKER)
 	@tar -xzf $@.tar.gz -C build
 
+test-web: $(VENV)/webtests.stamp ## run the tests of the operators' page, in Debian's chromium if it is there (four minutes)
+	@$(BIN)/python -m pytest $(WEB) tests/test_docs.py -k web $(ARGS)
+
+pictures: $(VENV)/webtests.stamp ## take the pictures of the operators' page in docs/images anew, from a real run
+	@PYTHONPATH=tests $(BIN)/python -m tests.web.pictures
+
 test-docs: $(VENV)/docs.stamp $(VENV)/webtests.stamp ## build the documentation, and look at every page in a browser without a network (a minute)
 	@$(BIN)/python -m pytest $(SITE) $(ARGS)
 
@@ -77,7 +84,7 @@ mutants: $(VENV)/mutation.stamp ## change the state machine in 2700 places, and 
 	@$(BIN)/python tests/mutation/python_mutants.py
 	@$(BIN)/python tests/mutation/lua_mutants.py $(ARGS)
 
-lint: $(VENV)/integrations.stamp bundles ## check style, types, the Lua, and the files for GitHub
+lint: $(VENV)/integrations.stamp $(VENV)/webtests.stamp bundles ## check style, types, the Lua, and the files for GitHub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(TYPED)

@@ -53,6 +53,8 @@ while half open:
   probes             {slot: deadline in unix milliseconds}
   probe_failures     probes that have failed in this half-open state
 
+Another key of the prefix, circuit_breaker:fleet, lists the processes: see fleet.lua. No breaker depends on it.
+
 Messages on the channel KEYS[1] tell watchers to read the document. Watchers do not read the messages themselves:
   a history entry    {from, to, reason, generation, failure_count, success_count, instance, time_ms, ...}: a transition,
                      or an operator's action on the state that is not one, with the same state twice

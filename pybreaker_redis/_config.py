@@ -43,6 +43,7 @@ class Config:
     prefix: str = "circuit_breaker"
     host: str | None = None
     record_errors: bool = True
+    listed: bool = True
     idle_after: float | None = 3600.0
 
     def __post_init__(self) -> None:
@@ -50,7 +51,7 @@ class Config:
         host_of(self.host)
         if self.idle_after is not None:
             _check_seconds("idle_after", self.idle_after, 0.0, float("inf"))
-        for option in ("enabled", "watch", "record_errors"):
+        for option in ("enabled", "watch", "record_errors", "listed"):
             check_flag(option, getattr(self, option))
         for service, policy in {"defaults": self.defaults, **self.services}.items():
             keys_of(service, self.prefix)

@@ -71,9 +71,11 @@ class BreakerCore:
         host: str | None = None,
         clock: Clock | None = None,
         record_errors: bool = True,
+        listed: bool = True,
     ) -> None:
         check_options(lease, on_redis_failure, redis_timeout)
         check_flag("record_errors", record_errors)
+        check_flag("listed", listed)
         check_clock(clock, redis)
         if policy is not None and not isinstance(policy, Policy):
             raise PolicyError(f"policy must be a Policy, as in Policy(failure_threshold=3), not {policy!r}")
@@ -115,7 +117,7 @@ class BreakerCore:
         # one of the two: the state machine in this process, or the breaker's part in the link to Redis
         now_ms = clock_ms if clock is None else clock.now_ms
         self._memory = MemoryEngine(now_ms, quorum_of_one=True) if redis is None else None
-        self._line = None if redis is None else Line(self, self._redis, on_redis_failure)
+        self._line = None if redis is None else Line(self, self._redis, on_redis_failure, listed)
         self._pid = getpid()
         self._start_process()
         for instrument in self._notices.instruments:
@@ -246,6 +248,7 @@ class BreakerCore:
     def _must_wait(self, began: float, now: float, refreshed: bool) -> bool:
         """Refresh a view whose lease is over. Returns whether the call must wait for the refresh."""
         lease = self._view.lease
+        self._notices.used()
         if self._own_engine() is not None:
             if self._line is not None and self._line.must_wait_for_retry() and not refreshed:
                 return True

@@ -84,6 +84,9 @@ class Instrument:
     def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
         """Called after each script call, with its duration and its error, or None if Redis replied."""
 
+    def used(self) -> None:
+        """Called by each call whose breaker's view is older than the lease: once per lease while calls are made."""
+
     def __call__(self, event: Event) -> object:
         """Called with each transition and outage, like any listener."""
 
@@ -168,6 +171,14 @@ class Notices:
         for instrument in self.instruments:
             try:
                 instrument.script_ran(name, seconds, error)
+            except Exception:
+                self.failed(instrument)
+
+    def used(self) -> None:
+        """Notify the instruments that calls are made."""
+        for instrument in self.instruments:
+            try:
+                instrument.used()
             except Exception:
                 self.failed(instrument)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import random
 import re
@@ -12,12 +14,13 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from ._clock import NEVER, age
 from ._events import Notices
 from ._memory import LocalEngine
-from ._policy import DEFAULTS
+from ._policy import DEFAULTS, Policy
 from ._process import renew
 from ._protocol import LARGEST_TEXT, Reply, Request, State, read_document, read_window
 from ._slow import SlowCalls
 from ._view import Seen, View
 from .wire.link import IDLE, LONGEST_PAUSE, Due, Link
+from .wire.listing import Given
 
 USUAL_PAUSE = 0.1  # seconds between two checks of a breaker without a lease, while Redis is down
 OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
@@ -58,6 +61,9 @@ class Owner(Protocol):
 
     name: str
     keys: Any
+    policy: Policy
+    host: str
+    _prefix: str
     _instance: str
     _pid: int
     _view: View
@@ -78,14 +84,15 @@ class Owner(Protocol):
 class Line:
     """A breaker as a member of its process's link; wire.link.Member describes the methods.
 
-    mode: the breaker's on_redis_failure.
+    mode: the breaker's on_redis_failure. listed: whether to list the breaker in the fleet.
     """
 
-    def __init__(self, owner: Owner, server: Any, mode: OnRedisFailure) -> None:
+    def __init__(self, owner: Owner, server: Any, mode: OnRedisFailure, listed: bool) -> None:
         self._owner, self._server, self._mode = owner, server, mode
         self._link: Link = server.link
         self.name, self.keys = owner.name, owner.keys
         self.notices = owner._notices
+        self.given = Given(owner._prefix, owner.host, _given_in(owner.policy)) if listed else None
         self._start_process()
 
     def _start_process(self) -> None:
@@ -293,6 +300,13 @@ class Line:
 
     def deliver(self, events: list[Any]) -> None:
         self._owner._deliver_events(events)
+
+
+@functools.lru_cache
+def _given_in(policy: Policy) -> str:
+    """The fields of a policy that differ from the defaults, as JSON, for people."""
+    given = dataclasses.asdict(policy)
+    return json.dumps({name: value for name, value in given.items() if value != DEFAULTS[name]}, separators=(",", ":"))
 
 
 def _says(texts: Texts, reply: Reply) -> bool:

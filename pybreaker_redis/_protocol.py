@@ -64,6 +64,11 @@ def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
     return Keys(state, f"{{{state}}}:history", f"{{{state}}}:policy")
 
 
+def fleet_key(prefix: str) -> str:
+    """The hash in which the processes of a prefix list themselves. No state key, since those end in ":state"."""
+    return f"{prefix}:fleet"
+
+
 def state_pattern(prefix: str) -> str:
     """The glob pattern of all state keys, which are also the channels."""
     escaped = "".join(f"\\{letter}" if letter in "*?[]\\^" else letter for letter in prefix)
@@ -314,6 +319,17 @@ def read_window(text: bytes | None) -> dict[str, int]:
     """The counts of a stored window, which may include calls that have left it since; empty without one."""
     found = _WINDOW.search(_within_bounds(text))
     return {} if found is None else dict(zip(COUNTS[2:], map(int, found.groups()), strict=True))
+
+
+def requests_by_hand(generation: int) -> dict[str, Request]:
+    """A request for each script, to be sent by redis-cli. acquire takes a probe where one is due, record renews the
+    TTL, and control ends a forced state."""
+    return {
+        "acquire": {"instance": "redis-cli"},
+        "record": {"generation": generation, "instance": "redis-cli"},
+        "control": {"action": "clear_forced", "instance": "redis-cli"},
+        "snapshot": {},
+    }
 
 
 def printable(text: str, most: int) -> str:

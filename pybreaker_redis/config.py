@@ -51,6 +51,7 @@ _BREAKER_OPTIONS = (
     "prefix",
     "host",
     "record_errors",
+    "listed",
     "idle_after",
 )
 
@@ -96,6 +97,7 @@ class _CircuitBreaker(_Section):
     idle_after: float | None = 3600.0
     host: str | None = None
     record_errors: bool = True
+    listed: bool = True
 
 
 def _url(value: str) -> str:

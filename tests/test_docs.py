@@ -38,11 +38,12 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 MOST_NOT_RUN = 12
-NEEDED = {  # by page: libraries that only `make test-integrations` installs
+NEEDED = {  # by page: libraries that only `make test-integrations` or `make test-web` installs
     "http-clients.md": ("httpx", "httpx2", "requests", "aiohttp", "openai"),
     "frameworks.md": ("fastapi", "flask", "django"),
     "retries.md": ("tenacity", "stamina"),
     "grpc.md": ("grpc",),
+    "web.md": ("fastapi", "jinja2", "sse_starlette"),
 }
 
 

@@ -239,6 +239,19 @@ def _counterpart(pool: Any, kind: Kind, there: str, here: str) -> Any:
     return kind.sentinel.SentinelConnectionPool(pool.service_name, sentinel, is_master=pool.is_master, **kwargs)
 
 
+def blocking_client(given: Any) -> Any:
+    """The blocking counterpart of a client of either sort, or of a URL. Raises PolicyError for anything else, and
+    LookupError for a connection class that is not redis-py's."""
+    if isinstance(given, ASYNCIO.cluster):
+        known = inspect.signature(redis.Redis).parameters.keys() - {"connection_pool", "retry", "event_dispatcher"}
+        options = {name: value for name, value in given.connection_kwargs.items() if name in known}
+        tls = issubclass(given.connection_kwargs["connection_class"], redis.asyncio.SSLConnection)
+        return ClusterUrl(known_nodes(given)(), {**options, "ssl": tls})
+    if isinstance(given, ASYNCIO.client) and not _is_fake(given):
+        return BLOCKING.client(connection_pool=blocking(given.connection_pool))
+    return client_of(given, BLOCKING)
+
+
 def _impatient(client: Any, kind: Kind, timeout: float) -> Any:
     """A copy of a client that tries once, within the timeout in seconds."""
     pool = client.connection_pool

@@ -15,6 +15,8 @@ import tenacity
 from django.http import HttpRequest, HttpResponse
 from redis import Redis
 from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.types import ASGIApp
 
 import pybreaker_redis.compat.circuitbreaker as circuitbreaker
 import pybreaker_redis.compat.pybreaker as pybreaker
@@ -68,6 +70,7 @@ from pybreaker_redis.integrations.requests import BreakerAdapter, CircuitOpenCon
 from pybreaker_redis.integrations.stamina import after_open, unless_open
 from pybreaker_redis.integrations.tenacity import retry_unless_open, wait_until_probe
 from pybreaker_redis.testing import Breakers, FakeClock, Wanted, aset_state, set_state
+from pybreaker_redis.web import breakers_app
 
 State = Literal["closed", "open", "half_open"]
 
@@ -466,6 +469,14 @@ integrations_flask.install(flask.Flask("app"), manager, health="/health")
 assert_type(integrations_flask.unavailable(CircuitOpenError("discovery", "open", 1.0)), flask.Response)
 integrations_starlette.install(Starlette(), manager)
 Starlette(exception_handlers={CircuitOpenError: integrations_starlette.unavailable})
+
+
+async def who(request: Request) -> str | None:
+    return request.headers.get("x-user")
+
+
+page: ASGIApp = breakers_app("redis://localhost:6379", prefix="p", read_only=False, authorize=who, health=True)
+other_page: ASGIApp = breakers_app(Redis(), authorize=lambda request: None)
 assert_type(integrations_django.breakers(), CircuitBreakerManager)
 assert_type(integrations_django.async_breakers(), AsyncCircuitBreakerManager)
 django_parts = (integrations_django.CircuitBreakersConfig, integrations_django.CircuitOpenMiddleware)
