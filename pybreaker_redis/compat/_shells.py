@@ -48,7 +48,7 @@ class Shells:
 
     def seen(self) -> Seen:
         """The state as this process last read it."""
-        return self.latest()._view.seen
+        return (self.sync if self._asyncio is None else self.latest())._view.seen
 
     def failure_count(self) -> int:
         """Failures in a row, as this process last read them."""

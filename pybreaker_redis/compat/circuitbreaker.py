@@ -356,6 +356,9 @@ def _one_of(types: tuple[Any, ...]) -> Callable[[Any, Any], bool]:
     return lambda kind, _: issubclass(kind, types)
 
 
+_OPENED = CircuitBreaker.opened
+
+
 class _Rejected(BaseException):
     """The circuit is open. Never seen by a caller."""
 
@@ -409,8 +412,8 @@ class _Call:
             await self._permit.__aexit__(kind, error, traceback)
 
     def _is_refused(self) -> bool:
-        """Whether the breaker itself says that it is open, which a subclass may override."""
-        return self._may_reject and bool(self.breaker.opened)
+        """Whether a subclass says that the circuit is open."""
+        return self._may_reject and type(self.breaker).opened is not _OPENED and bool(self.breaker.opened)
 
     def _rejected(self, error: CircuitOpenError) -> None:
         if self._may_reject:
