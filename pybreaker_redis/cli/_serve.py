@@ -13,7 +13,8 @@ from typing import Any
 
 import typer
 
-from ._output import clean, err
+from .._board import clean
+from ._output import err
 
 PASSWORD = "PYBREAKER_REDIS_WEB_PASSWORD"
 _MISSING = "the web page needs the extra web: pip install 'pybreaker_redis[web]'"
