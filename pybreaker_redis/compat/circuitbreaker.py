@@ -21,6 +21,7 @@ What differs from circuitbreaker 2.1, on purpose:
 - If a predicate in `expected_exception` raises, that is logged, the call counts as failed, and its own exception is
   raised.
 - The wrapper of a generator function passes on what is sent or thrown into it, and what it returns.
+- open_remaining of a closed circuit counts from when the breaker was made.
 - With Redis, a decorated function without a name shares its breaker under its module and qualified name. A breaker that
   is called without a name or a decorator is a PolicyError.
 - With Redis, state, failure_count and open_remaining are what this process last read, and last_failure is its own.

@@ -347,8 +347,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
     def _checked_key(self) -> str:
         if not self._key:
             raise PolicyError(
-                "give the CircuitRedisStorage a namespace, or the CircuitBreaker a name. Without both, the breakers of all"
-                " services would share one key, and one dead service would stop the calls to every other."
+                "give the CircuitRedisStorage a namespace, or the CircuitBreaker a name. Without both, the breakers of"
+                " all services would share one key, and one dead service would stop the calls to every other."
             )
         return self._key
 
