@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 ARGS ?=
 OUTAGES := tests/faults tests/link tests/model tests/processes tests/clocks
 INTEGRATIONS := tests/integrations
+COMPAT := tests/compat
+CIRCUITBREAKER := 2.1.3
 SITE := tests/docs
 WEB := tests/web
 TYPED := pybreaker_redis tests/typing/api.py
@@ -25,7 +27,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations test-web test-docs pictures soak mutants lint docs drawings bundles bench bench-link clean
+.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations test-compat test-web test-docs pictures soak mutants lint docs drawings bundles bench bench-link clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -35,12 +37,12 @@ demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one 
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
 test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, other libraries, the site, and the long ones (five minutes)
-	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS) $(SITE) $(WEB)) $(ARGS)
+	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS) $(COMPAT) $(SITE) $(WEB)) $(ARGS)
 
 test-outages: $(VENV)/dev.stamp ## run those of outages, of processes, of the link and of models (ten minutes)
 	@$(BIN)/python -m pytest $(OUTAGES) $(ARGS)
 
-coverage: $(VENV)/dev.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
+coverage: $(VENV)/compat.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
 	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --ignore=$(SITE) --ignore=$(WEB) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
@@ -55,6 +57,16 @@ test-pythons: ## run the tests on every Python found, with the oldest and the ne
 
 test-integrations: $(VENV)/integrations.stamp ## run the tests of integrations with other libraries, and of their pages (a minute)
 	@$(BIN)/python -m pytest $(INTEGRATIONS) tests/test_docs.py -k 'integrations or http-clients or frameworks or retries or grpc' $(ARGS)
+
+test-compat: $(VENV)/compat.stamp build/circuitbreaker-$(CIRCUITBREAKER) ## run the tests of what takes other libraries' place, and circuitbreaker's own (a minute)
+	@CIRCUITBREAKER_TESTS=build/circuitbreaker-$(CIRCUITBREAKER)/tests $(BIN)/python -m pytest $(COMPAT) $(ARGS)
+
+# Its wheel has no tests, but its sdist has.
+build/circuitbreaker-$(CIRCUITBREAKER): | $(BIN)/python
+	@mkdir -p build
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest build \
+	  circuitbreaker==$(CIRCUITBREAKER)
+	@tar -xzf $@.tar.gz -C build
 
 test-web: $(VENV)/webtests.stamp ## run the tests of the operators' page, in Debian's chromium if it is there (four minutes)
 	@$(BIN)/python -m pytest $(WEB) tests/test_docs.py -k web $(ARGS)

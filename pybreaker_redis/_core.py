@@ -113,6 +113,7 @@ class BreakerCore:
         self._isolation = Isolation(self._local_engine, lambda: self._view.policy.quorum, self._isolation_changed)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
+        self._shares: BreakerCore | None = None  # whose view and engine this breaker uses
         # one of the two: the state machine in this process, or the breaker's part in the link to Redis
         now_ms = clock_ms if clock is None else clock.now_ms
         self._memory = MemoryEngine(now_ms, quorum_of_one=True) if redis is None else None
@@ -127,15 +128,25 @@ class BreakerCore:
         # so that each knows its own transitions. A script takes 200 characters.
         self._instance = f"{self.host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
         self._notices.start_process(self._instance)
+        self._set_requests()
+        self._warned_of_window = False
+        self._obeying = threading.RLock()
+        self._asking: list[object] = []  # one token for each call that asks for a permit now
+
+    def _set_requests(self) -> None:
+        """The fields that every request has, and those that a report of only successes has."""
         given = self.policy.to_request()
         # a report of only successes omits the policy unless a field matters to it: parsing it costs the script time
         self._without_policy: Request = {}
         self._with_policy: Request = {"instance": self._instance, **({"policy": given} if given else {})}
         if any(rule.on_success and request_field(name) in given for name, rule in RULES.items()):
             self._without_policy = self._with_policy
-        self._warned_of_window = False
-        self._obeying = threading.RLock()
-        self._asking: list[object] = []  # one token for each call that asks for a permit now
+
+    def _follow(self, policy: Policy) -> None:
+        """Follow another policy of this process from now on."""
+        self.policy = policy
+        self._view.policy = policy.with_override(self._override)
+        self._set_requests()
 
     def _check_process(self) -> None:
         """Start anew if this is a child. The fast path repeats these lines, to save a call."""
@@ -146,6 +157,9 @@ class BreakerCore:
         if self._redis is not None and self._redis._pid != getpid():
             renew(self._redis)
         self._start_process()
+        if self._shares is not None:
+            self._shares._check_process()
+            return
         self._view.after_fork()
         self._slow_calls.after_fork()
         self._innermost.after_fork()
@@ -155,6 +169,12 @@ class BreakerCore:
                 own.after_fork()
         if self._watch is not None:
             self._watch.after_fork()
+
+    def _share_memory(self, other: BreakerCore) -> None:
+        """Share the state of another breaker in memory, whose policy and class may differ. Call it before any use."""
+        self._shares = other
+        self._memory, self._view = other._memory, other._view
+        self._slow_calls, self._innermost = other._slow_calls, other._innermost
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"

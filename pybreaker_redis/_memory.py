@@ -74,6 +74,11 @@ class MemoryEngine:
         """In a child: replace the lock, which a thread of the parent may hold."""
         self._lock = threading.RLock()
 
+    def replace(self, document: Document) -> None:
+        """Go on from another document, as the scripts do once another program has written one."""
+        with self._lock:
+            self._document = document
+
     def run(self, name: str, request: Request) -> Reply:
         """The reply of the script called name."""
         with self._lock:

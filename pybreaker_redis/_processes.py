@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from ._errors import PolicyError
-from ._policy import RULES
-from ._protocol import fleet_key
+from ._policy import DEFAULTS, RULES
+from ._protocol import Snapshot, fleet_key
 from .wire.commands import Command
 from .wire.sync import Server
 
@@ -124,6 +124,63 @@ def disagreements(processes: list[Process]) -> Iterator[tuple[str, list[Variant]
                 texts.setdefault(breaker, set()).add(text)
     for breaker in sorted(breaker for breaker, given in texts.items() if len(given) > 1):
         yield breaker, given_policies(processes, breaker)
+
+
+class Known(NamedTuple):
+    """What is known of a policy field. values: each with the processes that were given it; several if they disagree.
+
+    source: "override", "client", "default" or "unknown".
+    """
+
+    values: list[tuple[Any, list[Process]]]
+    source: str
+
+
+def known_fields(snapshot: Snapshot, given: list[Variant]) -> dict[str, Known]:
+    """What is known of each policy field of a breaker: from the policy override, else from the processes.
+
+    given: the policies that the processes gave to the breaker.
+    """
+    return {
+        field: Known([(getattr(snapshot.policy, field), [])], source)
+        if source == "override"
+        else _from_processes(field, given)
+        for field, source in snapshot.policy_sources.items()
+    }
+
+
+def _from_processes(field: str, given: list[Variant]) -> Known:
+    values: dict[Any, list[Process]] = {}
+    for one in given:
+        values.setdefault(one.fields.get(field, DEFAULTS[field]), []).extend(one.processes)
+    if not values:
+        return Known([], "unknown")
+    is_default = list(values) == [DEFAULTS[field]]
+    return Known(list(values.items()), "default" if is_default else "client")
+
+
+def fleet_json(processes: list[Process], disputed: Iterable[tuple[str, list[Variant]]]) -> dict[str, Any]:
+    """The processes, and the breakers on whose policy they disagree, for a program."""
+    return {
+        "processes": [
+            {
+                "host": process.host,
+                "pid": process.pid,
+                "version": process.version,
+                "seen_ago": process.seen_ago,
+                "breakers": process.breakers,
+                "policies": [
+                    {"policy": one.fields, "breakers": one.breakers, "names": sorted(one.names)}
+                    for one in process.policies
+                ],
+            }
+            for process in processes
+        ],
+        "disagreements": {
+            breaker: [{"policy": one.fields, "processes": [process.name for process in one.processes]} for one in given]
+            for breaker, given in disputed
+        },
+    }
 
 
 def _text(fields: Fields) -> str:

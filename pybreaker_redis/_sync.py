@@ -109,7 +109,7 @@ class CircuitBreaker(BreakerCore):
     ignore: the exceptions that count as neither success nor failure: types, or a function, as for failures.
     is_failure: a function of the result. A call counts as a failure if it returns true.
     retry_after: a function of the exception or the result of a call. If the service said when to come back (429 or
-        503 with Retry-After), it returns the seconds until then, and the circuit opens for that time, for the whole
+        503 with Retry-After), it returns the seconds until then. The circuit then opens for that time, for the whole
         fleet: a hold. Otherwise it returns None. It is not called for ignored exceptions. If it raises, that is logged
         once, and there is no hold.
     listeners: callables that receive an Event for each transition and each outage of Redis.

@@ -18,7 +18,13 @@ from pybreaker_redis.cli import app
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LIST = pathlib.Path(__file__).with_suffix(".json")
-WITHOUT_EXTRA = ("pybreaker_redis", "pybreaker_redis.embedded", "pybreaker_redis.testing")
+WITHOUT_EXTRA = (
+    "pybreaker_redis",
+    "pybreaker_redis.compat.circuitbreaker",
+    "pybreaker_redis.compat.pybreaker",
+    "pybreaker_redis.embedded",
+    "pybreaker_redis.testing",
+)
 PLUGIN = "pytest_pybreaker_redis"  # its fixtures
 INTERNAL = {"pybreaker_redis.cli", "pybreaker_redis.wire"}  # packages whose names nobody should import
 

@@ -1,7 +1,12 @@
 """The program `pybreaker-redis` (extra `cli`): inspect breakers, steer them, and check the server that they use.
 
-Exit codes: 0 done; 1 doctor found something wrong, nothing is stored under the name, or the answer was no; 2 the
-command was not understood; 3 Redis does not answer, or refuses; 130 Ctrl-C; 141 the reader of a pipe has gone.
+Exit codes:
+
+- 0: done.
+- 1: doctor found something wrong, nothing is stored under the name given to show, or a question was answered with no.
+- 2: the command was not understood.
+- 3: Redis does not answer, or refuses.
+- 130: Ctrl-C. 141: the reader of a pipe has gone.
 """
 
 from __future__ import annotations
@@ -412,8 +417,8 @@ def policy_get(
 ) -> int | None:
     """Show what is known of the policy in force, and from whom.
 
-    Sources: override (the policy override in Redis); client (the file of --config, or else the processes that list
-    themselves); default (as client, and the client leaves the field as it is by default); unknown.
+    Sources: override is the policy override in Redis. client is the file of --config, or else the processes that list
+    themselves. default: these leave the field as it is by default. unknown: nobody has said.
     """
     fleet = _fleet(url, config, prefix)
     _show_policy(fleet, name, from_file=config is not None, use_json=use_json)

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import rich.text
 
 from .._board import clean, span
-from .._policy import DEFAULTS
-from .._processes import Fields, Process, Variant, disagreements, given_policies, read_processes
+from .._processes import (
+    Fields,
+    Known,
+    Process,
+    disagreements,
+    fleet_json,
+    given_policies,
+    known_fields,
+    read_processes,
+)
 from .._protocol import Snapshot
 from ..wire.options import REDIS_ERRORS, error_kind
 from ._fleet import Fleet
@@ -27,7 +34,7 @@ def show_fleet(fleet: Fleet, use_json: bool) -> None:
     processes = read_processes(fleet.server, fleet.prefix)
     disputed = list(disagreements(processes))
     if use_json:
-        put_json(_as_json(processes, disputed))
+        put_json(fleet_json(processes, disputed))
     elif not processes:
         err.print(NOBODY.format(clean(fleet.prefix)))
     else:
@@ -65,53 +72,16 @@ def _named(processes: list[Process]) -> str:
     return f"{_count(len(names), 'process', 'processes')}: {', '.join(names[:MOST_NAMED])}{more}"
 
 
-def _as_json(processes: list[Process], disputed: Iterable[tuple[str, list[Variant]]]) -> dict[str, Any]:
-    return {
-        "processes": [
-            {
-                "host": process.host,
-                "pid": process.pid,
-                "version": process.version,
-                "seen_ago": process.seen_ago,
-                "breakers": process.breakers,
-                "policies": [
-                    {"policy": one.fields, "breakers": one.breakers, "names": sorted(one.names)}
-                    for one in process.policies
-                ],
-            }
-            for process in processes
-        ],
-        "disagreements": {
-            breaker: [{"policy": one.fields, "processes": [process.name for process in one.processes]} for one in given]
-            for breaker, given in disputed
-        },
-    }
-
-
-class Known(NamedTuple):
-    """What is known of a policy field. values: each with the processes that were given it; several if they disagree.
-
-    source: "override", "client", "default" or "unknown".
-    """
-
-    values: list[tuple[Any, list[Process]]]
-    source: str
-
-
 def known_policy(fleet: Fleet, snapshot: Snapshot, from_file: bool) -> dict[str, Known]:
     """What is known of each policy field of a breaker.
 
     A policy override is stored in Redis. The rest is known from the file of --config, if one was given, or else from
     the processes that list themselves.
     """
-    given = [] if from_file else given_policies(_processes(fleet), snapshot.name)
-    found: dict[str, Known] = {}
-    for field, source in snapshot.policy_sources.items():
-        if source == "override" or from_file:
-            found[field] = Known([(getattr(snapshot.policy, field), [])], source)
-        else:
-            found[field] = _from_processes(field, given)
-    return found
+    if from_file:
+        sources = snapshot.policy_sources.items()
+        return {field: Known([(getattr(snapshot.policy, field), [])], source) for field, source in sources}
+    return known_fields(snapshot, given_policies(_processes(fleet), snapshot.name))
 
 
 def _processes(fleet: Fleet) -> list[Process]:
@@ -123,16 +93,6 @@ def _processes(fleet: Fleet) -> list[Process]:
             raise
         err.print(f"the list of processes cannot be read: {error}", style="yellow")
         return []
-
-
-def _from_processes(field: str, given: list[Variant]) -> Known:
-    values: dict[Any, list[Process]] = {}
-    for one in given:
-        values.setdefault(one.fields.get(field, DEFAULTS[field]), []).extend(one.processes)
-    if not values:
-        return Known([], "unknown")
-    is_default = list(values) == [DEFAULTS[field]]
-    return Known(list(values.items()), "default" if is_default else "client")
 
 
 def show_policy(known: dict[str, Known], seen: Snapshot, override_left: float | None, use_json: bool) -> None:

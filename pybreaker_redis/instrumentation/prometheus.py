@@ -200,7 +200,7 @@ _OF_FLEET = (
     _Metric(
         Gauge,
         "circuit_breaker_probe_slots_in_use",
-        "Probes in flight, in the whole fleet.",
+        "Probes that run now, in the whole fleet.",
         ["breaker"],
         _each(lambda one: one.probes_in_flight),
     ),

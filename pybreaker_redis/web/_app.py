@@ -23,10 +23,11 @@ from starlette.types import ASGIApp
 from .. import _protocol
 from .._board import Row, read_keys, row_of
 from .._errors import CircuitBreakerError, PolicyError, RedisUnavailableError
+from .._processes import Process, disagreements, fleet_json, read_processes
 from .._protocol import EXACT, HistoryEntry, Keys, Snapshot, keys_of
 from .._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 from .._sync import CircuitBreaker
-from ..wire.options import REDIS_ERRORS, blocking_client
+from ..wire.options import REDIS_ERRORS, blocking_client, error_kind
 from . import _access, _pages
 from ._access import Authorize
 from ._actions import ACTIONS, Order, kept_fields, order_from_form, order_from_json
@@ -38,6 +39,7 @@ HISTORY = 50  # entries on a breaker's page
 LARGEST_BODY = 65536
 MOST_LISTED = 1000  # breakers in one JSON answer
 STREAM = 600.0  # seconds after which a browser must ask again for events, and so must its operator
+LISTED = 10.0  # seconds for which the list of processes, which may be long, is not read again
 REST = 0.05  # seconds between two messages to one viewer
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
 
@@ -48,6 +50,7 @@ class Details(NamedTuple):
     row: Row
     seen: Snapshot
     history: list[HistoryEntry]
+    processes: list[Process]
     now: float
 
 
@@ -84,6 +87,7 @@ class Site:
         self._reader, self._prefix = reader, prefix
         self._read_only, self._authorize = read_only, authorize
         self._screens = Screens(prefix)
+        self._listed: tuple[list[Process], float] = ([], -math.inf)
 
     def application(self, health: bool) -> ASGIApp:
         """The ASGI application."""
@@ -92,6 +96,8 @@ class Site:
             Route("/", allowed(self._board), name="board"),
             Route("/breakers/{name:breaker}/{action}", allowed(self._act), methods=["POST"]),
             Route("/breakers/{name:breaker}", allowed(self._breaker)),
+            Route("/fleet", allowed(self._fleet)),
+            Route("/api/fleet", allowed(self._fleet_json)),
             Route("/api/breakers", allowed(self._list)),
             Route("/api/breakers/{name:breaker}", allowed(self._details)),
             Route("/api/openapi.json", allowed(self._describe)),
@@ -126,9 +132,18 @@ class Site:
         done = ACTIONS.get(request.query_params.get("done", ""))
         return self._html(request, "breaker.html", {"done": done, **self._about(name, stored)})
 
+    async def _fleet(self, request: Request) -> Response:
+        processes = await run_in_threadpool(self._processes_now)
+        content = {
+            "processes": processes,
+            "disputed": list(disagreements(processes)),
+            "hosts": {process.host for process in processes},
+        }
+        return self._html(request, "fleet.html", content)
+
     def _about(self, name: str, stored: Details) -> dict[str, Any]:
         """What the page of one breaker shows."""
-        row, seen, history, now = stored
+        row, seen, history, processes, now = stored
         segments = _pages.timeline(history[:TIMELINE], row, now)
         return {
             "name": name,
@@ -144,7 +159,7 @@ class Site:
                 keys_of(name, self._prefix), seen.generation, self._reader.server.clustered
             ),
             "bars": _pages.bars(row, now),
-            "fields": _pages.policy_fields(seen),
+            "fields": _pages.policy_fields(seen, processes),
             "details": _details_json(stored),
         }
 
@@ -235,6 +250,10 @@ class Site:
         if not self._read_only:
             _access.keep_token(request, response, _access.token_of(request))
         return response
+
+    async def _fleet_json(self, request: Request) -> Response:
+        processes = await run_in_threadpool(self._processes_now)
+        return self._json(request, fleet_json(processes, disagreements(processes)))
 
     async def _describe(self, request: Request) -> Response:
         return JSONResponse(description(_root(request), self._read_only))
@@ -331,7 +350,21 @@ class Site:
             for entry in _protocol.history_entries(server.history(keys, HISTORY))
             if 0 <= entry.time * 1000 <= EXACT  # another program may have written any number
         ]
-        return Details(row_of(found[0], self._prefix), seen, history, found[0].now_ms / 1000)
+        row, now = row_of(found[0], self._prefix), found[0].now_ms / 1000
+        return Details(row, seen, history, self._processes_now(), now)
+
+    def _processes_now(self) -> list[Process]:
+        """The processes that list themselves, as of at most LISTED seconds ago; none if they may not be read."""
+        processes, read_at = self._listed
+        if monotonic() - read_at > LISTED:
+            try:
+                processes = read_processes(self._reader.server, self._prefix)
+            except REDIS_ERRORS as error:
+                if error_kind(error) not in ("permission", "response"):
+                    raise
+                processes = []
+            self._listed = processes, monotonic()
+        return processes
 
     # Errors
 

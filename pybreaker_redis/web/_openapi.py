@@ -20,6 +20,7 @@ def description(root: str, read_only: bool) -> dict[str, Any]:
     paths: dict[str, Any] = {
         "/api/breakers": {"get": _list()},
         "/api/breakers/{name}": {"get": _one()},
+        "/api/fleet": {"get": _fleet()},
         "/events": {"get": _events()},
     }
     if not read_only:
@@ -129,6 +130,17 @@ def _act() -> dict[str, Any]:
                 _503="Redis does not answer.",
             ),
         },
+    }
+
+
+def _fleet() -> dict[str, Any]:
+    properties = {
+        "processes": {"type": "array", "items": {"type": "object"}, "description": "The last seen first."},
+        "disagreements": {"type": "object", "description": "By breaker: its policies, and the processes of each."},
+    }
+    return {
+        "summary": "The processes that list themselves, and the breakers on whose policy they disagree",
+        "responses": {"200": _answer("The fleet.", type="object", properties=properties, required=list(properties))},
     }
 
 

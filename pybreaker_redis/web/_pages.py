@@ -19,6 +19,7 @@ import jinja2
 from .._board import CONDITIONS, GROUPS, REASONS, Condition, Row, clean, next_step, outlook, select, span, why
 from .._errors import PolicyError
 from .._policy import DEFAULTS, RULES
+from .._processes import Known, Process, given_policies, known_fields
 from .._protocol import HistoryEntry, Keys, Snapshot, keys_of, requests_by_hand
 from .._reader import Board
 from ..wire.scripts import sha1
@@ -214,26 +215,29 @@ def bars(row: Row, now: float) -> list[Bar]:
 
 
 class Field(NamedTuple):
-    """One field of the policy on the page. known: whether value and source are known here."""
+    """One field of the policy on the page. values: each with the number of processes that gave it; 0 for an override.
+
+    source: "override", "client", "default" or "unknown".
+    """
 
     name: str
-    known: bool
-    value: str
     source: str
+    values: list[tuple[str, int]]
     meaning: str
     kind: str
     placeholder: str
 
 
-def policy_fields(seen: Snapshot) -> list[Field]:
-    """Each field of the policy. What no policy override sets is each process's own, and is not known here."""
-    return [_field(name, seen.policy_sources[name] == "override", getattr(seen.policy, name)) for name in RULES]
+def policy_fields(seen: Snapshot, processes: list[Process]) -> list[Field]:
+    """Each field of the policy, as far as the policy override or the processes tell about it."""
+    known = known_fields(seen, given_policies(processes, seen.name))
+    return [_field(name, one) for name, one in known.items()]
 
 
-def _field(name: str, known: bool, value: Any) -> Field:
-    rule = RULES[name]
-    shown, source = (_shown(name, value), "policy override") if known else ("-", "each process's own")
-    return Field(name, known, shown, source, rule.meaning, rule.kind, f"default: {_shown(name, DEFAULTS[name])}")
+def _field(name: str, known: Known) -> Field:
+    values = [(_shown(name, value), len({one.name for one in who})) for value, who in known.values]
+    rule, default = RULES[name], f"default: {_shown(name, DEFAULTS[name])}"
+    return Field(name, known.source, values, rule.meaning, rule.kind, default)
 
 
 def _shown(name: str, value: Any) -> str:

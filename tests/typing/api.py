@@ -18,6 +18,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.types import ASGIApp
 
+import pybreaker_redis.compat.circuitbreaker as circuitbreaker
+import pybreaker_redis.compat.pybreaker as pybreaker
 import pybreaker_redis.integrations.aiohttp as integrations_aiohttp
 import pybreaker_redis.integrations.django as integrations_django
 import pybreaker_redis.integrations.flask as integrations_flask
@@ -309,6 +311,75 @@ async def managed() -> None:
         assert_type(await aio_manager.call("discovery", fetch, "x", limit=2), list[str])
         assert_type(aio_manager.get_or_create("discovery"), AsyncCircuitBreaker)
         assert_type(await aio_manager.get_all_states(), dict[str, State])
+
+
+# Other libraries' interfaces
+
+
+class OnChange(pybreaker.CircuitBreakerListener):
+    def state_change(
+        self,
+        cb: pybreaker.CircuitBreaker,
+        old_state: pybreaker.CircuitBreakerState | None,
+        new_state: pybreaker.CircuitBreakerState,
+    ) -> None:
+        assert_type(new_state.name, str)
+
+
+compatible = pybreaker.CircuitBreaker(
+    fail_max=1,
+    reset_timeout=1000,
+    exclude=[KeyError, lambda error: isinstance(error, RuntimeError)],
+    listeners=[OnChange()],
+    state_storage=pybreaker.CircuitRedisStorage(pybreaker.STATE_CLOSED, Redis(), "discovery", lease=0.5, adopt=True),
+)
+in_process = pybreaker.CircuitBreaker(state_storage=pybreaker.CircuitMemoryStorage(pybreaker.STATE_CLOSED))
+
+
+@compatible
+def compatible_length(text: str) -> int:
+    return len(text)
+
+
+@compatible(__pybreaker_call_async=True)
+async def compatible_lookup(text: str) -> int:
+    return len(text)
+
+
+@circuitbreaker.circuit
+def circuit_length(text: str) -> int:
+    return len(text)
+
+
+@circuitbreaker.circuit(failure_threshold=3, expected_exception=ConnectionError)
+async def circuit_lookup(text: str) -> int:
+    return len(text)
+
+
+async def use_compatible() -> None:
+    assert_type(compatible.call(compatible_length, "x"), int)
+    assert_type(compatible_length("x"), int)
+    assert_type(await compatible_lookup("x"), int)
+    assert_type(await compatible.call(compatible_lookup, "x"), int)
+    assert_type(compatible.state.name, str)
+    assert_type(compatible.fail_counter, int)
+    compatible.fail_max = 3
+    assert_type([pybreaker.STATE_CLOSED, pybreaker.STATE_OPEN, pybreaker.STATE_HALF_OPEN], list[str])
+    try:
+        with compatible.calling():
+            compatible.open()
+    except pybreaker.CircuitBreakerError as error:
+        assert_type(error.breaker, pybreaker.CircuitBreaker | None)
+    circuitbreaker.configure("redis://localhost", lease=1)
+    assert_type(circuit_length("x"), int)
+    assert_type(await circuit_lookup("x"), int)
+    assert_type(circuitbreaker.CircuitBreakerMonitor.get("x"), circuitbreaker.CircuitBreaker | None)
+    states = [circuitbreaker.STATE_CLOSED, circuitbreaker.STATE_OPEN, circuitbreaker.STATE_HALF_OPEN]
+    assert_type(states, list[str])
+    with circuitbreaker.CircuitBreaker(name="x") as entered:
+        assert_type(entered, None)
+    caught: type[CircuitBreakerError] = circuitbreaker.CircuitBreakerError
+    print(caught)
 
 
 # Every other public module. What a library without types gives is Any.

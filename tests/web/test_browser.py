@@ -268,7 +268,7 @@ def test_both_themes_at_every_width(
     scene.breaker(client, "media-events").set_policy(enforce=False, operator="ann", note="dry run")
     page = open_page(color_scheme=scheme)
     page.set_viewport_size({"width": width, "height": 844})
-    for path in ("/", "/breakers/shipping-partner", "/breakers/media-events", "/breakers/billing-partner"):
+    for path in ("/", "/breakers/shipping-partner", "/breakers/media-events", "/breakers/billing-partner", "/fleet"):
         page.goto(path)
         expect(page.locator("main")).to_be_visible()
         assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -336,7 +336,7 @@ def test_every_control_has_a_name(client: redis.Redis, open_page: Callable[..., 
     """A screen reader hears what each link, field, button and picture is; each page has one first heading."""
     scene.bounce(client, "api", 2)
     page = open_page()
-    for path in ("/", "/breakers/api"):
+    for path in ("/", "/breakers/api", "/fleet"):
         page.goto(path)
         assert page.locator("h1").count() == 1
         assert (

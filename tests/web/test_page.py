@@ -7,6 +7,7 @@ import html
 import itertools
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -29,13 +30,15 @@ from starlette.routing import Mount
 from pybreaker_redis import CircuitBreaker, Policy, PolicyError, _reader
 from pybreaker_redis._protocol import keys_of
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.web import breakers_app
+from pybreaker_redis.web import _app, breakers_app
 from pybreaker_redis.web._access import COOKIE, TOKEN_FIELD, TOKEN_HEADER
 from pybreaker_redis.web._actions import ACTIONS
+from pybreaker_redis.wire import listing
 
 from . import scene
 from .conftest import served
 
+WEB_PAGE = pathlib.Path(__file__).resolve().parent.parent.parent / "docs" / "how-to" / "web.md"
 Site = Callable[..., httpx.Client]
 FORCE = {"note": "deploy", "amount": "10", "unit": "minutes"}
 
@@ -127,11 +130,53 @@ def test_the_page_of_a_breaker_tells_its_story(client: redis.Redis, site: Site) 
 
 
 def test_a_policy_that_nobody_can_know_is_not_shown_as_a_fact(client: redis.Redis, site: Site) -> None:
-    """Without a policy override the page names no threshold: each process has its own."""
+    """Without a policy override, and before a process has named its policy, the page names no threshold."""
     make(client, "api", Policy(failure_threshold=77))
     answer = site(read_only=True).get("/breakers/api").text
     assert "every process follows the policy that it was given" in answer
+    assert "Not known" in answer
     assert "<td>policy override</td>" not in answer
+
+
+def test_the_fleet_is_shown(client: redis.Redis, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process lists itself, the breaker's page shows the source of its policy, and disagreements are named."""
+    monkeypatch.setattr(listing, "FIRST", (0.0, 0.0))
+    monkeypatch.setattr(_app, "LISTED", 0.0)
+    path = client.connection_pool.connection_kwargs["path"]
+    own = redis.Redis(unix_socket_path=path)
+    one = CircuitBreaker(
+        "api", redis=own, policy=Policy(failure_threshold=77), lease=0.02, redis_timeout=20, host="web-1"
+    )
+    wait_until(lambda: one.call(lambda: True) and client.exists("circuit_breaker:fleet"))
+    page = site(read_only=True)
+    shown = html.unescape(re.sub(r"<[^>]+>", " ", page.get("/breakers/api").text))
+    assert re.search(r"failure_threshold\s+77\s+1 process\b", shown)
+    assert f"web-1:{os.getpid()}" in page.get("/fleet").text
+    policy = {"policy": {"failure_threshold": 5}, "breakers": 1, "names": ["api"]}
+    entry = {"seen_ms": round(time.time() * 1000), "host": "<b>web-2\u202e", "pid": 7, "version": "<i>", "breakers": 1}
+    client.hset("circuit_breaker:fleet", "x", json.dumps({**entry, "policies": [policy]}))
+    client.hset("circuit_breaker:fleet", "y", "no entry")
+    assert "which disagree" in page.get("/breakers/api").text
+    answer = page.get("/fleet").text
+    assert "Breakers on whose policy the processes disagree" in answer
+    assert not re.search("<b>web|<i>|\u202e", answer)
+    listed = page.get("/api/fleet").json()
+    assert (len(listed["processes"]), list(listed["disagreements"])) == (2, ["api"])
+    one.close()
+
+
+def test_without_the_right_to_read_the_list_of_processes_the_rest_is_shown(
+    own_server: EmbeddedServer, site: Site
+) -> None:
+    """The list is for information."""
+    with redis.Redis.from_url(own_server.url) as admin:
+        admin.acl_setuser("reader", enabled=True, nopass=True, keys=["*"], channels=["*"], commands=["+@all", "-hscan"])
+        make(admin, "api")
+        path = admin.connection_pool.connection_kwargs["path"]
+    with redis.Redis(unix_socket_path=path, username="reader", password="x") as reader:
+        page = site(reader, read_only=True)
+        assert page.get("/breakers/api").status_code == 200
+        assert "No process is listed" in page.get("/fleet").text
 
 
 def test_json_says_the_same_as_the_page(client: redis.Redis, site: Site) -> None:
@@ -178,6 +223,21 @@ def test_other_prefixes_are_not_shown(client: redis.Redis, site: Site) -> None:
     CircuitBreaker("theirs", redis=client, prefix="other", lease=0).call(int)
     assert row_names(site(read_only=True).get("/")) == ["mine"]
     assert row_names(site(read_only=True, prefix="other").get("/")) == ["theirs"]
+
+
+def test_the_rights_in_the_documentation_are_enough(own_server: EmbeddedServer, site: Site) -> None:
+    """A user with no more than docs/how-to/web.md names sees board, events, breaker and processes."""
+    words = re.search(r"ACL SETUSER page on >PASSWORD (.+)", WEB_PAGE.read_text())
+    assert words
+    with redis.Redis.from_url(own_server.url) as admin:
+        make(admin, "api")
+        admin.execute_command("ACL", "SETUSER", "page", "on", ">x", *words[1].split())
+        path = admin.connection_pool.connection_kwargs["path"]
+    with redis.Redis(unix_socket_path=path, username="page", password="x") as reader:
+        page = site(reader, read_only=True)
+        assert row_names(page.get("/")) == ["api"]
+        assert '<span class="live">Live</span>' in page.get("/").text
+        assert page.get("/breakers/api").status_code == page.get("/fleet").status_code == 200
 
 
 # Clients and mounting
@@ -272,7 +332,16 @@ def test_with_authorize_every_page_asks(client: redis.Redis, authorize: Any, rea
     make(client, "api")
     app = breakers_app(client, read_only=read_only, authorize=authorize)
     with served(app) as address, httpx.Client(base_url=address, timeout=20) as page:
-        for path in ("/", "/breakers/api", "/api/breakers", "/api/breakers/api", "/api/openapi.json", "/events"):
+        for path in (
+            "/",
+            "/breakers/api",
+            "/api/breakers",
+            "/api/breakers/api",
+            "/api/openapi.json",
+            "/fleet",
+            "/api/fleet",
+            "/events",
+        ):
             refused = page.get(path)
             assert refused.status_code == 403, path
             assert "data-name" not in refused.text
