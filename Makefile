@@ -71,8 +71,9 @@ build/circuitbreaker-$(CIRCUITBREAKER): | $(BIN)/python
 test-web: $(VENV)/webtests.stamp ## run the tests of the operators' page, in Debian's chromium if it is there (four minutes)
 	@$(BIN)/python -m pytest $(WEB) tests/test_docs.py -k web $(ARGS)
 
-pictures: $(VENV)/webtests.stamp ## take the pictures of the operators' page in docs/images anew, from a real run
+pictures: $(VENV)/webtests.stamp ## take the pictures of the operators' page and of watch in docs/images anew, from real runs
 	@PYTHONPATH=tests $(BIN)/python -m tests.web.pictures
+	@PYTHONPATH=tests $(BIN)/python tests/picture_of_watch.py
 
 test-docs: $(VENV)/docs.stamp $(VENV)/webtests.stamp ## build the documentation, and look at every page in a browser without a network (a minute)
 	@$(BIN)/python -m pytest $(SITE) $(ARGS)

@@ -215,7 +215,7 @@ def bars(row: Row, now: float) -> list[Bar]:
 
 
 class Field(NamedTuple):
-    """One field of the policy on the page. values: each with the number of processes that gave it; 0 for an override.
+    """One field of the policy on the page. values: each with the number of processes that gave it, or 0 if it is from a policy override.
 
     source: "override", "client", "default" or "unknown".
     """
