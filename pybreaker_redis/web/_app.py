@@ -24,7 +24,7 @@ from .. import _protocol
 from .._board import Row, read_keys, row_of
 from .._errors import CircuitBreakerError, PolicyError, RedisUnavailableError
 from .._processes import Process, disagreements, fleet_json, read_processes
-from .._protocol import EXACT, HistoryEntry, Keys, Snapshot, keys_of
+from .._protocol import HistoryEntry, Keys, Snapshot, keys_of
 from .._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 from .._sync import CircuitBreaker
 from ..wire.options import REDIS_ERRORS, blocking_client, error_kind
@@ -42,6 +42,13 @@ STREAM = 600.0  # seconds after which a browser must ask again for events, and s
 LISTED = 10.0  # seconds for which the list of processes, which may be long, is not read again
 REST = 0.05  # seconds between two messages to one viewer
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+
+
+class Json(JSONResponse):
+    """An answer in ASCII, since a stored text may have halves of surrogate pairs, which UTF-8 does not have."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
 
 
 class Details(NamedTuple):
@@ -193,7 +200,7 @@ class Site:
         if _is_json(request):
             _access.check_token(request, request.headers.get(_access.TOKEN_HEADER))
             order = order_from_json(action, await _json_body(request), request.state.operator)
-            return JSONResponse(_details_json(await self._carry_out(name, action, order)))
+            return Json(_details_json(await self._carry_out(name, action, order)))
         form = await request.form(max_files=0, max_fields=100)
         values = {key: value for key, value in form.items() if isinstance(value, str)}
         _access.check_token(request, values.get(_access.TOKEN_FIELD))
@@ -246,7 +253,7 @@ class Site:
 
     def _json(self, request: Request, answer: Any) -> Response:
         """The answer, with the cookie whose token a writing program sends back."""
-        response = JSONResponse(answer)
+        response = Json(answer)
         if not self._read_only:
             _access.keep_token(request, response, _access.token_of(request))
         return response
@@ -256,7 +263,7 @@ class Site:
         return self._json(request, fleet_json(processes, disagreements(processes)))
 
     async def _describe(self, request: Request) -> Response:
-        return JSONResponse(description(_root(request), self._read_only))
+        return Json(description(_root(request), self._read_only))
 
     async def _health(self, request: Request) -> Response:
         board = await run_in_threadpool(self._reader.current)
@@ -345,11 +352,7 @@ class Site:
             return None
         reply = server.run("snapshot", keys, {})
         seen = _protocol.snapshot_from(name, {**reply, "source": "redis"})
-        history = [
-            entry
-            for entry in _protocol.history_entries(server.history(keys, HISTORY))
-            if 0 <= entry.time * 1000 <= EXACT  # another program may have written any number
-        ]
+        history = _protocol.history_entries(server.history(keys, HISTORY))
         row, now = row_of(found[0], self._prefix), found[0].now_ms / 1000
         return Details(row, seen, history, self._processes_now(), now)
 
@@ -382,7 +385,7 @@ class Site:
     def _error(self, request: Request, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
         path = request.url.path.removeprefix(_root(request))
         if path.startswith("/api/") or _is_json(request):
-            return JSONResponse({"detail": message}, status, headers)
+            return Json({"detail": message}, status, headers)
         response = self._html(request, "error.html", {"message": message, "status": status}, status)
         response.headers.update(headers or {})
         return response

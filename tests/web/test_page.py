@@ -624,8 +624,12 @@ def test_a_strange_history_and_document_are_shown(client: redis.Redis, site: Sit
     client.xadd(keys.history, {**odd, "time_ms": 10**15, "failure_count": 1, "success_count": 1, "instance": ""})
     client.set(keys_of("odd").state, b"no document")
     client.set(keys_of("foreign").state, json.dumps({"state": "open", "failure_count": 3, "opened_at": 1}))
+    client.set(keys_of("far").state, json.dumps({"state": "open", "opened_at": 9e13, "error": "half of a pair: \ud800"}))
+    client.set(keys_of("far").policy, '{"failure_threshold":"<i>"}')
     page = site(read_only=True)
-    for name in ("api", "odd", "foreign"):
+    assert set(row_names(page.get("/"))) == {"api", "odd", "foreign", "far"}
+    assert page.get("/api/breakers").json()["total"] == 4
+    for name in ("api", "odd", "foreign", "far"):
         answer = page.get(f"/breakers/{name}")
         assert answer.status_code == 200, answer.text
         assert not re.search(r"<[isu]>", answer.text)
