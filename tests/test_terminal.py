@@ -28,7 +28,7 @@ from test_cli import HOSTILE, fail, fill, make
 from pybreaker_redis import _reader
 from pybreaker_redis.cli import _watch
 from pybreaker_redis.cli._fleet import Fleet
-from pybreaker_redis.cli._table import cut
+from pybreaker_redis.cli._table import cut, summary
 from pybreaker_redis.cli._terminal import key_names
 
 SIZES = [(80, 24), (60, 20), (160, 50), (40, 10)]
@@ -111,6 +111,25 @@ def test_watch_fits(size: tuple[int, int], terminal: Callable[..., Terminal], fl
     assert lines[-1].startswith("q quit")
     if size[1] >= 20:
         check_rows(lines, size)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 9), (300, 1), (3, 3)], ids=str)
+def test_a_tiny_terminal(size: tuple[int, int], terminal: Callable[..., Terminal], fleet: redis.Redis) -> None:
+    """No size ends the program, and nothing is wider or higher than the terminal."""
+    shown = terminal("watch", size=size)
+    wait_until(lambda: shown.frame)
+    for keys in ("jj\r", "\x1b", "/a\rsf"):
+        count = shown.raw.count("\x1b[H")
+        shown.type(keys)
+        wait_until(lambda seen=count: shown.raw.count("\x1b[H") > seen + 1)
+        assert all(cell_len(line) <= size[0] for line in shown.frame)
+        assert len(shown.frame) <= size[1]
+    assert shown.process.poll() is None
+
+
+def test_a_width_of_zero() -> None:
+    """The environment may name it."""
+    assert "".join(summary({"open": 1}, 1, 0)) == "1breaker:1open"
 
 
 def test_watch_follows(terminal: Callable[..., Terminal], client: redis.Redis) -> None:

@@ -191,7 +191,7 @@ class _One:
         for line in lines:
             line.truncate(width, overflow="ellipsis")
         lines += [rich.text.Text("")] * (height - 1 - len(lines))
-        return [*lines, rich.text.Text(cut(HELP_ONE, width), "dim")]
+        return [*lines, rich.text.Text(cut(HELP_ONE, width), "dim")][:height]
 
     def _told(self, key: bytes, name: str, width: int) -> list[rich.text.Text]:
         lines = pairs(details(self._fleet.read_key(key), self._fleet.policy_of(name)), width)
