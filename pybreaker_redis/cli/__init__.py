@@ -102,6 +102,9 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the breaker."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program. Returns the exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started the program, as with <&-
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for the whole process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or a pipe may not take every letter of a name
             stream.reconfigure(errors="backslashreplace")
