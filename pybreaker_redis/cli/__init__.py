@@ -274,6 +274,9 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Further name of this server, as a proxy passes it on.")
     ] = None,
+    root_path: Annotated[
+        str, typer.Option(metavar="PATH", help="Path under which a proxy shows the page, and which it strips.")
+    ] = "",
     health: Annotated[bool, typer.Option("--health", help="Answer /health, to everybody.")] = False,
 ) -> int | None:
     """Serve the operators' web page. It only reads, unless --write is given.
@@ -284,8 +287,17 @@ def serve(
     from ._serve import serve as run
 
     fleet = _fleet(url, config, prefix)
-    names = allow_host or ()
-    run(fleet.client, fleet.prefix, host, port, write=write, authorize=authorize, names=names, health=health)
+    run(
+        fleet.client,
+        fleet.prefix,
+        host,
+        port,
+        write=write,
+        authorize=authorize,
+        names=allow_host or (),
+        health=health,
+        root=root_path,
+    )
     return DONE
 
 
