@@ -147,7 +147,7 @@ def _matcher(option: str, given: Any) -> Any:
     if callable(given) and not isinstance(given, type):
         _check_function(option, "the exception", given)
         return given
-    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, type) else (given,)
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (type, str)) else (given,)
     for one in found:
         if not (isinstance(one, type) and issubclass(one, BaseException)):
             raise PolicyError(f"{option} must be exception types, or one function of the exception, not {one!r}")

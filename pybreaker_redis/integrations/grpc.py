@@ -71,7 +71,9 @@ class _Guard(Generic[B]):
     def __init__(self, breaker: B | BreakerOf[B], *, failures: Iterable[grpc.StatusCode] = FAILURES) -> None:
         own = isinstance(breaker, self._kind)
         if not own and (isinstance(breaker, (CircuitBreaker, AsyncCircuitBreaker)) or not callable(breaker)):
-            raise PolicyError(f"breaker must be {self._kind.__name__}, or a function of the method, not {breaker!r}")
+            raise PolicyError(
+                f"breaker must be of type {self._kind.__name__}, or a function of the method, not {breaker!r}"
+            )
         self._breaker_of: BreakerOf[Any] = (lambda _: breaker) if own else breaker
         self._failures = frozenset(failures)
         for code in self._failures:
