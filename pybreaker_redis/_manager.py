@@ -251,7 +251,7 @@ def _config_from(source: Source | None) -> Config:
         return source
     if not isinstance(source, (Mapping, str, os.PathLike)):
         raise ConfigError(f"the configuration must be a path, a dict or a Config, not {source!r}")
-    if "://" in str(source):
+    if isinstance(source, str) and "://" in source:
         raise ConfigError("the configuration is a URL: pass it to with_redis() as redis=")
     try:
         from .config import load

@@ -453,7 +453,8 @@ def test_what_is_no_configuration(source: Any, message: str) -> None:
 def test_a_dict() -> None:
     """A dict, and a file, are taken as pybreaker_redis.config.load() takes them."""
     pytest.importorskip("pydantic_settings")
-    manager = CircuitBreakerManager({"circuit_breaker": {"services": {"a": {"failure_threshold": 1}}}})
+    server = {"url": "redis://localhost:6379"}
+    manager = CircuitBreakerManager({"circuit_breaker": {"services": {"a": {"failure_threshold": 1}}}, "redis": server})
     trip(manager, "a")
     assert manager.get_state("a") == "open"
     with pytest.raises(ConfigError, match="failure_treshold"):

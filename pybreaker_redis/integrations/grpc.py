@@ -28,6 +28,17 @@ FAILURES = (
 )
 
 
+class FailedCallError(Exception):
+    """Stands for a failed call in on_call events and in the history. It is never raised.
+
+    call: gRPC's own object, for the breaker's retry_after.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str | None, call: Any) -> None:
+        super().__init__(f"{code.name}: {details}" if details else code.name)
+        self.call = call
+
+
 class RpcRejected(CircuitOpenError, grpc.RpcError):  # type: ignore[misc]
     """The breaker rejected a call. A CircuitOpenError, and also a grpc.RpcError with the code UNAVAILABLE."""
 
@@ -119,7 +130,7 @@ class BreakerInterceptor(
     def _settle(self, permit: Permit, ended: Any) -> None:
         code = ended.code()
         if code in self._failures:
-            permit.failure(ended if isinstance(ended, BaseException) else None)
+            permit.failure(FailedCallError(code, ended.details(), ended))
         elif code is grpc.StatusCode.CANCELLED:
             permit.release()
         else:
@@ -162,7 +173,7 @@ class _AioGuard(_Guard[AsyncCircuitBreaker]):
     async def _settle(self, permit: AsyncPermit, call: Any) -> None:
         code = await call.code()
         if code in self._failures:
-            await permit.failure()
+            await permit.failure(FailedCallError(code, await call.details(), call))
         elif code is grpc.StatusCode.CANCELLED:
             await permit.release()
         else:
