@@ -83,7 +83,11 @@ def test_wheel_holds_the_package_and_its_lua_only(built: pathlib.Path) -> None:
     lua = [name for name in names if name.endswith(".lua")]
     assert sorted(lua) == sorted(f"pybreaker_redis/lua/{script}" for script in LUA)
     assert {"acquire.lua", "record.lua", "control.lua", "snapshot.lua"} < LUA
-    assert "pybreaker_redis/py.typed" in names
+    assert {
+        "pybreaker_redis/py.typed",
+        "pybreaker_redis/web/static/page.css",
+        "pybreaker_redis/web/templates/row.html",
+    } < {*names}
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"pybreaker_redis", "pytest_pybreaker_redis.py"}
     assert not any(word in name for name in names for word in ("__pycache__", "tests/", "/test_", "demo", "example"))

@@ -157,6 +157,7 @@ def test_messages() -> None:
         ("the policy override ends", False),
         ("the override ends", True),
         ("this overrides the default", False),
+        ("which a subclass may override.", False),
         ("the process is told of it", True),
         ("the permit has landed", True),
         ("a probe in flight", True),
