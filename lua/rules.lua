@@ -25,7 +25,7 @@ function breaker.recent_trips(document, policy)
 end
 
 function breaker.next_generation(document)
-  return math.max(document.generation + 1, document.now)
+  return math.max(document.generation + 1, document.now * 1000)
 end
 
 -- Clears only fields that may be there, and rare fields only if they are: assigning nil to a new key grows the table.

@@ -288,7 +288,7 @@ class Line:
         entry = next(known, {"instance": ""})
         if entry["instance"] != self._owner._instance:  # our own transition comes with the reply that it caused
             # scripts write decimal numbers
-            change |= {key: int(value) if re.fullmatch("[0-9]{1,15}", value) else value for key, value in entry.items()}
+            change |= {key: int(value) if re.fullmatch("[0-9]{1,16}", value) else value for key, value in entry.items()}
             self._owner._notices.changed(change, "watch", entry["instance"])
 
     def deliver(self, events: list[Any]) -> None:

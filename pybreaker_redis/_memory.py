@@ -120,7 +120,7 @@ class MemoryEngine:
     def _load(self, policy: dict[str, Any], now: int) -> Document:
         """A copy of the document as of now. It replaces the document where a script would write it."""
         if self._document is None:
-            return Document(generation=now, now=now, is_local=self.is_local)
+            return Document(generation=now * 1000, now=now, is_local=self.is_local)
         document = self._document.copy()
         document.now, document.is_new, document.outlived = now, False, False
         document.change, document.note, document.hint, document.reported_error = None, None, False, None

@@ -39,6 +39,7 @@ COUNTS = ("failure_count", "success_count", "calls", "failures", "slow")
 LONGEST_NAME = 512
 # the limits of lua/model.lua
 EXACT = 90_000_000_000_000
+GREATEST_GENERATION = 100 * EXACT
 LONGEST_OPEN_MS = round(LONGEST_OPEN * 1000)
 LARGEST_TEXT = 65536
 
@@ -257,7 +258,7 @@ def check_history_count(count: object) -> None:
 # A healthy document as save() in lua/document.lua writes it: closed, with no more than its last change and a window.
 _HEALTHY = re.compile(
     rb'\{"state":"closed","failure_count":(\d{1,10}),"success_count":0,"last_failure_time":(?:\d{1,10}|null),'
-    rb'"opened_at":null,"version":1,"generation":([1-9]\d{0,12}),"failure_number":(\d{1,13})'
+    rb'"opened_at":null,"version":1,"generation":([1-9]\d{0,15}),"failure_number":(\d{1,13})'
     rb'(?:,"changed_at_ms":[1-9]\d{0,12},"reason":"[a-z_]{1,30}")?'
     rb'(?:,"window":\{[^{}]*\})?\}'
 )
@@ -276,7 +277,7 @@ def read_document(text: bytes | None) -> Reply | None:
     if found is None:
         return None
     failure_count, generation, failure_number = map(int, found.groups())
-    if failure_number < failure_count:
+    if failure_number < failure_count or generation > GREATEST_GENERATION:
         return None
     return {
         "state": "closed",

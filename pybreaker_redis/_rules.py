@@ -110,7 +110,7 @@ def recent_trips(document: Document, policy: Policy) -> int:
 
 def next_generation(document: Document) -> int:
     # a local generation is below zero, so that Redis rejects it
-    return -next(_local_generations) if document.is_local else max(document.generation + 1, document.now)
+    return -next(_local_generations) if document.is_local else max(document.generation + 1, document.now * 1000)
 
 
 def transition(document: Document, state: State, reason: str) -> None:

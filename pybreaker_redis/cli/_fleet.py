@@ -36,7 +36,7 @@ class Reading(NamedTuple):
     def last_change(self) -> float | None:
         """Unix seconds of the last transition, or of the beginning of the document; None if it is not known."""
         seen = self.snapshot
-        return seen.changed_at or seen.generation / 1000 or seen.opened_at
+        return seen.changed_at or seen.generation / 1e6 or seen.opened_at
 
     @property
     def retry_after(self) -> float | None:
