@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Generator, Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -60,7 +61,12 @@ def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
     """
     for what, text in (("name", name), ("prefix", prefix)):
         _check_text(what, text)
-    state = f"{prefix}:{name}:state"
+    return keys_with(f"{prefix}:{name}:state")
+
+
+@functools.lru_cache(maxsize=1000)
+def keys_with(state: str) -> Keys:
+    """The keys of the breaker with this state key."""
     return Keys(state, f"{{{state}}}:history", f"{{{state}}}:policy")
 
 

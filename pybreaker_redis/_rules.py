@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 from typing import Any, TypeAlias
 
 from ._protocol import EXACT, LONGEST_OPEN_MS, Forced, Request, State
@@ -25,14 +26,15 @@ _TIMES = (
     "open_until_ms",
     "forced_until_ms",
 )
+_NONE: dict[Any, int] = {}  # never changed in place
 _local_generations = itertools.count(2)  # FixedEngine has -1
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Document:
     """The state of one breaker. lua/model.lua explains the stored fields, lua/document.lua those from `now` on.
 
-    is_local: whether one process keeps it, while Redis is down.
+    is_local: whether one process keeps it, while Redis is down. probes and reporters are never changed in place.
     """
 
     generation: int
@@ -49,14 +51,14 @@ class Document:
     trips: int = 0
     closed_at_ms: int | None = None
     window: Window | None = None
-    reporters: dict[str, int] = dataclasses.field(default_factory=dict)
+    reporters: dict[str, int] = dataclasses.field(default_factory=lambda: _NONE)
     run_since_ms: int | None = None
     open_until_ms: int = 0
     open_ms: int = 0
     held_generation: int | None = None
     probe_seq: int = 0
     probe_ms: int = 0
-    probes: dict[int, int] = dataclasses.field(default_factory=dict)
+    probes: dict[int, int] = dataclasses.field(default_factory=lambda: _NONE)
     probe_failures: int = 0
     forced: Forced | None = None
     forced_until_ms: int | None = None
@@ -70,10 +72,7 @@ class Document:
 
     def copy(self) -> Document:
         """A copy that may be changed."""
-        copy = object.__new__(Document)
-        copy.__dict__.update(self.__dict__)  # a sixth of the time of dataclasses.replace()
-        copy.probes, copy.reporters = self.probes.copy(), self.reporters.copy()
-        return copy
+        return Document(*_fields_of(self))  # a third of the time of dataclasses.replace()
 
     def turn_back(self, by_ms: int) -> None:
         """Move every time back, as the clock was. A window has a rule of its own."""
@@ -82,6 +81,9 @@ class Document:
                 setattr(self, field, at - (by_ms if field.endswith("_ms") else by_ms // 1000))
         self.probes = {slot: end - by_ms for slot, end in self.probes.items()}
         self.reporters = {instance: at - by_ms for instance, at in self.reporters.items()}
+
+
+_fields_of = operator.attrgetter(*(field.name for field in dataclasses.fields(Document)))
 
 
 def open_time_ms(policy: Policy, trips: int) -> int:
@@ -128,9 +130,9 @@ def transition(document: Document, state: State, reason: str) -> None:
     document.generation = next_generation(document)
     document.change["generation"] = document.generation
     document.failure_number, document.success_count = 0, 0
-    document.window, document.reporters = None, {}
+    document.window, document.reporters = None, _NONE
     document.run_since_ms, document.closed_at_ms = None, None
-    document.probes, document.probe_seq, document.probe_ms, document.probe_failures = {}, 0, 0, 0
+    document.probes, document.probe_seq, document.probe_ms, document.probe_failures = _NONE, 0, 0, 0
     document.held_generation = None
     document.forced, document.forced_until_ms = None, None
 
@@ -203,7 +205,7 @@ def acquire(document: Document, policy: Policy) -> tuple[bool, int | None]:
         return False, None
     document.probe_seq += 1
     document.probe_ms = max(document.probe_ms, policy["probe_timeout_ms"])
-    document.probes[document.probe_seq] = document.now + policy["probe_timeout_ms"]
+    document.probes = {**document.probes, document.probe_seq: document.now + policy["probe_timeout_ms"]}
     return True, document.probe_seq
 
 
@@ -215,7 +217,7 @@ def record_probe(document: Document, request: Request, policy: Policy) -> bool:
     failures = request.get("failures", 0)
     slow = request.get("slow", 0) if policy["slow_call_rate_threshold"] > 0 else 0
     if request.get("pending", 0) == 0:  # a running call keeps its slot
-        del document.probes[slot]
+        document.probes = {other: end for other, end in document.probes.items() if other != slot}
     if failures > 0:
         document.failure_count = min(document.failure_count + failures, 2**32 - 1)
         document.last_failure_time = document.now // 1000
@@ -243,8 +245,9 @@ def note_reporter(document: Document, policy: Policy, request: Request) -> None:
 
     Keeps the newest `quorum` hosts: older ones cannot decide.
     """
-    reporters, instance = document.reporters, request.get("instance", "")
-    reporters[request.get("host", instance.rpartition(":")[0] or instance)] = document.now
+    instance = request.get("instance", "")
+    host = request.get("host", instance.rpartition(":")[0] or instance)
+    document.reporters = reporters = {**document.reporters, host: document.now}
     names = sorted(reporters, key=lambda name: (reporters[name], name))
     for name in names[: max(len(names) - policy["quorum"], 0)]:
         del reporters[name]

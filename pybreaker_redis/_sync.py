@@ -85,6 +85,8 @@ class Permit(BasePermit):
 class Watch(BaseWatch):
     """A breaker's membership in the subscription of its process; also a `with` block."""
 
+    __slots__ = ()
+
     def close(self) -> None:
         """Leave the subscription."""
         self._leave()
@@ -130,7 +132,8 @@ class CircuitBreaker(BreakerCore):
     Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """
 
-    _permit: type[Permit] = Permit
+    __slots__ = ()
+    _permit_type: type[Permit] = Permit
     _warning_permit = warns_if_lost(Permit)
     _kind, _server_of = BLOCKING, staticmethod(server_of)
 
@@ -275,7 +278,7 @@ class CircuitBreaker(BreakerCore):
         """A permit for one call, which is also its `with` block. Raises CircuitOpenError if the call is rejected."""
         seen, now = self._view.seen, monotonic()
         if seen.sent <= now < seen.closed_until:
-            permit = _new(self._permit)  # calling the class would take half as long again
+            permit: Permit = _new(cast(Any, self._permit))  # calling the class would take half as long again
             permit._breaker = self
             permit._stage = ADMITTED
             permit._tick = seen.tick if self._only_counts else None

@@ -27,7 +27,7 @@ class Command(NamedTuple):
         return Command(self.key, (b"EVAL", compose(self.script).encode(), *self.words[2:]), self.script)
 
 
-@functools.lru_cache(maxsize=10_000)
+@functools.lru_cache(maxsize=1000)
 def _encoded(keys: Keys) -> tuple[bytes, bytes, bytes]:
     return keys.state.encode(), keys.history.encode(), keys.policy.encode()
 
