@@ -34,9 +34,9 @@ W = TypeVar("W", bound=BaseWatch)
 Fallback: TypeAlias = Callable[[CircuitOpenError], Any]
 Engine: TypeAlias = MemoryEngine | FixedEngine
 ASKED_AGAIN = 0.1  # retry_after in seconds while other calls of this process ask for the slots of probes
-_NEWS = {"override", "transition"}
+_NEWS = frozenset({"override", "transition"})
 _NO_OVERRIDE = NEVER, float("inf")
-_NEEDS_POLICY = {"failures", "slow", "hold_ms", "probe", "counted"}
+_NEEDS_POLICY = frozenset({"failures", "slow", "hold_ms", "probe", "counted"})
 _OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", *_NEEDS_POLICY, "pending", "error"}
 
 
@@ -340,7 +340,7 @@ class BreakerCore:
         if probe is not None:
             report["probe"] = probe
         if outcome == FAILURE and error is not None:
-            report["error"] = described(error, self._record_errors)
+            report["error"] = functools.partial(described, error, self._record_errors)  # seldom needed
         if hold_ms > 0:
             report["hold_ms"] = hold_ms
             if probe is None:
@@ -380,8 +380,9 @@ class BreakerCore:
     def _send(self, reports: list[Request]) -> Steps[None] | None:
         """Report outcomes. Returns the steps, or None if the engine of this process has counted them."""
         for place, report in enumerate(reports):
-            if self._run_here("record", report) is None:
+            if (engine := self._own_engine()) is None:
                 return self._send_to_redis(reports[place:])
+            self._run_on(engine, "record", report)
         return None
 
     def _send_to_redis(self, reports: list[Request]) -> Steps[None]:
@@ -412,14 +413,15 @@ class BreakerCore:
             return self._report(permit, IGNORED if self._innermost.has_failed(permit.started) else SUCCESS)
         if isinstance(error, CircuitOpenError) and error.name == self.name:
             return self._report(permit, IGNORED, error)  # a nested rejection says nothing about the service
-        if self._innermost.has_counted(error, permit.started) or self._innermost.has_failed(permit.started):
+        innermost, began = self._innermost, permit.started
+        if began < innermost.failed_at and (innermost.has_counted(error, began) or innermost.has_failed(began)):
             return self._report(permit, IGNORED, error)
         outcome = self._classifier.of_exception(error)
         hold_ms = 0 if outcome == IGNORED else self._classifier.hold_ms_of(error)
         if hold_ms > 0:
             outcome = FAILURE
         if outcome == FAILURE and permit.generation is not None:
-            self._innermost.failed(error, permit.started)
+            innermost.failed(error, began)
         return self._report(permit, outcome, error, hold_ms)
 
     # Script calls and their replies
@@ -436,7 +438,7 @@ class BreakerCore:
     def _complete(self, name: str, request: Request) -> Request:
         """Add the policy and the instance. A report of only successes omits them, unless a field matters to it:
         parsing them costs the script time."""
-        plain = name == "record" and "generation" in request and not request.keys() & _NEEDS_POLICY
+        plain = name == "record" and "generation" in request and _NEEDS_POLICY.isdisjoint(request)
         omits_policy = plain and not self._override and not self._judges_successes
         return {**request} if omits_policy else {**self._with_policy, **request}
 
@@ -481,7 +483,7 @@ class BreakerCore:
             not seen.sent <= sent < seen.closed_until
             or reply["generation"] != seen.generation
             or self._override
-            or reply.keys() & _NEWS
+            or not _NEWS.isdisjoint(reply)
         ):
             self._adopt(reply, sent)
         return reply
@@ -490,6 +492,8 @@ class BreakerCore:
         """Let Redis run a script. Raises errors of redis-py."""
         if request.get("generation", 0) < 0:  # of a local engine: Redis does not know it
             request = {key: value for key, value in request.items() if key not in _OUTCOMES}
+        if "error" in request:
+            request = {**request, "error": request["error"]()}
         began = monotonic()
         try:
             reply: Reply = yield Ask(name, request)

@@ -178,6 +178,8 @@ class Notices:
 
     def next(self) -> Event | None:
         """Take the next event that this thread has to deliver, or None."""
+        if not self._waiting:
+            return None
         queue = self._waiting.get(get_ident())
         try:
             return queue.popleft() if queue else None

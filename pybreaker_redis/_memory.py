@@ -91,7 +91,8 @@ class MemoryEngine:
                 self._override = self._override_until_ms = None
             policy = self._policy_of(request.get("policy"))
             document = self._load(policy, now)
-            reply: Reply = getattr(self, f"_{name}")(document, request, policy)
+            reply = _SCRIPTS[name](self, document, request, policy)
+            document.reported_error = None  # it must not outlive the call
             self._announce(document, request, reply)
             return self._reply(document, policy, reply)
 
@@ -125,8 +126,7 @@ class MemoryEngine:
         if self._document is None:
             return Document(generation=now * 1000, now=now, is_local=self.is_local)
         document = self._document.copy()
-        document.now, document.is_new, document.outlived = now, False, False
-        document.change, document.note, document.hint, document.reported_error = None, None, False, None
+        document.now, document.is_new = now, False
         if document.probes:
             document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
@@ -233,6 +233,14 @@ class MemoryEngine:
         if document.change is not None:
             reply["transition"] = document.change
         return reply
+
+
+_SCRIPTS: dict[str, Callable[[MemoryEngine, Document, Request, dict[str, Any]], Reply]] = {
+    "acquire": MemoryEngine._acquire,
+    "record": MemoryEngine._record,
+    "control": MemoryEngine._control,
+    "snapshot": MemoryEngine._snapshot,
+}
 
 
 class LocalEngine(MemoryEngine):

@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 import operator
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from ._protocol import EXACT, LONGEST_OPEN_MS, Forced, Request, State
@@ -35,6 +36,8 @@ class Document:
     """The state of one breaker. lua/model.lua explains the stored fields, lua/document.lua those from `now` on.
 
     is_local: whether one process keeps it, while Redis is down. probes and reporters are never changed in place.
+    From `now` on, the fields are those of one request. reported_error may be a function that describes the error, since
+    that takes time.
     """
 
     generation: int
@@ -47,7 +50,6 @@ class Document:
     changed_at_ms: int | None = None
     reason: str | None = None
     error: str | None = None
-    reported_error: str | None = None
     trips: int = 0
     closed_at_ms: int | None = None
     window: Window | None = None
@@ -69,10 +71,11 @@ class Document:
     change: dict[str, Any] | None = None
     note: dict[str, Any] | None = None
     hint: bool = False
+    reported_error: str | Callable[[], str] | None = None
 
     def copy(self) -> Document:
-        """A copy that may be changed."""
-        return Document(*_fields_of(self))  # a third of the time of dataclasses.replace()
+        """A copy for another request."""
+        return Document(*_stored(self))  # a third of the time of dataclasses.replace()
 
     def turn_back(self, by_ms: int) -> None:
         """Move every time back, as the clock was. A window has a rule of its own."""
@@ -83,7 +86,8 @@ class Document:
         self.reporters = {instance: at - by_ms for instance, at in self.reporters.items()}
 
 
-_fields_of = operator.attrgetter(*(field.name for field in dataclasses.fields(Document)))
+_names = [field.name for field in dataclasses.fields(Document)]
+_stored = operator.attrgetter(*_names[: _names.index("now")])
 
 
 def open_time_ms(policy: Policy, trips: int) -> int:
@@ -141,7 +145,8 @@ def open_for(document: Document, duration_ms: int, reason: str) -> None:
     transition(document, "open", reason)
     document.opened_at = document.now // 1000
     document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
-    document.error = document.reported_error
+    reported = document.reported_error
+    document.error = reported() if callable(reported) else reported
     if document.change is not None and document.error is not None:
         document.change["error"] = document.error
 
