@@ -273,7 +273,7 @@ class BreakerCore:
             wait = seconds(reply.get("retry_after_ms")) or 0.0
             return self._reject(reply["state"], wait, reply.get("reason"), reply.get("error"))
         ramp_left = seconds(reply.get("ramp_left_ms")) or 0.0
-        if self._view.held_back(ramp_left):
+        if ramp_left > 0 and self._view.held_back(ramp_left):
             return self._reject("closed", ramp_left)
         return self._admitted(reply["generation"], reply.get("probe"))
 
@@ -297,7 +297,9 @@ class BreakerCore:
     def _finish(self, permit: BasePermit) -> bool:
         """Count a quick success without a script call. Returns False, with nothing done, if it needs one."""
         generation = permit.generation
-        if permit.probe is not None or generation is None or generation != self._view.seen.generation:
+        if self._view.lease <= 0 or permit.probe is not None:
+            return False
+        if generation is None or generation != self._view.seen.generation:
             return False
         if not self._slow_calls.ended_quickly(permit) or not self._gather(generation):
             return False
@@ -363,7 +365,8 @@ class BreakerCore:
 
         generation: of the report that they go with; default: the view's. as_it_ends: see View.take.
         """
-        request = self._view.take(generation, self._own_engine() is None, as_it_ends)
+        view = self._view
+        request = view.take(generation, self._own_engine() is None, as_it_ends) if view.lease > 0 else {}
         current = self._view.seen.generation
         slow_probes: list[Request] = []
         # a report of an earlier generation counts for nothing: slow calls wait for one of the view's

@@ -46,7 +46,7 @@ class Isolation:
 
     def is_open(self) -> bool:
         """Whether this instance's own state is open or half open."""
-        return self.state != "closed"
+        return self._own is not None and self._own.state != "closed"
 
     def decides_over(self, fleet: Reply) -> bool:
         """Whether it is, and is not overruled by the fleet's state in this snapshot."""

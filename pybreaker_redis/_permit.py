@@ -150,7 +150,9 @@ def resource_warnings_are_shown() -> bool:
 
 def in_probe(innermost: Innermost) -> bool:
     """Whether this code runs within a probe of the same breaker."""
-    permits = (permit() for process, permit in _probes.get() if process == getpid())
+    if not (probes := _probes.get()):
+        return False
+    permits = (permit() for process, permit in probes if process == getpid())
     return any(
         permit is not None and permit._breaker._innermost is innermost and not permit.settled for permit in permits
     )
@@ -209,7 +211,7 @@ class Innermost:
 
     def has_failed(self, since: float) -> bool:
         """Whether this thread or task has counted a failure after `since`."""
-        return since < self._last.get(_running(), since) <= self._now()
+        return since < self.failed_at and since < self._last.get(_running(), since) <= self._now()
 
 
 def _running() -> int:

@@ -155,7 +155,7 @@ class Fleet:
             yield Reading(_protocol.snapshot_from(name, content, self._policy_of(name)), content["exists"], read_at)
 
     def _snapshot(self, key: bytes, name: str) -> Command:
-        # not by run_encoded(): a key that another program wrote may not be UTF-8
+        # not by run(): a key that another program wrote may not be UTF-8
         keys = (key, *(b"{%b}:%b" % (key, kind) for kind in (b"history", b"policy")))
         words = (b"EVALSHA", sha1("snapshot").encode(), b"3", *keys, _request(self._policy_of(name)))
         return Command(key, words, "snapshot")
