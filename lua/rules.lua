@@ -279,8 +279,10 @@ end
 
 -- Lets the next caller of an open circuit probe. Returns whether it changed anything.
 function breaker.probe_now(document)
-  if document.forced or document.state ~= 'open' or document.open_until_ms <= document.now then return false end
-  document.open_until_ms, document.held_generation = document.now, nil -- a late hold must not undo the probe
+  if document.forced or document.state ~= 'open' then return false end
+  if document.open_until_ms <= document.now and not document.held_generation then return false end
+  document.open_until_ms = math.min(document.open_until_ms, document.now)
+  document.held_generation = nil -- a late hold must not undo the probe
   return true
 end
 

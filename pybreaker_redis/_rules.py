@@ -377,9 +377,11 @@ def retry_after_ms(document: Document, policy: Policy) -> int | None:
 
 def probe_now(document: Document) -> bool:
     """Let the next caller of an open circuit probe. Returns whether it changed anything."""
-    if document.forced or document.state != "open" or document.open_until_ms <= document.now:
+    if document.forced or document.state != "open":
         return False
-    document.open_until_ms = document.now
+    if document.open_until_ms <= document.now and document.held_generation is None:
+        return False
+    document.open_until_ms = min(document.open_until_ms, document.now)
     document.held_generation = None  # a late hold must not undo the probe
     return True
 
