@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 ARGS ?=
 OUTAGES := tests/faults tests/link tests/model tests/processes tests/clocks
 INTEGRATIONS := tests/integrations
+COMPAT := tests/compat
+CIRCUITBREAKER := 2.1.3
+SITE := tests/docs
+WEB := tests/web
 TYPED := pybreaker_redis tests/typing/api.py
 SECONDS ?= 600
 
@@ -23,7 +27,7 @@ endef
 export WRITE_BUNDLES
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations soak mutants lint docs bundles bench bench-link clean
+.PHONY: help demo test test-outages coverage test-faults test-servers test-pythons test-integrations test-compat test-web test-docs pictures soak mutants lint docs drawings bundles bench bench-link clean
 .NOTPARALLEL:
 
 help: ## show this list
@@ -32,14 +36,14 @@ help: ## show this list
 demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one shared breaker
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
-test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, and the long ones (five minutes)
-	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS)) $(ARGS)
+test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, other libraries, the site, and the long ones (five minutes)
+	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS) $(COMPAT) $(SITE) $(WEB)) $(ARGS)
 
 test-outages: $(VENV)/dev.stamp ## run those of outages, of processes, of the link and of models (ten minutes)
 	@$(BIN)/python -m pytest $(OUTAGES) $(ARGS)
 
-coverage: $(VENV)/dev.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
-	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --cov --cov-report=term-missing:skip-covered $(ARGS)
+coverage: $(VENV)/compat.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
+	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --ignore=$(SITE) --ignore=$(WEB) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
 	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
@@ -54,6 +58,25 @@ test-pythons: ## run the tests on every Python found, with the oldest and the ne
 test-integrations: $(VENV)/integrations.stamp ## run the tests of integrations with other libraries, and of their pages (a minute)
 	@$(BIN)/python -m pytest $(INTEGRATIONS) tests/test_docs.py -k 'integrations or http-clients or frameworks or retries or grpc' $(ARGS)
 
+test-compat: $(VENV)/compat.stamp build/circuitbreaker-$(CIRCUITBREAKER) ## run the tests of what takes other libraries' place, and circuitbreaker's own (a minute)
+	@CIRCUITBREAKER_TESTS=build/circuitbreaker-$(CIRCUITBREAKER)/tests $(BIN)/python -m pytest $(COMPAT) $(ARGS)
+
+# Its wheel has no tests, but its sdist has.
+build/circuitbreaker-$(CIRCUITBREAKER): | $(BIN)/python
+	@mkdir -p build
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: --dest build \
+	  circuitbreaker==$(CIRCUITBREAKER)
+	@tar -xzf $@.tar.gz -C build
+
+test-web: $(VENV)/webtests.stamp ## run the tests of the operators' page, in Debian's chromium if it is there (four minutes)
+	@$(BIN)/python -m pytest $(WEB) tests/test_docs.py -k web $(ARGS)
+
+pictures: $(VENV)/webtests.stamp ## take the pictures of the operators' page in docs/images anew, from a real run
+	@PYTHONPATH=tests $(BIN)/python -m tests.web.pictures
+
+test-docs: $(VENV)/docs.stamp $(VENV)/webtests.stamp ## build the documentation, and look at every page in a browser without a network (a minute)
+	@$(BIN)/python -m pytest $(SITE) $(ARGS)
+
 soak: $(VENV)/dev.stamp ## random faults for ten minutes; another time: make soak SECONDS=3600
 	@$(BIN)/python tests/faults/soak.py $(SECONDS) $(ARGS)
 
@@ -61,24 +84,30 @@ mutants: $(VENV)/mutation.stamp ## change the state machine in 2700 places, and 
 	@$(BIN)/python tests/mutation/python_mutants.py
 	@$(BIN)/python tests/mutation/lua_mutants.py $(ARGS)
 
-lint: $(VENV)/integrations.stamp bundles ## check style, types and the Lua
+lint: $(VENV)/integrations.stamp $(VENV)/webtests.stamp bundles ## check style, types, the Lua, and the files for GitHub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(TYPED)
 	$(BIN)/python tests/check_lua.py
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms \
+	  $(filter-out %/config.yml,$(wildcard .github/ISSUE_TEMPLATE/*.yml))
 	@if command -v luacheck >/dev/null; then luacheck --quiet lua $(wildcard tests/lua) build/lua; fi
 
 docs: $(VENV)/docs.stamp ## build the documentation into build/site
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+drawings: $(VENV)/demo.stamp ## draw the pictures of README and the documentation, from the demo and the benchmarks
+	@PYTHONPATH=docs $(BIN)/python -m pictures
+
 bundles: $(VENV)/demo.stamp ## write build/lua/NAME.lua, the very bytes that Redis runs
 	@$(BIN)/python -c "$$WRITE_BUNDLES"
 
-bench: $(VENV)/bench.stamp ## compare with every peer, and simulate fleets (eight minutes)
+bench: $(VENV)/bench.stamp ## compare with every peer, and simulate fleets; then draw the charts (eight minutes)
 	@$(BIN)/python benchmarks/bench.py $(ARGS)
 	@$(BIN)/python benchmarks/fleet.py
 	@$(BIN)/python benchmarks/watch.py
-	@$(BIN)/python benchmarks/charts.py
+	@PYTHONPATH=docs $(BIN)/python -m pictures
 
 bench-link: $(VENV)/bench.stamp ## one process's line to Redis, and simulated fleets (twenty minutes)
 	@$(BIN)/python benchmarks/link.py $(ARGS)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+__all__ = ["breaker_redis", "breakers"]
+
 if TYPE_CHECKING:
     from pybreaker_redis.embedded import EmbeddedServer
     from pybreaker_redis.testing import Breakers

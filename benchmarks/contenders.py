@@ -389,6 +389,12 @@ TWO_SCRIPTS = {
 }
 
 
+def in_turn(number: int, names: list[str]) -> list[str]:
+    """The order of a round, which moves on by one."""
+    shift = number % len(names)
+    return names[shift:] + names[:shift]
+
+
 async def settled(value: Any) -> Any:
     """value, or the result of awaiting it."""
     return await value if inspect.isawaitable(value) else value

@@ -22,6 +22,7 @@ from typing import Any
 import aiohttp
 import httpx
 import requests
+from contenders import in_turn
 
 from pybreaker_redis import AsyncCircuitBreakerManager, CircuitBreakerManager, Config
 from pybreaker_redis.embedded import EmbeddedServer
@@ -85,12 +86,6 @@ async def timed_async(send: Callable[[], Awaitable[Any]], seconds: float) -> flo
         await send()
         count += 1
     return (now - began) / count
-
-
-def in_turn(number: int, names: list[str]) -> list[str]:
-    """The order of a round."""
-    shift = number % len(names)
-    return names[shift:] + names[:shift]
 
 
 def measure(url: str, redis_url: str, rounds: int, seconds: float) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ In a script a document has these fields besides the stored ones:
   unchanged  save() only renews the TTL
   reported_error  the error in the report; it becomes the document's if the report opens the circuit
   change     the transition that this script made
-  note       the history entry of an action that is not a transition: a new end for a forced state
+  entry      the history entry of an operator's action that is not a transition
   hint       save() publishes that the run of failures has reached half of its threshold
   warning    what was wrong with the stored value
 ]]
@@ -24,9 +24,10 @@ function breaker.load(request)
     .. '"failure_count":(%d+),"success_count":0,"last_failure_time":([%dnul]+),"opened_at":null,"version":1,'
     .. '"generation":([1-9]%d*),"failure_number":(%d+)(.*)}$')
   local failed_s, window, changed_at, reason = failed_at ~= 'null' and tonumber(failed_at) or nil, nil, nil, nil
-  local sound = rest == ''
+  local sound, operator, note = rest == '', nil, nil
   if rest and string.byte(rest, 3) == 99 then -- c
     changed_at, reason, rest = string.match(rest, '^,"changed_at_ms":([1-9]%d*),"reason":"([a-z_]+)"(.*)$')
+    if rest and rest ~= '' and string.byte(rest, 3) ~= 119 then operator, note, rest = breaker.read_operator(rest) end -- w
     sound = rest == '' and #changed_at <= 13 and #reason <= 30
   end
   if rest and rest ~= '' then
@@ -41,9 +42,20 @@ function breaker.load(request)
   local now = (window or failures ~= '0') and breaker.now_ms() or nil
   if window then window = breaker.window_at(window, request, now) end
   local count, latest = failures == '0' and 0 or tonumber(failures), number == '0' and 0 or tonumber(number)
-  return {state = 'closed', failure_count = count, success_count = 0, last_failure_time = failed_s,
+  local document = {state = 'closed', failure_count = count, success_count = 0, last_failure_time = failed_s,
     generation = present, failure_number = latest < count and count or latest, trips = 0, exists = true,
     now = now, window = window or nil, changed_at_ms = changed_at and tonumber(changed_at), reason = reason, change = nil}
+  if operator or note then document.operator, document.note = operator, note end
+  return document
+end
+
+-- Parses operator and note of a healthy document; those with a quote or a backslash are left to cjson. Also returns the
+-- rest, or nil.
+function breaker.read_operator(text)
+  local operator, rest = string.match(text, '^,"operator":"([^"\\%c\127-\255]+)"(.*)$')
+  local note, rest_of_note = string.match(rest or text, '^,"note":"([^"\\%c\127-\255]+)"(.*)$')
+  if #(operator or '') > 100 or #(note or '') > 200 then return nil end
+  return operator, note, note and rest_of_note or rest
 end
 
 -- Writes -------------------------------------------------------------------------------------------
@@ -60,7 +72,7 @@ function breaker.save(document, request)
   if deadline then ttl_ms = math.max(ttl_ms, deadline - now + breaker.policy_of(request).window_ms) end
   if document.unchanged and not document.amended then return redis.call('PEXPIRE', KEYS[1], ttl_ms) end
   redis.call('SET', KEYS[1], breaker.encode(document), 'PX', ttl_ms)
-  if document.change or document.note then return breaker.announce(document, request) end
+  if document.change or document.entry then return breaker.announce(document, request) end
   if document.hint then
     local hint = {failure_count = document.failure_count, instance = request.instance, time_ms = now}
     redis.pcall('PUBLISH', KEYS[1], cjson.encode(hint)) -- an ACL may refuse the channel
@@ -68,8 +80,8 @@ function breaker.save(document, request)
 end
 
 -- The document as JSON. Written by hand: the contract fields come first, large numbers keep all digits, and it takes
--- half the time of cjson. %d is cheaper than %.0f, but ends at 2^31 on a 32-bit server: there, the failures of a
--- generation that has more of them are numbered anew from failure_count, and a window that has more calls begins anew.
+-- half the time of cjson. %d is cheaper than %.0f, but ends at 2^31 on a 32-bit server. There, a generation with more
+-- failures numbers them anew from failure_count, and a window with more calls begins anew.
 function breaker.encode(document)
   local text = string.format('{"state":"%s","failure_count":%d,"success_count":%d,"last_failure_time":%s,' ..
     '"opened_at":%s,"version":1,"generation":%.0f,"failure_number":%d', document.state, document.failure_count,
@@ -78,6 +90,8 @@ function breaker.encode(document)
   if document.changed_at_ms then
     text = string.format('%s,"changed_at_ms":%.0f,"reason":"%s"', text, document.changed_at_ms, document.reason)
   end
+  if document.operator then text = string.format('%s,"operator":"%s"', text, breaker.escaped(document.operator)) end
+  if document.note then text = string.format('%s,"note":"%s"', text, breaker.escaped(document.note)) end
   if document.error then text = string.format('%s,"error":%s', text, cjson.encode(document.error)) end
   if document.trips > 0 then text = string.format('%s,"trips":%.0f', text, document.trips) end
   if document.forced then
@@ -104,15 +118,20 @@ function breaker.encode(document)
     text, window.bucket_ms, window.newest, window.calls, window.failures, window.slow, window.past, since)
 end
 
+-- A printable ASCII text as in JSON. cjson would escape slashes, too.
+function breaker.escaped(text)
+  return (string.gsub(text, '["\\]', '\\%0'))
+end
+
 -- When the back-off and the ramp after a recovery are over if the circuit stays closed.
 function breaker.recovered_at_ms(document, policy)
   local backoff_ms = document.trips > 0 and breaker.open_time_ms(policy, document.trips + 1) or 0
   return document.closed_at_ms + math.max(backoff_ms, policy.ramp_up_ms)
 end
 
--- Adds the transition to the history and publishes it. Neither may fail the script: the document is written.
+-- Adds the history entry and publishes it. Neither may fail the script: the document is written.
 function breaker.announce(document, request)
-  local change = document.change or document.note
+  local change = document.change or document.entry
   local entry = {'XADD', KEYS[2], 'MAXLEN', '~', '1000', '*', 'time_ms', document.now,
     'from', change.from, 'to', change.to, 'reason', change.reason,
     'generation', change.generation, 'failure_count', change.failure_count,
@@ -120,6 +139,8 @@ function breaker.announce(document, request)
     change.calls and 'calls', change.calls, change.calls and 'failures', change.failures,
     change.calls and 'slow', change.slow}
   if change.error then entry[#entry + 1], entry[#entry + 2] = 'error', change.error end
+  if change.operator then entry[#entry + 1], entry[#entry + 2] = 'operator', change.operator end
+  if change.note then entry[#entry + 1], entry[#entry + 2] = 'note', change.note end
   local added = redis.pcall(unpack(entry))
   local wrong = type(added) == 'table' and added.err
   if wrong and (string.find(wrong, 'WRONGTYPE', 1, true) or string.find(wrong, 'exhausted', 1, true)) then
@@ -127,7 +148,8 @@ function breaker.announce(document, request)
     redis.pcall(unpack(entry))
   end
   redis.pcall('PEXPIRE', KEYS[2], 86400000)
-  change.instance, change.time_ms, change.retry_after_ms = request.instance, document.now, document.open_ms
+  change.instance, change.time_ms = request.instance, document.now
+  change.retry_after_ms = document.open_until_ms and document.open_until_ms - document.now
   redis.pcall('PUBLISH', KEYS[1], breaker.to_json(change)) -- an ACL may refuse the channel
   change.instance, change.time_ms, change.retry_after_ms = nil, nil, nil
 end
@@ -187,6 +209,7 @@ function breaker.take_over_fields(stored, request, now, micros)
   if stored.version ~= nil and stored.version ~= 1 then document.warning = 'future_version' end
   if breaker.is_integer(own.trips, 0, LARGEST) then document.trips = math.min(own.trips, 1000) end
   breaker.take_over_change(document, own)
+  if own.operator or own.note then breaker.take_over_operator(document, own) end
   if state == 'open' then
     breaker.take_over_open(document, own, request)
   elseif state == 'half_open' then
@@ -207,8 +230,13 @@ function breaker.take_over_change(document, own)
   if not breaker.is_integer(own.changed_at_ms, 1, LARGEST) or type(reason) ~= 'string' then return end
   if #reason > 30 or not string.find(reason, '^[a-z_]+$') then return end
   document.changed_at_ms, document.reason = own.changed_at_ms, reason
-  if document.state == 'closed' or type(error) ~= 'string' or #error > 200 then return end
-  if string.find(error, '^[ -~]+$') then document.error = error end
+  if document.state ~= 'closed' and breaker.is_text(error, 200) then document.error = error end
+end
+
+-- Who acted on the state last, and why.
+function breaker.take_over_operator(document, own)
+  if breaker.is_text(own.operator, 100) then document.operator = own.operator end
+  if breaker.is_text(own.note, 200) then document.note = own.note end
 end
 
 -- Another program may rewrite the document without a generation many times a second. It then goes on under that of the

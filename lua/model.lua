@@ -33,6 +33,8 @@ what is stored: 64 KB, 1,000 probes, 100 reporters, 30 days for an open or force
   trips              trips in a row, for the back-off
   forced             "open" or "closed" while an operator forces the state
   forced_until_ms    unix milliseconds at which the forced state ends
+  operator, note     who carried out the last action on the state (force, clear_forced, probe, reset), and why; until the
+                     next transition. At most 100 and 200 printable ASCII characters.
 
 while closed:
   closed_at_ms       unix milliseconds at which probes closed the circuit
@@ -52,11 +54,16 @@ while half open:
   probes             {slot: deadline in unix milliseconds}
   probe_failures     probes that have failed in this half-open state
 
+Another key of the prefix, circuit_breaker:fleet, lists the processes: see fleet.lua. No breaker depends on it.
+
 Messages on the channel KEYS[1] tell watchers to read the document. Watchers do not read the messages themselves:
-  a transition       {from, to, reason, generation, failure_count, success_count, instance, time_ms, ...}
+  a history entry    {from, to, reason, generation, failure_count, success_count, instance, time_ms, ...}: a transition,
+                     or an operator's action on the state that is not one, with the same state twice
   a hint             {failure_count, instance, time_ms}: the run of failures has reached half of its threshold
-  an operator's act  {policy, instance, time_ms}: a policy override was set or cleared, a forced state was
-                     cleared, or the next caller may probe
+  a policy           {policy, instance, operator, note, time_ms}: a policy override was set or cleared
+
+The policy override under KEYS[3] is a map of policy fields, with its end (until_ms) and the operator and note of the
+action that set it last.
 ]]
 local LARGEST = 90000000000000 -- cjson writes integers of 14 digits without loss; the rest is room for additions
 local DAY_MS = 86400 * 1000 -- two locals, not more: each costs every script the capture of a variable
@@ -74,6 +81,11 @@ end
 
 function breaker.is_integer(value, least, most)
   return type(value) == 'number' and value >= least and value <= most and value % 1 == 0
+end
+
+-- Whether this is a printable ASCII text of 1 to `most` characters.
+function breaker.is_text(value, most)
+  return type(value) == 'string' and #value <= most and string.find(value, '^[ -~]+$') and true or false
 end
 
 -- The map in a stored JSON text, or nil.

@@ -126,8 +126,8 @@ end
 -- end, until_ms, so that processes can tell one that was prolonged from one that was not.
 function breaker.take_override(request, text)
   local override = breaker.decode(text)
-  local until_ms = override and override.until_ms
-  if until_ms then override.until_ms = nil end
+  local until_ms, operator, note = override and override.until_ms, override and override.operator, override and override.note
+  if until_ms or operator or note then override.until_ms, override.operator, override.note = nil, nil, nil end
   if not override or breaker.policy_problem('policy', override)
       or until_ms and not breaker.is_integer(until_ms, 0, LARGEST) then
     request.warning = 'corrupt_policy'
@@ -136,6 +136,8 @@ function breaker.take_override(request, text)
   local left_ms = until_ms and until_ms - breaker.now_ms()
   if left_ms and left_ms <= 0 then return end
   request.policy, request.override_in_force, request.override_left_ms = request.policy or {}, override, left_ms
+  request.override_operator = breaker.is_text(operator, 100) and operator or nil
+  request.override_note = breaker.is_text(note, 200) and note or nil
   for field, value in pairs(override) do request.policy[field] = value end
 end
 

@@ -47,7 +47,12 @@ function breaker.transition(document, state, reason)
   else
     document.probes, document.probe_seq, document.probe_ms, document.probe_failures = nil, nil, nil, nil
   end
-  if document.forced then document.forced, document.forced_until_ms = nil, nil end
+  if document.forced or document.operator or document.note then breaker.end_action(document) end
+end
+
+-- Ends a forced state, and forgets who acted last.
+function breaker.end_action(document)
+  document.forced, document.forced_until_ms, document.operator, document.note = nil, nil, nil, nil
 end
 
 function breaker.open_for(document, duration_ms, reason)
@@ -277,23 +282,38 @@ function breaker.retry_after_ms(document, request)
   return math.min(math.max(document.probe_ms - left, 100), left)
 end
 
+-- Enters an operator's action that is not a transition into the history.
+function breaker.enter(document, reason)
+  document.entry = {from = document.state, to = document.state, reason = reason, generation = document.generation,
+    failure_count = document.failure_count, success_count = document.success_count}
+end
+
 -- Lets the next caller of an open circuit probe. Returns whether it changed anything.
 function breaker.probe_now(document)
   if document.forced or document.state ~= 'open' then return false end
   if document.open_until_ms <= document.now and not document.held_generation then return false end
   document.open_until_ms = math.min(document.open_until_ms, document.now)
   document.held_generation = nil -- a late hold must not undo the probe
+  breaker.enter(document, 'probe')
+  return true
+end
+
+-- Ends a forced state. Returns whether there was one.
+function breaker.clear_forced(document)
+  if not document.forced then return false end
+  if document.forced == 'open' then document.open_until_ms = document.now end -- the next acquire sends a probe
+  breaker.end_action(document)
+  breaker.enter(document, 'clear_forced')
   return true
 end
 
 -- Gives a forced state a new end, which is not a transition. Returns whether it changed anything.
 function breaker.prolong(document, duration_ms)
-  local until_ms, state = document.now + duration_ms, document.state
+  local until_ms = document.now + duration_ms
   if until_ms == document.forced_until_ms then return false end
   document.forced_until_ms, document.changed_at_ms = until_ms, document.now
-  if state == 'open' then document.open_until_ms, document.open_ms = until_ms, duration_ms end
-  document.note = {from = state, to = state, reason = 'forced', generation = document.generation,
-    failure_count = document.failure_count, success_count = document.success_count}
+  if document.state == 'open' then document.open_until_ms, document.open_ms = until_ms, duration_ms end
+  breaker.enter(document, 'forced')
   return true
 end
 
@@ -308,23 +328,23 @@ end
 -- Carries out an operator's action on the state. Returns whether it changed anything.
 function breaker.control(document, action, duration_ms)
   if action == 'probe' then return breaker.probe_now(document) end
+  if action == 'clear_forced' then return breaker.clear_forced(document) end
   if action == 'force_' .. (document.forced or '') then return breaker.prolong(document, duration_ms) end
-  if action == 'reset' and breaker.is_blank(document) then return false end
-  local forces = action == 'force_open' or action == 'force_closed'
   if action == 'reset' then
+    if breaker.is_blank(document) then return false end
     breaker.close(document, 'reset')
-  elseif action == 'force_open' then
-    breaker.open_for(document, duration_ms, 'forced')
-  elseif action == 'force_closed' then
-    breaker.close(document, 'forced')
-  elseif not document.forced then
-    return false
-  elseif document.forced == 'open' then
-    document.open_until_ms = document.now -- the next acquire sends a probe, as after a forced state that ends
+    return true
   end
-  document.forced = forces and document.state
-  document.forced_until_ms = forces and document.now + duration_ms
+  if action == 'force_open' then breaker.open_for(document, duration_ms, 'forced') else breaker.close(document, 'forced') end
+  document.forced, document.forced_until_ms = document.state, document.now + duration_ms
   return true
+end
+
+-- Notes who carried out an operator's action, and why, in the document and its history entry.
+function breaker.sign(document, request)
+  local entry, operator, note = document.change or document.entry, request.operator, request.note
+  if operator or document.operator then document.operator, entry.operator = operator, operator end
+  if note or document.note then document.note, entry.note = note, note end
 end
 
 -- From 0 (open) to 100: what the state allows, less the share of failures, half the share of slow calls, and the

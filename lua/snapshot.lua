@@ -20,6 +20,8 @@ Reply      exists             (bool)
            reporters          {host: unix milliseconds}, kept for a quorum
            policy             {field: value} of all fields in force
            override           {field: value} of the policy override, if there is one
+           operator, note     of the last action on the state, until the next transition
+           override_operator, override_note   of the action that set the policy override
            override_left_ms   milliseconds until the policy override ends, if it was given an end
            now_ms             the server's clock in unix milliseconds
            warning, window_ms  as acquire replies
@@ -46,6 +48,8 @@ reply.exists, reply.now_ms, reply.policy = document.exists, document.now, breake
 reply.last_failure_time, reply.opened_at = document.last_failure_time, document.opened_at
 reply.forced_until_ms, reply.reporters = document.forced_until_ms, document.reporters
 reply.reason, reply.changed_at_ms = document.reason, document.changed_at_ms
+reply.operator, reply.note = document.operator, document.note
+reply.override_operator, reply.override_note = request.override_operator, request.override_note
 reply.trips, reply.probes_in_flight = breaker.recent_trips(document, policy), probes_in_flight
 reply.calls, reply.failures, reply.slow = calls, failures, slow
 reply.health = breaker.health(document, policy, calls, failures, slow)

@@ -18,7 +18,7 @@ from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event, Listener, Notices
 from ._permit import SETTLED, BasePermit, warns_if_lost
 from ._process import renew
-from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
+from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from .wire.aio import async_server_of, carry_out, forget_ended
 from .wire.options import ASYNCIO, REDIS_ERRORS
@@ -428,37 +428,48 @@ class AsyncCircuitBreaker(BreakerCore):
         """Read the whole state from Redis; while Redis is down, from this process's local engine."""
         return await self._drive(self._snapshot())
 
-    async def force_open(self, duration: float | None = None) -> None:
+    async def force_open(
+        self, duration: float | None = None, *, operator: str | None = None, note: str | None = None
+    ) -> None:
         """See CircuitBreaker.force_open."""
-        await self._drive(self._command("force_open", duration))
+        await self._drive(self._command(Action("force_open", operator, note, duration)))
 
-    async def force_closed(self, duration: float | None = None) -> None:
+    async def force_closed(
+        self, duration: float | None = None, *, operator: str | None = None, note: str | None = None
+    ) -> None:
         """See CircuitBreaker.force_closed."""
-        await self._drive(self._command("force_closed", duration))
+        await self._drive(self._command(Action("force_closed", operator, note, duration)))
 
-    async def clear_forced(self) -> None:
+    async def clear_forced(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.clear_forced."""
-        await self._drive(self._command("clear_forced"))
+        await self._drive(self._command(Action("clear_forced", operator, note)))
 
-    async def probe(self) -> None:
+    async def probe(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.probe."""
-        await self._drive(self._command("probe"))
+        await self._drive(self._command(Action("probe", operator, note)))
 
-    async def reset(self) -> None:
+    async def reset(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.reset."""
-        await self._drive(self._command("reset"))
+        await self._drive(self._command(Action("reset", operator, note)))
 
     async def watch(self) -> AsyncWatch:
         """See CircuitBreaker.watch. All breakers of this event loop share one subscription, held by one task."""
         return self._watch_with(AsyncWatch)
 
-    async def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
+    async def set_policy(
+        self,
+        *,
+        duration: float | None = None,
+        operator: str | None = None,
+        note: str | None = None,
+        **fields: Any,
+    ) -> None:
         """See CircuitBreaker.set_policy."""
-        await self._drive(self._command("set_policy", duration, fields))
+        await self._drive(self._command(Action("set_policy", operator, note, duration), fields))
 
-    async def clear_policy(self) -> None:
+    async def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.clear_policy."""
-        await self._drive(self._command("clear_policy"))
+        await self._drive(self._command(Action("clear_policy", operator, note)))
 
     async def history(self, count: int = 100) -> list[HistoryEntry]:
         """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""

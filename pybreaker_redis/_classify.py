@@ -13,6 +13,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from ._errors import PolicyError
 from ._policy import LONGEST_OPEN
+from ._protocol import printable
 
 Exceptions: TypeAlias = (
     type[BaseException] | Iterable[type[BaseException]] | Callable[[BaseException], object]
@@ -44,19 +45,22 @@ class Classification:
 
 
 class Classifier:
-    """Turns exceptions and results into outcomes. Raises PolicyError for an invalid option."""
+    """Turns exceptions and results into outcomes. Raises PolicyError for an invalid option.
 
-    __slots__ = ("_breaker", "_failures", "_ignore", "_is_failure", "_logged", "_retry_after")
+    owner: whose options these are, for the log: the name of a breaker.
+    """
+
+    __slots__ = ("_failures", "_ignore", "_is_failure", "_logged", "_owner", "_retry_after")
 
     def __init__(
         self,
-        breaker: str,
+        owner: str,
         failures: Exceptions,
         ignore: Exceptions,
         is_failure: Callable[[Any], object] | None,
         retry_after: RetryAfter | None,
     ) -> None:
-        self._breaker = breaker
+        self._owner = owner
         self._failures, self._ignore = _matcher("failures", failures), _matcher("ignore", ignore)
         if is_failure is not None:
             _check_function("is_failure", "the result", is_failure)
@@ -111,7 +115,7 @@ class Classifier:
     def _log_once(self, option: str, ended: Any) -> None:
         if option not in self._logged:
             self._logged = (*self._logged, option)
-            logger.exception("circuit breaker %r: %s failed for %r", self._breaker, option, ended)
+            logger.exception("%s of %r failed for %r", option, self._owner, ended)
 
 
 def hold_ms(retry_after: float | str | None) -> int:
@@ -134,11 +138,7 @@ def described(error: BaseException, with_message: bool) -> str:
             text = f"{text}: {message}" if (message := str(error)) else text
         except Exception:  # the exception's own __str__ may raise
             logger.debug("the message of a %s cannot be read", text, exc_info=True)
-    text = text[:200]
-    if text.isascii() and text.isprintable():
-        return text
-    printable = "".join(letter if letter.isprintable() else " " for letter in text)
-    return printable.encode("ascii", "backslashreplace").decode()[:200]
+    return printable(text, 200)
 
 
 def _holds(predicate: Callable[[BaseException], object], exception: BaseException) -> bool:

@@ -27,7 +27,7 @@ class Config:
     redis_options: options of redis.Redis for its client; those in the URL win. watch: whether the breakers
     subscribe to messages, so that their views follow changes within milliseconds. idle_after: seconds after which a
     manager forgets a breaker that nobody asked it for; what Redis stores of it stays until its TTL ends. None: never.
-    The other options are those of CircuitBreaker.
+    lease, on_redis_failure, redis_timeout, prefix, host, record_errors: as for CircuitBreaker.
 
     Raises PolicyError for an invalid value.
     """
@@ -44,6 +44,7 @@ class Config:
     prefix: str = "circuit_breaker"
     host: str | None = None
     record_errors: bool = True
+    listed: bool = True
     idle_after: float | None = 3600.0
 
     def __post_init__(self) -> None:
@@ -51,7 +52,7 @@ class Config:
         host_of(self.host)
         if self.idle_after is not None:
             _check_seconds("idle_after", self.idle_after, 0.0, float("inf"))
-        for option in ("enabled", "watch", "record_errors"):
+        for option in ("enabled", "watch", "record_errors", "listed"):
             check_flag(option, getattr(self, option))
         for service, policy in {"defaults": self.defaults, **self.services}.items():
             keys_of(service, self.prefix)

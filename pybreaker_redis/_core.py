@@ -23,7 +23,7 @@ from ._memory import LocalEngine, MemoryEngine, clock_ms, document_for
 from ._permit import BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
 from ._policy import Policy, override_request, shared_request
 from ._process import renew
-from ._protocol import Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
+from ._protocol import Action, Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
 from ._rules import Document
 from ._slow import SlowCalls
 from ._view import Verdict, View
@@ -52,7 +52,7 @@ class BreakerCore:
         *("_fallback", "_record_errors", "_every_result_succeeds", "_only_counts", "_client", "_redis", "_now"),
         *("_innermost", "_permit", "_view", "_slow_calls", "_override", "_override_end", "_obeyed", "_isolation"),
         *("_warned", "_warned_of_window", "_watch", "_memory", "_line", "_pid", "_instance", "_given"),
-        *("_judges_successes", "_asking", "__weakref__"),
+        *("_judges_successes", "_asking", "_shares", "__weakref__"),
     )
 
     # set by the shell
@@ -83,9 +83,11 @@ class BreakerCore:
         host: str | None = None,
         clock: Clock | None = None,
         record_errors: bool = True,
+        listed: bool = True,
     ) -> None:
         check_options(lease, on_redis_failure, redis_timeout)
         check_flag("record_errors", record_errors)
+        check_flag("listed", listed)
         check_clock(clock, redis)
         if policy is not None and not isinstance(policy, Policy):
             raise PolicyError(f"policy must be a Policy, as in Policy(failure_threshold=3), not {policy!r}")
@@ -122,10 +124,11 @@ class BreakerCore:
         self._isolation = Isolation(self)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
+        self._shares: BreakerCore | None = None  # whose view and engine this breaker uses
         # one of the two: the state machine in this process, or the breaker's part in the link to Redis
         now_ms = clock_ms if clock is None else clock.now_ms
         self._memory = MemoryEngine(now_ms, quorum_of_one=True) if redis is None else None
-        self._line = None if redis is None else Line(self, self._redis, on_redis_failure)
+        self._line = None if redis is None else Line(self, self._redis, on_redis_failure, listed)
         self._pid = getpid()
         self._start_process()
         self._notices.start_process(self._instance, self._view.lock)
@@ -140,6 +143,12 @@ class BreakerCore:
         self._warned_of_window = False
         self._asking: list[object] = []  # one token for each call that asks for a permit now
 
+    def _follow(self, policy: Policy) -> None:
+        """Follow another policy of this process from now on."""
+        self.policy = policy
+        self._view.policy = policy.with_override(self._override)
+        self._given, self._judges_successes = shared_request(policy)
+
     def _check_process(self) -> None:
         """Start anew if this is a child. The fast path repeats these lines, to save a call."""
         if getpid() != self._pid:
@@ -149,6 +158,10 @@ class BreakerCore:
         if self._redis is not None and self._redis._pid != getpid():
             renew(self._redis)
         self._start_process()
+        if self._shares is not None:
+            self._shares._check_process()
+            self._notices.start_process(self._instance, self._view.lock)
+            return
         self._view.after_fork()
         self._notices.start_process(self._instance, self._view.lock)
         self._slow_calls.after_fork()
@@ -159,6 +172,12 @@ class BreakerCore:
                 own.after_fork()
         if self._watch is not None:
             self._watch.after_fork()
+
+    def _share_memory(self, other: BreakerCore) -> None:
+        """Share the state of another breaker in memory, whose policy and class may differ. Call it before any use."""
+        self._shares = other
+        self._memory, self._view = other._memory, other._view
+        self._slow_calls, self._innermost = other._slow_calls, other._innermost
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
@@ -237,6 +256,7 @@ class BreakerCore:
     def _must_wait(self, began: float, now: float, refreshed: bool) -> bool:
         """Refresh a view whose lease is over. Returns whether the call must wait for the refresh."""
         lease = self._view.lease
+        self._notices.used()
         if self._own_engine() is not None:
             if self._line is not None and self._line.must_wait_for_retry() and not refreshed:
                 return True
@@ -646,12 +666,10 @@ class BreakerCore:
         self._check(reply)
         return _protocol.snapshot_from(self.name, reply, self.policy, self._isolation.decides_over(reply))
 
-    def _command(
-        self, action: str, duration: float | None = None, policy: Mapping[str, Any] | None = None
-    ) -> Steps[None]:
+    def _command(self, action: Action, policy: Mapping[str, Any] | None = None) -> Steps[None]:
         """Carry out an operator's action in Redis, or not at all. Raises RedisUnavailableError."""
         self._check_process()
-        request = {**self._with_policy, **_protocol.control_request(action, duration)}
+        request = {**self._with_policy, **_protocol.control_request(action)}
         if policy is not None:
             request["override"] = override_request(policy)
             duration_of_slow = policy.get("slow_call_duration", self._view.policy.slow_call_duration)
@@ -665,15 +683,15 @@ class BreakerCore:
             try:
                 reply = yield from self._ask_redis("control", request)
             except REDIS_ERRORS as error:
-                raise RedisUnavailableError(f"{action} was not carried out: {error}") from error
+                raise RedisUnavailableError(f"{action.name} was not carried out: {error}") from error
         changed = "transition" in reply
-        if changed or action == "reset":
+        if changed or action.name == "reset":
             self._isolation.forget()
         if changed or reply["generation"] == self._view.seen.generation:
             self._adopt(reply, sent)
         else:
             self._check(reply)
-        if action == "probe" and (forced := reply.get("forced")):
+        if action.name == "probe" and (forced := reply.get("forced")):
             raise CircuitBreakerError(f"circuit breaker {self.name!r} is forced {forced}: end that by clear_forced()")
         if not changed:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
             self._view.drop()

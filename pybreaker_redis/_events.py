@@ -28,15 +28,17 @@ class Event(NamedTuple):
     kind: `listeners` receive "state_change", "redis_error" and "redis_restored"; `on_call` receives "success",
     "failure", "ignored" and "rejected".
     breaker: its name. instance: the process that caused the event, as "host:pid-" and eight random hex digits.
-    old, new, reason, generation, counts, error: of a state_change; error is type and message of the failure that opened
-    the circuit, if one did. Each transition notifies the one process that caused it.
-    A watching process is notified of each new generation that it reads, with source "watch"; reason and counts come
-    from the history, and are None and empty if its entry is gone.
+    old, new, reason, generation, counts: of a state_change. error: type and message of the failure that opened the
+    circuit, if one did.
     retry_after: of a rejection, in seconds. enforced: False in shadow mode, where the rejected call ran all the same.
     exception: of a failure, an ignored call or a redis_error.
     slow: whether a success or failure took slow_call_duration or longer; None if the policy does not measure it.
     source: "redis", "memory" (redis=None), "local" (Redis is down), "isolated" (below the quorum, for this instance
     only) or "watch".
+
+    Each transition notifies the one process that caused it. A watching process is notified of each new generation that
+    it reads, with source "watch". Reason and counts then come from the history; they are None and empty if its entry is
+    gone.
     """
 
     kind: EventKind
@@ -58,7 +60,9 @@ class Event(NamedTuple):
 class Counts(NamedTuple):
     """The calls of one breaker in this process, by outcome; they only grow.
 
-    successes: all of them, the slow ones too. slow: successes that took slow_call_duration or longer.
+    successes: all of them, the slow ones too. slow: successes that took slow_call_duration or longer. failures: those
+    of the guarded functions. ignored: calls that counted as nothing. rejected: calls that did not run, and in shadow
+    mode those that would not have run.
     """
 
     successes: int
@@ -79,6 +83,9 @@ class Instrument:
 
     def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
         """Called after each script call, with its duration and its error, or None if Redis replied."""
+
+    def used(self) -> None:
+        """Called by each call whose breaker's view is older than the lease: once per lease while calls are made."""
 
     def __call__(self, event: Event) -> object:
         """Called with each transition and outage, like any listener."""
@@ -167,6 +174,14 @@ class Notices:
         for instrument in self.instruments:
             try:
                 instrument.script_ran(name, seconds, error)
+            except Exception:
+                self.failed(instrument)
+
+    def used(self) -> None:
+        """Notify the instruments that calls are made."""
+        for instrument in self.instruments:
+            try:
+                instrument.used()
             except Exception:
                 self.failed(instrument)
 

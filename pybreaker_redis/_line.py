@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import random
 import re
@@ -11,12 +13,13 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 from ._clock import NEVER, age
 from ._events import Notices
 from ._memory import LocalEngine
-from ._policy import DEFAULTS
+from ._policy import DEFAULTS, Policy
 from ._process import renew
 from ._protocol import LARGEST_TEXT, Keys, Reply, Request, State, read_document, read_window
 from ._slow import SlowCalls
 from ._view import Seen, View
 from .wire.link import IDLE, LONGEST_PAUSE, Due, Health, Link
+from .wire.listing import Given
 
 USUAL_PAUSE = 0.1  # seconds between two checks of a breaker without a lease, while Redis is down
 OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
@@ -57,6 +60,9 @@ class Owner(Protocol):
     """A breaker, as far as its line is concerned."""
 
     name: str
+    policy: Policy
+    host: str
+    _prefix: str
     _instance: str
     _pid: int
     _view: View
@@ -81,16 +87,16 @@ class Owner(Protocol):
 class Line:
     """A breaker as a member of its process's link; wire.link.Member describes the methods.
 
-    mode: the breaker's on_redis_failure.
+    mode: the breaker's on_redis_failure. listed: whether to list the breaker in the fleet.
     """
 
     __slots__ = (
-        *("_owner", "_server", "_mode", "_link", "used_at", "trouble", "local", "news", "_texts", "_known", "_policy"),
-        *("_keeps_window", "_renewed_at", "_renew_after", "__weakref__"),
+        *("_owner", "_server", "_mode", "_listed", "_link", "used_at", "trouble", "local", "news", "_texts", "_known"),
+        *("_policy", "_keeps_window", "_renewed_at", "_renew_after", "__weakref__"),
     )
 
-    def __init__(self, owner: Owner, server: Any, mode: OnRedisFailure) -> None:
-        self._owner, self._server, self._mode = owner, server, mode
+    def __init__(self, owner: Owner, server: Any, mode: OnRedisFailure, listed: bool) -> None:
+        self._owner, self._server, self._mode, self._listed = owner, server, mode, listed
         self._link: Link = server.link
         self._start_process()
 
@@ -118,6 +124,11 @@ class Line:
     @property
     def notices(self) -> Notices:
         return self._owner._notices
+
+    @property
+    def given(self) -> Given | None:
+        owner = self._owner
+        return Given(owner._prefix, owner.host, _given_in(owner.policy)) if self._listed else None
 
     def renew(self) -> None:
         renew(self._owner)
@@ -320,6 +331,14 @@ class Line:
         self._owner._deliver_events(events)
 
 
+@functools.lru_cache
+@functools.lru_cache(maxsize=1000)
+def _given_in(policy: Policy) -> str:
+    """The fields of a policy that differ from the defaults, as JSON, for people."""
+    given = dataclasses.asdict(policy)
+    return json.dumps({name: value for name, value in given.items() if value != DEFAULTS[name]}, separators=(",", ":"))
+
+
 def _says(texts: Texts, reply: Reply) -> bool:
     """Whether a script's reply agrees with these texts, rather than with something stored a moment later."""
     document, override = texts.document or b"", reply.get("override")
@@ -331,7 +350,8 @@ def _says(texts: Texts, reply: Reply) -> bool:
     try:
         stored = json.loads(texts.policy)
         if isinstance(stored, dict):
-            stored.pop("until_ms", None)
+            for said in ("until_ms", "operator", "note"):  # about the policy override
+                stored.pop(said, None)
         return override == stored  # type: ignore[no-any-return]
     except (ValueError, RecursionError):  # corrupt, and thus not in force
         return override is None

@@ -133,6 +133,7 @@ class ManagerCore(Generic[B]):
             prefix=config.prefix,
             host=config.host,
             record_errors=config.record_errors,
+            listed=config.listed,
             **{**self._hooks, **self._own_classification(service)},
         )
 

@@ -48,7 +48,16 @@ class MemoryEngine:
     source = "memory"
     is_local = False
     __slots__ = (
-        *("_now_ms", "_publish", "_quorum_of_one", "_document", "_override", "_override_until_ms", "_dropped"),
+        *(
+            "_now_ms",
+            "_publish",
+            "_quorum_of_one",
+            "_document",
+            "_override",
+            "_override_until_ms",
+            "_override_by",
+            "_dropped",
+        ),
         *("_latest_ms", "_made_of", "_policy", "_lock", "_history"),
     )
 
@@ -67,6 +76,7 @@ class MemoryEngine:
         self._document = document
         self._override = override
         self._override_until_ms = override_until_ms
+        self._override_by: dict[str, Any] = {}  # its operator and note, as in the reply of the snapshot
         self._dropped = False  # whether the present request, a reset, has ended a policy override
         self._latest_ms = 0  # what the clock said last
         self._made_of = _UNSET  # the inputs of _policy, which is never changed in place
@@ -78,6 +88,11 @@ class MemoryEngine:
         """In a child: replace the lock, which a thread of the parent may hold."""
         self._lock = threading.RLock()
 
+    def replace(self, document: Document) -> None:
+        """Go on from another document, as the scripts do once another program has written one."""
+        with self._lock:
+            self._document = document
+
     def run(self, name: str, request: Request) -> Reply:
         """The reply of the script called name."""
         with self._lock:
@@ -88,7 +103,7 @@ class MemoryEngine:
             expired = self._override_until_ms is not None and self._override_until_ms <= now
             self._dropped = self._override is not None and not expired and request.get("action") == "reset"
             if expired or self._dropped:  # a reset replaces everything but the history
-                self._override = self._override_until_ms = None
+                self._forget_override()
             policy = self._policy_of(request.get("policy"))
             document = self._load(policy, now)
             reply = _SCRIPTS[name](self, document, request, policy)
@@ -112,7 +127,10 @@ class MemoryEngine:
     def obey(self, override: dict[str, Any] | None) -> None:
         """Apply a policy override that was set elsewhere."""
         with self._lock:
-            self._override, self._override_until_ms = override, None
+            self._override, self._override_until_ms, self._override_by = override, None, {}
+
+    def _forget_override(self) -> None:
+        self._override, self._override_until_ms, self._override_by = None, None, {}
 
     def _turn_back(self, by_ms: int) -> None:
         """Follow a clock that was turned back: what is left of each time stays."""
@@ -160,13 +178,15 @@ class MemoryEngine:
         if action == "set_policy":
             self._override = {**(self._override or {}), **request["override"]}
             self._override_until_ms = None if duration_ms is None else document.now + duration_ms
+            self._override_by = {f"override_{field}": request.get(field) for field in ("operator", "note")}
             return {"changed": True}
         if action == "clear_policy":
             changed = self._override is not None
-            self._override = self._override_until_ms = None
+            self._forget_override()
             return {"changed": changed}
         changed = _rules.control(document, action, duration_ms or LONGEST_OPEN_MS)
         if changed:
+            _rules.sign(document, request)
             self._document = document
         return {"changed": changed or self._dropped}
 
@@ -178,6 +198,9 @@ class MemoryEngine:
             "opened_at": document.opened_at,
             "reason": document.reason,
             "changed_at_ms": document.changed_at_ms,
+            "operator": document.operator,
+            "note": document.note,
+            **self._override_by,
             "forced_until_ms": document.forced_until_ms,
             "trips": _rules.recent_trips(document, policy),
             "health": _rules.health(document, policy, counts),
@@ -194,7 +217,7 @@ class MemoryEngine:
 
     def _announce(self, document: Document, request: Request, reply: Reply) -> None:
         """Add a transition to the history, and publish what a script would."""
-        change = document.change or document.note
+        change = document.change or document.entry
         message: dict[str, Any] | None = None
         if change is not None:
             instance = request.get("instance", "")
@@ -205,7 +228,7 @@ class MemoryEngine:
         elif document.hint:
             message = {"failure_count": document.failure_count}
         elif reply.get("changed"):
-            message = {"policy": request["action"]}
+            message = {"policy": request["action"], "operator": request.get("operator"), "note": request.get("note")}
         if self._publish is not None and message is not None:
             message |= {"instance": request.get("instance"), "time_ms": document.now}
             self._publish({field: value for field, value in message.items() if value is not None})

@@ -43,6 +43,7 @@ EXACT = 90_000_000_000_000
 GREATEST_GENERATION = 100 * EXACT
 LONGEST_OPEN_MS = round(LONGEST_OPEN * 1000)
 LARGEST_TEXT = 65536
+LONGEST_OPERATOR, LONGEST_NOTE = 100, 200
 
 
 class Keys(NamedTuple):
@@ -68,6 +69,11 @@ def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
 def keys_with(state: str) -> Keys:
     """The keys of the breaker with this state key."""
     return Keys(state, f"{{{state}}}:history", f"{{{state}}}:policy")
+
+
+def fleet_key(prefix: str) -> str:
+    """The hash in which the processes of a prefix list themselves. No state key, since those end in ":state"."""
+    return f"{prefix}:fleet"
 
 
 def state_pattern(prefix: str) -> str:
@@ -103,16 +109,22 @@ def decode(reply: bytes) -> Reply:
 class Snapshot:
     """The state of a breaker at one moment.
 
-    retry_after: seconds after which a rejected call should ask again; None while calls are admitted.
-    last_failure_time, opened_at: unix seconds, or None. generation: 0 if nothing is stored. forced: "open" or "closed"
-    while an operator forces the state, until forced_until (unix seconds). trips: in a row. calls, failures, slow:
-    counts of the window, 0 without one. failure_rate, slow_rate: shares of the calls, None without calls.
+    name: the breaker's. state: "closed", "open" or "half_open". generation: 0 if nothing is stored.
+    failure_count: failures in a row. success_count: probes that succeeded since the circuit is half open.
+    last_failure_time, opened_at: unix seconds, or None. retry_after: seconds after which a rejected call should ask
+    again; None while calls are admitted. forced: "open" or "closed" while an operator forces the state.
+    forced_until: when that ends, in unix seconds. trips: in a row. probes_in_flight: probes that run now, in the whole
+    fleet. calls, failures, slow: counts of the window, 0 without one. failure_rate, slow_rate: shares of the calls,
+    None without calls.
     reason: of the last transition, as in HistoryEntry. changed_at: when it was, in unix seconds. error: type and
-    message of the failure that opened the circuit, while it is not closed. All are None where there is none.
-    health: 0 (open) to 100 = state (closed 100, half_open 50, open 0) x (1 - failures) x (1 - slow_rate / 2)
-    x 4 / (4 + trips), where failures is the failure rate or, if greater, failure_count / failure_threshold.
+    message of the failure that opened the circuit, while it is not closed. operator, note: who carried out the last
+    action on the state, and why, until the next transition. All are None where there is none.
+    health: from 0 (open) to 100. A closed circuit starts from 100, a half-open one from 50. This is multiplied by
+    1 - failures, by 1 - slow_rate / 2 and by 4 / (4 + trips). Here failures is the failure rate or, if that is greater,
+    failure_count / failure_threshold.
     reporters: the last failure of each host in unix seconds; kept for a quorum.
     policy: the one in force. policy_sources: the source of each field: "default", "client" or "override".
+    override_operator, override_note: who set the policy override, and why; None where nobody said.
     isolated: whether the circuit is open for this instance only, below the quorum.
     source: "redis", "memory" (redis=None) or "local" (Redis is down).
     """
@@ -127,6 +139,8 @@ class Snapshot:
     reason: str | None
     changed_at: float | None
     error: str | None
+    operator: str | None
+    note: str | None
     retry_after: float | None
     forced: Forced | None
     forced_until: float | None
@@ -142,6 +156,8 @@ class Snapshot:
     reporters: dict[str, float]
     policy: Policy
     policy_sources: dict[str, str]
+    override_operator: str | None
+    override_note: str | None
     isolated: bool
 
 
@@ -169,6 +185,8 @@ def snapshot_from(name: str, reply: Reply, policy: Policy | None = None, isolate
         reason=reply.get("reason"),
         changed_at=seconds(reply.get("changed_at_ms")),
         error=reply.get("error"),
+        operator=reply.get("operator"),
+        note=reply.get("note"),
         retry_after=seconds(reply.get("retry_after_ms")),
         forced=reply.get("forced"),
         forced_until=seconds(forced_until_ms),
@@ -184,6 +202,8 @@ def snapshot_from(name: str, reply: Reply, policy: Policy | None = None, isolate
         reporters={name: at / 1000 for name, at in (reply.get("reporters") or {}).items()},
         policy=policy.with_override(override),
         policy_sources=sources,
+        override_operator=reply.get("override_operator"),
+        override_note=reply.get("override_note"),
         isolated=isolated,
     )
 
@@ -195,15 +215,17 @@ def seconds(milliseconds: int | None) -> float | None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One transition, or another end of the same forced state (old and new are then the same).
+    """One transition, or an operator's action on the state that is not one (old and new are then the same).
 
-    time: unix seconds on the server's clock. The counts are those just before it.
+    time: unix seconds on the server's clock. old, new: the states. generation: the one that begins. failure_count,
+    success_count: those just before the transition.
 
     reason: "failure_threshold", "failures_in_window", "error_rate", "slow_rate", "held", "timeout",
-    "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset". instance: the process, as "host:pid-" and
-    eight random hex digits.
+    "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset"; of actions that are no transition "forced",
+    "clear_forced" or "probe". instance: the process, as "host:pid-" and eight random hex digits.
     calls, failures, slow: of the window, None without one. error: type and message of the failure that opened the
-    circuit, as in "ConnectionError: refused"; else None.
+    circuit, as in "ConnectionError: refused"; else None. operator, note: who asked for the action, and why; None where
+    nobody said.
     """
 
     time: float
@@ -218,6 +240,8 @@ class HistoryEntry:
     failures: int | None = None
     slow: int | None = None
     error: str | None = None
+    operator: str | None = None
+    note: str | None = None
 
 
 def history_fields(raw: list[Any]) -> list[dict[str, Any]]:
@@ -242,6 +266,8 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
         success_count=int(fields["success_count"]),
         instance=fields["instance"],
         error=fields.get("error"),
+        operator=fields.get("operator"),
+        note=fields.get("note"),
         **{key: int(fields[key]) for key in COUNTS[2:] if key in fields},
     )
 
@@ -265,7 +291,8 @@ def check_history_count(count: object) -> None:
 _HEALTHY = re.compile(
     rb'\{"state":"closed","failure_count":(\d{1,10}),"success_count":0,"last_failure_time":(?:\d{1,10}|null),'
     rb'"opened_at":null,"version":1,"generation":([1-9]\d{0,15}),"failure_number":(\d{1,13})'
-    rb'(?:,"changed_at_ms":[1-9]\d{0,12},"reason":"[a-z_]{1,30}")?'
+    rb'(?:,"changed_at_ms":[1-9]\d{0,12},"reason":"[a-z_]{1,30}"'
+    rb'(?:,"operator":"[ !#-\[\]-~]{1,100}")?(?:,"note":"[ !#-\[\]-~]{1,200}")?)?'
     rb'(?:,"window":\{[^{}]*\})?\}'
 )
 _WINDOW = re.compile(
@@ -301,10 +328,49 @@ def read_window(text: bytes | None) -> dict[str, int]:
     return {} if found is None else dict(zip(COUNTS[2:], map(int, found.groups()), strict=True))
 
 
-def control_request(action: str, duration: float | None) -> Request:
-    """A request for control.lua; duration in seconds. Raises PolicyError when it is out of range."""
+def requests_by_hand(generation: int) -> dict[str, Request]:
+    """A request for each script, to be sent by redis-cli. acquire takes a probe where one is due, record renews the
+    TTL, and control ends a forced state."""
+    return {
+        "acquire": {"instance": "redis-cli"},
+        "record": {"generation": generation, "instance": "redis-cli"},
+        "control": {"action": "clear_forced", "instance": "redis-cli"},
+        "snapshot": {},
+    }
+
+
+def printable(text: str, most: int) -> str:
+    """The text as the scripts require it: at most so many printable ASCII characters; others are escaped."""
+    text = text[:most]
+    if text.isascii() and text.isprintable():
+        return text
+    shown = "".join(letter if letter.isprintable() else " " for letter in text)
+    return shown.encode("ascii", "backslashreplace").decode()[:most]
+
+
+class Action(NamedTuple):
+    """An operator's action. name: of an action of control.lua. duration: seconds. operator, note: who asks, and why."""
+
+    name: str
+    operator: str | None
+    note: str | None
+    duration: float | None = None
+
+
+def control_request(action: Action) -> Request:
+    """The request for control.lua. Long texts are cut. Raises PolicyError for a value that cannot be sent."""
+    request: Request = {"action": action.name}
+    for field, text, most in (
+        ("operator", action.operator, LONGEST_OPERATOR),
+        ("note", action.note, LONGEST_NOTE),
+    ):
+        if text is not None and not isinstance(text, str):
+            raise PolicyError(f"{field} must be a text, or None, not {text!r}")
+        if text:
+            request[field] = printable(text, most)
+    duration = action.duration
     if duration is None:
-        return {"action": action}
+        return request
     if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0.001 <= duration <= LONGEST_OPEN:
         raise PolicyError(f"duration must be from 0.001 to {LONGEST_OPEN:g} seconds, not {duration!r}")
-    return {"action": action, "duration_ms": round(duration * 1000)}
+    return {**request, "duration_ms": round(duration * 1000)}

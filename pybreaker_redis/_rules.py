@@ -50,6 +50,8 @@ class Document:
     changed_at_ms: int | None = None
     reason: str | None = None
     error: str | None = None
+    operator: str | None = None
+    note: str | None = None
     trips: int = 0
     closed_at_ms: int | None = None
     window: Window | None = None
@@ -69,7 +71,7 @@ class Document:
     is_new: bool = True
     outlived: bool = False
     change: dict[str, Any] | None = None
-    note: dict[str, Any] | None = None
+    entry: dict[str, Any] | None = None
     hint: bool = False
     reported_error: str | Callable[[], str] | None = None
 
@@ -138,7 +140,12 @@ def transition(document: Document, state: State, reason: str) -> None:
     document.run_since_ms, document.closed_at_ms = None, None
     document.probes, document.probe_seq, document.probe_ms, document.probe_failures = _NONE, 0, 0, 0
     document.held_generation = None
-    document.forced, document.forced_until_ms = None, None
+    end_action(document)
+
+
+def end_action(document: Document) -> None:
+    """End a forced state, and forget who acted last."""
+    document.forced, document.forced_until_ms, document.operator, document.note = None, None, None, None
 
 
 def open_for(document: Document, duration_ms: int, reason: str) -> None:
@@ -375,6 +382,18 @@ def retry_after_ms(document: Document, policy: Policy) -> int | None:
     return min(max(document.probe_ms - left, 100), left)
 
 
+def enter(document: Document, reason: str) -> None:
+    """Enter an operator's action that is not a transition into the history."""
+    document.entry = {
+        "from": document.state,
+        "to": document.state,
+        "reason": reason,
+        "generation": document.generation,
+        "failure_count": document.failure_count,
+        "success_count": document.success_count,
+    }
+
+
 def probe_now(document: Document) -> bool:
     """Let the next caller of an open circuit probe. Returns whether it changed anything."""
     if document.forced or document.state != "open":
@@ -383,6 +402,18 @@ def probe_now(document: Document) -> bool:
         return False
     document.open_until_ms = min(document.open_until_ms, document.now)
     document.held_generation = None  # a late hold must not undo the probe
+    enter(document, "probe")
+    return True
+
+
+def clear_forced(document: Document) -> bool:
+    """End a forced state. Returns whether there was one."""
+    if document.forced is None:
+        return False
+    if document.forced == "open":
+        document.open_until_ms = document.now  # the next acquire sends a probe
+    end_action(document)
+    enter(document, "clear_forced")
     return True
 
 
@@ -394,14 +425,7 @@ def prolong(document: Document, duration_ms: int) -> bool:
     document.forced_until_ms, document.changed_at_ms = until_ms, document.now
     if document.state == "open":
         document.open_until_ms, document.open_ms = until_ms, duration_ms
-    document.note = {
-        "from": document.state,
-        "to": document.state,
-        "reason": "forced",
-        "generation": document.generation,
-        "failure_count": document.failure_count,
-        "success_count": document.success_count,
-    }
+    enter(document, "forced")
     return True
 
 
@@ -422,23 +446,29 @@ def control(document: Document, action: str, duration_ms: int) -> bool:
     """Carry out an operator's action on the state. Returns whether it changed anything."""
     if action == "probe":
         return probe_now(document)
+    if action == "clear_forced":
+        return clear_forced(document)
     if document.forced is not None and _FORCED.get(action) == document.forced:
         return prolong(document, duration_ms)
-    if action == "reset" and is_blank(document):
-        return False
     if action == "reset":
+        if is_blank(document):
+            return False
         close(document, "reset")
-    elif action == "force_open":
+        return True
+    if action == "force_open":
         open_for(document, duration_ms, "forced")
-    elif action == "force_closed":
+    else:
         close(document, "forced")
-    elif document.forced is None:
-        return False
-    elif document.forced == "open":
-        document.open_until_ms = document.now
-    document.forced = _FORCED.get(action)
-    document.forced_until_ms = document.now + duration_ms if document.forced else None
+    document.forced, document.forced_until_ms = _FORCED[action], document.now + duration_ms
     return True
+
+
+def sign(document: Document, request: Request) -> None:
+    """Note who carried out an operator's action, and why, in the document and its history entry."""
+    document.operator, document.note = request.get("operator"), request.get("note")
+    entry = document.change or document.entry
+    assert entry is not None  # every action that changes something makes one
+    entry.update({field: request[field] for field in ("operator", "note") if field in request})
 
 
 def health(document: Document, policy: Policy, sums: Sums) -> int:

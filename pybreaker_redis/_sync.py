@@ -16,7 +16,7 @@ from ._errors import CircuitOpenError, RedisUnavailableError
 from ._events import Event
 from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
 from ._process import renew
-from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
+from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from .wire.options import BLOCKING, REDIS_ERRORS
 from .wire.subscription import BaseWatch
@@ -111,7 +111,7 @@ class CircuitBreaker(BreakerCore):
     ignore: the exceptions that count as neither success nor failure: types, or a function, as for failures.
     is_failure: a function of the result. A call counts as a failure if it returns true.
     retry_after: a function of the exception or the result of a call. If the service said when to come back (429 or
-        503 with Retry-After), it returns the seconds until then, and the circuit opens for that time, for the whole
+        503 with Retry-After), it returns the seconds until then. The circuit then opens for that time, for the whole
         fleet: a hold. Otherwise it returns None. It is not called for ignored exceptions. If it raises, that is logged
         once, and there is no hold.
     listeners: callables that receive an Event for each transition and each outage of Redis.
@@ -128,6 +128,8 @@ class CircuitBreaker(BreakerCore):
         decided anew.
     record_errors: whether Redis, history and CircuitOpenError show the message of the failure that opened the circuit.
         False: its type only.
+    listed: whether `pybreaker-redis fleet` shows this breaker and its policy: the process writes them to Redis once a
+        minute, with a refresh.
 
     Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """
@@ -339,44 +341,53 @@ class CircuitBreaker(BreakerCore):
         """Read the whole state from Redis; while Redis is down, from this process's local engine."""
         return self._drive(self._snapshot())
 
-    def force_open(self, duration: float | None = None) -> None:
+    def force_open(
+        self, duration: float | None = None, *, operator: str | None = None, note: str | None = None
+    ) -> None:
         """Reject every call of the fleet, then probe. duration: seconds; default and maximum: 30 days.
 
+        operator, note: who asks, and why; at most 100 and 200 characters. The snapshot shows those of the last action
+        until the next transition, and the history keeps all. Longer texts are cut, other letters than ASCII escaped.
+
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
-        self._drive(self._command("force_open", duration))
+        self._drive(self._command(Action("force_open", operator, note, duration)))
 
-    def force_closed(self, duration: float | None = None) -> None:
+    def force_closed(
+        self, duration: float | None = None, *, operator: str | None = None, note: str | None = None
+    ) -> None:
         """Admit every call of the fleet, and count nothing. duration: seconds; default and maximum: 30 days.
 
+        operator, note: as for force_open.
+
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
-        self._drive(self._command("force_closed", duration))
+        self._drive(self._command(Action("force_closed", operator, note, duration)))
 
-    def clear_forced(self) -> None:
+    def clear_forced(self, *, operator: str | None = None, note: str | None = None) -> None:
         """End a forced state. After force_open the next call probes; after force_closed the circuit stays closed.
 
-        Raises RedisUnavailableError.
+        operator, note: as for force_open. Raises RedisUnavailableError.
         """
-        self._drive(self._command("clear_forced"))
+        self._drive(self._command(Action("clear_forced", operator, note)))
 
-    def probe(self) -> None:
+    def probe(self, *, operator: str | None = None, note: str | None = None) -> None:
         """Let the next call probe now, whatever is left of an open period or a hold.
 
         Unlike a reset, this admits one call, not the full load. In any other state than open it changes nothing.
-        Raises CircuitBreakerError while a state is forced; RedisUnavailableError.
+        operator, note: as for force_open. Raises CircuitBreakerError while a state is forced; RedisUnavailableError.
         """
-        self._drive(self._command("probe"))
+        self._drive(self._command(Action("probe", operator, note)))
 
-    def reset(self) -> None:
+    def reset(self, *, operator: str | None = None, note: str | None = None) -> None:
         """Close the circuit; drop all counts, any forced state and the policy override. The history stays.
 
         Calls that are running will not count. Where nothing would change, it does nothing: of a closed circuit without
         counts, running calls do count.
 
-        Raises RedisUnavailableError.
+        operator, note: as for force_open. Raises RedisUnavailableError.
         """
-        self._drive(self._command("reset"))
+        self._drive(self._command(Action("reset", operator, note)))
 
     def watch(self) -> Watch:
         """Subscribe to what is published about this breaker, so that its view follows within milliseconds.
@@ -389,17 +400,28 @@ class CircuitBreaker(BreakerCore):
         """
         return self._watch_with(Watch)
 
-    def set_policy(self, *, duration: float | None = None, **fields: Any) -> None:
+    def set_policy(
+        self,
+        *,
+        duration: float | None = None,
+        operator: str | None = None,
+        note: str | None = None,
+        **fields: Any,
+    ) -> None:
         """Set a policy override for the whole fleet: fields of Policy, added to those set before.
 
         Every instance obeys within two leases, or within milliseconds if it watches. duration: seconds until the whole
-        policy override ends; None: until clear_policy(). Raises PolicyError; RedisUnavailableError.
+        policy override ends; None: until clear_policy(). operator, note: who asks, and why, as for
+        force_open; they are kept with the policy override. Raises PolicyError; RedisUnavailableError.
         """
-        self._drive(self._command("set_policy", duration, fields))
+        self._drive(self._command(Action("set_policy", operator, note, duration), fields))
 
-    def clear_policy(self) -> None:
-        """End the policy override: every instance follows its own policy again. Raises RedisUnavailableError."""
-        self._drive(self._command("clear_policy"))
+    def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
+        """End the policy override: every instance follows its own policy again.
+
+        operator, note: who asks, and why, for those who subscribe. Raises RedisUnavailableError.
+        """
+        self._drive(self._command(Action("clear_policy", operator, note)))
 
     def history(self, count: int = 100) -> list[HistoryEntry]:
         """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""

@@ -38,6 +38,8 @@ from ._errors import ConfigError, PolicyError
 from ._policy import RULES, Policy, override_request
 from .wire.url import parse
 
+__all__ = ["load"]
+
 ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
 MOST_VALUES = 1_000_000
 _ALIASES = {"timeout_seconds": "reset_timeout"}
@@ -49,6 +51,7 @@ _BREAKER_OPTIONS = (
     "prefix",
     "host",
     "record_errors",
+    "listed",
     "idle_after",
 )
 
@@ -94,6 +97,7 @@ class _CircuitBreaker(_Section):
     idle_after: float | None = 3600.0
     host: str | None = None
     record_errors: bool = True
+    listed: bool = True
 
 
 def _url(value: str) -> str:

@@ -17,6 +17,8 @@ from time import monotonic
 
 from ._errors import CircuitBreakerError
 
+__all__ = ["EmbeddedServer", "EmbeddedServerError", "find_binary", "serve"]
+
 START_TIMEOUT = 10.0
 _PORT_ATTEMPTS = 20
 _LOG_TAIL_BYTES = 2000

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from . import AsyncCircuitBreaker, CircuitBreaker, CircuitBreakerError, CircuitBreakerManager, PolicyError
 
+__all__ = ["Breakers", "FakeClock", "Wanted", "aset_state", "set_state"]
+
 Wanted: TypeAlias = Literal["closed", "open", "half_open", "forced_open", "forced_closed"]
 _MOST_FAILURES = 10_000  # reported to open a circuit
 
@@ -52,8 +54,8 @@ def set_state(breaker: CircuitBreaker, state: Wanted, *, duration: float | None 
     closed: as at the start. open: tripped by failures, for as long as its policy says. half_open: the next call is a
     probe. forced_open, forced_closed: as by an operator, for `duration` seconds; default and maximum: 30 days.
 
-    Raises PolicyError if the state takes no duration; CircuitBreakerError if the failures of this process do not open
-    the circuit, for example because of a quorum; RedisUnavailableError if Redis does not answer.
+    Raises PolicyError if the state takes no duration, and RedisUnavailableError if Redis does not answer. Raises
+    CircuitBreakerError if the failures of this process do not open the circuit, for example because of a quorum.
     """
     _check(breaker, CircuitBreaker, state, duration)
     breaker.reset()

@@ -24,7 +24,7 @@ from pybreaker_redis._memory import MemoryEngine
 from pybreaker_redis._protocol import Keys, decode, encode, keys_of
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire import aio, sync
-from pybreaker_redis.wire.scripts import compose
+from pybreaker_redis.wire.scripts import SCRIPTS, compose
 
 START_MS = 1_700_000_000_000
 FROZEN_CLOCK = (pathlib.Path(__file__).parent / "lua" / "frozen_clock.lua").read_text()
@@ -105,6 +105,15 @@ def stored_calls(breaker: Any, client: redis.Redis) -> int:
     if breaker._memory is not None:
         return int(breaker._memory.run("snapshot", {})["calls"])
     return int(json.loads(client.get(breaker.keys.state) or "{}").get("window", {}).get("calls", 0))
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A folder with the four scripts as Redis runs them, as `make bundles` writes them."""
+    folder = tmp_path_factory.mktemp("bundles")
+    for name in SCRIPTS:
+        (folder / f"{name}.lua").write_bytes(compose(name).encode())
+    return folder
 
 
 class LuaEngine:

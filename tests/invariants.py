@@ -22,19 +22,20 @@ REASONS = {
     ("half_open", "open"): {"probe_failed", "probe_slow", "held"},
 }
 OPERATOR = {"forced": {"open", "closed"}, "reset": {"closed"}}  # from anywhere
+NOTES = {"forced", "clear_forced", "probe"}  # reasons of entries that are no transition
 TRIMMED_FROM = 1000  # entries on which Redis may drop the oldest ones
 Fields = dict[str, Any]
 
 
 def check_transition(entry: Fields) -> None:
     """The reason of the entry leads from its one state to its other one."""
-    legal = entry["to"] in OPERATOR.get(entry["reason"], ())
+    legal = entry["to"] in OPERATOR.get(entry["reason"], ()) or is_note(entry["generation"], entry)
     assert legal or entry["reason"] in REASONS.get((entry["from"], entry["to"]), ()), f"illegal: {entry}"
 
 
 def is_note(generation: int, entry: Fields) -> bool:
-    """Whether the entry is no transition: a forced state has got another end."""
-    return bool(entry["reason"] == "forced" and entry["from"] == entry["to"] and entry["generation"] == generation)
+    """Whether the entry is no transition: an operator's action that changed neither state nor generation."""
+    return bool(entry["reason"] in NOTES and entry["from"] == entry["to"] and entry["generation"] == generation)
 
 
 def check_path(entries: list[Fields]) -> None:

@@ -1279,7 +1279,14 @@ def test_steering(make: Make) -> None:
         await breaker.reset()
         assert ((await breaker.snapshot()).state, (await breaker.snapshot()).forced) == ("closed", None)
         entries = await breaker.history()
-        assert [entry.reason for entry in entries] == ["reset", "forced", "probe_succeeded", "timeout", "forced"]
+        assert [entry.reason for entry in entries] == [
+            "reset",
+            "forced",
+            "probe_succeeded",
+            "timeout",
+            "clear_forced",
+            "forced",
+        ]
         assert await breaker.history(1) == entries[:1]
 
     asyncio.run(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import os
 import re
 import secrets
@@ -109,9 +110,9 @@ def figures(pattern: str, output: str) -> tuple[int, ...]:
 
 @needs_proc
 @pytest.mark.parametrize("before", [HALF_AS_LONG, pytest.param("", marks=pytest.mark.long)], ids=["hurried", "whole"])
-def test_the_whole_demo_in_a_pipe(before: str, start: Callable[..., Demo]) -> None:
-    """It ends by itself with 0, every promise holds, its figures agree, and no process remains."""
-    demo = start(before=before)
+def test_the_whole_demo_in_a_pipe(before: str, start: Callable[..., Demo], tmp_path: Path) -> None:
+    """It ends by itself with 0, every promise holds, its figures and its record agree, and no process remains."""
+    demo = start("--record", str(tmp_path / "run.json"), before=before)
     code, output, errors = demo.end()
     assert (code, errors) == (0, ""), output
     assert "\x1b" not in output
@@ -128,6 +129,12 @@ def test_the_whole_demo_in_a_pipe(before: str, start: Callable[..., Demo]) -> No
     table = [line.split() for line in output.splitlines() if line.startswith(tuple(plan.GUARDS.values()))]
     assert [int(row[-4]) for row in table[1:]] == [private, shared]
     assert [int(row[-2]) for row in table[1:]] == [4, 1]
+    recorded = json.loads((tmp_path / "run.json").read_text())
+    assert recorded["hits"] == {"none": none, "private": private, "shared": shared}
+    ended = [how for calls in recorded["calls"] for _, how in calls]
+    assert sum(how.startswith("probe ") for how in ended) == probes
+    assert ended.count("rejected") == int(table[2][-3])
+    assert [new for _, _, new in recorded["transitions"]].count("half_open") == half_open
     wait_until(lambda: not demo.living())
 
 

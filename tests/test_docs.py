@@ -1,4 +1,4 @@
-"""Every block of Python or console code in README.md and docs/ runs, in the order of its page, on a real server."""
+"""Every block of README.md and docs/ runs or is checked, in the order of its page, on a real server."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import io
 import json
 import os
 import pathlib
@@ -16,36 +17,39 @@ import shutil
 import signal
 import subprocess
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import redis
 import redis.asyncio
-from conftest import wait_until
+import yaml
+from pictures import pictures, tables
+from pictures.charts import overheads, result
 from test_instrumentation import cluster_of_one
 
 import pybreaker_redis
-from pybreaker_redis._policy import DEFAULTS, RULES
+import pybreaker_redis.config
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire.scripts import SCRIPTS, compose
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-LANGUAGES = ("python", "console")
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
-MOST_NOT_RUN = 8
-NEEDED = {  # by page: libraries that only `make test-integrations` installs
+MOST_NOT_RUN = 12
+NEEDED = {  # by page: libraries that only `make test-integrations` or `make test-web` installs
     "http-clients.md": ("httpx", "httpx2", "requests", "aiohttp", "openai"),
     "frameworks.md": ("fastapi", "flask", "django"),
     "retries.md": ("tenacity", "stamina"),
     "grpc.md": ("grpc",),
+    "web.md": ("fastapi", "jinja2", "sse_starlette"),
 }
 
 
 @dataclasses.dataclass
 class Block:
-    """One fenced block, where it begins, and why it is not run, if it is not."""
+    """One fenced block, where it begins, and why it is not run, if it is not. language: a method of Reader."""
 
     language: str
     text: str
@@ -54,17 +58,17 @@ class Block:
 
 
 def blocks(page: pathlib.Path) -> Iterator[Block]:
-    """The blocks of a page that a reader may run."""
+    """All fenced blocks of a page."""
     lines = page.read_text(encoding="utf-8").splitlines()
+    end = -1
     for number, line in enumerate(lines):
-        if match := re.fullmatch(r"( *)```(\w+)", line):
-            if match[2] not in LANGUAGES:
-                continue
-            indent = match[1]
-            end = next(n for n in range(number + 1, len(lines)) if lines[n] == f"{indent}```")
-            marked = NOT_RUN.fullmatch(lines[number - 1].strip())
-            text = textwrap.dedent("\n".join(lines[number + 1 : end]))
-            yield Block(match[2], text, number + 2, marked and marked[1])
+        match = re.fullmatch(r"( *)```(\w*)", line)
+        if number <= end or not match:
+            continue
+        end = next(n for n in range(number + 1, len(lines)) if lines[n] == f"{match[1]}```")
+        marked = NOT_RUN.fullmatch(lines[number - 1].strip())
+        text = textwrap.dedent("\n".join(lines[number + 1 : end]))
+        yield Block(match[2], text, number + 2, marked and marked[1])
 
 
 class Discovery:
@@ -125,6 +129,7 @@ class Reader:
     def __init__(self, port: int, cluster_port: int, shell: Shell | None) -> None:
         self._ports = {"6379": str(port), "7000": str(cluster_port)}
         self._port, self._shell = port, shell
+        self._printed = ""
         service = Discovery()
         self.names: dict[str, Any] = {
             "__name__": "docs",
@@ -141,9 +146,23 @@ class Reader:
         text = re.sub(r"\b(6379|7000)\b", lambda match: self._ports[match[0]], text)
         text = text.replace("StrictRedis()", f"StrictRedis(port={self._port})")
         code = compile("\n" * (block.line - 1) + text, file, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        outcome = eval(code, self.names)
-        if inspect.iscoroutine(outcome):
-            asyncio.run(outcome)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            outcome = eval(code, self.names)
+            if inspect.iscoroutine(outcome):
+                asyncio.run(outcome)
+        self._printed = printed.getvalue()
+
+    def text(self, block: Block, file: str) -> None:
+        """It is what the Python block before it has printed."""
+        assert self._printed == f"{block.text}\n", (file, block.line)
+
+    def yaml(self, block: Block, file: str) -> None:
+        """A configuration of a manager can be loaded; any other is YAML."""
+        found = yaml.safe_load(block.text)
+        assert found, (file, block.line)
+        if "circuit_breaker" in found:
+            pybreaker_redis.config.load(found)
 
     def console(self, block: Block, file: str) -> None:
         """Type the lines after a $, and compare what they print, but for the digits."""
@@ -212,28 +231,16 @@ def reader(tcp_server: EmbeddedServer, cluster_port: int, tmp_path: pathlib.Path
 @pytest.mark.timeout(40)
 @pytest.mark.usefixtures("_patience")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_page(reader: Reader, tcp_server: EmbeddedServer, page: pathlib.Path) -> None:
-    """Every block of the page runs, and console blocks print what the page says."""
+def test_page(reader: Reader, page: pathlib.Path) -> None:
+    """Every block of the page runs, and prints what the page says."""
     for library in NEEDED.get(page.name, ()):
         pytest.importorskip(library)
     file = str(page.relative_to(ROOT))
     for block in blocks(page):
         if block.not_run:
             continue
-        if page.name == "README.md":
-            prepare_readme(tcp_server, block)
+        assert hasattr(reader, block.language), f"{file}:{block.line} is {block.language!r}: nothing checks it"
         getattr(reader, block.language)(block, file)
-
-
-def prepare_readme(server: EmbeddedServer, block: Block) -> None:
-    """Its blocks stand alone: each finds an empty server, and those for the console a breaker that has tripped."""
-    with redis.Redis.from_url(server.url) as client:
-        client.flushall()
-    if block.language == "console":
-        breaker = pybreaker_redis.CircuitBreaker("discovery", redis=server.url, lease=0, redis_timeout=20)
-        for _ in range(5):
-            breaker.acquire().failure()
-        wait_until(lambda: breaker.snapshot().state == "open")
 
 
 def test_few_blocks_are_not_run() -> None:
@@ -244,57 +251,65 @@ def test_few_blocks_are_not_run() -> None:
     assert len(marked) == len(NOT_RUN.findall(text))
 
 
-def readme_section(name: str) -> str:
-    """A marked section of README, which pages of the documentation include."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    _, _, section = text.partition(f"[start:{name}] -->\n")
-    section, _, _ = section.partition(f"<!-- --8<-- [end:{name}]")
-    return section
+def test_readme_is_short() -> None:
+    """It has at most 700 words and 130 lines, and the install command is on the first screen."""
+    text = README.read_text(encoding="utf-8")
+    assert len(text.split()) <= 700
+    assert len(text.splitlines()) <= 130
+    assert "pip install" in "\n".join(text.splitlines()[:30])
 
 
-def default_shown(value: Any) -> str:
-    """A default as a table shows it."""
-    if isinstance(value, type):
-        return f"`{value.__name__}`"
-    if isinstance(value, float):
-        return f"{value:g}"
-    return f"`{json.dumps(value)}`" if isinstance(value, str) else f"`{value}`" if value in (None, ()) else str(value)
+def test_links_of_readme_lead_somewhere() -> None:
+    """Each of its links is a file of this repository."""
+    links = re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8"))
+    assert len(links) > 15
+    for link in links:
+        assert (ROOT / link).exists(), link
 
 
-def table(heading: str, rows: list[tuple[str, str, str]]) -> str:
-    """A table of names, defaults and meanings."""
-    lines = [f"| {heading} | default | meaning |", "|---|---|---|"]
-    return "\n".join([*lines, *(f"| `{name}` | {default} | {meaning} |" for name, default, meaning in rows), ""])
+def figure_in_readme(pattern: str) -> float:
+    """The number that README has where the pattern has a group."""
+    match = re.search(pattern, README.read_text(encoding="utf-8"))
+    assert match, pattern
+    return float(match[1].replace(",", ""))
 
 
-def policy_table() -> str:
-    """The fields of Policy, from their one declaration."""
-    return table("`Policy`", [(name, default_shown(DEFAULTS[name]), rule.meaning) for name, rule in RULES.items()])
+def test_figures_of_readme_are_those_of_the_benchmarks() -> None:
+    """Each figure that README quotes is within a quarter of the one that `make bench` wrote."""
+    bench, watch = result("bench"), result("watch")
+    targets = {target["measure"]: target["value"] for target in bench["targets"]}
+    for pattern, found in (
+        (r"call adds ([\d.]+) µs", overheads("sync, 1 thread, closed success")[tables.OURS]),
+        (r"([\d.]+) times circuitbreaker", targets["decorator / circuitbreaker's, overhead"]),
+        (r"1/([\d,]+) of pybreaker", targets["pybreaker's decorator with Redis / ours, overhead"]),
+        (r"makes ([\d.]+) exchanges", bench["healthy_commands_per_second"]),
+        (r"every process within ([\d.]+) ms", watch["lease 30 s, watched"]["max_ms"]),
+    ):
+        assert figure_in_readme(pattern) == pytest.approx(found, rel=0.25), pattern
+    assert figure_in_readme(r"\[(\d+) faults\]") == len(table_of_faults())
 
 
-def options_table() -> str:
-    """The options of a breaker, from the constructor's signature and the docstring of the class."""
-    docstring = inspect.getdoc(pybreaker_redis.CircuitBreaker) or ""
-    meanings = dict(re.findall(r"^(\w+): (.+(?:\n(?!\w+: |\n).+)*)", docstring, flags=re.MULTILINE))
-    options = inspect.signature(pybreaker_redis.CircuitBreaker).parameters.values()
-    rows = []
-    for one in options:
-        default = "required" if one.default is one.empty else default_shown(one.default)
-        meaning = " ".join(meanings[one.name].split())
-        rows.append((one.name, default, meaning[0].upper() + meaning[1:]))
-    return table("option", rows)
+def test_pictures_are_those_of_their_sources() -> None:
+    """`make drawings` has been run since the demo's record, the benchmarks or what draws them changed."""
+    for name, drawn in pictures().items():
+        committed = (ROOT / "docs" / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+        assert committed == drawn, f"run `make drawings`: {name}.svg is not what docs/pictures draws"
 
 
-@pytest.mark.parametrize(("section", "generate"), [("policy", policy_table), ("options", options_table)])
-def test_tables_are_those_of_the_code(section: str, generate: Callable[[], str]) -> None:
-    """README's tables of policy fields and options are generated: on a difference, paste the table printed here."""
-    expected = generate()
-    assert readme_section(section) == expected, f"between the marks of {section!r} README must have\n\n{expected}"
+def test_figures_of_the_pages_are_those_of_the_benchmarks() -> None:
+    """So have the tables of figures within pages."""
+    found = [page for page in PAGES if tables.MARKED.search(page.read_text(encoding="utf-8"))]
+    assert len(found) >= 3
+    for page in found:
+        text = page.read_text(encoding="utf-8")
+        assert text == tables.filled(text), f"run `make drawings`: {page.name} has other figures than the results"
 
 
 def table_of_faults() -> list[list[str]]:
-    """The cells of each row of README's table of faults."""
-    return [[cell.strip() for cell in row.strip("|").split("|")] for row in readme_section("faults").splitlines()[2:]]
+    """The cells of each row of the table of faults."""
+    text = (ROOT / "docs" / "faults.md").read_text(encoding="utf-8")
+    rows = text[text.index("| fault |") :].partition("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
 def named_tests(text: str, default: str = "") -> list[tuple[str, str]]:
@@ -310,7 +325,7 @@ def functions_of(file: str) -> set[str]:
 
 
 def test_every_fault_names_its_tests() -> None:
-    """Each row of README's table of faults names the tests that show it, and there are such tests."""
+    """Each row of the table of faults names the tests that show it, and there are such tests."""
     rows = table_of_faults()
     assert len(rows) > 20
     for row in rows:
@@ -326,8 +341,9 @@ def test_every_fault_names_its_tests() -> None:
 
 
 def test_named_tests_exist() -> None:
-    """So does every other test that the page on faults names."""
-    named = named_tests((ROOT / "docs" / "faults.md").read_text(encoding="utf-8"), "test_outages")
-    assert named
-    for file, test in named:
-        assert test in functions_of(file), (file, test)
+    """So does every other test that a page on faults or on promises names."""
+    for page in ("faults.md", "concepts/link.md"):
+        named = named_tests((ROOT / "docs" / page).read_text(encoding="utf-8"), "test_outages")
+        assert named, page
+        for file, test in named:
+            assert test in functions_of(file), (page, file, test)

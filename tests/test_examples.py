@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import pathlib
 import re
+import shutil
+import socket
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import Any
 
 import pytest
 import redis
 
+from pybreaker_redis import CircuitBreaker
 from pybreaker_redis.embedded import EmbeddedServer
 
-EXAMPLES = pathlib.Path(__file__).resolve().parent.parent / "examples"
+HERE = pathlib.Path(__file__).resolve().parent
+EXAMPLES = HERE.parent / "examples"
 
 
 def run(name: str, url: str) -> str:
@@ -30,12 +30,14 @@ def run(name: str, url: str) -> str:
 
 
 def test_every_example_is_run() -> None:
-    """Each example has a test here and a line in the list; the demo has its own tests."""
-    ours, listed = pathlib.Path(__file__).read_text(), (EXAMPLES / "README.md").read_text()
-    for path in EXAMPLES.glob("*.py"):
-        assert path.name in ours
-        assert path.name in listed
-    assert "demo" in listed
+    """Each example has a test and a line in the list."""
+    tests = [HERE / "test_examples.py", HERE / "test_demo.py", HERE / "integrations" / "test_examples.py"]
+    tested = "".join(path.read_text() for path in tests)
+    listed = (EXAMPLES / "README.md").read_text()
+    folders = {path.parent for path in EXAMPLES.glob("*/__main__.py")}
+    for path in {*EXAMPLES.glob("[!_]*.py"), *EXAMPLES.glob("*.mjs"), *folders}:
+        assert path.name in tested
+        assert f"]({path.name})" in listed
 
 
 def test_in_memory() -> None:
@@ -82,48 +84,25 @@ def test_rolling_deployment(server: EmbeddedServer, client: redis.Redis) -> None
     assert output["after the repair"] == "answered"
 
 
-class Backend(BaseHTTPRequestHandler):
-    """A search service that answers with a status of the test's choice."""
-
-    status = 200
-
-    def do_GET(self) -> None:
-        self.send_response(self.status)
-        self.end_headers()
-        self.wfile.write(b'{"hits": 1}')
-
-    def log_message(self, *_: Any) -> None:
-        """Print nothing."""
-
-
-@pytest.fixture
-def backend() -> Iterator[str]:
-    """The URL of a running one."""
-    Backend.status = 200
-    with HTTPServer(("127.0.0.1", 0), Backend) as service:
-        threading.Thread(target=service.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{service.server_port}"
-        service.shutdown()
-
-
-def test_fastapi_app(
-    backend: str, server: EmbeddedServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """fastapi_app.py: 200; 502 for a failed call; 503 with Retry-After, without a call, while the circuit is open."""
-    testing = pytest.importorskip("fastapi.testclient", reason="needs fastapi and httpx")
-    monkeypatch.setenv("REDIS_URL", server.url)
-    monkeypatch.setenv("SEARCH_URL", backend)
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    import fastapi_app
-
-    with testing.TestClient(fastapi_app.app, raise_server_exceptions=False) as web:
-        assert web.get("/search?q=x").json() == {"hits": 1}
-        Backend.status = 404
-        assert [web.get("/search?q=x").status_code for _ in range(8)] == [200] * 8
-        Backend.status = 500
-        assert [web.get("/search?q=x").status_code for _ in range(7)] == [502] * 5 + [503] * 2
-        answer = web.get("/search?q=x")
-        assert 8 <= int(answer.headers["Retry-After"]) <= 10
-        assert answer.json() == {"error": "search is not available"}
-        assert web.get("/health").json() == {"search": "open"}
-    assert client.exists("circuit_breaker:search:state")
+def test_node_client(server: EmbeddedServer, client: redis.Redis, bundles: pathlib.Path) -> None:
+    """node_client.mjs: three failures, a rejection, a probe; a breaker of this package sees the same transitions."""
+    node = shutil.which("node") or pytest.skip("needs Node.js")
+    environment = {**os.environ, "REDIS_URL": server.url, "SCRIPTS": str(bundles)}
+    command = [node, str(EXAMPLES / "node_client.mjs")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.splitlines() == [
+        *["failed: the mail server is down"] * 3,
+        "rejected: the circuit of mail is open",
+        "sent mail 5",
+        "sent mail 6",
+        "the circuit is closed, its health 80",
+    ]
+    recovered, probed, tripped = CircuitBreaker("mail", redis=client).history()
+    assert [entry.reason for entry in (tripped, probed, recovered)] == [
+        "failure_threshold",
+        "timeout",
+        "probe_succeeded",
+    ]
+    assert tripped.error == "Error: the mail server is down"
+    assert tripped.instance.startswith(f"{socket.gethostname()}:")

@@ -143,7 +143,7 @@ def test_a_function_that_fails(make_any: Make, wrong: Any, caplog: pytest.LogCap
     fail(breaker, 2)
     assert rejects(breaker).state == "open"
     assert breaker.history()[0].reason == "failure_threshold"
-    assert len([one for one in caplog.records if "retry_after= failed" in one.getMessage()]) == 1
+    assert len([one for one in caplog.records if "retry_after= of 'discovery' failed" in one.getMessage()]) == 1
 
 
 @pytest.mark.parametrize("wrong", [7, "7"])

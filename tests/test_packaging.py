@@ -128,6 +128,24 @@ def test_installed_wheel_works_outside_the_checkout(built: pathlib.Path, environ
     use(environment, environment)
 
 
+def test_example_of_readme_runs_with_the_wheel_alone(built: pathlib.Path, environment: pathlib.Path) -> None:
+    """The first Python block of README prints what README says, far from the checkout."""
+    (wheel,) = built.glob("*.whl")
+    install(environment, wheel)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    example, printed = (readme.partition(f"```{kind}\n")[2].partition("```")[0] for kind in ("python", "text"))
+    assert run(environment / "bin" / "python", "-I", "-c", example, cwd=environment) == printed
+
+
+def test_tutorial_runs_with_the_wheel_alone(built: pathlib.Path, environment: pathlib.Path) -> None:
+    """So does the tutorial, from its first block to its last."""
+    (wheel,) = built.glob("*.whl")
+    install(environment, wheel)
+    blocks = (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8").split("```python\n")[1:]
+    code = "".join(block.partition("```")[0] for block in blocks)
+    assert "half_open -> closed" in run(environment / "bin" / "python", "-I", "-c", code, cwd=environment)
+
+
 def test_editable_install_runs_the_scripts_of_the_checkout(environment: pathlib.Path) -> None:
     """An editable install uses the checkout's package and its lua/."""
     install(environment, "--editable", ROOT)

@@ -15,6 +15,7 @@ from pybreaker_redis import HistoryEntry, PolicyError
 from pybreaker_redis._policy import LONGEST_OPEN
 from pybreaker_redis._protocol import (
     LONGEST_NAME,
+    Action,
     control_request,
     decode,
     encode,
@@ -128,17 +129,46 @@ def test_history_entry() -> None:
 
 def test_control_request() -> None:
     """A command carries its duration in whole milliseconds, if it has one."""
-    assert control_request("reset", None) == {"action": "reset"}
-    assert control_request("force_open", 1.5) == {"action": "force_open", "duration_ms": 1500}
-    assert control_request("force_open", 0.001)["duration_ms"] == 1
-    assert control_request("force_open", LONGEST_OPEN)["duration_ms"] == 30 * 86400 * 1000
+    assert control_request(Action("reset", None, None)) == {"action": "reset"}
+    assert control_request(Action("force_open", None, None, 1.5)) == {"action": "force_open", "duration_ms": 1500}
+    assert control_request(Action("force_open", None, None, 0.001))["duration_ms"] == 1
+    assert control_request(Action("force_open", None, None, LONGEST_OPEN))["duration_ms"] == 30 * 86400 * 1000
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("ann", "ann"),
+        ("x" * 300, "x" * 100),
+        ("Ren\u00e9", r"Ren\xe9"),
+        ("\u202eevil\x1b[2J\n", r" evil [2J "),
+        ("\u6f22" * 100, (r"\u6f22" * 17)[:100]),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_who_acts(given: str | None, sent: str | None) -> None:
+    """Operator and note are sent as the scripts require them: long ones are cut, other letters escaped."""
+    assert control_request(Action("reset", given, None)).get("operator") == sent
+    note = control_request(Action("reset", None, given)).get("note")
+    assert (note or "")[:100] == (sent or "")
+    assert len(note or "") <= 200
+
+
+@pytest.mark.parametrize("given", [7, b"ann", ["ann"], True])
+def test_who_acts_is_text(given: Any) -> None:
+    """An operator or a note that is no text is refused."""
+    with pytest.raises(PolicyError, match="operator must be a text"):
+        control_request(Action("reset", given, None))
+    with pytest.raises(PolicyError, match="note must be a text"):
+        control_request(Action("reset", None, given))
 
 
 @pytest.mark.parametrize("duration", [0, 0.0009, -1, LONGEST_OPEN + 1, float("nan"), float("-inf"), False, "1"])
 def test_control_request_out_of_range(duration: Any) -> None:
     """A duration that makes no sense is refused."""
     with pytest.raises(PolicyError, match="duration must be from"):
-        control_request("force_open", duration)
+        control_request(Action("force_open", None, None, duration))
 
 
 # Stored documents
@@ -153,10 +183,17 @@ WINDOW = (
 )
 
 
-@pytest.mark.parametrize("window", ["", WINDOW])
-def test_a_healthy_document(window: str) -> None:
-    """A closed document, with or without a window, says what a script would reply."""
-    text = (HEALTHY if not window else HEALTHY[:-1] + window).encode()
+CHANGE = ',"changed_at_ms":1700000000000,"reason":"reset"'
+
+
+@pytest.mark.parametrize("window", ["}", WINDOW])
+@pytest.mark.parametrize(
+    "change",
+    ["", CHANGE, CHANGE + ',"operator":"ann"', CHANGE + ',"note":"a/b [c]"', CHANGE + ',"operator":"~","note":" "'],
+)
+def test_a_healthy_document(change: str, window: str) -> None:
+    """A closed document, with or without a window and its last change, says what a script would reply."""
+    text = (HEALTHY[:-1] + change + window).encode()
     assert read_document(text) == {
         "state": "closed",
         "generation": 1_700_000_000_001,
@@ -165,7 +202,7 @@ def test_a_healthy_document(window: str) -> None:
         "success_count": 0,
         "source": "redis",
     }
-    assert read_window(text) == ({"calls": 9, "failures": 4, "slow": 1} if window else {})
+    assert read_window(text) == ({"calls": 9, "failures": 4, "slow": 1} if window == WINDOW else {})
     for never_failed in (text.replace(b"1700000000,", b"null,"),):
         assert read_document(never_failed) == read_document(text)
 
@@ -209,6 +246,10 @@ def test_nothing_stored() -> None:
         ("}", ',"forced_until_ms":1700000060000,"forced":"closed"}'),
         ("}", ',"closed_at_ms":1700000000000}'),
         ("}", ',"run_since_ms":1700000000000}'),
+        ("}", ',"operator":"ann"}'),  # without the action
+        ("}", ',"changed_at_ms":1700000000000,"reason":"reset","operator":"a\\"b"}'),
+        ("}", ',"changed_at_ms":1700000000000,"reason":"reset","note":"' + "x" * 201 + '"}'),
+        ("}", ',"changed_at_ms":1700000000000,"reason":"reset","note":"x","trips":1}'),
         ("}", ',"reporters":{"1-a":1700000000000}}'),
         ("}", ',"window":{"bucket_ms":1},"trips":1}'),
         ("}", ',"window":{"bucket_ms":{}}}'),
@@ -257,8 +298,10 @@ def test_documents_that_the_scripts_write(client: redis.Redis, policy: dict[str,
     chance = random.Random(str(policy))
     keys = keys_of("discovery")
     read = 0
-    for _ in range(400):
+    for number in range(400):
         machine.advance(chance.choice([0, 1, 10, 500, 3_000, 40_000]))
+        if number % 40 == 0:
+            machine.run("control", policy, action="reset", operator="ann", note="repaired")
         reply = machine.run("acquire", policy, instance=chance.choice("ab"))
         if reply["admitted"]:
             report = chance.choice([{"successes": 3}, {"failures": 1}, {"failures": 1, "successes": 2}, {"slow": 1}])
@@ -269,7 +312,7 @@ def test_documents_that_the_scripts_write(client: redis.Redis, policy: dict[str,
         text = client.get(keys.state)
         found = read_document(text)
         stored = json.loads(text)
-        healthy = stored["state"] == "closed" and set(stored) <= CONTRACT | {"window", "changed_at_ms", "reason"}
+        healthy = stored["state"] == "closed" and set(stored) <= CONTRACT | CHANGED | {"window"}
         assert (found is not None) == healthy, text
         if found is None:
             continue
@@ -288,6 +331,7 @@ def test_documents_that_the_scripts_write(client: redis.Redis, policy: dict[str,
 
 
 LASTING = {"quorum", "backoff_multiplier", "ramp_up_ms"}  # a closed document holds more than a window for long
+CHANGED = {"changed_at_ms", "reason", "operator", "note"}
 CONTRACT = {
     "state",
     "failure_count",

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
+import pathlib
 import secrets
 import signal
 import sys
@@ -19,7 +21,7 @@ from pybreaker_redis.embedded import serve
 
 from .crew import Crew
 from .plan import GUARDS, RESET_TIMEOUT, failure_threshold
-from .proof import promises, summary
+from .proof import promises, recording, summary
 from .runs import perform
 from .screens import screen
 
@@ -30,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         with serve() as url:
-            return _demonstrate(options.workers, url, options.plain)
+            return _demonstrate(options.workers, url, options.plain, options.record)
     except CircuitBreakerError as error:
         print(error, file=sys.stderr)
         return 2
@@ -51,6 +53,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--workers", type=_worker_count, default=4, metavar="N", help="worker processes; default: 4")
     parser.add_argument("--plain", action="store_true", help="print lines, even on a terminal")
+    parser.add_argument(
+        "--record", type=pathlib.Path, metavar="FILE", help="write the calls of the shared run to FILE, as JSON"
+    )
     return parser
 
 
@@ -61,7 +66,7 @@ def _worker_count(text: str) -> int:
     return count
 
 
-def _demonstrate(workers: int, url: str, plain: bool) -> int:
+def _demonstrate(workers: int, url: str, plain: bool, record: pathlib.Path | None) -> int:
     name = f"demo-{os.getpid()}-{secrets.token_hex(4)}"
     threshold = failure_threshold(workers)
     policy = Policy(failure_threshold=threshold, reset_timeout=RESET_TIMEOUT, probe_timeout=5.0)
@@ -74,6 +79,8 @@ def _demonstrate(workers: int, url: str, plain: bool) -> int:
             runs = {kind: perform(kind, crew, breaker, shown) for kind in GUARDS}
         held = promises(runs, breaker.history(), breaker.snapshot().state)
     print(*summary(runs), sep="\n")
+    if record is not None:
+        record.write_text(json.dumps(recording(runs)) + "\n", encoding="utf-8")
     print(*(f"{'ok' if promise.held else 'FAILED':8}{promise.text}" for promise in held), sep="\n", flush=True)
     return 0 if all(promise.held for promise in held) else 1
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pybreaker_redis import HistoryEntry
 
@@ -85,3 +85,16 @@ def summary(runs: dict[str, Run]) -> Iterator[str]:
         figures = "".join(f"{figure:8}" for figure in (len(run.trips), run.probes)) if kind != "none" else ""
         yield f"{GUARDS[kind]:29}{run.hits:10}{rejected:10}{figures}"
     yield ""
+
+
+def recording(runs: dict[str, Run]) -> dict[str, Any]:
+    """The shared run, call by call, with times in seconds since its start; and the hits of every run."""
+    shared = runs["shared"]
+    start = min(shared.began.values())
+    transitions = sorted((at, event.old, event.new) for at, event in shared.transitions)
+    return {
+        "hits": {kind: run.hits for kind, run in runs.items()},
+        "began": {phase: round(at - start, 3) for phase, at in shared.began.items()},
+        "calls": [[[round(at - start, 3), ended] for at, ended in tally.calls_made] for tally in shared.tallies],
+        "transitions": [[round(at - start, 3), old, new] for at, old, new in transitions],
+    }

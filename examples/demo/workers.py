@@ -26,6 +26,8 @@ class Tally:
     """The figures of one worker in one run. Times are of the monotonic clock, which all processes share.
 
     state: the state of the breaker at the last call. transitions: those that the worker was notified of, and when.
+    calls_made: for each call, when it began and how it ended: "answered", "failed" or "rejected", probes with "probe "
+    before it.
     """
 
     number: int
@@ -38,6 +40,7 @@ class Tally:
     rejecting_since: float | None = None
     answering_since: float | None = None
     transitions: list[tuple[float, Event]] = dataclasses.field(default_factory=list)
+    calls_made: list[tuple[float, str]] = dataclasses.field(default_factory=list)
 
     @property
     def admitted(self) -> int:
@@ -82,21 +85,27 @@ def _call_until_stopped(pipe: Connection, tally: Tally, acquire: Acquire, get: C
 
 def _call(tally: Tally, acquire: Acquire, get: Callable[[], None]) -> None:
     tally.calls += 1
+    began, probe = monotonic(), ""
     try:
         with acquire() as permit:
             if permit is not None:
                 tally.probes += permit.probe is not None
                 tally.state = "closed" if permit.probe is None else "half_open"
+                probe = "" if permit.probe is None else "probe "
             get()
     except CircuitOpenError as error:
+        ended = "rejected"
         tally.rejected += 1
         tally.state, tally.answering_since = error.state, None
         tally.rejecting_since = tally.rejecting_since or monotonic()
     except (OSError, http.client.HTTPException):
+        ended = "failed"
         tally.failed += 1
         tally.answering_since = None
     else:
+        ended = "answered"
         tally.answering_since = tally.answering_since or monotonic()
+    tally.calls_made.append((began, probe + ended))
 
 
 def _get(service: http.client.HTTPConnection, path: str) -> None:

@@ -1,53 +1,52 @@
 """The program `pybreaker-redis` (extra `cli`): inspect breakers, steer them, and check the server that they use.
 
-Exit codes: 0 done; 1 doctor found something wrong, nothing is stored under the name given to show, or a question was
-answered with no; 2 the command was not understood; 3 Redis does not answer, or refuses; 130 Ctrl-C; 141 the reader of
-a pipe has gone.
+Exit codes:
+
+- 0: done.
+- 1: doctor found something wrong, nothing is stored under the name given to show, or a question was answered with no.
+- 2: the command was not understood.
+- 3: Redis does not answer, or refuses.
+- 130: Ctrl-C. 141: the reader of a pipe has gone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import difflib
 import functools
+import getpass
+import importlib.metadata
+import io
+import itertools
 import json
 import os
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterable, Sequence
-from typing import Annotated, ParamSpec
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, ParamSpec
 
 import rich.text
 import typer
 
+from .._board import CONDITIONS, checked, clean, counts, span
 from .._config import Config
 from .._errors import CircuitBreakerError, RedisUnavailableError
-from .._policy import Policy
-from .._protocol import keys_of
+from .._policy import LONGEST_OPEN, Policy
+from .._protocol import LONGEST_NOTE, LONGEST_OPERATOR, keys_of, requests_by_hand
 from .._sync import CircuitBreaker
 from ..wire.options import REDIS_ERRORS
 from ..wire.scripts import SCRIPTS, compose, sha1
 from ..wire.url import client_from_url
-from ._fleet import Fleet, Reading, checked, command, redis_cli, send, urgency
-from ._output import (
-    as_json,
-    assignments,
-    clean,
-    details,
-    err,
-    heading,
-    line,
-    out,
-    policy_lines,
-    put,
-    put_json,
-    seconds,
-    span,
-    transition,
-)
+from ._fleet import Fleet, command, redis_cli, send
+from ._hints import explained
+from ._output import as_json, assignments, details, err, out, pairs, put, put_json, seconds, transition
+from ._table import Known, layout, row_json, summary
 
 P = ParamSpec("P")
 DONE, WRONG, USAGE, NO_REDIS, INTERRUPTED, BROKEN_PIPE = 0, 1, 2, 3, 130, 141
+MOST_COMPLETED = 10_000  # names of breakers that the shell's completion looks at
 
 app = typer.Typer(
     name="pybreaker-redis",
@@ -89,15 +88,23 @@ def _complete_names(context: typer.Context, incomplete: str) -> list[str]:
     """The names of breakers, for the shell's completion."""
     given = context.params
     fleet = _fleet(given.get("url"), given.get("config"), given.get("prefix"))
-    first = next(fleet.read_all(), [])
-    return sorted(one.snapshot.name for one in first if one.snapshot.name.startswith(incomplete))
+    first = itertools.islice(fleet.names(), MOST_COMPLETED)
+    return sorted({name for name in first if name.startswith(incomplete)})
 
 
+Operator = Annotated[
+    str | None, typer.Option("--operator", metavar="NAME", help="Who acts, for the history. Default: the login name.")
+]
+Note = Annotated[str | None, typer.Option("--note", metavar="TEXT", help="Why, for the history.")]
+Create = Annotated[bool, typer.Option("--create", help="Act even if nothing is stored under the name yet.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the breaker.", autocompletion=_complete_names)]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program. Returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal or a pipe may not take every letter of a name
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(args=None if arguments is None else list(arguments), prog_name="pybreaker-redis")
     except SystemExit as ended:
@@ -111,7 +118,7 @@ def _command(owner: typer.Typer, name: str) -> Callable[[Callable[P, int | None]
     def decorate(function: Callable[P, int | None]) -> Callable[P, None]:
         @functools.wraps(function)
         def run(*args: P.args, **kwargs: P.kwargs) -> None:
-            raise typer.Exit(_code_of(functools.partial(function, *args, **kwargs)))
+            raise typer.Exit(_code_of(functools.partial(function, *args, **kwargs), kwargs))
 
         owner.command(name)(run)
         return run
@@ -119,7 +126,8 @@ def _command(owner: typer.Typer, name: str) -> Callable[[Callable[P, int | None]
     return decorate
 
 
-def _code_of(function: Callable[[], int | None]) -> int:
+def _code_of(function: Callable[[], int | None], options: Mapping[str, Any]) -> int:
+    """Run a command; its exit code. options: those that it was given, by name."""
     try:
         code = function() or DONE
         sys.stdout.flush()
@@ -131,7 +139,8 @@ def _code_of(function: Callable[[], int | None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except (RedisUnavailableError, *REDIS_ERRORS) as error:
-        err.print(f"Redis does not answer, or refuses: {error}", style="red")
+        url = options.get("url") or _config(options.get("config")).redis_url
+        err.print(explained(error, url), style="red")
         return NO_REDIS
     except CircuitBreakerError as error:
         err.print(str(error), style="red")
@@ -139,20 +148,33 @@ def _code_of(function: Callable[[], int | None]) -> int:
 
 
 def _fleet(url: str | None, config: pathlib.Path | None, prefix: str | None) -> Fleet:
-    given = Config()
-    if config is not None:
-        from ..config import load
-
-        given = load(config)
+    given = _config(config)
     client = client_from_url(url) if url else client_from_url(given.redis_url, **given.redis_options)
-    unknown = Policy()  # clients do not store their policies: without --config only policy overrides are known
-    policy_of: Callable[[str], Policy] = given.policy_of if config is not None else lambda name: unknown
-    return Fleet(client, prefix or given.prefix, policy_of, lambda text: err.print(text, style="yellow"))
+    policy_of: Callable[[str], Policy | None] = given.policy_of if config is not None else lambda name: None
+    return Fleet(client, prefix or given.prefix, policy_of)
 
 
-def _put_pairs(pairs: Iterable[tuple[str, str]]) -> None:
-    for label, text in pairs:
-        out.print(rich.text.Text(f"{label:<25}", "bold").append(text, ""))
+def _config(path: pathlib.Path | None) -> Config:
+    if path is None:
+        return Config()
+    from ..config import load
+
+    return load(path)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pybreaker_redis {importlib.metadata.version('pybreaker_redis')}")
+        raise typer.Exit(DONE)
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
 
 
 # Inspecting
@@ -168,26 +190,26 @@ def list_breakers(
     ] = None,
     use_json: Json = False,
 ) -> int | None:
-    """List every breaker with its state, counts, rates and health.
+    """List every breaker: its state, until when and why; the most urgent first.
 
-    RUN: failures in a row. CALLS, FAILED, SLOW: within the window. CHANGED: time since the last transition.
+    UNTIL: time until a probe is due, or until a forced state ends. SINCE: time since the last transition. RUN: failures
+    in a row. CALLS, FAILED, SLOW: within the window. A narrow terminal shows fewer columns; a pipe shows all of them.
     """
     if state not in (None, "closed", "open", "half_open"):
         raise typer.BadParameter(f"must be closed, open or half_open, not {state!r}", param_hint="--state")
     fleet = _fleet(url, config, prefix)
-    count = 0
-    for chunk in fleet.read_all():
-        chosen = sorted((one for one in chunk if state in (None, one.snapshot.state)), key=urgency)
-        if use_json:
-            texts = [json.dumps(as_json(one, brief=True)) for one in chosen]
-            print("".join(f"{',' if count + number else '['}\n{text}" for number, text in enumerate(texts)), end="")
-        elif chosen:
-            put([*([] if count else [heading()]), *map(line, chosen)])
-        count += len(chosen)
+    rows, now = fleet.rows()
+    chosen, known = [row for row in rows if state in (None, row.state)], Known(now, fleet.policy_of)
     if use_json:
-        print("\n]" if count else "[]")
-    elif not count:
-        err.print(f"no breaker {f'is {state} ' if state else ''}under the prefix {fleet.prefix}")
+        print("[" + ",\n".join(json.dumps(row_json(row, known)) for row in chosen) + "]")
+        return DONE
+    if not chosen:
+        err.print(f"no breaker {f'is {state} ' if state else ''}under the prefix {clean(fleet.prefix)}")
+        return DONE
+    fits = layout(out.width if out.is_terminal else None, (row.name for row in chosen), fleet.knows_policies)
+    put([fits.heading(), *(fits.line(row, known) for row in chosen)])
+    if out.is_terminal:
+        put([rich.text.Text(text, "bold") for text in summary(counts(chosen), len(chosen), out.width)])
     return DONE
 
 
@@ -199,12 +221,15 @@ def show(
 
     Exit code 1 when nothing is stored under this name.
     """
-    reading = _read(_fleet(url, config, prefix), name)
+    fleet = _fleet(url, config, prefix)
+    reading = fleet.read(name)
     if use_json:
         put_json(as_json(reading))
     else:
         out.print(clean(name), style="bold")
-        _put_pairs(details(reading))
+        put(pairs(details(reading, fleet.policy_of(name))))
+        if not fleet.is_known(name):
+            err.print(_unknown(fleet, name), style="yellow")
     return DONE if reading.stored else WRONG
 
 
@@ -221,13 +246,43 @@ def watch(
     ] = None,
     use_json: Json = False,
 ) -> int | None:
-    """Show a live table, updated by notifications.
+    """Show a live board, updated by notifications; its last line names the keys.
 
     In a pipe, or with --json: one line for each breaker, then one for each change.
     """
     from ._watch import watch as run
 
     run(_fleet(url, config, prefix), names or (), limit, use_json=use_json)
+    return DONE
+
+
+@_command(app, "serve")
+def serve(
+    url: Url = None,
+    config: ConfigFile = None,
+    prefix: Prefix = None,
+    host: Annotated[str, typer.Option(metavar="ADDRESS", help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free one.")] = 8642,
+    write: Annotated[bool, typer.Option("--write", help="Let operators act on breakers.")] = False,
+    authorize: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:FUNCTION", help="Takes a request, returns the operator's name or None."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Further name of this server, as a proxy passes it on.")
+    ] = None,
+    health: Annotated[bool, typer.Option("--health", help="Answer /health, to everybody.")] = False,
+) -> int | None:
+    """Serve the operators' web page. It only reads, unless --write is given.
+
+    --write needs --authorize, or a password in PYBREAKER_REDIS_WEB_PASSWORD: then browsers ask for a name and this
+    password, and the name is the operator's.
+    """
+    from ._serve import serve as run
+
+    fleet = _fleet(url, config, prefix)
+    names = allow_host or ()
+    run(fleet.client, fleet.prefix, host, port, write=write, authorize=authorize, names=names, health=health)
     return DONE
 
 
@@ -246,81 +301,137 @@ def history(
     elif not entries:
         err.print(f"{clean(name)} has had no transition within the last day")
     for entry in () if use_json else entries:
-        out.print(transition(entry))
+        out.print(transition(entry, stamped=True))
+    return DONE
+
+
+@_command(app, "fleet")
+def list_processes(
+    url: Url = None, config: ConfigFile = None, prefix: Prefix = None, use_json: Json = False
+) -> int | None:
+    """List the processes that use the breakers, and show on which policies they disagree.
+
+    SEEN: when the process last listed itself, which it does once a minute while it calls. BREAKERS: those it has used.
+    """
+    from ._instances import show_fleet
+
+    show_fleet(_fleet(url, config, prefix), use_json)
     return DONE
 
 
 # Steering
 
 
-@_command(app, "force-open")
-def force_open(
-    name: Name, duration: For = None, url: Url = None, prefix: Prefix = None, yes: Yes = False, use_json: Json = False
-) -> int | None:
-    """Force the circuit open: reject every call of the fleet."""
-    question = f"Reject every call of the fleet for {span(duration or 30 * 86400)}?"
-    return _steer(_fleet(url, None, prefix), name, question, yes, use_json, lambda it: it.force_open(duration))
+class Act(NamedTuple):
+    """What to do to a breaker once somebody has confirmed it. question: asked before. on_policy: not on the state."""
+
+    question: str
+    carry_out: Callable[[CircuitBreaker, str | None, str | None], None]
+    may_create: bool = False
+    on_policy: bool = False
 
 
-@_command(app, "force-closed")
-def force_closed(
-    name: Name, duration: For = None, url: Url = None, prefix: Prefix = None, yes: Yes = False, use_json: Json = False
-) -> int | None:
-    """Force the circuit closed: admit every call of the fleet."""
-    question = f"Admit every call of the fleet, unprotected, for {span(duration or 30 * 86400)}?"
-    return _steer(_fleet(url, None, prefix), name, question, yes, use_json, lambda it: it.force_closed(duration))
+def _acting(owner: typer.Typer, name: str, act: Act, help_: str) -> None:
+    """Add a command that acts on a breaker which is known."""
+
+    def run(
+        name: Name,
+        operator: Operator = None,
+        note: Note = None,
+        url: Url = None,
+        prefix: Prefix = None,
+        yes: Yes = False,
+        use_json: Json = False,
+    ) -> int | None:
+        return _steer(_fleet(url, None, prefix), name, act, operator, note, yes=yes, use_json=use_json)
+
+    run.__doc__ = help_
+    _command(owner, name)(run)
 
 
-@_command(app, "clear")
-def clear(name: Name, url: Url = None, prefix: Prefix = None, yes: Yes = False, use_json: Json = False) -> int | None:
-    """End a forced state.
+def _forcing(
+    name: str,
+    question: str,
+    carry_out: Callable[[CircuitBreaker, float | None, str | None, str | None], None],
+    help_: str,
+) -> None:
+    """Add a command that forces a state. question: with a place for the length of time."""
 
-    A circuit forced open lets a probe through next; one forced closed stays closed.
-    """
-    question = "End the forced state?"
-    return _steer(_fleet(url, None, prefix), name, question, yes, use_json, lambda it: it.clear_forced())
+    def run(
+        name: Name,
+        duration: For = None,
+        operator: Operator = None,
+        note: Note = None,
+        create: Create = False,
+        url: Url = None,
+        prefix: Prefix = None,
+        yes: Yes = False,
+        use_json: Json = False,
+    ) -> int | None:
+        asked = question.format(span(duration or LONGEST_OPEN))
+        act = Act(asked, lambda breaker, who, why: carry_out(breaker, duration, who, why), may_create=True)
+        return _steer(_fleet(url, None, prefix), name, act, operator, note, create=create, yes=yes, use_json=use_json)
+
+    run.__doc__ = help_
+    _command(app, name)(run)
 
 
-@_command(app, "probe")
-def probe(name: Name, url: Url = None, prefix: Prefix = None, yes: Yes = False, use_json: Json = False) -> int | None:
-    """Let the next call probe now, whatever is left of the open period.
-
-    Refused while a state is forced.
-    """
-    question = "Let the next call of the fleet probe now?"
-    return _steer(_fleet(url, None, prefix), name, question, yes, use_json, lambda it: it.probe())
-
-
-@_command(app, "reset")
-def reset(name: Name, url: Url = None, prefix: Prefix = None, yes: Yes = False, use_json: Json = False) -> int | None:
-    """Close the circuit; forget all counts, forced states and the policy override."""
-    question = "Close the circuit and forget all its counts and its policy override?"
-    return _steer(_fleet(url, None, prefix), name, question, yes, use_json, lambda it: it.reset())
+_forcing(
+    "force-open",
+    "Reject every call of the fleet for {}?",
+    lambda breaker, duration, who, why: breaker.force_open(duration, operator=who, note=why),
+    "Force the circuit open: reject every call of the fleet.",
+)
+_forcing(
+    "force-closed",
+    "Admit every call of the fleet, unprotected, for {}?",
+    lambda breaker, duration, who, why: breaker.force_closed(duration, operator=who, note=why),
+    "Force the circuit closed: admit every call of the fleet.",
+)
+_acting(
+    app,
+    "clear",
+    Act("End the forced state?", lambda breaker, who, why: breaker.clear_forced(operator=who, note=why)),
+    "End a forced state.\n\nA circuit forced open lets a probe through next; one forced closed stays closed.",
+)
+_acting(
+    app,
+    "probe",
+    Act("Let the next call of the fleet probe now?", lambda breaker, who, why: breaker.probe(operator=who, note=why)),
+    "Let the next call probe now, whatever is left of the open period.\n\nRefused while a state is forced.",
+)
+_acting(
+    app,
+    "reset",
+    Act(
+        "Close the circuit and forget all its counts and its policy override?",
+        lambda breaker, who, why: breaker.reset(operator=who, note=why),
+    ),
+    "Close the circuit; forget all counts, forced states and the policy override.",
+)
 
 
 @_command(policy_app, "get")
 def policy_get(
     name: Name, url: Url = None, config: ConfigFile = None, prefix: Prefix = None, use_json: Json = False
 ) -> int | None:
-    """Show the policy in force, and the source of each field.
+    """Show what is known of the policy in force, and from whom.
 
-    Sources: default; client (the file of --config); override (the policy override in Redis).
+    Sources: override is the policy override in Redis. client is the file of --config, or else the processes that list
+    themselves. default: these leave the field as it is by default. unknown: nobody has said.
     """
     fleet = _fleet(url, config, prefix)
-    seen = _read(fleet, name).snapshot
+    _show_policy(fleet, name, from_file=config is not None, use_json=use_json)
+    return DONE
+
+
+def _show_policy(fleet: Fleet, name: str, *, from_file: bool = False, use_json: bool = False) -> None:
+    from ._instances import known_policy, show_policy
+
+    seen = fleet.read(name).snapshot
     key = keys_of(name, fleet.prefix).policy
     (left,) = checked(fleet.server.exchange([command("PTTL", key, key=key)]))
-    if use_json:
-        fields = {
-            field: {"value": getattr(seen.policy, field), "source": source}
-            for field, source in seen.policy_sources.items()
-        }
-        put_json({"fields": fields, "override_ends_in": left / 1000 if left > 0 else None})
-        return DONE
-    _put_pairs(policy_lines(seen))
-    if left > 0:
-        out.print(f"the policy override ends in {span(left / 1000)}")
-    return DONE
+    show_policy(known_policy(fleet, seen, from_file), seen, left / 1000 if left > 0 else None, use_json)
 
 
 @_command(policy_app, "set")
@@ -332,6 +443,9 @@ def policy_set(
     duration: Annotated[
         float | None, typer.Option("--for", parser=seconds, metavar="TIME", help="Duration. Default: until cleared.")
     ] = None,
+    operator: Operator = None,
+    note: Note = None,
+    create: Create = False,
     url: Url = None,
     prefix: Prefix = None,
     yes: Yes = False,
@@ -343,42 +457,77 @@ def policy_set(
     """
     given = assignments(fields)
     until = f" for {span(duration)}" if duration else ""
-    question = f"Set {', '.join(f'{field}={value}' for field, value in given.items())} for the whole fleet{until}?"
-    fleet = _fleet(url, None, prefix)
-    return _steer(fleet, name, question, yes, use_json, lambda it: it.set_policy(duration=duration, **given))
+    act = Act(
+        f"Set {', '.join(f'{field}={value}' for field, value in given.items())} for the whole fleet{until}?",
+        lambda breaker, who, why: breaker.set_policy(duration=duration, operator=who, note=why, **given),
+        may_create=True,
+        on_policy=True,
+    )
+    return _steer(_fleet(url, None, prefix), name, act, operator, note, create=create, yes=yes, use_json=use_json)
 
 
-@_command(policy_app, "clear")
-def policy_clear(
-    name: Name, url: Url = None, prefix: Prefix = None, yes: Yes = False, use_json: Json = False
-) -> int | None:
-    """End the policy override: each instance follows its own policy."""
-    question = "End the policy override, so that every instance follows its own policy?"
-    return _steer(_fleet(url, None, prefix), name, question, yes, use_json, lambda it: it.clear_policy())
-
-
-def _read(fleet: Fleet, name: str) -> Reading:
-    readings = fleet.read([name])
-    if not readings:
-        raise RedisUnavailableError(f"{name} cannot be read")
-    return readings[0]
+_acting(
+    policy_app,
+    "clear",
+    Act(
+        "End the policy override, so that every instance follows its own policy?",
+        lambda breaker, who, why: breaker.clear_policy(operator=who, note=why),
+        on_policy=True,
+    ),
+    "End the policy override: each instance follows its own policy.",
+)
 
 
 def _steer(
-    fleet: Fleet, name: str, question: str, yes: bool, use_json: bool, act: Callable[[CircuitBreaker], None]
+    fleet: Fleet,
+    name: str,
+    act: Act,
+    operator: str | None,
+    note: str | None,
+    *,
+    create: bool = False,
+    yes: bool,
+    use_json: bool,
 ) -> int:
-    before = _read(fleet, name)
+    """Act on a breaker that is known, if the operator confirms it, and show it then."""
+    who, why = _short("--operator", operator, LONGEST_OPERATOR) or _login_name(), _short("--note", note, LONGEST_NOTE)
+    if not create and not fleet.is_known(name):
+        err.print(_unknown(fleet, name) + ("; --create acts all the same" if act.may_create else ""), style="red")
+        return WRONG
     if not yes:
-        known = before.snapshot.state if before.stored else "unknown to Redis"
-        typer.confirm(f"{clean(name)} is {known}. {question}", abort=True, err=True)
-    act(fleet.breaker(name))
-    after = _read(fleet, name)
+        row, _ = fleet.row(name)
+        typer.confirm(f"{clean(name)} is {CONDITIONS[row.condition]}. {act.question}", abort=True, err=True)
+    act.carry_out(fleet.breaker(name), who, why)
     if use_json:
-        put_json(as_json(after))
+        put_json(as_json(fleet.read(name)))
+    elif act.on_policy:
+        _show_policy(fleet, name)
     else:
-        out.print(heading())
-        out.print(line(after))
+        row, now = fleet.row(name)
+        fits = layout(out.width if out.is_terminal else None, [name], fleet.knows_policies)
+        put([fits.heading(), fits.line(row, Known(now, fleet.policy_of))])
     return DONE
+
+
+def _short(option: str, text: str | None, most: int) -> str | None:
+    if text and len(text) > most:
+        raise typer.BadParameter(f"must be at most {most} characters, not {len(text)}", param_hint=option)
+    return text
+
+
+def _login_name() -> str | None:
+    """The name under which the operator logged in, also under sudo; else that of the process's user."""
+    for name in (os.getlogin, getpass.getuser):
+        with contextlib.suppress(OSError, KeyError, ImportError):  # no terminal, no such user, no such module
+            return name()
+    return None
+
+
+def _unknown(fleet: Fleet, name: str) -> str:
+    """What to say of a name under which nothing is stored."""
+    close = [clean(one) for one in difflib.get_close_matches(name, set(fleet.names()), n=3)]
+    meant = f"; did you mean {' or '.join(close)}?" if close else ""
+    return f"nothing is stored under the name {clean(name)} and the prefix {clean(fleet.prefix)}{meant}"
 
 
 # Scripts and server
@@ -402,13 +551,8 @@ def scripts(
     """
     fleet = _fleet(url, None, prefix)
     keys = keys_of(name, fleet.prefix)
-    generation = _read(fleet, name).snapshot.generation
-    requests = {
-        "acquire": {"instance": "redis-cli"},
-        "record": {"generation": generation, "instance": "redis-cli"},
-        "control": {"action": "clear_forced", "instance": "redis-cli"},
-        "snapshot": {},
-    }
+    generation = fleet.read(name).snapshot.generation
+    requests = requests_by_hand(generation)
     for node in fleet.masters():
         send(node, *(command("SCRIPT", "LOAD", compose(script)) for script in SCRIPTS))
     program = redis_cli(fleet)
@@ -445,8 +589,9 @@ def _write_scripts(folder: pathlib.Path) -> None:
 def doctor(url: Url = None, prefix: Prefix = None, use_json: Json = False) -> int | None:
     """Check whether the server is fit for breakers.
 
-    Checks version, role, latency, clock, eviction, persistence, connections, scripts, TTLs and the user's rights. The
-    rights are tried on a breaker of its own, which is then removed. Exit code 1 when something is wrong.
+    Checks version, role, latency, clock, eviction, persistence, connections, scripts, TTLs, whether the processes agree
+    on every policy, and the user's rights. The rights are tried on a breaker of its own, which is then removed. Exit
+    code 1 when something is wrong.
     """
     from ._doctor import examine
 

@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from .._board import checked, clean, scan, subscribed
+from .._processes import disagreements, read_processes
 from .._protocol import Keys, keys_of
 from ..wire.options import REDIS_ERRORS, error_kind
 from ..wire.scripts import SCRIPTS, sha1
 from ..wire.sync import Connections
-from ._fleet import Fleet, checked, command, place_of, send
+from ._fleet import Fleet, command, place_of, send
 
 OLDEST = {"redis": (6, 2), "valkey": (7, 2)}
 _SLOW, _SKEWED = 0.010, 1.0
@@ -52,7 +54,8 @@ def examine(fleet: Fleet) -> Iterator[Finding]:
         for check in (_version, _role, _latency, _clock, _memory, _persistence, _connections, _script_cache, _ttls):
             for finding in _run(check, fleet, node):
                 yield dataclasses.replace(finding, check=finding.check + where)
-    yield from _run(_trial, fleet, nodes[0])
+    for check in (_policies, _trial):
+        yield from _run(check, fleet, nodes[0])
 
 
 def _place(node: Connections) -> str:
@@ -213,7 +216,7 @@ def _script_cache(fleet: Fleet, node: Connections) -> Iterator[Finding]:
 
 def _ttls(fleet: Fleet, node: Connections) -> Iterator[Finding]:
     count, endless = 0, []
-    for keys in fleet.scan(node):
+    for keys in scan(node, fleet.pattern()):
         left = checked(fleet.server.exchange([command("PTTL", key, key=key) for key in keys]))
         endless += [key for key, milliseconds in zip(keys, left, strict=True) if milliseconds == -1]
         count += len(keys)
@@ -230,6 +233,26 @@ def _ttls(fleet: Fleet, node: Connections) -> Iterator[Finding]:
         )
     else:
         yield ok("ttl", f"every state key has a TTL ({count} read)")
+
+
+def _policies(fleet: Fleet, node: Connections) -> Iterator[Finding]:
+    try:
+        processes = read_processes(fleet.server, fleet.prefix)
+    except REDIS_ERRORS as error:
+        fix = f"ACL SETUSER {_user(node)} +hscan" if error_kind(error) == "permission" else "see the other findings"
+        yield Finding("policies", "warning", f"the list of processes cannot be read: {error}", fix)
+        return
+    disputed = [clean(breaker) for breaker, _ in disagreements(processes)]
+    if disputed:
+        named = ", ".join(disputed[:_MOST_NAMED]) + (", ..." if len(disputed) > _MOST_NAMED else "")
+        yield Finding(
+            "policies",
+            "warning",
+            f"the processes of this fleet disagree on the policy of {named}",
+            "pybreaker-redis fleet shows who has which; each report is judged by the policy of its own process",
+        )
+    else:
+        yield ok("policies", f"{len(processes)} processes are listed, and they agree on every policy that they name")
 
 
 # A trial of everything that a breaker does, on a breaker of doctor's own
@@ -257,8 +280,9 @@ def acl_rule(fleet: Fleet) -> str:
     scripts = ["time", "mget", "exists", "set", "setrange", "pexpire", "del", "xadd", "publish"]
     breakers = [*scripts, "evalsha", "eval", "xrevrange", "psubscribe", "subscribe", "ping"]
     cluster = ["asking", "cluster|slots"] if fleet.clustered else []
+    listing = ["hset", "hrandfield", "hdel", "hlen", "hscan"]
     program = ["scan", "script|load", "script|exists", "pttl", "info", "acl|whoami"]
-    return " ".join([keys, *(f"+{word}" for word in (*breakers, *cluster, *program))])
+    return " ".join([keys, *(f"+{word}" for word in (*breakers, *cluster, *listing, *program))])
 
 
 def _user(node: Connections) -> str:
@@ -274,7 +298,7 @@ def _use(fleet: Fleet, keys: Keys) -> str | None:
     def ask(script: str, **request: Any) -> Any:
         return fleet.server.run(script, keys, request)
 
-    with fleet.subscribed() as receive:
+    with subscribed(fleet.server, "PSUBSCRIBE", fleet.pattern()) as receive:
         generation = ask("acquire")["generation"]
         ask("control", action="set_policy", override={"failure_threshold": 1}, duration_ms=60_000)
         tripped = ask("record", generation=generation, failures=1)

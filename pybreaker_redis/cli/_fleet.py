@@ -1,24 +1,23 @@
-"""Finds and reads any number of breakers: SCAN for their keys, then a pipeline with one script call for each."""
+"""The breakers under one prefix: all of them by SCAN and MGET, single ones by their snapshot script."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from .. import _protocol
+from .._board import Row, checked, masters, name_of, read_keys, read_stored, row_of, scan, urgency
 from .._policy import Policy
-from .._protocol import Snapshot, keys_of, state_pattern
+from .._processes import given_policies, read_processes
+from .._protocol import HistoryEntry, Snapshot, keys_of, state_pattern
 from .._sync import CircuitBreaker
 from ..wire.commands import Command
-from ..wire.options import Endpoint, connecting, endpoint, error_kind, is_cluster
+from ..wire.options import REDIS_ERRORS, Endpoint, connecting, endpoint, error_kind, is_cluster
 from ..wire.scripts import sha1
 from ..wire.sync import Connections, server_of
 
-SCAN_COUNT = 1000
-CHUNK = 500  # script calls in one pipeline: bounds what the client and the server buffer
 TIMEOUT = 5.0
 
 
@@ -45,35 +44,43 @@ class Reading(NamedTuple):
         return None if wait is None else max(wait - (time.monotonic() - self.read_at), 0.0)
 
 
-def urgency(reading: Reading) -> tuple[bool, float, str]:
-    """A sort key: open and half-open breakers first, then the latest change first."""
-    return reading.snapshot.state == "closed", -(reading.last_change or 0.0), reading.snapshot.name
-
-
 class Fleet:
     """All breakers under one prefix of one server or cluster.
 
     client: a redis-py client.
-    policy_of: the policy by which health and rates are judged, except for fields under a policy override.
-    warn: receives a line for each key that cannot be read.
+    policy_of: the policy of a breaker's clients, or None where it is not known.
+    timeout: seconds to wait for each answer.
     """
 
     def __init__(
-        self, client: Any, prefix: str, policy_of: Callable[[str], Policy], warn: Callable[[str], object]
+        self, client: Any, prefix: str, policy_of: Callable[[str], Policy | None], timeout: float = TIMEOUT
     ) -> None:
-        self.client, self.server, self.prefix = client, server_of(client, TIMEOUT), prefix
-        self._policy_of, self._warn = policy_of, warn
+        self.client, self.server, self.prefix = client, server_of(client, timeout), prefix
+        self.policy_of = policy_of
+
+    def impatient(self, timeout: float) -> Fleet:
+        """The same fleet, with so many seconds to wait for each answer."""
+        return Fleet(self.client, self.prefix, self.policy_of, timeout)
 
     @property
     def clustered(self) -> bool:
         """Whether the fleet's keys are spread over a cluster."""
         return is_cluster(self.client)
 
+    @property
+    def knows_policies(self) -> bool:
+        """Whether the breakers' own policies are known: those of a configuration file."""
+        return self.policy_of("") is not None
+
     def breaker(self, name: str) -> CircuitBreaker:
         """A breaker to steer; it has no lease, so every request goes to Redis at once."""
-        policy = self._policy_of(name)
         return CircuitBreaker(
-            name, redis=self.client, policy=policy, prefix=self.prefix, lease=0, redis_timeout=TIMEOUT
+            name,
+            redis=self.client,
+            policy=self.policy_of(name),
+            prefix=self.prefix,
+            lease=0,
+            redis_timeout=TIMEOUT,
         )
 
     def pattern(self) -> str:
@@ -82,88 +89,76 @@ class Fleet:
 
     def name_of(self, key: bytes) -> str:
         """The name of the breaker with this state key, which is also its channel."""
-        return key.decode(errors="backslashreplace")[len(self.prefix) + 1 : -len(":state")]
+        return name_of(key, self.prefix)
 
     def masters(self) -> list[Connections]:
         """The connections to each node that serves keys. Raises OSError when no node lists them."""
-        found = self.server.masters()
-        if not found:
-            raise ConnectionError("no node of the cluster lists its slots; a user with ACL rules needs +cluster|slots")
-        return found
+        return masters(self.server)
 
-    def read_all(self) -> Iterator[list[Reading]]:
-        """Every breaker once, in chunks; only their keys stay in memory."""
-        seen: set[bytes] = set()
+    def ping(self) -> None:
+        """Raise an error unless every node answers."""
         for node in self.masters():
-            for found in self.scan(node):
-                new = list(dict.fromkeys(key for key in found if key not in seen))  # SCAN may return a key twice
-                seen.update(new)
-                for start in range(0, len(new), CHUNK):
-                    yield [reading for reading in self._read(new[start : start + CHUNK]) if reading.stored]
+            send(node, command("PING"))
 
-    def read(self, names: Iterable[str]) -> list[Reading]:
-        """The breakers with these names, in this order; those that cannot be read are left out."""
-        keys = [keys_of(name, self.prefix).state.encode() for name in names]
-        chunks = (keys[start : start + CHUNK] for start in range(0, len(keys), CHUNK))
-        return [reading for chunk in chunks for reading in self._read(chunk)]
+    def names(self) -> Iterator[str]:
+        """The name of every breaker, perhaps twice."""
+        for node in self.masters():
+            for keys in scan(node, self.pattern()):
+                yield from map(self.name_of, keys)
 
-    def scan(self, node: Connections) -> Iterator[list[bytes]]:
-        """The state keys on a node, page by page. A key may come twice."""
-        cursor = b"0"
-        while True:
-            page = command("SCAN", cursor, "MATCH", self.pattern(), "COUNT", str(SCAN_COUNT))
-            ((cursor, keys),) = send(node, page)
-            yield keys
-            if cursor == b"0":
-                return
+    def rows(self) -> tuple[list[Row], float]:
+        """Every breaker, the most urgent first, and the server's clock in unix seconds."""
+        found = [one for chunk in read_stored(self.server, self.prefix) for one in chunk]
+        now_ms = found[-1].now_ms if found else round(time.time() * 1000)
+        return sorted((row_of(one, self.prefix) for one in found), key=urgency), now_ms / 1000
 
-    @contextlib.contextmanager
-    def subscribed(self, names: Sequence[str] = ()) -> Iterator[Callable[[float], tuple[bytes, bytes] | None]]:
-        """Subscribe to the breakers with these names, or to all, for a `with` block.
+    def row(self, name: str) -> tuple[Row, float]:
+        """One breaker, and the server's clock; a closed one if nothing is stored under its name."""
+        key = keys_of(name, self.prefix).state.encode()
+        for one in read_keys(self.server, [key]):
+            return row_of(one, self.prefix), one.now_ms / 1000
+        return Row(name, "closed", key=key), time.time()
 
-        Gives a function that waits for a notification, so many seconds, and returns its channel and content, or None.
-        """
-        channels = [keys_of(name, self.prefix).state for name in names]
-        words = ("SUBSCRIBE", *channels) if channels else ("PSUBSCRIBE", self.pattern())
-        connection = _connected(self.server.subscriber())
+    def is_known(self, name: str) -> bool:
+        """Whether Redis knows this name: by a document, a history, a policy override, or the list of processes."""
+        keys = keys_of(name, self.prefix)
+        if any(checked(self.server.exchange([command("EXISTS", key, key=key) for key in keys]))):
+            return True
         try:
-            connection.send_command(*words)
-            for _ in words[1:]:
-                connection.read_response()
+            return bool(given_policies(read_processes(self.server, self.prefix), name))
+        except REDIS_ERRORS as error:
+            if error_kind(error) != "permission":
+                raise
+            return False
 
-            def receive(wait: float) -> tuple[bytes, bytes] | None:
-                if not connection.can_read(wait):
-                    return None
-                kind, *_, channel, content = connection.read_response()
-                return (channel, content) if kind in (b"message", b"pmessage") else None
+    def read(self, name: str) -> Reading:
+        """One breaker, by its snapshot script. Raises redis.RedisError or OSError."""
+        return self.read_key(keys_of(name, self.prefix).state.encode())
 
-            yield receive
-        finally:
-            connection.disconnect()
+    def read_key(self, key: bytes) -> Reading:
+        """The breaker with this state key, by its snapshot script. Raises redis.RedisError or OSError."""
+        name, read_at = self.name_of(key), time.monotonic()
+        (reply,) = checked(self.server.exchange([self._snapshot(key, name)]))
+        content = {**_protocol.decode(reply), "source": "redis"}
+        return Reading(_protocol.snapshot_from(name, content, self.policy_of(name)), content["exists"], read_at)
 
-    def _read(self, keys: list[bytes]) -> Iterator[Reading]:
-        names = [self.name_of(key) for key in keys]
-        read_at = time.monotonic()
-        replies = self.server.exchange([self._snapshot(key, name) for key, name in zip(keys, names, strict=True)])
-        for key, name, reply in zip(keys, names, replies, strict=True):
-            if isinstance(reply, Exception):
-                if error_kind(reply) in ("connection", "timeout"):  # the node is lost, with all its keys
-                    raise reply
-                self._warn(f"{key!r} cannot be read: {reply}")
-                continue
-            content = {**_protocol.decode(reply), "source": "redis"}
-            yield Reading(_protocol.snapshot_from(name, content, self._policy_of(name)), content["exists"], read_at)
+    def history(self, key: bytes, count: int) -> list[HistoryEntry]:
+        """The last entries in the history of the breaker with this state key. Raises redis.RedisError or OSError."""
+        history = b"{%b}:history" % key
+        words = command("XREVRANGE", history, "+", "-", "COUNT", str(count), key=key)
+        (raw,) = checked(self.server.exchange([words]))
+        return _protocol.history_entries(_protocol.history_fields(raw))
 
     def _snapshot(self, key: bytes, name: str) -> Command:
         # not by run(): a key that another program wrote may not be UTF-8
         keys = (key, *(b"{%b}:%b" % (key, kind) for kind in (b"history", b"policy")))
-        words = (b"EVALSHA", sha1("snapshot").encode(), b"3", *keys, _request(self._policy_of(name)))
+        words = (b"EVALSHA", sha1("snapshot").encode(), b"3", *keys, _request(self.policy_of(name)))
         return Command(key, words, "snapshot")
 
 
 @functools.lru_cache
-def _request(policy: Policy) -> bytes:
-    given = policy.to_request()
+def _request(policy: Policy | None) -> bytes:
+    given = policy.to_request() if policy else {}
     return _protocol.encode({"policy": given} if given else {})
 
 
@@ -176,14 +171,6 @@ def command(*words: str | bytes, key: str | bytes = b"") -> Command:
 def send(node: Connections, *commands: Command) -> list[Any]:
     """The replies of this very node. Raises the first error among them."""
     return checked(node.send(commands))
-
-
-def checked(replies: list[Any]) -> list[Any]:
-    """The replies. Raises the first error among them."""
-    for reply in replies:
-        if isinstance(reply, Exception):
-            raise reply
-    return replies
 
 
 def place_of(node: Connections) -> Endpoint:

@@ -1,4 +1,4 @@
-"""The live table: a notification says which breaker to read again; every second all breakers shown are read anyway."""
+"""The live board on a terminal, or a line for each change in a pipe."""
 
 from __future__ import annotations
 
@@ -7,165 +7,194 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import rich.console
-import rich.live
 import rich.text
 
-from .._protocol import history_entry
+from .._board import clean
+from .._errors import CircuitBreakerError
+from .._protocol import history_entry, keys_of
+from .._reader import Board, BoardReader
 from ..wire.options import REDIS_ERRORS
-from ._fleet import Fleet, Reading, urgency
-from ._output import NAME_WIDTH, as_json, clean, heading, line, out, put, stamp, table, transition
+from ._fleet import Fleet
+from ._output import details, err, out, pairs, put, stamp, transition
+from ._screen import HELP_ONE, Screen
+from ._table import Known, cut, layout, padded, row_json
+from ._terminal import Terminal
 
-REFRESH = 1.0  # seconds
-_CHANGES_SHOWN = 6
+REFRESH = 1.0  # seconds after which times count on, whether or not anything has changed
+TICK = 0.1  # seconds in which a key or a change is shown
+PATIENCE = 1.0  # seconds to wait for what an opened breaker shows
+MOST_WAITING = 10_000  # changes that wait to be shown
+_HISTORY = 100
+_WIDE = 120  # cells from which a line of the history shows counts
+NAME_WIDTH = 28  # in the lines of changes, where they may be of any length
 
 
-class Board:
-    """The breakers as last read, and the last changes.
+class _Watched:
+    """The board of the watched breakers, and their changes since the last look.
 
-    names: the breakers to show, () for all. error: why Redis cannot be read just now, else None.
+    names: of the breakers; empty for all.
     """
 
     def __init__(self, fleet: Fleet, names: Sequence[str]) -> None:
-        self.fleet, self.names = fleet, tuple(names)
-        self.readings: dict[str, Reading] = {}
-        self.changes: collections.deque[rich.text.Text] = collections.deque(maxlen=_CHANGES_SHOWN)
-        self.error: str | None = None
+        self.fleet, self.names = fleet, names
+        self._keys = {keys_of(name, fleet.prefix).state.encode() for name in names}
+        self._heard: collections.deque[tuple[bytes, bytes]] = collections.deque(maxlen=MOST_WAITING)
+        self.reader = BoardReader(fleet.client, fleet.prefix, self._hear)
 
-    def read_all(self) -> None:
-        """Read every breaker: at the start, and after a lost subscription."""
-        chunks = [self.fleet.read(self.names)] if self.names else self.fleet.read_all()
-        self.readings = {reading.snapshot.name: reading for chunk in chunks for reading in chunk}
+    def _hear(self, channel: bytes, content: bytes) -> None:
+        if not self._keys or channel in self._keys:
+            self._heard.append((channel, content))
 
-    def read(self, names: Sequence[str]) -> None:
-        """Read these breakers, and drop those that have expired."""
-        for reading in self.fleet.read(names):
-            if reading.stored or self.names:
-                self.readings[reading.snapshot.name] = reading
-            else:
-                self.readings.pop(reading.snapshot.name, None)
-
-    def most_urgent(self, count: int) -> list[Reading]:
-        """So many breakers: open and half-open ones first, then the latest change first."""
-        return sorted(self.readings.values(), key=urgency)[:count]
+    def changes(self) -> Iterator[dict[str, Any]]:
+        """The changes that have not been looked at yet."""
+        while self._heard:
+            if change := _change(self.fleet, *self._heard.popleft()):
+                yield change
 
 
 def watch(fleet: Fleet, names: Sequence[str], limit: float | None, *, use_json: bool) -> None:
-    """Show a live table on a terminal, else a line for each change, for `limit` seconds or until Ctrl-C."""
-    board = Board(fleet, names)
-    live = out.is_terminal and not use_json
-    until = None if limit is None else time.monotonic() + limit
-    with _screen(board) if live else contextlib.nullcontext(_Lines(use_json)) as screen:
-        for changes in _changes(board, until):
-            screen.show(board, changes)
+    """Show the board on a terminal, else a line for each change: for `limit` seconds, or until somebody ends it."""
+    fleet.ping()
+    watched = _Watched(fleet, names)
+    until = float("inf") if limit is None else time.monotonic() + limit
+    if out.is_terminal and not out.is_dumb_terminal and not use_json:
+        with Terminal(out) as terminal:
+            _View(watched, terminal).run(until)
+    else:
+        _print_changes(watched, until, use_json)
 
 
-class _Lines:
-    """Output for a pipe: the breakers once, then each change as it happens."""
+# In a pipe
 
-    def __init__(self, use_json: bool) -> None:
-        self._json = use_json
-        self._begun = False
 
-    def show(self, board: Board, changes: list[dict[str, Any]]) -> None:
-        if not self._begun:
-            self._begun = True
-            self._begin(board)
-        for change in changes:
-            self._put(change)
+def _print_changes(watched: _Watched, until: float, use_json: bool) -> None:
+    board = watched.reader.current()
+    _print_rows(watched, board, use_json)
+    while time.monotonic() < until:
         sys.stdout.flush()
-
-    def _begin(self, board: Board) -> None:
-        readings = board.most_urgent(len(board.readings))
-        if self._json:
-            for reading in readings:
-                print(json.dumps({"kind": "state", **as_json(reading, brief=True)}))
-            return
-        put([heading(), *map(line, readings)])
-
-    def _put(self, change: dict[str, Any]) -> None:
-        if self._json:
-            print(json.dumps({"kind": "change", **change}))
-        else:
-            out.print(change_line(change))
+        before, board = board, watched.reader.changed(board, min(REFRESH, until - time.monotonic()))
+        if board.error and board.error != before.error:
+            err.print(f"Redis does not answer, trying again: {clean(board.error)}", style="yellow")
+        for change in watched.changes():
+            if use_json:
+                print(json.dumps({"kind": "change", **change}))
+            else:
+                out.print(change_line(change))
 
 
-class _Table:
-    """Output for a terminal."""
-
-    def __init__(self, live: rich.live.Live) -> None:
-        self._live = live
-
-    def show(self, board: Board, changes: list[dict[str, Any]]) -> None:
-        board.changes.extend(map(change_line, changes))
-        room = max(out.size.height - _CHANGES_SHOWN - 6, 3)
-        with contextlib.suppress(*REDIS_ERRORS):
-            board.read([reading.snapshot.name for reading in board.most_urgent(room)])
-        shown = board.most_urgent(room)
-        states = collections.Counter(reading.snapshot.state for reading in board.readings.values())
-        counts = ", ".join(f"{states[state]} {state}" for state in ("open", "half_open", "closed"))
-        title = f"{board.fleet.prefix}: {counts}" + (f" - {board.error}" if board.error else "") + "\n"
-        hidden = len(board.readings) - len(shown)
-        below = [rich.text.Text(f"and {hidden} more" if hidden else ""), rich.text.Text(""), *board.changes]
-        self._live.update(rich.console.Group(table(shown, title), *below), refresh=True)
+def _print_rows(watched: _Watched, board: Board, use_json: bool) -> None:
+    known = Known(board.now, watched.fleet.policy_of)
+    rows = Screen(watched.fleet.policy_of, watched.names).of_names(board.rows)
+    for name in sorted({*watched.names} - {row.name for row in rows}):
+        err.print(f"nothing is stored under {clean(name)} yet", style="yellow")
+    if use_json:
+        for row in rows:
+            print(json.dumps({"kind": "state", **row_json(row, known)}))
+        return
+    wide = layout(None, (row.name for row in rows), watched.fleet.knows_policies)
+    put([wide.heading(), *(wide.line(row, known) for row in rows)])
 
 
-@contextlib.contextmanager
-def _screen(board: Board) -> Iterator[_Table]:
-    with rich.live.Live(console=out, auto_refresh=False, vertical_overflow="crop") as live:
-        yield _Table(live)
-
-
-def _changes(board: Board, until: float | None) -> Iterator[list[dict[str, Any]]]:
-    """The new changes, as soon as there are any; an empty list after a second without. Survives a lost server."""
-    answered = False
-    while until is None or time.monotonic() < until:
-        try:
-            with board.fleet.subscribed(board.names) as receive:
-                board.read_all()
-                board.error, answered = None, True
-                yield []
-                while until is None or time.monotonic() < until:
-                    yield _next(board, receive, until)
-        except REDIS_ERRORS as error:
-            if not answered:
-                raise
-            board.error = f"Redis does not answer: {error}"
-            yield []
-            time.sleep(REFRESH)
-
-
-def _next(
-    board: Board, receive: Callable[[float], tuple[bytes, bytes] | None], until: float | None
-) -> list[dict[str, Any]]:
-    wait = REFRESH if until is None else min(REFRESH, max(until - time.monotonic(), 0.0))
-    changes = []
-    message = receive(wait)
-    while message is not None:
-        if change := _change(board, *message):
-            changes.append(change)
-        message = receive(0.0)
-    board.read(list(dict.fromkeys(change["breaker"] for change in changes)))
-    return changes
-
-
-def _change(board: Board, channel: bytes, content: bytes) -> dict[str, Any] | None:
+def _change(fleet: Fleet, channel: bytes, content: bytes) -> dict[str, Any] | None:
     """The change that a message describes. None for a malformed message: anyone can publish."""
     with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
-        change = {"instance": "", **json.loads(content), "breaker": board.fleet.name_of(channel)}
+        change = {"instance": "", **json.loads(content), "breaker": fleet.name_of(channel)}
         change_line(change)
         return change
     return None
 
 
-def change_line(change: dict[str, Any]) -> rich.text.Text:
-    """A transition, or a change of the policy override, on one line."""
-    name = str(change["breaker"])
+def change_line(change: dict[str, Any], width: int | None = None) -> rich.text.Text:
+    """A change of the state or of the policy override on one line. width: of the terminal; None: as long as needed."""
+    name, at = clean(str(change["breaker"])), float(change["time_ms"]) / 1000
+    shown = padded(name, NAME_WIDTH) if width is None else cut(name, width // 4, middle=True)
+    when = stamp(at) if width is None else stamp(at)[11:19]
+    text = rich.text.Text(f"{when}  ").append(f"{shown}  ", "bold")
     if "policy" not in change:
-        return transition(history_entry(change), name)
-    text = rich.text.Text(f"{stamp(float(change['time_ms']) / 1000)}  ")
-    text.append(f"{clean(name):<{NAME_WIDTH}}  ", "bold")
-    return text.append(f"{clean(str(change['policy']))} by {clean(str(change['instance']))}")
+        text.append_text(transition(history_entry(change), brief=width is not None))
+    else:
+        by, note = change.get("operator") or change["instance"], change.get("note")
+        text.append(clean(f"{change['policy']} by {by}{f': {note}' if note else ''}"))
+    if width is not None:
+        text.truncate(width, overflow="ellipsis")
+    return text
+
+
+# On a terminal
+
+
+class _View:
+    """Draws the screen whenever something has changed, and obeys its keys."""
+
+    def __init__(self, watched: _Watched, terminal: Terminal) -> None:
+        self._watched, self._terminal = watched, terminal
+        self._screen = Screen(watched.fleet.policy_of, watched.names)
+        self._changes: collections.deque[dict[str, Any]] = collections.deque(maxlen=_HISTORY)
+        self._one = _One(watched.fleet.impatient(PATIENCE))
+
+    def run(self, until: float) -> None:
+        reader, screen = self._watched.reader, self._screen
+        board = Board()
+        size, due = out.size, 0.0
+        while not screen.is_over and time.monotonic() < until:
+            pressed = self._wait(board)
+            found = list(self._watched.changes())
+            if pressed or found or reader.board is not board or out.size != size or time.monotonic() >= due:
+                board, size, due = reader.board, out.size, time.monotonic() + REFRESH
+                self._changes.extend(found)
+                screen.look_at(board)
+                for key in pressed:
+                    screen.press(key, max(size.height - 6, 1))
+                self._draw(size.width, size.height)
+
+    def _wait(self, board: Board) -> list[str]:
+        """The keys pressed meanwhile."""
+        pressed = self._terminal.read(TICK if board.is_read or board.error else 0.0)
+        if pressed is None or not (board.is_read or board.error):
+            self._watched.reader.changed(board, TICK)
+        return pressed or []
+
+    def _draw(self, width: int, height: int) -> None:
+        screen = self._screen
+        if screen.opened is not None:
+            self._terminal.show(self._one.draw(screen, width, height))
+            return
+        changes = [change_line(change, width) for change in self._changes]
+        self._terminal.show(screen.draw(width, height, changes))
+        self._watched.reader.in_sight = screen.in_sight(height)
+
+
+class _One:
+    """One breaker on the whole screen: everything that Redis knows, and its last transitions."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._lines: list[rich.text.Text] = []
+        self._read: tuple[bytes, float] = b"", 0.0
+
+    def draw(self, screen: Screen, width: int, height: int) -> list[rich.text.Text]:
+        row = screen.opened
+        assert row is not None
+        key, at = self._read
+        if key != row.key or time.monotonic() - at >= REFRESH:
+            with contextlib.suppress(*REDIS_ERRORS, CircuitBreakerError):
+                self._lines = self._told(row.key, row.name, width)
+            self._read = row.key, time.monotonic()
+        head = [rich.text.Text(cut(clean(row.name), width, middle=True), "bold"), *screen.trouble(width)]
+        room = max(height - len(head) - 2, 1)
+        screen.scrolled = min(screen.scrolled, max(len(self._lines) - room, 0))
+        told = self._lines[screen.scrolled : screen.scrolled + room]
+        lines = [line.copy() for line in (*head, rich.text.Text(""), *told)]
+        for line in lines:
+            line.truncate(width, overflow="ellipsis")
+        lines += [rich.text.Text("")] * (height - 1 - len(lines))
+        return [*lines, rich.text.Text(cut(HELP_ONE, width), "dim")]
+
+    def _told(self, key: bytes, name: str, width: int) -> list[rich.text.Text]:
+        lines = pairs(details(self._fleet.read_key(key), self._fleet.policy_of(name)), width)
+        entries = self._fleet.history(key, _HISTORY)
+        brief = width < _WIDE
+        return [*lines, rich.text.Text(""), *(transition(entry, stamped=True, brief=brief) for entry in entries)]

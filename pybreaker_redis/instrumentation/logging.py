@@ -7,6 +7,8 @@ from typing import Any
 
 from .._events import Event
 
+__all__ = ["LoggingListener"]
+
 
 class LoggingListener:
     """A listener that logs stable event names as messages, and the facts as fields of the record (`extra`).

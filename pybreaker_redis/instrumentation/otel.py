@@ -13,6 +13,8 @@ from .._events import Event
 from ..wire.options import error_kind
 from ._meter import DURATION_BOUNDS, STATES, BreakerReading, Meter, Reading
 
+__all__ = ["OpenTelemetryMetrics", "OpenTelemetrySpans"]
+
 _SCOPE = "pybreaker_redis"
 _NAME = "circuit_breaker.name"
 
@@ -40,7 +42,7 @@ class OpenTelemetryMetrics(Meter):
             "circuit_breaker.probe.in_flight",
             [self._reads(_probes)],
             "{probe}",
-            "Probes in flight, in the whole fleet.",
+            "Probes that run now, in the whole fleet.",
         )
         gauge("circuit_breaker.state", [self._reads(_state)], "1", "1 for the present state, 0 for the others.")
         gauge("circuit_breaker.health", [self._reads(_health)], "1", "Health score, 0 (open) to 100.")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from email.utils import mktime_tz, parsedate_tz
 from typing import Any, Final, Literal, TypeAlias, TypeVar, get_args
 from urllib.parse import urlsplit
 
 from .. import CircuitOpenError, PolicyError
+from .._classify import FAILURE, Classifier, Exceptions, RetryAfter
 
 FAILURE_STATUSES: Final = frozenset({500, 502, 503, 504})
 HOLD_STATUSES: Final = frozenset({429, 503})
@@ -17,8 +18,6 @@ DEFAULT_PORTS: Final = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 FIRST_EPOCH: Final = 10**9  # seconds; a larger RateLimit-Reset is a Unix time
 UNAVAILABLE: Final = "a service that this request needs is not available"
 
-Errors: TypeAlias = type[BaseException] | Iterable[type[BaseException]] | Callable[[BaseException], object]
-RetryAfter: TypeAlias = Callable[[Any], float | None]
 Until: TypeAlias = Literal["headers", "body"]
 E_ = TypeVar("E_", bound=CircuitOpenError)
 
@@ -150,39 +149,27 @@ class Rules:
     """Decides how an HTTP call counts. Any other response counts as success, any other error as nothing.
 
     failures, ignore: exception types, one or several, or a function of the exception. failure_statuses: the statuses
-    that count as failures. retry_after: a function of the response that returns the seconds to hold, or None.
+    that count as failures. retry_after: a function of the response that returns the seconds to hold, or None. The
+    breaker's own options of these names do not apply. Raises PolicyError for an invalid option.
 
     The methods return what the permit's method returns. With an asyncio permit, await it.
     """
 
     def __init__(
-        self, failures: Errors, ignore: Errors, failure_statuses: Collection[int], retry_after: RetryAfter
+        self, failures: Exceptions, ignore: Exceptions, failure_statuses: Collection[int], retry_after: RetryAfter
     ) -> None:
-        self._fails, self._ignores = _matcher(failures), _matcher(ignore)
-        self._failure_statuses, self._retry_after = frozenset(failure_statuses), retry_after
+        self._classifier = Classifier("HTTP client", failures, ignore, None, retry_after)
+        self._failure_statuses = frozenset(failure_statuses)
 
     def failed(self, permit: Any, error: BaseException) -> Any:
         """Settle the permit of a call that raised."""
-        counts = (
-            isinstance(error, Exception)
-            and not isinstance(error, CircuitOpenError)
-            and not self._ignores(error)
-            and self._fails(error)
-        )
-        return permit.failure(error) if counts else permit.release()
+        if isinstance(error, CircuitOpenError) or self._classifier.of_exception(error) != FAILURE:
+            return permit.release()
+        return permit.failure(error, retry_after=0)
 
     def answered(self, permit: Any, status: int, response: Any) -> Any:
         """Settle the permit if the response is a failure or a hold. Otherwise return None: its block settles it."""
-        seconds = self._retry_after(response)
-        if seconds is not None and seconds > 0:
-            return permit.failure(FailedResponseError(f"HTTP {status}"), retry_after=seconds)
-        if status in self._failure_statuses:
-            return permit.failure(FailedResponseError(f"HTTP {status}"))
+        hold = self._classifier.hold_ms_of(response) / 1000
+        if hold or status in self._failure_statuses:
+            return permit.failure(FailedResponseError(f"HTTP {status}"), retry_after=hold)
         return None
-
-
-def _matcher(given: Errors) -> Callable[[BaseException], object]:
-    if callable(given) and not isinstance(given, type):
-        return given
-    types = given if isinstance(given, type) else tuple(given)
-    return lambda error: isinstance(error, types)

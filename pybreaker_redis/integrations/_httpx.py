@@ -13,11 +13,10 @@ from .. import (
     CircuitBreakerManager,
     CircuitOpenError,
 )
+from .._classify import Exceptions, RetryAfter
 from ._http import (
     FAILURE_STATUSES,
     UNAVAILABLE,
-    Errors,
-    RetryAfter,
     Rules,
     Until,
     check_until,
@@ -103,8 +102,8 @@ class Guard(Generic[BreakersT, RequestT, ResponseT, TransportT]):
         until: Until = "headers",
         rejected: Callable[[Any], ResponseT] | None = None,
         failure_statuses: Collection[int] = FAILURE_STATUSES,
-        failures: Errors | None = None,
-        ignore: Errors | None = None,
+        failures: Exceptions | None = None,
+        ignore: Exceptions | None = None,
         retry_after: RetryAfter = retry_after_header,
     ) -> None:
         check_until(until)

@@ -10,7 +10,8 @@ from typing import Any
 import aiohttp
 
 from .. import AsyncCircuitBreaker, AsyncCircuitBreakerManager, CircuitOpenError
-from ._http import FAILURE_STATUSES, Errors, RetryAfter, Rules, finder, host_of, rejection, retry_after_header
+from .._classify import Exceptions, RetryAfter
+from ._http import FAILURE_STATUSES, Rules, finder, host_of, rejection, retry_after_header
 
 __all__ = ["CircuitOpenClientError", "breaker_middleware", "callers_own", "host_of"]
 
@@ -44,8 +45,8 @@ def breaker_middleware(
     *,
     name: str | Callable[[Any], str | None] = host_of,
     failure_statuses: Collection[int] = FAILURE_STATUSES,
-    failures: Errors = FAILURES,
-    ignore: Errors = callers_own,
+    failures: Exceptions = FAILURES,
+    ignore: Exceptions = callers_own,
     retry_after: RetryAfter = retry_after_header,
 ) -> aiohttp.ClientMiddlewareType:
     """A middleware for ClientSession(middlewares=[...]), with aiohttp 3.12 or newer.

@@ -19,6 +19,8 @@ from celery.exceptions import Ignore, Reject, Retry
 
 from .. import CircuitBreaker, CircuitBreakerManager, CircuitOpenError, PolicyError
 
+__all__ = ["REJECTIONS", "BreakerTask"]
+
 REJECTIONS = "breaker_rejections"  # the header that counts them
 LEAST_WAIT = 0.1  # seconds
 

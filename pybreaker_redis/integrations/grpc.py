@@ -17,6 +17,8 @@ import grpc.aio
 
 from .. import AsyncCircuitBreaker, AsyncPermit, CircuitBreaker, CircuitOpenError, Permit, PolicyError
 
+__all__ = ["FAILURES", "AioRpcRejected", "BreakerInterceptor", "BreakerOf", "RpcRejected", "aio_interceptors"]
+
 B = TypeVar("B", CircuitBreaker, AsyncCircuitBreaker)
 BreakerOf: TypeAlias = Callable[[str], B]  # by method, as in "/package.Service/Method"
 FAILURES = (

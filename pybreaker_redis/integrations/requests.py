@@ -10,10 +10,9 @@ from requests.adapters import BaseAdapter, HTTPAdapter
 from urllib3.exceptions import ClosedPoolError
 
 from .. import CircuitBreaker, CircuitBreakerManager, CircuitOpenError
+from .._classify import Exceptions, RetryAfter
 from ._http import (
     FAILURE_STATUSES,
-    Errors,
-    RetryAfter,
     Rules,
     Until,
     check_until,
@@ -68,8 +67,8 @@ class BreakerAdapter(BaseAdapter):
         name: str | Callable[[Any], str | None] = host_of,
         until: Until = "headers",
         failure_statuses: Collection[int] = FAILURE_STATUSES,
-        failures: Errors = FAILURES,
-        ignore: Errors | None = None,
+        failures: Exceptions = FAILURES,
+        ignore: Exceptions | None = None,
         retry_after: RetryAfter = retry_after_header,
     ) -> None:
         super().__init__()

@@ -14,6 +14,8 @@ from collections.abc import Callable
 
 from .. import CircuitOpenError, PolicyError
 
+__all__ = ["after_open", "unless_open"]
+
 
 def unless_open(*errors: type[Exception]) -> Callable[[Exception], bool]:
     """For stamina's `on`: retries these errors, but not a call that a breaker rejected. Default: every Exception."""

@@ -19,6 +19,8 @@ from tenacity.wait import wait_base
 
 from .. import CircuitOpenError, PolicyError
 
+__all__ = ["retry_unless_open", "wait_until_probe"]
+
 Retry: TypeAlias = Callable[[RetryCallState], bool]
 Wait: TypeAlias = Callable[[RetryCallState], float]
 

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import hiredis
 
-from .._protocol import Keys, Request, encode
-from .scripts import compose, sha1
+from .._protocol import Keys, Request, encode, fleet_key
+from .scripts import FLEET, compose, sha1
 
 PING = b"*1\r\n$4\r\nPING\r\n"
 _ASKING = b"*1\r\n$6\r\nASKING\r\n"
@@ -48,6 +48,12 @@ def read(keys: Sequence[Keys]) -> Command:
     """Read the stored document and policy override of each breaker. In a cluster: of breakers of one slot."""
     names = [_encoded(one) for one in keys]
     return Command(names[0][0], (b"MGET", *(name for state, _, policy in names for name in (state, policy))))
+
+
+def listing(prefix: str, process: str, entry: str) -> Command:
+    """List a process in the fleet of a prefix."""
+    key = fleet_key(prefix).encode()
+    return Command(key, (b"EVALSHA", sha1(FLEET).encode(), b"1", key, process.encode(), entry.encode()), FLEET)
 
 
 def packed(commands: Sequence[Command], asking: bool) -> bytes:

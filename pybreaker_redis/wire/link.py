@@ -24,6 +24,7 @@ from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import exits
 from .commands import Command
+from .listing import Given, Listing
 from .options import REDIS_ERRORS, Address, concerns_server
 
 IDLE = 10.0  # seconds after its last call for which a breaker is refreshed
@@ -112,7 +113,7 @@ class Member(Protocol):
 
     trouble: the health of this breaker alone; the link's `fine` until it first fails. used_at: when it last asked for a
     refresh. notices: its events. news: a transition by another instance, of which the listeners must still be notified,
-    or None.
+    or None. given: what it lists in the fleet, or None.
     """
 
     trouble: Health
@@ -125,6 +126,8 @@ class Member(Protocol):
     def keys(self) -> Keys: ...
     @property
     def notices(self) -> Any: ...
+    @property
+    def given(self) -> Given | None: ...
 
     def own_health(self) -> Health:
         """trouble, once it is not shared with other breakers any more."""
@@ -188,6 +191,7 @@ class Link:
         self._used: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
         self._hinted: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
         self._reporting: set[Member] = set()
+        self._listing = Listing()
         self._empty_since = float("inf")  # when a check first found no breaker
         self._turn = 0
         self._burst = 0, NEVER  # exchanges since when
@@ -202,6 +206,7 @@ class Link:
         for held in (self.failing, self.undelivered, self.held, self._used, self._hinted, self._reporting):
             held.clear()
         self._healths, self.fine = {}, self.new_health()
+        self._listing.start_process()
         return used
 
     # Health
@@ -264,6 +269,7 @@ class Link:
     def leave(self, member: Member) -> None:
         """Stop refreshing this breaker until it is used again."""
         self._used.pop(member, None)
+        self._listing.left(member)
 
     def pause(self) -> float | None:
         """Seconds until the next check for due reports; None if no breaker is in use."""
@@ -345,15 +351,28 @@ class Link:
         read = [member for member, what in due.items() if what.reads]
         chunks = [read[first : first + size] for first in range(0, len(read), size)]
         if reports or chunks:
-            replies = yield from self._report(reports, [build.read([one.keys for one in chunk]) for chunk in chunks])
+            listed = self._to_list(sent)
+            reads = [build.read([one.keys for one in chunk]) for chunk in chunks]
+            replies = yield from self._report(reports, [*reads, *listed])
+            self._listing.replied(replies[len(replies) - len(listed) :], monotonic())
             for (member, request), reply in zip(reports, replies, strict=False):
                 self._receive(member, request, reply, sent)
-            undecided = self._take_reads(chunks, replies[len(reports) :], sent)
+            undecided = self._take_reads(chunks, replies[len(reports) : len(reports) + len(chunks)], sent)
             if undecided:
                 yield from self._decide(members, undecided)
             if news := [member for member in members if member.news]:
                 yield from self._announce(members, news)
             self._collect(members)
+
+    def _to_list(self, now: float) -> list[Command]:
+        """The commands that list this process in its fleet, if that is due, but not to nodes that are down."""
+        if not self._listing.is_due(now):
+            return []
+        commands = self._listing.commands(_alive(self._used), now)
+        if self._home is None or not self.failing:
+            return commands
+        healths = [self._healths.get(self._home(command.key)) for command in commands]
+        return [one for one, health in zip(commands, healths, strict=True) if health is None or health.error is None]
 
     def _report(self, reports: list[tuple[Member, Request]], reads: list[Command]) -> Pipelines:
         """Send reports and reads. Returns their replies."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import re
 import sys
 import weakref
@@ -14,6 +15,7 @@ import hiredis
 import redis
 import redis.asyncio
 import redis.asyncio.retry
+import redis.asyncio.sentinel
 import redis.sentinel
 from redis import exceptions
 from redis.backoff import NoBackoff
@@ -29,6 +31,8 @@ PROOF_AFTER = 1.0  # seconds after which an idle connection must prove that it s
 SHORTEST_PATIENCE = 0.02
 NO_REPLY = object()  # from a reader that has no whole reply yet
 REDIS_ERRORS = (redis.RedisError, OSError)
+# options of connections for which blocking and asyncio ones have classes and functions of their own
+_OF_ONE_KIND = ("redis_connect_func", "parser_class", "encoder_class", "connection_pool")
 # errors that leave a connection usable
 _INTACT = (exceptions.NoScriptError, exceptions.AskError, exceptions.MovedError)
 _by_url: weakref.WeakValueDictionary[tuple[bool, str], Any] = weakref.WeakValueDictionary()
@@ -42,15 +46,27 @@ class Kind(NamedTuple):
     cluster: Any
     retry: Any
     from_url: Callable[..., Any]
+    pool: Any
+    sentinel: Any
 
 
-BLOCKING = Kind("redis.Redis", redis.Redis, redis.RedisCluster, Retry, client_from_url)
+BLOCKING = Kind(
+    "redis.Redis",
+    redis.Redis,
+    redis.RedisCluster,
+    Retry,
+    client_from_url,
+    redis.ConnectionPool,
+    redis.sentinel,
+)
 ASYNCIO = Kind(
     "redis.asyncio.Redis",
     redis.asyncio.Redis,
     redis.asyncio.RedisCluster,
     redis.asyncio.retry.Retry,
     async_client_from_url,
+    redis.asyncio.ConnectionPool,
+    redis.asyncio.sentinel,
 )
 
 
@@ -179,19 +195,61 @@ def pool_of(client: Any, kind: Kind, timeout: float) -> Any:
 
 def blocking(pool: Any) -> Any:
     """The counterpart of an asyncio pool, for connection(). Raises LookupError for a class that is not redis-py's."""
+    return _counterpart(pool, BLOCKING, "redis.asyncio.", "redis.")
+
+
+def asyncio_client_of(client: Any) -> Any:
+    """What AsyncCircuitBreaker takes for the server of a blocking client. A URL stands for both.
+
+    Raises PolicyError for a class of connections that is not redis-py's.
+    """
+    if isinstance(client, (str, ClusterUrl)):
+        return client
+    if is_cluster(client):
+        return ClusterUrl(known_nodes(client)(), _for_cluster(client.nodes_manager.connection_kwargs))
+    try:
+        pool = _counterpart(client.connection_pool, ASYNCIO, "redis.", "redis.asyncio.")
+    except LookupError as error:
+        raise PolicyError(f"for coroutine functions, pass a URL instead of this client: {error}") from error
+    return redis.asyncio.Redis(connection_pool=pool)
+
+
+def _for_cluster(given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a cluster client's connections that redis.asyncio.Redis takes."""
+    known = inspect.signature(redis.asyncio.Redis).parameters
+    options = connection_options(given, None).items()
+    return {key: value for key, value in options if key in known and key not in _OF_ONE_KIND and value is not None}
+
+
+def _counterpart(pool: Any, kind: Kind, there: str, here: str) -> Any:
+    """The pool of the other kind for a pool's server. there, here: where the two kinds have their connections."""
     module, name = pool.connection_class.__module__, pool.connection_class.__name__
-    if not module.startswith("redis.asyncio."):
-        raise LookupError(f"{module}.{name} has no blocking counterpart")
-    connection_class = getattr(sys.modules[module.replace(".asyncio", "")], name)
-    own = ("redis_connect_func", "parser_class", "encoder_class", "connection_pool")  # for asyncio
-    kwargs = {key: value for key, value in pool.connection_kwargs.items() if key not in own}
-    kwargs |= {"connection_class": connection_class, "retry": Retry(NoBackoff(), 0)}
+    if not module.startswith(there) or module.startswith("redis.asyncio.") == (kind is ASYNCIO):
+        raise LookupError(f"{module}.{name} has no counterpart for {kind.name}")
+    connection_class = getattr(sys.modules[module.replace(there, here, 1)], name)
+    kwargs = {key: value for key, value in pool.connection_kwargs.items() if key not in _OF_ONE_KIND}
+    kwargs |= {"connection_class": connection_class, "retry": kind.retry(NoBackoff(), 0)}
     manager = getattr(pool, "sentinel_manager", None)
     if manager is None:
-        return redis.ConnectionPool(**kwargs)
-    sentinel = redis.sentinel.Sentinel([], min_other_sentinels=manager.min_other_sentinels)
-    sentinel.sentinels = [redis.Redis(connection_pool=blocking(one.connection_pool)) for one in manager.sentinels]
-    return redis.sentinel.SentinelConnectionPool(pool.service_name, sentinel, is_master=pool.is_master, **kwargs)
+        return kind.pool(**kwargs)
+    sentinel = kind.sentinel.Sentinel([], min_other_sentinels=manager.min_other_sentinels)
+    sentinel.sentinels = [
+        kind.client(connection_pool=_counterpart(one.connection_pool, kind, there, here)) for one in manager.sentinels
+    ]
+    return kind.sentinel.SentinelConnectionPool(pool.service_name, sentinel, is_master=pool.is_master, **kwargs)
+
+
+def blocking_client(given: Any) -> Any:
+    """The blocking counterpart of a client of either sort, or of a URL. Raises PolicyError for anything else, and
+    LookupError for a connection class that is not redis-py's."""
+    if isinstance(given, ASYNCIO.cluster):
+        known = inspect.signature(redis.Redis).parameters.keys() - {"connection_pool", "retry", "event_dispatcher"}
+        options = {name: value for name, value in given.connection_kwargs.items() if name in known}
+        tls = issubclass(given.connection_kwargs["connection_class"], redis.asyncio.SSLConnection)
+        return ClusterUrl(known_nodes(given)(), {**options, "ssl": tls})
+    if isinstance(given, ASYNCIO.client) and not _is_fake(given):
+        return BLOCKING.client(connection_pool=blocking(given.connection_pool))
+    return client_of(given, BLOCKING)
 
 
 def _impatient(client: Any, kind: Kind, timeout: float) -> Any:

@@ -42,8 +42,8 @@ def to_one_server(leg: Leg) -> Exchange:
     replies = yield leg
     missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
     if missing:
-        first, *others = missing
-        again = [leg.commands[first].loading(), *(leg.commands[place] for place in others)]
+        first = {leg.commands[place].script: place for place in reversed(missing)}
+        again = [leg.commands[place].loading() if place in first.values() else leg.commands[place] for place in missing]
         for place, reply in zip(missing, (yield leg._replace(commands=again)), strict=True):
             replies[place] = reply
     return replies

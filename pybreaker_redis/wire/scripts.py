@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SCRIPTS = ("acquire", "record", "control", "snapshot")
+FLEET = "fleet"  # a script of its own, about processes: without the library
 LIBRARY = ("model", "request", "document", "window", "rules")
 # Functions that are created together: the first group when a script starts, since nearly every call needs it, and each
 # other group when one of its functions is first called. All other functions are created one by one. Except in the
@@ -103,7 +104,9 @@ def joined(files: Mapping[str, str], name: str) -> str:
 @functools.cache
 def compose(name: str) -> str:
     """What Redis runs for the script called name: the library followed by it."""
-    return joined({part: (folder() / f"{part}.lua").read_text(encoding="utf-8") for part in (*LIBRARY, name)}, name)
+    parts = (name,) if name == FLEET else (*LIBRARY, name)
+    files = {part: (folder() / f"{part}.lua").read_text(encoding="utf-8") for part in parts}
+    return files[FLEET] if name == FLEET else joined(files, name)
 
 
 @functools.cache

@@ -177,6 +177,11 @@ class Server:
         carry_out(self._routes.learn_masters(), self._send)
         return [self._node(address) for address in self._routes.masters()]
 
+    @property
+    def clustered(self) -> bool:
+        """Whether the keys are spread over the nodes of a cluster."""
+        return self._routes is not None
+
     def subscription(self) -> Subscription:
         """The subscription that all breakers of the link share."""
         return self._subscription
@@ -285,7 +290,7 @@ class Worker:
             try:
                 work()
             except Exception:
-                logger.exception("refreshing the circuit breakers failed")
+                logger.exception("the work of the thread %s failed", self._name)
 
 
 def _deliver_all(undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:

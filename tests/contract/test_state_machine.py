@@ -389,6 +389,9 @@ GATHERED = st.one_of(
     st.just({}),
     st.fixed_dictionaries({}, optional={"seen_failure": st.integers(0, 12), "age_ms": st.integers(0, 3500)}),
 )
+SIGNED = st.fixed_dictionaries(
+    {}, optional={"operator": st.sampled_from(["ann", "bob"]), "note": st.sampled_from(["repaired", 'a "b" \\ /'])}
+)
 _ACQUIRE = st.tuples(st.just("acquire"), INSTANCES, st.integers(0, 3), st.integers(0, 2), GATHERED)
 _SETTLE = st.tuples(
     st.just("settle"),
@@ -410,9 +413,10 @@ _RARE = st.one_of(
         st.just("control"),
         st.sampled_from(["force_open", "force_closed", "clear_forced", "probe", "reset"]),
         st.integers(1, 2000),
+        SIGNED,
     ),
-    st.tuples(st.just("set_policy"), POLICIES),  # one with an end goes by the clock of Redis itself
-    st.tuples(st.just("clear_policy")),
+    st.tuples(st.just("set_policy"), POLICIES, SIGNED),  # one with an end goes by the clock of Redis itself
+    st.tuples(st.just("clear_policy"), SIGNED),
     st.tuples(st.just("other client")),  # the next requests come from the client with the other policy
 )
 STEPS = st.lists(
@@ -481,11 +485,11 @@ def play(machine: Machine, steps: list[Any], policy: dict[str, Any], other: dict
             tell(step, machine.run("record", policy, instance=rest[0], generation=permits[-1]["generation"], **counts))
         elif kind == "control":
             length = {"duration_ms": rest[1]} if rest[0].startswith("force") else {}
-            tell(step, machine.run("control", policy, action=rest[0], **length))
+            tell(step, machine.run("control", policy, action=rest[0], **length, **rest[2]))
         elif kind == "set_policy":
-            tell(step, machine.run("control", policy, action="set_policy", override=rest[0]))
+            tell(step, machine.run("control", policy, action="set_policy", override=rest[0], **rest[1]))
         elif kind == "clear_policy":
-            tell(step, machine.run("control", policy, action="clear_policy"))
+            tell(step, machine.run("control", policy, action="clear_policy", **rest[0]))
         elif kind == "other client":
             policy, other = other, policy
         tell("snapshot", machine.run("snapshot", policy))

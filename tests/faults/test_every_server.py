@@ -49,9 +49,9 @@ def test_contract(kind: str, examples: int) -> None:
 @pytest.mark.timeout(600)
 @EVERY
 def test_scripts(kind: str) -> None:
-    """So do the tests of each script, and the outages."""
+    """So do the tests of each script, the vectors of the protocol, and the outages."""
     binary = binary_of(kind)
-    print(suite_on(binary, TESTS / "scripts", TESTS / "test_outage.py", examples=500))
+    print(suite_on(binary, TESTS / "scripts", TESTS / "protocol", TESTS / "test_outage.py", examples=500))
 
 
 @pytest.mark.long

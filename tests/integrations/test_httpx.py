@@ -454,23 +454,41 @@ def test_a_cancelled_request_frees_its_probe_slot(
     on_loop(library, service, make_async_manager, use, policy, until=until)
 
 
-def test_a_response_is_closed_if_an_option_raises(
-    library: Library, service: Service, call: Callable[..., Caller], make_async_manager: Make
+def test_an_option_that_raises_is_logged_once_and_the_caller_gets_its_response(
+    library: Library,
+    service: Service,
+    call: Callable[..., Caller],
+    make_async_manager: Make,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Else its connection would be lost to the pool."""
-    responses: list[Any] = []
+    """A fault in retry_after= costs nobody a response."""
 
     def retry_after(response: Any) -> float | None:
-        responses.append(response)
         raise KeyError("a fault in an option")
 
     async def use(client: Any, breaker: Any) -> None:
-        with pytest.raises(KeyError):
-            await client.get("/")
+        for _ in range(2):
+            assert (await client.get("/")).status_code == 200
+        assert breaker.counts.successes == 2
 
-    assert isinstance(call(retry_after=retry_after).error_of("/"), KeyError)
+    caller = call(retry_after=retry_after)
+    assert [caller.get().status_code, caller.get().status_code] == [200, 200]
+    assert caplog.text.count("retry_after= of 'HTTP client' failed") == 1
     on_loop(library, service, make_async_manager, use, retry_after=retry_after)
-    assert [response.is_closed for response in responses] == [True, True]
+
+
+def test_a_predicate_that_raises_leaves_the_caller_its_own_error(
+    library: Library, call: Callable[..., Caller], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The call counts as failed."""
+
+    def failures(error: BaseException) -> bool:
+        raise KeyError("a fault in an option")
+
+    caller = call(failures=failures)
+    assert isinstance(caller.error_of("/reset"), library.http.TransportError)
+    assert "failures= or ignore= of 'HTTP client' failed" in caplog.text
+    assert caller.counts == {"failures": 1}
 
 
 def test_each_library_has_an_error_of_its_own() -> None:

@@ -46,9 +46,11 @@ from pybreaker_redis._protocol import decode, encode
 from pybreaker_redis._view import JUST_NOW, Seen, Successes, Verdict, View
 from pybreaker_redis.wire import commands as build
 from pybreaker_redis.wire import link as link_module
+from pybreaker_redis.wire import listing
 from pybreaker_redis.wire.commands import Command
 from pybreaker_redis.wire.link import FIRST_PAUSE, IDLE, Health, Link
 from pybreaker_redis.wire.options import Kind
+from pybreaker_redis.wire.scripts import FLEET
 
 START_MS = 1_700_000_000_000
 LEASE, TIMEOUT = 0.125, 0.25  # binary fractions: sums of times are exact
@@ -113,14 +115,14 @@ _world: World
 def virtual_time() -> Iterator[None]:
     """The clock and the chance of the client are those of the world that was made last."""
     kept = [(module, "monotonic", module.monotonic) for module in _CLOCKED]
-    kept += [(module, "random", module.random) for module in (_line, _view, link_module)]
+    kept += [(module, "random", module.random) for module in (_line, _view, link_module, listing)]
     kept += [(_memory, "clock_ms", _memory.clock_ms), (_core, "clock_ms", _core.clock_ms), (_core, "View", _core.View)]
     kept += [(_rules, "_local_generations", _rules._local_generations), (_core, "address_of", _core.address_of)]
     level = logging.getLogger("pybreaker_redis").level
     try:
         for module in _CLOCKED:
             module.monotonic = lambda: getattr(_world, "now", 0.0)  # type: ignore[attr-defined]
-        for module in (_line, _view, link_module):
+        for module in (_line, _view, link_module, listing):
             module.random = Still  # type: ignore[attr-defined]
         _memory.clock_ms = _core.clock_ms = lambda: _world.now_ms()
         _core.View = TrueView  # type: ignore[misc]
@@ -249,6 +251,8 @@ class Redis:
         if command.script:
             if self.refuses:
                 return redis.exceptions.OutOfMemoryError("OOM command not allowed when used memory > 'maxmemory'.")
+            if command.script == FLEET:
+                return 1
             return encode(self.run(command.key, command.script, decode(command.words[-1]), message))
         if command.words[0] == b"MGET":
             return [self.text(key) if place % 2 == 0 else None for place, key in enumerate(command.words[1:])]
@@ -1337,7 +1341,7 @@ class _Fingerprint:
 
 
 def _request_of(command: Command) -> dict[str, Any] | None:
-    return decode(command.words[-1]) if command.script else None
+    return decode(command.words[-1]) if command.script not in ("", FLEET) else None
 
 
 def _where(generator: Any) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ class Senders(Requests):
                 return
             address = line.split(b"]", 1)[0].split()[-1]
             if words[0].upper() in (b"EVALSHA", b"EVAL") and b"lua" not in address:
-                sender = processes(decode(words[6]).get("instance", ""))
+                lists = words[2] == b"1"  # the script that lists a process
+                sender = processes(words[4].decode() if lists else decode(words[6]).get("instance", ""))
                 if sender and self.runs[address][-1:] != [sender]:
                     self.runs[address].append(sender)
 

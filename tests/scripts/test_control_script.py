@@ -17,6 +17,8 @@ from script_calls import (
     bodies,
     bring_to,
     document,
+    history,
+    messages,
     must_refuse,
     picture,
 )
@@ -101,3 +103,109 @@ def test_a_reset_leaves_the_contract_fields(client: redis.Redis, state: str) -> 
     assert machine.run("control", action="reset")["changed"] is (state != "closed")
     changed = set() if state == "closed" else {"changed_at_ms", "reason"}
     assert document(client).keys() == {*CONTRACT, "version", "generation", "failure_number", *changed}
+
+
+# Who acts, and why --------------------------------------------------------------------------------
+
+SIGNED = {"operator": "ann", "note": 'see https://wiki/7: "repaired" \\o/'}
+ACTS = [
+    ("closed", "force_open", "forced"),
+    ("half_open", "force_closed", "forced"),
+    ("open", "probe", "probe"),
+    ("half_open", "reset", "reset"),
+]
+
+
+@pytest.mark.parametrize("field", ["operator", "note"])
+@pytest.mark.parametrize("value", ["", "caf\u00e9", "a\nb", "\x1b[2J", "x" * 201, 7, True, ["ann"]])
+def test_who_acts_is_short_and_printable(client: redis.Redis, field: str, value: object) -> None:
+    """An operator or a note that no terminal should see, or that is too long, is refused by name."""
+    for body in bodies({"action": "force_closed", field: value}):
+        must_refuse(client, "control", body, names=field)
+    must_refuse(client, "control", json.dumps({"action": "reset", "operator": "x" * 101}), names="operator")
+    for script in ("acquire", "record", "snapshot"):
+        must_refuse(client, script, json.dumps({field: "ann"}), names=field)
+
+
+@pytest.mark.parametrize(("state", "action", "reason"), ACTS)
+def test_who_acted(client: redis.Redis, state: str, action: str, reason: str) -> None:
+    """Operator and note of an action are in the document, the snapshot, the history and the message."""
+    machine = lua_machine(client, "discovery")
+    bring_to(machine, state)
+    with messages(client) as heard:
+        assert machine.run("control", POLICY, action=action, **SIGNED)["changed"] is True
+    for found in (document(client), machine.run("snapshot", POLICY), history(client)[-1], heard[0]):
+        assert SIGNED.items() <= found.items()
+    assert (history(client)[-1]["reason"], len(heard)) == (reason, 1)
+
+
+@pytest.mark.parametrize("forced", ["force_open", "force_closed"])
+def test_who_ended_a_forced_state(client: redis.Redis, forced: str) -> None:
+    """The operator who ended a forced state replaces the one who forced it; both are in the history."""
+    ask(client, "control", action=forced, operator="ann", note="maintenance")
+    ask(client, "control", action="clear_forced", operator="bob")
+    seen = ask(client, "snapshot")
+    assert (seen["operator"], seen.get("note")) == ("bob", None)
+    assert not document(client).keys() & {"note", "forced"}
+    told = [(entry["reason"], entry["operator"], entry.get("note")) for entry in history(client)]
+    assert told == [("forced", "ann", "maintenance"), ("clear_forced", "bob", None)]
+
+
+def test_nobody_says_who_acts(client: redis.Redis) -> None:
+    """An action without operator and note leaves none of the one before it."""
+    for action in ("force_open", "clear_forced", "reset"):
+        ask(client, "control", action="force_open", duration_ms=50_000 + len(action), **SIGNED)
+        ask(client, "control", action=action)
+        assert not document(client).keys() & SIGNED.keys()
+        assert not history(client)[-1].keys() & SIGNED.keys()
+
+
+def test_until_the_next_transition(client: redis.Redis) -> None:
+    """Reports leave the operator of a reset in the document; the next transition drops it."""
+    machine = lua_machine(client, "discovery")
+    bring_to(machine, "open")
+    generation = machine.run("control", POLICY, action="reset", **SIGNED)["generation"]
+    machine.run("record", POLICY, generation=generation, failures=1)
+    assert SIGNED.items() <= document(client).items()
+    machine.run("record", POLICY, generation=generation, failures=2)
+    assert document(client)["state"] == "open"
+    assert not document(client).keys() & SIGNED.keys()
+    assert not history(client)[-1].keys() & SIGNED.keys()
+
+
+def test_who_set_the_policy(client: redis.Redis) -> None:
+    """A policy override keeps operator and note of the action that set it last, and they are no policy fields."""
+    with messages(client) as heard:
+        ask(client, "control", action="set_policy", override={"quorum": 2}, **SIGNED)
+        seen = ask(client, "snapshot")
+        ask(client, "control", action="set_policy", override={"failure_threshold": 2}, operator="bob")
+        last = ask(client, "snapshot")
+        ask(client, "control", action="clear_policy", operator="eve")
+    assert (seen["override_operator"], seen["override_note"]) == tuple(SIGNED.values())
+    assert (last["override_operator"], last.get("override_note")) == ("bob", None)
+    assert last["override"] == {"quorum": 2, "failure_threshold": 2}
+    assert [(message["policy"], message["operator"]) for message in heard] == [
+        ("set_policy", "ann"),
+        ("set_policy", "bob"),
+        ("clear_policy", "eve"),
+    ]
+    assert not ask(client, "snapshot").keys() & {"override", "override_operator"}
+
+
+@pytest.mark.parametrize("odd", ["", "x" * 201, "caf\u00e9", "a\nb", 7, None, ["ann"]])
+def test_odd_operator_of_a_policy(client: redis.Redis, odd: object) -> None:
+    """An operator or a note of a stored policy override that makes no sense is passed over; the fields are in force."""
+    client.set(KEYS.policy, json.dumps({"quorum": 2, "operator": odd, "note": odd}))
+    seen = ask(client, "snapshot")
+    assert (seen["policy"]["quorum"], seen.get("warning")) == (2, None)
+    assert not seen.keys() & {"override_operator", "override_note"}
+
+
+def test_a_reset_that_only_ends_a_policy(client: redis.Redis) -> None:
+    """Who ended a policy override by a reset is in the message; there is no state that they changed."""
+    ask(client, "acquire")
+    ask(client, "control", action="set_policy", override={"quorum": 2})
+    with messages(client) as heard:
+        assert ask(client, "control", action="reset", **SIGNED)["changed"] is True
+    assert [{**SIGNED, "policy": "reset"}.items() <= message.items() for message in heard] == [True]
+    assert not document(client).keys() & SIGNED.keys()

@@ -51,6 +51,22 @@ def test_the_last_change(client: redis.Redis, state: str) -> None:
         assert machine.run("snapshot", POLICY).get("error") is None
 
 
+@EVERY_STATE
+def test_the_last_operator(client: redis.Redis, state: str) -> None:
+    """Operator and note are taken over; what makes no sense is passed over."""
+    machine = lua_machine(client, "discovery")
+    generation = machine.run("acquire", POLICY)["generation"]
+    put(client, **_contract(state), version=1, generation=generation, operator="ann", note="x" * 200)
+    seen = machine.run("snapshot", POLICY)
+    assert (seen["operator"], seen["note"]) == ("ann", "x" * 200)
+    for odd in ("", "x" * 201, "caf\u00e9", "a\nb", "\x1b[2J", 7, None, ["ann"]):
+        put(client, **_contract(state), version=1, generation=generation, operator=odd, note=odd)
+        seen = machine.run("snapshot", POLICY)
+        assert (seen.get("operator"), seen.get("note"), seen["state"]) == (None, None, state)
+    put(client, **_contract(state), version=1, operator="ann")
+    assert machine.run("snapshot", POLICY).get("operator") is None  # another program wrote it
+
+
 # The contract fields ----------------------------------------------------------------------------
 
 
@@ -559,6 +575,11 @@ def test_a_healthy_document_is_not_decoded(client: redis.Redis, monkeypatch: pyt
         conftest, "FROZEN_CLOCK", f"{FROZEN_CLOCK}\nbreaker.take_over = function() error('decoded') end\n"
     )
     monkeypatch.setattr(conftest, "on_frozen_clock", conftest.on_frozen_clock.__wrapped__)
+    reset = b'"changed_at_ms":7,"reason":"reset"'
+    signed = [reset + by for by in (b"", b',"operator":"ann"', b',"note":"a/b"', b',"operator":"ann","note":"[c]"')]
+    for text in [client.get(KEYS.state)[:-1] + b"," + by + b"}" for by in signed]:
+        client.set(KEYS.state, text)
+        assert machine.run("snapshot").get("note") == json.loads(text).get("note")
     for counts in ({"successes": 1}, {"failures": 2}, {"successes": 1, "seen_failure": 1}):
         reply = machine.run("record", POLICY, generation=generation, **counts)
     assert (reply["failure_count"], reply["failure_number"]) == (1, 2)

@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Literal, assert_type
 
+import aiohttp
+import flask
+import httpx
+import httpx2
+import requests
+import stamina
+import tenacity
+from django.http import HttpRequest, HttpResponse
 from redis import Redis
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.types import ASGIApp
 
+import pybreaker_redis.compat.circuitbreaker as circuitbreaker
+import pybreaker_redis.compat.pybreaker as pybreaker
+import pybreaker_redis.integrations.aiohttp as integrations_aiohttp
+import pybreaker_redis.integrations.django as integrations_django
+import pybreaker_redis.integrations.flask as integrations_flask
+import pybreaker_redis.integrations.httpx as integrations_httpx
+import pybreaker_redis.integrations.httpx2 as integrations_httpx2
+import pybreaker_redis.integrations.requests as integrations_requests
+import pybreaker_redis.integrations.starlette as integrations_starlette
 from pybreaker_redis import (
     AsyncCircuitBreaker,
     AsyncCircuitBreakerManager,
@@ -16,15 +36,41 @@ from pybreaker_redis import (
     CircuitBreakerError,
     CircuitBreakerManager,
     CircuitOpenError,
+    Classification,
     Config,
+    ConfigError,
     Counts,
     Event,
     HistoryEntry,
     Permit,
+    PermitError,
     Policy,
+    PolicyError,
+    RedisUnavailableError,
     Snapshot,
     Watch,
 )
+from pybreaker_redis.config import load
+from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, find_binary, serve
+from pybreaker_redis.instrumentation.logging import LoggingListener
+from pybreaker_redis.instrumentation.otel import OpenTelemetryMetrics, OpenTelemetrySpans
+from pybreaker_redis.instrumentation.prometheus import PrometheusMetrics
+from pybreaker_redis.integrations import retry_after_header
+from pybreaker_redis.integrations.aiohttp import CircuitOpenClientError, breaker_middleware, callers_own
+from pybreaker_redis.integrations.celery import REJECTIONS, BreakerTask
+from pybreaker_redis.integrations.grpc import (
+    FAILURES,
+    AioRpcRejected,
+    BreakerInterceptor,
+    BreakerOf,
+    RpcRejected,
+    aio_interceptors,
+)
+from pybreaker_redis.integrations.requests import BreakerAdapter, CircuitOpenConnectionError
+from pybreaker_redis.integrations.stamina import after_open, unless_open
+from pybreaker_redis.integrations.tenacity import retry_unless_open, wait_until_probe
+from pybreaker_redis.testing import Breakers, FakeClock, Wanted, aset_state, set_state
+from pybreaker_redis.web import breakers_app
 
 State = Literal["closed", "open", "half_open"]
 
@@ -235,11 +281,11 @@ async def awaiting() -> None:
     assert_type(aio.counts, Counts)
     assert_type(await aio.snapshot(), Snapshot)
     assert_type(await aio.history(count=2), list[HistoryEntry])
-    await aio.force_open(duration=60)
+    await aio.force_open(duration=60, operator="ann", note="repair")
     await aio.flush()
     await aio.set_policy(window=10)
     await aio.clear_forced()
-    await aio.probe()
+    await aio.probe(note="repaired")
     async with await aio.watch() as watch:
         assert_type(watch, AsyncWatch)
     await watch.close()
@@ -265,3 +311,197 @@ async def managed() -> None:
         assert_type(await aio_manager.call("discovery", fetch, "x", limit=2), list[str])
         assert_type(aio_manager.get_or_create("discovery"), AsyncCircuitBreaker)
         assert_type(await aio_manager.get_all_states(), dict[str, State])
+
+
+# Other libraries' interfaces
+
+
+class OnChange(pybreaker.CircuitBreakerListener):
+    def state_change(
+        self,
+        cb: pybreaker.CircuitBreaker,
+        old_state: pybreaker.CircuitBreakerState | None,
+        new_state: pybreaker.CircuitBreakerState,
+    ) -> None:
+        assert_type(new_state.name, str)
+
+
+compatible = pybreaker.CircuitBreaker(
+    fail_max=1,
+    reset_timeout=1000,
+    exclude=[KeyError, lambda error: isinstance(error, RuntimeError)],
+    listeners=[OnChange()],
+    state_storage=pybreaker.CircuitRedisStorage(pybreaker.STATE_CLOSED, Redis(), "discovery", lease=0.5, adopt=True),
+)
+in_process = pybreaker.CircuitBreaker(state_storage=pybreaker.CircuitMemoryStorage(pybreaker.STATE_CLOSED))
+
+
+@compatible
+def compatible_length(text: str) -> int:
+    return len(text)
+
+
+@compatible(__pybreaker_call_async=True)
+async def compatible_lookup(text: str) -> int:
+    return len(text)
+
+
+@circuitbreaker.circuit
+def circuit_length(text: str) -> int:
+    return len(text)
+
+
+@circuitbreaker.circuit(failure_threshold=3, expected_exception=ConnectionError)
+async def circuit_lookup(text: str) -> int:
+    return len(text)
+
+
+async def use_compatible() -> None:
+    assert_type(compatible.call(compatible_length, "x"), int)
+    assert_type(compatible_length("x"), int)
+    assert_type(await compatible_lookup("x"), int)
+    assert_type(await compatible.call(compatible_lookup, "x"), int)
+    assert_type(compatible.state.name, str)
+    assert_type(compatible.fail_counter, int)
+    compatible.fail_max = 3
+    assert_type([pybreaker.STATE_CLOSED, pybreaker.STATE_OPEN, pybreaker.STATE_HALF_OPEN], list[str])
+    try:
+        with compatible.calling():
+            compatible.open()
+    except pybreaker.CircuitBreakerError as error:
+        assert_type(error.breaker, pybreaker.CircuitBreaker | None)
+    circuitbreaker.configure("redis://localhost", lease=1)
+    assert_type(circuit_length("x"), int)
+    assert_type(await circuit_lookup("x"), int)
+    assert_type(circuitbreaker.CircuitBreakerMonitor.get("x"), circuitbreaker.CircuitBreaker | None)
+    states = [circuitbreaker.STATE_CLOSED, circuitbreaker.STATE_OPEN, circuitbreaker.STATE_HALF_OPEN]
+    assert_type(states, list[str])
+    with circuitbreaker.CircuitBreaker(name="x") as entered:
+        assert_type(entered, None)
+    caught: type[CircuitBreakerError] = circuitbreaker.CircuitBreakerError
+    print(caught)
+
+
+# Every other public module. What a library without types gives is Any.
+
+
+class Errors:
+    """Each error that this package raises is a CircuitBreakerError; some are of a client's own kind, too."""
+
+    own: tuple[type[CircuitBreakerError], ...] = (
+        CircuitOpenError,
+        ConfigError,
+        PermitError,
+        PolicyError,
+        RedisUnavailableError,
+        EmbeddedServerError,
+    )
+    rejections: tuple[type[CircuitOpenError], ...] = (
+        integrations_httpx.CircuitOpenTransportError,
+        integrations_httpx2.CircuitOpenTransportError,
+        CircuitOpenConnectionError,
+        CircuitOpenClientError,
+        RpcRejected,
+        AioRpcRejected,
+    )
+    of_httpx: type[httpx.TransportError] = integrations_httpx.CircuitOpenTransportError
+    of_requests: type[requests.ConnectionError] = CircuitOpenConnectionError
+    of_aiohttp: type[aiohttp.ClientConnectionError] = CircuitOpenClientError
+
+
+Classification(failures=(OSError,), ignore=KeyError, is_failure=lambda result: result is None)
+Classification(failure=OSError)  # type: ignore[call-arg]
+assert_type(load("gateway.yaml"), Config)
+assert_type(load({"redis": {"pool_size": 5}}), Config)
+
+
+def a_server() -> str:
+    assert_type(find_binary(), str)
+    with serve() as url:
+        assert_type(url, str)
+    with EmbeddedServer(port=0, args=("--maxmemory", "1mb")) as server:
+        assert_type(server.url, str)
+        return server.url
+
+
+def testing(breakers: Breakers, wanted: Wanted) -> None:
+    clock = FakeClock(start=1_700_000_000)
+    clock.advance(30)
+    assert_type(breakers.clock, FakeClock)
+    in_test = breakers("mail", policy=Policy(failure_threshold=1))
+    assert_type(in_test, CircuitBreaker)
+    assert_type(breakers.asyncio("mail"), AsyncCircuitBreaker)
+    assert_type(breakers.manager(), CircuitBreakerManager)
+    set_state(in_test, wanted)
+    set_state(in_test, "forced_open", duration=60)
+    set_state(in_test, "ajar")  # type: ignore[arg-type]
+
+
+async def testing_asyncio(breakers: Breakers) -> None:
+    await aset_state(breakers.asyncio("mail"), "half_open")
+
+
+instrumented = CircuitBreaker(
+    "discovery",
+    listeners=[PrometheusMetrics(redis="redis://localhost"), OpenTelemetryMetrics(), LoggingListener()],
+    on_call=[OpenTelemetrySpans()],
+)
+
+blocking = httpx.Client(
+    transport=integrations_httpx.BreakerTransport(
+        manager, name=integrations_httpx.host_of, until="body", rejected=integrations_httpx.sdk_response
+    )
+)
+asynchronous = httpx.AsyncClient(transport=integrations_httpx.AsyncBreakerTransport(aio, failure_statuses={503}))
+integrations_httpx.BreakerTransport(manager, until="later")  # type: ignore[arg-type]
+integrations_httpx.BreakerTransport(aio)  # type: ignore[arg-type]
+newer = httpx2.Client(transport=integrations_httpx2.BreakerTransport(breaker, name=integrations_httpx2.host_of))
+httpx2.AsyncClient(transport=integrations_httpx2.AsyncBreakerTransport(aio))
+integrations_httpx2.BreakerTransport(breaker, rejected=integrations_httpx2.sdk_response)
+session = requests.Session()
+session.mount("https://", BreakerAdapter(manager, name=integrations_requests.host_of))
+aiohttp.ClientSession(
+    middlewares=[breaker_middleware(aio, name=integrations_aiohttp.host_of, ignore=callers_own)],
+)
+assert_type(retry_after_header(httpx.Response(503)), float | None)
+
+integrations_flask.install(flask.Flask("app"), manager, health="/health")
+assert_type(integrations_flask.unavailable(CircuitOpenError("discovery", "open", 1.0)), flask.Response)
+integrations_starlette.install(Starlette(), manager)
+Starlette(exception_handlers={CircuitOpenError: integrations_starlette.unavailable})
+
+
+async def who(request: Request) -> str | None:
+    return request.headers.get("x-user")
+
+
+page: ASGIApp = breakers_app("redis://localhost:6379", prefix="p", read_only=False, authorize=who, health=True)
+other_page: ASGIApp = breakers_app(Redis(), authorize=lambda request: None)
+assert_type(integrations_django.breakers(), CircuitBreakerManager)
+assert_type(integrations_django.async_breakers(), AsyncCircuitBreakerManager)
+django_parts = (integrations_django.CircuitBreakersConfig, integrations_django.CircuitOpenMiddleware)
+django_view: Callable[[HttpRequest], HttpResponse] = integrations_django.health
+assert_type(REJECTIONS, str)
+celery_task: type[BreakerTask] = BreakerTask
+
+of_method: BreakerOf[CircuitBreaker] = manager.get_or_create
+interceptors = (BreakerInterceptor(of_method, failures=FAILURES), *aio_interceptors(aio))
+
+
+@stamina.retry(on=unless_open(OSError))
+def retried_by_stamina() -> int:
+    return 1
+
+
+@stamina.retry(on=after_open(OSError, jitter=0.5, max=60), attempts=None, timeout=600)
+def patient_with_stamina() -> int:
+    return 1
+
+
+@tenacity.retry(retry=retry_unless_open(), wait=wait_until_probe(jitter=0.5))
+def retried_by_tenacity() -> int:
+    return 1
+
+
+assert_type(retried_by_stamina() + patient_with_stamina(), int)
+assert_type(retried_by_tenacity(), int)

@@ -1,0 +1,26 @@
+"""What mkdocs does beyond Markdown: pictures within the page, and the version and address of the project."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import tomllib
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+PICTURE = re.compile(r'<img alt="[^"]*" src="(?:\.\./)*(pictures/\w+\.svg)"\s*/?>')
+
+
+def on_config(config: Any) -> Any:
+    """Put the version, and a plain link to the repository if pyproject.toml names one, below every page."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    addresses = {name.lower(): url for name, url in project.get("urls", {}).items()}
+    repository = addresses.get("repository") or addresses.get("source")
+    link = f' · <a href="{repository}">Repository</a>' if repository else ""
+    config.copyright = f"{project['name']} {project['version']} · {project['license']} licence{link}"
+    return config
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Write each picture into its page, where it follows the theme that the reader chose."""
+    return PICTURE.sub(lambda found: (ROOT / "docs" / found[1]).read_text(encoding="utf-8"), html)

@@ -1,0 +1,266 @@
+"""The board: what it reads of many breakers, how it words, orders, counts and filters them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+
+import pytest
+import redis
+
+from pybreaker_redis import CircuitBreaker, Policy
+from pybreaker_redis._board import CONDITIONS, Row, clean, counts, outlook, read_rows, select, span, urgency, why
+from pybreaker_redis._protocol import keys_of
+from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.sync import Server, server_of
+from pybreaker_redis.wire.url import client_from_url
+
+POLICY = Policy(failure_threshold=2, reset_timeout=60, error_rate_threshold=0.9)
+
+
+class Boom(Exception):
+    """What a guarded function raises."""
+
+
+@pytest.fixture
+def reader(client: redis.Redis) -> Server:
+    """Reads the tests' server."""
+    return server_of(client, 5.0)
+
+
+def fail(breaker: CircuitBreaker, times: int, message: str = "refused") -> None:
+    """So many failing calls."""
+
+    def failing() -> None:
+        raise Boom(message)
+
+    for _ in range(times):
+        with contextlib.suppress(Boom):
+            breaker.call(failing)
+
+
+def make(client: redis.Redis, name: str, policy: Policy = POLICY) -> CircuitBreaker:
+    """A breaker that asks Redis at every call."""
+    return CircuitBreaker(name, redis=client, policy=policy, lease=0, redis_timeout=20)
+
+
+def rows(reader: Server, prefix: str = "circuit_breaker") -> dict[str, Row]:
+    """All rows by name."""
+    return {row.name: row for chunk in read_rows(reader, prefix) for row in chunk}
+
+
+def test_every_condition_is_shown(client: redis.Redis, reader: Server) -> None:
+    """Closed, open, half open, held, both forced states and an unreadable value are told apart, with why and until."""
+    make(client, "closed").call(int)
+    fail(make(client, "open"), 2)
+    half = make(client, "half", Policy(failure_threshold=1, reset_timeout=0.001))
+    fail(half, 1)
+    time.sleep(0.01)
+    probe = half.acquire()
+    make(client, "held").acquire().failure(Boom("busy"), retry_after=30)
+    make(client, "forced-open").force_open(100)
+    make(client, "forced-closed").force_closed(100)
+    client.set(keys_of("odd").state, "no document")
+    found, now = rows(reader), time.time()
+    probe.release()
+    assert {name: row.condition for name, row in found.items()} == {
+        "closed": "closed",
+        "open": "open",
+        "half": "half_open",
+        "held": "held",
+        "forced-open": "forced_open",
+        "forced-closed": "forced_closed",
+        "odd": "unreadable",
+    }
+    assert why(found["open"]) == "failures in a row: Boom: refused"
+    assert outlook(found["open"], found["open"].since or 0) == "probe in 60 s"
+    assert outlook(found["open"], now + 60) == "probe is due"
+    assert outlook(found["forced-open"], found["forced-open"].since or 0) == "ends in 100 s"
+    assert outlook(found["closed"], now) == outlook(found["half"], now) == why(found["closed"]) == ""
+    assert (found["half"].probes, found["open"].failures) == (1, 2)
+    assert (found["open"].sums(now), found["closed"].sums(now)) == ((0, 0, 0), (1, 0, 0))
+
+
+def test_a_forced_state_that_has_ended_is_none(client: redis.Redis, reader: Server) -> None:
+    """After the end of a forced state, the row shows what the next caller finds: closed, or a probe that is due."""
+    make(client, "was-closed").force_closed(0.001)
+    make(client, "was-open").force_open(0.001)
+    time.sleep(0.01)
+    found = rows(reader)
+    assert (found["was-closed"].condition, found["was-open"].condition) == ("closed", "open")
+    assert outlook(found["was-open"], time.time() + 1) == "probe is due"
+
+
+def test_a_policy_override_is_shown_with_its_end(client: redis.Redis, reader: Server) -> None:
+    """The override's fields and end are in the row; shadow mode is a group of its own; an ended override is gone."""
+    make(client, "a").set_policy(duration=100, failure_threshold=7)
+    make(client, "a").call(int)
+    make(client, "b").set_policy(enforce=False)
+    make(client, "b").call(int)
+    client.set(keys_of("c").policy, json.dumps({"failure_threshold": 7, "until_ms": 1}))
+    make(client, "c").call(int)
+    client.set(keys_of("d").policy, json.dumps({"unknown": 7}))
+    client.set(keys_of("e").policy, json.dumps({"quorum": 2, "operator": "ann", "note": "two hosts"}))
+    make(client, "e").call(int)
+    make(client, "d").call(int)
+    found = rows(reader)
+    assert found["a"].override == {"failure_threshold": 7}
+    assert 90 < (found["a"].override_until or 0) - time.time() < 110
+    assert found["b"].shadow
+    assert (found["a"].groups, found["b"].groups) == (("closed", "override"), ("closed", "shadow", "override"))
+    assert (found["e"].override, found["e"].override_operator, found["e"].override_note) == (
+        {"quorum": 2},
+        "ann",
+        "two hosts",
+    )
+    assert found["c"].groups == found["d"].groups == ("closed",)
+    assert counts(found.values()) == {
+        "open": 0,
+        "half_open": 0,
+        "held": 0,
+        "forced": 0,
+        "shadow": 1,
+        "override": 3,
+        "closed": 5,
+    }
+
+
+def test_counts_of_the_window_leave_it_with_time(client: redis.Redis, reader: Server) -> None:
+    """Calls count while the window holds them, and no longer, though nobody has written the document since."""
+    breaker = make(client, "discovery", Policy(window=60, error_rate_threshold=0.9, failure_threshold=100))
+    fail(breaker, 2)
+    breaker.call(int)
+    row, now = rows(reader)["discovery"], time.time()
+    assert row.sums(now) == (3, 2, 0)
+    assert row.sums(now + 60) == (0, 0, 0)
+    assert (row.health(now), row.health(now + 60)) == (33, 100)
+
+
+def test_health_and_trips_are_those_of_the_scripts(client: redis.Redis, reader: Server) -> None:
+    """What the rows compute without a script is what the snapshot script says."""
+    again = make(client, "again", Policy(failure_threshold=1, reset_timeout=0.001, success_threshold=2))
+    for _ in range(3):
+        fail(again, 1)
+        time.sleep(0.01)
+    again.call(int)
+    fail(make(client, "failing"), 1)
+    recovered = make(client, "recovered", Policy(failure_threshold=1, reset_timeout=0.001))
+    fail(recovered, 1)
+    time.sleep(0.01)
+    recovered.call(int)
+    make(client, "override").set_policy(failure_threshold=50)
+    fail(make(client, "override"), 10)
+    found, now = rows(reader), time.time()
+    for name, row in found.items():
+        seen = make(client, name, Policy()).snapshot()
+        assert (row.health(now), row.recent_trips(now)) == (seen.health, seen.trips), name
+    assert found["recovered"].recent_trips(now + 3600) == 0
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b"\xff\xfe",
+        b'{"state":7}',
+        b'{"state":"broken"}',
+        b'{"state":"open","x":"' + b"x" * 65536 + b'"}',
+        b"[" * 60000,
+        b'{"state":"open","a":' + b"[" * 60000,
+    ],
+)
+def test_a_value_that_is_no_document_is_unreadable(client: redis.Redis, reader: Server, stored: bytes) -> None:
+    """Whatever another program wrote, the board shows the breaker and goes on."""
+    client.set(keys_of("odd").state, stored)
+    assert rows(reader)["odd"].condition == "unreadable"
+
+
+def test_fields_that_make_no_sense_are_absent(client: redis.Redis, reader: Server) -> None:
+    """Fields of a wrong type or size are dropped one by one; the state stays."""
+    odd = {"failure_count": -1, "changed_at_ms": "x", "generation": True, "opened_at": [], "open_until_ms": 1e300}
+    odd |= {"reason": "<b>", "error": 5, "operator": {}, "note": "n" * 1000, "probes": [1], "window": {"newest": "x"}}
+    client.set(keys_of("odd").state, json.dumps({"state": "open", **odd, "trips": None}))
+    client.lpush(keys_of("list").state, "no string")
+    found = rows(reader)
+    assert found == {
+        "odd": Row("odd", "open", note="n" * 200, window={"newest": "x"}, key=b"circuit_breaker:odd:state")
+    }
+    assert found["odd"].sums(time.time()) == (0, 0, 0)
+
+
+def test_names_of_other_prefixes_and_odd_bytes(client: redis.Redis, reader: Server) -> None:
+    """Only the prefix's own breakers are read, whatever is special in patterns; a name need not be UTF-8."""
+    for prefix in ("a[b]*?", "a"):
+        CircuitBreaker("n", redis=client, prefix=prefix, lease=0).call(int)
+    client.set(b"a[b]*?:\xff:state", client.get(keys_of("n", "a").state))
+    assert rows(reader, "a[b]*?").keys() == {"n", "\\xff"}
+
+
+def test_the_most_urgent_breaker_comes_first() -> None:
+    """Open before half open before held before forced; then those with an override or failures; the latest first."""
+    wanted = [
+        *(Row(condition, condition) for condition in CONDITIONS if condition != "closed"),
+        Row("override", "closed", override={"quorum": 2}),
+        Row("failing", "closed", failures=1),
+        Row("late", "closed", since=5),
+        Row("a", "closed", since=4),
+        Row("b", "closed", since=4),
+        Row("never", "closed"),
+    ]
+    assert sorted([*wanted[5:], *wanted[:5]], key=urgency) == wanted
+
+
+def test_rows_are_selected_by_group_and_by_name() -> None:
+    """A group and a part of the name, in any case, select together."""
+    found = [Row("Payments EU", "open"), Row("payments us", "closed"), Row("search", "open")]
+    assert [row.name for row in select(found, search="PAYM")] == ["Payments EU", "payments us"]
+    assert [row.name for row in select(found, "open")] == ["Payments EU", "search"]
+    assert [row.name for row in select(found, "open", "eu")] == ["Payments EU"]
+
+
+def test_an_operator_and_a_note_explain_the_condition() -> None:
+    """Who acted and why come before the reason of the transition."""
+    assert why(Row("n", "forced_open", reason="forced", operator="ann", note="deploy")) == "by ann: deploy"
+    assert why(Row("n", "forced_open", reason="forced", note="deploy")) == "deploy"
+    assert why(Row("n", "forced_open", reason="forced")) == "forced"
+    assert why(Row("n", "half_open", reason="timeout", error="OSError: no")) == "opened by OSError: no"
+    assert why(Row("n", "open", reason="of_a_later_version")) == "of_a_later_version"
+
+
+def test_control_characters_are_shown_not_obeyed() -> None:
+    """Escape sequences and marks that turn text around are spelled out; letters of every script stay."""
+    assert clean("\x1b[2Ja\u202eb\n\u05d0 é") == r"\x1b[2Ja\x202eb\x0a" + "\u05d0 é"
+
+
+def test_lengths_of_time_are_short() -> None:
+    """Two digits and a unit are enough for people."""
+    assert list(map(span, (0.04, 9.9, 10, 119, 120, 7199, 7200, 172800))) == [
+        "0.0 s", "9.9 s", "10 s", "119 s", "2 m", "120 m", "2 h", "2 d",
+    ]  # fmt: skip
+
+
+def test_ten_thousand_breakers_cost_the_server_little(own_server: EmbeddedServer) -> None:
+    """10,000 breakers are read by some twenty SCAN and MGET each, and by no script."""
+    with redis.Redis.from_url(own_server.url) as client:
+        make(client, "model").call(int)
+        document = client.get(keys_of("model").state)
+        client.mset({keys_of(f"service-{number}").state: document for number in range(10_000)})
+        client.config_resetstat()
+        assert len(rows(server_of(client, 5.0))) == 10_001
+        used = {name: spent["calls"] for name, spent in client.info("commandstats").items()}
+    assert not used.keys() & {"cmdstat_evalsha", "cmdstat_eval", "cmdstat_get"}
+    assert used["cmdstat_mget"] <= 30
+    assert used["cmdstat_scan"] <= 30
+
+
+def test_a_cluster_is_read_node_by_node(cluster_url: str) -> None:
+    """The board of a cluster has the breakers of every node once."""
+    client = client_from_url(cluster_url)
+    names = {f"breaker-{number}" for number in range(30)}
+    for name in names:
+        CircuitBreaker(name, redis=client, prefix="board", lease=0, redis_timeout=20).call(int)
+    assert rows(server_of(client, 5.0), "board").keys() == names
