@@ -35,7 +35,10 @@ class Sums(NamedTuple):
 
 def bucket_ms(policy: dict[str, Any]) -> int | None:
     """The length of a bucket if a window can trip the circuit, else None: none is needed."""
-    return int(policy["window_ms"] // 10) if any(map(policy.__getitem__, WINDOW_RULES)) else None
+    for name in WINDOW_RULES:
+        if policy[name]:
+            return int(policy["window_ms"] // 10)
+    return None
 
 
 def rebucketed(window: Window, bucket_ms: int, newest: int) -> Window:
