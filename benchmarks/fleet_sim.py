@@ -228,7 +228,7 @@ KIND = Kind("a simulated process", Process, Process, None, lambda url: url)
 class Breaker(BreakerCore):
     """The breaker of one process. Its shell is the simulation: nothing blocks, each step happens at its time."""
 
-    _kind, _permit, _warning_permit = KIND, BasePermit, BasePermit
+    _kind, _permit_type, _warning_permit = KIND, BasePermit, BasePermit
     _server_of = staticmethod(lambda client, _: client)
 
     def _deliver_events(self, events: list[Any]) -> None:

@@ -65,12 +65,12 @@ class Board:
 class BoardReader:
     """Keeps the board of one prefix up to date while somebody looks at it.
 
-    heard: receives the channel and the content of each notification, in the reader's thread.
+    on_message: receives the channel and the content of each notification, in the reader's thread.
     board: as last read; replaced, never changed. in_sight: keys of breakers to read again every second.
     """
 
-    def __init__(self, client: Any, prefix: str, heard: Callable[[bytes, bytes], object] | None = None) -> None:
-        self.client, self.prefix, self._heard = client, prefix, heard
+    def __init__(self, client: Any, prefix: str, on_message: Callable[[bytes, bytes], object] | None = None) -> None:
+        self.client, self.prefix, self._on_message = client, prefix, on_message
         self.in_sight: Sequence[bytes] = ()
         self._pid = os.getpid()
         self._after_fork()
@@ -188,8 +188,8 @@ class BoardReader:
         message = receive(min(max(wait, 0.0), RETRY))
         while message is not None:
             found.append(message[0])
-            if self._heard is not None:
-                self._heard(*message)
+            if self._on_message is not None:
+                self._on_message(*message)
             message = receive(0.0) if len(found) < MOST_AT_ONCE else None
         return found
 

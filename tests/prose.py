@@ -50,7 +50,7 @@ RETIRED = {
     # not: a fresh view, which is young enough to decide by
     r"fresh (?:document|breaker|circuit|state|key|one)s?": "new",
     # not: the verb, as in "overrides the default"; nor an argument of that name
-    r"(?<!policy )overrides?(?= is| was| has| ends| of|[.,;]|$)": "forced state or policy override",
+    r"(?<!policy )(?<!may )(?<!can )(?<!to )overrides?(?= is| was| has| ends| of|[.,;]|$)": "policy override",
     # not: "only", as in "an outage of that breaker alone"
     r"(?:is|are|was|were|be|been|being|decides?|runs?|works?|goes on|left) alone": "without Redis, or below the quorum",
 }
@@ -106,7 +106,7 @@ def paragraphs_of_page(text: str) -> Iterator[tuple[int, str]]:
             continue
         if opens := re.match(r"(`{3,}|~{3,})", stripped):
             fence, stripped = opens[1], ""
-        if stripped.startswith(("|", "#", "--8<--", "::: ", *_CONTAINERS)) or re.fullmatch(r"[-=*_ ]{3,}", stripped):
+        if stripped.startswith(("|", "#", "::: ", *_CONTAINERS)) or re.fullmatch(r"[-=*_ ]{3,}", stripped):
             stripped = ""
         if lines and (not stripped or _ITEM.match(line)):
             yield start, " ".join(lines)

@@ -87,7 +87,6 @@ out. -->
 !!! note
     The text of a note.
 
---8<-- "README.md:faults"
 
 The end.
 """
@@ -103,7 +102,7 @@ def test_paragraphs_of_a_page() -> None:
         (12, "a step"),
         (16, "the last step"),
         (26, "The text of a note."),
-        (30, "The end."),
+        (29, "The end."),
     ]
 
 
@@ -157,6 +156,7 @@ def test_messages() -> None:
         ("the policy override ends", False),
         ("the override ends", True),
         ("this overrides the default", False),
+        ("which a subclass may override.", False),
         ("the process is told of it", True),
         ("the permit has landed", True),
         ("a probe in flight", True),

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import pty
 import re
 import signal
-import struct
 import subprocess
-import sys
 import termios
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +14,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import wait_until
+from terminals import Terminal
 
 from pybreaker_redis import Policy
 from pybreaker_redis.embedded import EmbeddedServer
@@ -33,67 +28,6 @@ from pybreaker_redis.cli._table import cut
 from pybreaker_redis.cli._terminal import key_names
 
 SIZES = [(80, 24), (60, 20), (160, 50), (40, 10)]
-FIRST, LAST = "\x1b[?1049h", "\x1b[?1049l"  # of the second screen
-
-
-class Terminal:
-    """A process on a terminal of its own. raw: everything that it has sent to the terminal."""
-
-    def __init__(self, url: str, *arguments: str, size: tuple[int, int] = (80, 24), stdin: int | None = None) -> None:
-        self._ours, self.theirs = pty.openpty()
-        fcntl.ioctl(self.theirs, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
-        self.before = termios.tcgetattr(self.theirs)
-        environment = {name: os.environ[name] for name in os.environ.keys() - {"COLUMNS", "LINES", "NO_COLOR"}}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "pybreaker_redis", *arguments],
-            env={**environment, "TERM": "xterm-256color", "REDIS_URL": url},
-            stdin=self.theirs if stdin is None else stdin,
-            stdout=self.theirs,
-            stderr=self.theirs,
-            process_group=0,
-        )
-        self.raw = ""
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        with contextlib.suppress(OSError):
-            while data := os.read(self._ours, 65536):
-                self.raw += data.decode(errors="replace")
-
-    def type(self, text: str) -> None:
-        """Type this text."""
-        os.write(self._ours, text.encode())
-
-    @property
-    def text(self) -> str:
-        """Everything that was drawn, without colours."""
-        return plain(self.raw)
-
-    @property
-    def frame(self) -> list[str]:
-        """The lines that the screen shows now, without colours; none before the first drawing."""
-        drawn = re.findall(r"\x1b\[H((?:(?!\x1b\[H).)*?)\x1b\[J", self.raw, re.DOTALL)
-        return plain(drawn[-1]).splitlines() if drawn else []
-
-    def shows(self, text: str) -> bool:
-        """Whether the screen shows this text now."""
-        return any(text in line for line in self.frame)
-
-    def is_restored(self) -> bool:
-        """Whether the terminal is as it was, on its first screen."""
-        return termios.tcgetattr(self.theirs) == self.before and self.raw.rfind(LAST) > self.raw.rfind(FIRST)
-
-    def end(self) -> None:
-        """End the process and close the terminal."""
-        self.process.kill()
-        self.process.wait()
-        os.close(self.theirs)
-        os.close(self._ours)
-
-
-def plain(text: str) -> str:
-    """The text without the sequences that a board may send."""
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text).replace("\r", "")
 
 
 @pytest.fixture
@@ -292,11 +226,14 @@ def test_a_suspended_program(terminal: Callable[..., Terminal], client: redis.Re
 
 
 def test_without_keys(terminal: Callable[..., Terminal], client: redis.Redis) -> None:
-    """Without a terminal on standard input the board is shown all the same, until the time is over."""
+    """Without a terminal on standard input the board is shown all the same, and goes on."""
     fail(client, "discovery")
-    shown = terminal("watch", "--for", "3s", stdin=subprocess.DEVNULL)
+    shown = terminal("watch", stdin=subprocess.DEVNULL)
     wait_until(lambda: shown.shows("1 breaker: 1 open"))
-    assert shown.process.wait(20) == 0
+    fail(client, "auth")
+    wait_until(lambda: shown.shows("2 breakers: 2 open"))
+    shown.process.send_signal(signal.SIGINT)
+    assert shown.process.wait(20) == 130
     wait_until(shown.is_restored)
 
 

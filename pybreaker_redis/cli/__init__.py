@@ -417,8 +417,8 @@ def policy_get(
 ) -> int | None:
     """Show what is known of the policy in force, and from whom.
 
-    Sources: override is the policy override in Redis. client is the file of --config, or else the processes that list
-    themselves. default: these leave the field as it is by default. unknown: nobody has said.
+    Sources: "override" is the policy override in Redis, "client" the file of --config, or else the processes that list
+    themselves. With "default" these leave the field as it is by default; with "unknown" nobody has said.
     """
     fleet = _fleet(url, config, prefix)
     _show_policy(fleet, name, from_file=config is not None, use_json=use_json)

@@ -41,17 +41,17 @@ class _Watched:
     def __init__(self, fleet: Fleet, names: Sequence[str]) -> None:
         self.fleet, self.names = fleet, names
         self._keys = {keys_of(name, fleet.prefix).state.encode() for name in names}
-        self._heard: collections.deque[tuple[bytes, bytes]] = collections.deque(maxlen=MOST_WAITING)
+        self._messages: collections.deque[tuple[bytes, bytes]] = collections.deque(maxlen=MOST_WAITING)
         self.reader = BoardReader(fleet.client, fleet.prefix, self._hear)
 
     def _hear(self, channel: bytes, content: bytes) -> None:
         if not self._keys or channel in self._keys:
-            self._heard.append((channel, content))
+            self._messages.append((channel, content))
 
     def changes(self) -> Iterator[dict[str, Any]]:
         """The changes that have not been looked at yet."""
-        while self._heard:
-            if change := _change(self.fleet, *self._heard.popleft()):
+        while self._messages:
+            if change := _change(self.fleet, *self._messages.popleft()):
                 yield change
 
 

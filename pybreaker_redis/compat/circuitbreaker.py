@@ -21,12 +21,13 @@ What differs from circuitbreaker 2.1, on purpose:
 - If a predicate in `expected_exception` raises, that is logged, the call counts as failed, and its own exception is
   raised.
 - The wrapper of a generator function passes on what is sent or thrown into it, and what it returns.
-- With Redis: a decorated function without a name shares its breaker under its module and qualified name; a breaker
-  that is called without a name or a decorator is a PolicyError. state, failure_count and open_remaining are what this
-  process last read; last_failure is its own. reset() raises RedisUnavailableError if Redis does not answer. While
-  Redis is down, the process goes on by the same rules.
 - open_remaining of a closed circuit counts from when the breaker was made.
-- `with breaker:` in a coroutine function may block its event loop for as long as Redis takes to answer; the decorator,
+- With Redis, a decorated function without a name shares its breaker under its module and qualified name. A breaker that
+  is called without a name or a decorator is a PolicyError.
+- With Redis, state, failure_count and open_remaining are what this process last read, and last_failure is its own.
+  reset() raises RedisUnavailableError if Redis does not answer. While Redis is down, the process goes on by the same
+  rules.
+- `with breaker:` in a coroutine function may block its event loop for as long as Redis takes to answer. The decorator,
   call_async() and call_async_generator() do not.
 """
 

@@ -140,7 +140,7 @@ class CircuitBreakerListener:
 
 
 class CircuitBreakerState:
-    """A state, as listeners see it. cb: the breaker. notify: whether its listeners are told of the change."""
+    """A state, as listeners see it. cb: the breaker. notify: whether to notify its listeners."""
 
     _is: ClassVar[str]
 
@@ -347,8 +347,8 @@ class CircuitRedisStorage(CircuitBreakerStorage):
     def _checked_key(self) -> str:
         if not self._key:
             raise PolicyError(
-                "give the CircuitRedisStorage a namespace, or the CircuitBreaker a name: without both, the breakers of"
-                " all services would share one key, and one dead service would stop the calls to every other"
+                "give the CircuitRedisStorage a namespace, or the CircuitBreaker a name. Without both, the breakers of"
+                " all services would share one key, and one dead service would stop the calls to every other."
             )
         return self._key
 

@@ -89,7 +89,7 @@ ACTIONS: dict[str, Action] = {
     ),
     "clear-policy": Action(
         "End policy override",
-        "Every instance follows its own policy again. Shadow mode by override ends, too.",
+        "Every instance follows its own policy again. Shadow mode by a policy override ends, too.",
         lambda breaker, order: breaker.clear_policy(**_who(order)),
     ),
 }

@@ -215,9 +215,10 @@ def bars(row: Row, now: float) -> list[Bar]:
 
 
 class Field(NamedTuple):
-    """One field of the policy on the page. values: each with the number of processes that gave it; 0 for an override.
+    """One field of the policy on the page.
 
-    source: "override", "client", "default" or "unknown".
+    source: "override", "client", "default" or "unknown". values: each with the number of processes that gave it; 0 for
+    that of a policy override.
     """
 
     name: str

@@ -17,6 +17,10 @@ from fault_proxy import proxy_to
 from fault_servers import BINARIES, Restartable, binary_of, restartable
 
 from pybreaker_redis import CircuitBreaker, Policy, RedisUnavailableError
+from pybreaker_redis._processes import read_processes
+from pybreaker_redis._protocol import fleet_key
+from pybreaker_redis.wire import commands
+from pybreaker_redis.wire.sync import server_of
 
 SECURITY = Path(__file__).parent.parent.parent / "SECURITY.md"
 NAME = "guarded"
@@ -100,7 +104,10 @@ def test_the_documented_acl_is_enough(kind: str) -> None:
         everything = use_everything(target, ["~*", "&*", "+@all"])
         assert everything["errors"] == 1
         assert everything["back"]
-        assert (everything["messages"], len(everything["history"])) == (12, 10)  # two for forced states that ended
+        assert (everything["messages"], len(everything["history"])) == (
+            12,
+            12,
+        )  # the end of a forced state is an entry, too
         assert use_everything(target, documented_rules()) == everything
 
 
@@ -114,6 +121,30 @@ def test_no_right_of_the_documented_acl_is_idle() -> None:
             if rule.startswith(("+", "~", "&")):
                 less = [other for other in rules if other != rule]
                 assert use_everything(target, less) != everything, f"{rule} is not needed"
+
+
+def test_the_list_of_processes_with_the_documented_acl() -> None:
+    """With the rights that SECURITY.md adds for it, a process is listed and the list is read; each right is needed."""
+    text = SECURITY.read_text()
+    [writing], [reading] = re.findall(r"add `(\+hset[^`]*)`", text), re.findall(r"`(\+hscan)`", text)
+    rights = [*writing.split(), reading]
+    entry = '{"host":"web","pid":1,"version":"1","breakers":0,"policies":[]}'
+    with restartable() as target, target.client() as admin:
+
+        def listed(given: list[str]) -> list[int]:
+            admin.execute_command("ACL", "SETUSER", "breaker", "reset", "on", ">pw", *documented_rules(), *given)
+            admin.hset(fleet_key("circuit_breaker"), "gone", '{"seen_ms":1}')
+            with target.client(username="breaker", password="pw") as user:
+                server = server_of(user, 20.0)
+                (reply,) = server.exchange([commands.listing("circuit_breaker", "web:1-a", entry)])
+                if isinstance(reply, Exception):
+                    raise reply
+                return [process.pid for process in read_processes(server, "circuit_breaker")]
+
+        assert listed(rights) == [1]
+        for right in rights:
+            with pytest.raises(redis.ResponseError, match=f"(?i){right[1:]}"):
+                listed([other for other in rights if other != right])
 
 
 def test_watch_with_the_documented_acl() -> None:

@@ -690,7 +690,7 @@ KIND = Kind("a simulated process", Process, Process, None, lambda url: url)
 class Breaker(BreakerCore):
     """The breaker of one process. Its shell is the simulation."""
 
-    _kind, _permit, _warning_permit = KIND, BasePermit, BasePermit
+    _kind, _permit_type, _warning_permit = KIND, BasePermit, BasePermit
     _server_of = staticmethod(lambda client, _: client)
     process: Process
     _view: TrueView
@@ -698,10 +698,7 @@ class Breaker(BreakerCore):
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
         self._instance = f"process-{_world.making}"
-        self._notices.start_process(self._instance)
-        for request in (self._with_policy, self._without_policy):
-            if "instance" in request:
-                request["instance"] = self._instance
+        self._notices.start_process(self._instance, self._view.lock)
         changed = self._notices.changed
 
         def once(change: dict[str, Any], source: str, instance: str | None = None) -> None:
