@@ -96,6 +96,7 @@ def test_every_condition_is_shown(client: redis.Redis, reader: Server) -> None:
     assert outlook(found["forced-open"], found["forced-open"].since or 0) == "ends in 100 s"
     assert outlook(found["closed"], now) == outlook(found["half"], now) == why(found["closed"]) == ""
     assert (found["half"].probes, found["open"].failures) == (1, 2)
+    assert all(now - 100 < (row.since or 0) < now + 100 for name, row in found.items() if name != "odd")
     assert (found["open"].sums(now), found["closed"].sums(now)) == ((0, 0, 0), (1, 0, 0))
 
 
