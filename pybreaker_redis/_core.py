@@ -44,7 +44,7 @@ class BreakerCore:
     """Options, view and decisions of one breaker. The shells, _sync and _async, add the I/O. See CircuitBreaker.
 
     A process may have a breaker for each of 20,000 tenants, so its parts are small. They have slots, share what is the
-    same for all, and use one lock, that of the view.
+    same for all, and share one lock, that of the view.
     """
 
     __slots__ = (
