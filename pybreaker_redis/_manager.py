@@ -21,6 +21,7 @@ from ._sync import CircuitBreaker, Watch
 from ._view import Verdict
 from .wire.options import ASYNCIO, BLOCKING, Kind, client_of
 from .wire.subscription import BaseWatch
+from .wire.url import client_from_url
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -86,7 +87,7 @@ class ManagerCore(Generic[B]):
     def _share(self, client: Any) -> None:
         check_clock(self._hooks["clock"], self.config.redis_url)
         url, options = self.config.redis_url, self.config.redis_options
-        self._client = self._kind.from_url(url, **options) if client is None else client_of(client, self._kind)
+        self._client = client_from_url(url, self._kind, **options) if client is None else client_of(client, self._kind)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {sorted(self._breakers)}>"
