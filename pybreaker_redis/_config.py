@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -80,7 +81,7 @@ def check_flag(option: str, value: object) -> None:
 def host_of(host: object) -> str:
     """The option `host`, or the machine's host name for None. Raises PolicyError."""
     if host is None:
-        return socket.gethostname().encode("ascii", "backslashreplace").decode() or "localhost"
+        return sys.intern(socket.gethostname().encode("ascii", "backslashreplace").decode()) or "localhost"
     if not isinstance(host, str) or not re.fullmatch("[ -~]{1,200}", host):
         raise PolicyError(f"host must be 1 to 200 printable ASCII characters, or None, not {host!r}")
     return host

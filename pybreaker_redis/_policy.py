@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -235,6 +236,13 @@ def override_request(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise PolicyError(f"{name} is not a policy field; the fields are {', '.join(RULES)}")
         RULES[name].check(name, value)
     return {request_field(name): RULES[name].to_request(value) for name, value in fields.items()}
+
+
+@functools.lru_cache(maxsize=1000)
+def shared_request(policy: Policy) -> tuple[dict[str, Any], bool]:
+    """The policy's to_request(), the same for all breakers, and whether any of its fields matters to a success."""
+    given = policy.to_request()
+    return given, any(rule.on_success and request_field(name) in given for name, rule in RULES.items())
 
 
 def request_field(name: str) -> str:

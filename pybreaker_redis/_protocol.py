@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import re
 from collections.abc import Generator, Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -39,6 +40,7 @@ COUNTS = ("failure_count", "success_count", "calls", "failures", "slow")
 LONGEST_NAME = 512
 # the limits of lua/model.lua
 EXACT = 90_000_000_000_000
+GREATEST_GENERATION = 100 * EXACT
 LONGEST_OPEN_MS = round(LONGEST_OPEN * 1000)
 LARGEST_TEXT = 65536
 LONGEST_OPERATOR, LONGEST_NOTE = 100, 200
@@ -60,7 +62,12 @@ def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
     """
     for what, text in (("name", name), ("prefix", prefix)):
         _check_text(what, text)
-    state = f"{prefix}:{name}:state"
+    return keys_with(f"{prefix}:{name}:state")
+
+
+@functools.lru_cache(maxsize=1000)
+def keys_with(state: str) -> Keys:
+    """The keys of the breaker with this state key."""
     return Keys(state, f"{{{state}}}:history", f"{{{state}}}:policy")
 
 
@@ -283,7 +290,7 @@ def check_history_count(count: object) -> None:
 # A healthy document as save() in lua/document.lua writes it: closed, with no more than its last change and a window.
 _HEALTHY = re.compile(
     rb'\{"state":"closed","failure_count":(\d{1,10}),"success_count":0,"last_failure_time":(?:\d{1,10}|null),'
-    rb'"opened_at":null,"version":1,"generation":([1-9]\d{0,12}),"failure_number":(\d{1,13})'
+    rb'"opened_at":null,"version":1,"generation":([1-9]\d{0,15}),"failure_number":(\d{1,13})'
     rb'(?:,"changed_at_ms":[1-9]\d{0,12},"reason":"[a-z_]{1,30}"'
     rb'(?:,"operator":"[ !#-\[\]-~]{1,100}")?(?:,"note":"[ !#-\[\]-~]{1,200}")?)?'
     rb'(?:,"window":\{[^{}]*\})?\}'
@@ -303,7 +310,7 @@ def read_document(text: bytes | None) -> Reply | None:
     if found is None:
         return None
     failure_count, generation, failure_number = map(int, found.groups())
-    if failure_number < failure_count:
+    if failure_number < failure_count or generation > GREATEST_GENERATION:
         return None
     return {
         "state": "closed",

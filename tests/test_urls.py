@@ -25,7 +25,7 @@ from pybreaker_redis import (
     PolicyError,
 )
 from pybreaker_redis.embedded import EmbeddedServer, find_binary
-from pybreaker_redis.wire.url import ClusterUrl, async_client_from_url, client_from_url, parse, without_password
+from pybreaker_redis.wire.url import ClusterUrl, client_from_url, parse, without_password
 
 NAME = "discovery"
 
@@ -66,8 +66,8 @@ def test_urls(url: str, kind: str, nodes: list[tuple[str, int]], options: dict[s
     target = parse(url)
     assert (target.kind, target.nodes) == (kind, nodes)
     assert options.items() <= target.options.items()
-    for make, module in ((client_from_url, redis), (async_client_from_url, redis.asyncio)):
-        client = make(url)
+    for module in (redis, redis.asyncio):
+        client = client_from_url(url, module)
         assert isinstance(client, ClusterUrl if kind == "cluster" else module.Redis)
 
 
@@ -179,7 +179,7 @@ def use(url: str) -> None:
     client.set("a", "1")
 
     async def look() -> Any:
-        other = async_client_from_url(url)
+        other = client_from_url(url, redis.asyncio)
         found = await other.get("a")
         await other.aclose()
         return found

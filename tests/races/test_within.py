@@ -138,8 +138,8 @@ def test_an_own_rejection_is_no_failure() -> None:
 # By the thread that is at work on it -----------------------------------------------------------
 
 
-IN_MEMORY = ["view", "engine", "counting", "nested"]
-LINKED = [*IN_MEMORY, "refreshing", "health", "trouble", "worker", "messenger", "subscription"]
+IN_MEMORY = ["breaker", "nested", "engine"]
+LINKED = ["breaker", "nested", "refreshing", "health", "trouble", "worker", "messenger", "subscription"]
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_a_thread_that_holds_a_lock_may_call(server: EmbeddedServer, url: str, l
     timeout = 2.0
     breaker = CircuitBreaker("held-by-itself", redis=server.url if url == "redis" else None, redis_timeout=timeout)
     line: Any = breaker._line
-    engine: Any = breaker._memory or line
-    locks = {"view": breaker._view._lock, "engine": engine._lock, "counting": breaker._notices.counting}
-    locks["nested"] = breaker._innermost._lock
-    if line is not None:
+    locks: dict[str, Any] = {"breaker": breaker._view.lock, "nested": breaker._innermost._lock}
+    if line is None:
+        locks["engine"] = breaker._memory._lock  # type: ignore[union-attr]
+    else:
         breaker.reset()
         server = breaker._redis
         locks["refreshing"] = server._refreshing
