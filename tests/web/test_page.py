@@ -848,3 +848,20 @@ def test_the_command_refuses_what_cannot_work(arguments: list[str], message: str
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, env={**environment, "COLUMNS": "300"})
     assert done.returncode == 2
     assert message in done.stderr
+
+
+WITHOUT_EXTRA = """
+import sys
+sys.modules["sse_starlette"] = None
+try:
+    import pybreaker_redis.web
+except ModuleNotFoundError as error:
+    print(error)
+"""
+
+
+def test_without_the_extra() -> None:
+    """The error names the extra, whichever of its packages is missing."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRA], capture_output=True, text=True, check=True)
+    assert "pip install 'pybreaker_redis[web]'" in done.stdout
+    assert "sse_starlette" in done.stdout
