@@ -25,7 +25,7 @@ from .wire.sync import Connections, Server
 SCAN_COUNT = 1000
 CHUNK = 500  # breakers in one MGET: bounds what client and server buffer, and for how long the server is busy
 _DEFAULTS = default_request()
-_POLICY_FIELDS = {request_field(name) for name in RULES}
+_REQUEST_RULES = {request_field(name): rule for name, rule in RULES.items()}
 _REASON = re.compile(r"[a-z_]{1,30}")
 _BUCKET = re.compile(r" (\d{1,14}),(\d{1,14}),(\d{1,14})")
 
@@ -328,7 +328,8 @@ def _until(document: Mapping[str, Any], forced: bool) -> float | None:
 
 def _since(document: Mapping[str, Any]) -> float | None:
     began_us = _integer(document, "generation", GREATEST_GENERATION)  # of a document that has had no transition
-    return _integer(document, "changed_at_ms") / 1000 or began_us / 1e6 or _integer(document, "opened_at") or None
+    began = _integer(document, "changed_at_ms") / 1000 or began_us / 1e6 or _integer(document, "opened_at")
+    return began if 0 < began <= EXACT / 1000 else None
 
 
 def _running(probes: object, now_ms: int) -> int:
@@ -339,15 +340,17 @@ def _running(probes: object, now_ms: int) -> int:
 def _override(text: bytes | None, now_ms: int) -> dict[str, Any]:
     """The fields of a row about its policy override; none if it has ended, or the scripts would not accept it."""
     fields = _decoded(text) or {}
-    ends = fields.pop("until_ms", None)
+    has_end, until_ms = "until_ms" in fields, _integer(fields, "until_ms")
     about = {
-        "override_until": ends / 1000 if isinstance(ends, (int, float)) else None,
+        "override_until": until_ms / 1000 if has_end else None,
         "override_operator": _text(fields, "operator", LONGEST_OPERATOR),
         "override_note": _text(fields, "note", LONGEST_NOTE),
     }
-    given = {name: value for name, value in fields.items() if name not in ("operator", "note")}
-    sound = given and given.keys() <= _POLICY_FIELDS and isinstance(ends, (int, float, type(None)))
-    return {"override": given, **about} if sound and (ends is None or ends > now_ms) else {}
+    given = {name: value for name, value in fields.items() if name not in ("until_ms", "operator", "note")}
+    is_sound = given and all(
+        name in _REQUEST_RULES and _REQUEST_RULES[name].fits_request(value) for name, value in given.items()
+    )
+    return {"override": given, **about} if is_sound and (not has_end or until_ms > now_ms) else {}
 
 
 def _window(stored: Mapping[str, Any]) -> Window:

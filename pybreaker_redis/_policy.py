@@ -53,6 +53,16 @@ class Rule(NamedTuple):
             return round((value or 0) * 1000)
         return int(value or 0) if self.kind == "count" else float(value or 0)
 
+    def fits_request(self, value: Any) -> bool:
+        """Whether the scripts accept a value in their units. Any program may have stored it."""
+        if self.kind == "flag":
+            return isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        unit = 1000 if self.kind == "seconds" else 1
+        least = 0 if self.optional else self.least * unit
+        return least <= value <= self.most * unit and (self.kind == "number" or value % 1 == 0)
+
     def from_request(self, value: Any) -> Any:
         """Convert a value in the scripts' units to one of Policy."""
         if self.optional and value == 0:
