@@ -422,7 +422,7 @@ def prolong(document: Document, duration_ms: int) -> bool:
     until_ms = document.now + duration_ms
     if until_ms == document.forced_until_ms:
         return False
-    document.forced_until_ms, document.changed_at_ms = until_ms, document.now
+    document.forced_until_ms, document.changed_at_ms, document.reason = until_ms, document.now, "forced"
     if document.state == "open":
         document.open_until_ms, document.open_ms = until_ms, duration_ms
     enter(document, "forced")
