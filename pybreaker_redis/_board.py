@@ -343,8 +343,8 @@ def _until(document: Mapping[str, Any], forced: bool) -> float | None:
 
 
 def _since(document: Mapping[str, Any]) -> float | None:
-    began = _integer(document, "generation", GREATEST_GENERATION) / 1e6
-    return _integer(document, "changed_at_ms") / 1000 or began or _integer(document, "opened_at") or None
+    began_us = _integer(document, "generation", GREATEST_GENERATION)  # of a document that has had no transition
+    return _integer(document, "changed_at_ms") / 1000 or began_us / 1e6 or _integer(document, "opened_at") or None
 
 
 def _running(probes: object, now_ms: int) -> int:

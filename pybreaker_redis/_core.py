@@ -43,8 +43,8 @@ _OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", *_NEEDS_POLICY
 class BreakerCore:
     """Options, view and decisions of one breaker. The shells, _sync and _async, add the I/O. See CircuitBreaker.
 
-    A process may have a breaker for each of 20,000 tenants, so its parts are small. They have slots, and share what is
-    the same for all breakers. All parts of a breaker share one lock, that of the view.
+    A process may have a breaker for each of 20,000 tenants, so its parts are small. They have slots, share what is the
+    same for all, and share one lock, that of the view.
     """
 
     __slots__ = (
