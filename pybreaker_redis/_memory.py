@@ -88,9 +88,12 @@ class MemoryEngine:
         """In a child: replace the lock, which a thread of the parent may hold."""
         self._lock = threading.RLock()
 
-    def replace(self, document: Document) -> None:
-        """Go on from another document, as the scripts do once another program has written one."""
+    def replace(self, **fields: Any) -> None:
+        """Go on from a document with these fields, under a new generation: calls that are running will not count."""
         with self._lock:
+            generation = 0 if self._document is None else self._document.generation
+            document = Document(generation, now=self._now_ms(), is_new=False, **fields)
+            document.generation = _rules.next_generation(document)
             self._document = document
 
     def run(self, name: str, request: Request) -> Reply:

@@ -214,13 +214,6 @@ def test_text_that_is_not_utf_8_is_shown(client: redis.Redis, reader: Server) ->
     assert make(client, "odd").snapshot().failure_count == 2
 
 
-def test_the_beginning_of_a_document_is_known(client: redis.Redis, reader: Server) -> None:
-    """Before its first transition, a breaker has been in its state since its generation began."""
-    before = int(client.time()[0])
-    make(client, "young").call(int)
-    assert before <= (rows(reader)["young"].since or 0) < before + 60
-
-
 ODD_OVERRIDES = [
     {"failure_threshold": value} for value in ("x", None, 0, 10**9 + 1, 5.5, float("nan"), True, [1], {})
 ] + [
