@@ -53,15 +53,14 @@ class Rule(NamedTuple):
             return round((value or 0) * 1000)
         return int(value or 0) if self.kind == "count" else float(value or 0)
 
-    def fits_request(self, value: Any) -> bool:
-        """Whether the scripts accept a value in their units. Any program may have stored it."""
-        if self.kind == "flag":
-            return isinstance(value, bool)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+    def accepts(self, value: object) -> bool:
+        """Whether the scripts accept this value, which is in their units."""
+        if self.kind == "flag" or isinstance(value, bool) or not isinstance(value, (int, float)):
+            return self.kind == "flag" and isinstance(value, bool)
+        if self.kind != "number" and value % 1 != 0:
             return False
         unit = 1000 if self.kind == "seconds" else 1
-        least = 0 if self.optional else self.least * unit
-        return least <= value <= self.most * unit and (self.kind == "number" or value % 1 == 0)
+        return self.least * unit <= value <= self.most * unit or (self.optional and value == 0)
 
     def from_request(self, value: Any) -> Any:
         """Convert a value in the scripts' units to one of Policy."""

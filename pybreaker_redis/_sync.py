@@ -134,7 +134,7 @@ class CircuitBreaker(BreakerCore):
     Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """
 
-    __slots__ = ()
+    __slots__ = ("__dict__",)  # empty, until somebody sets an attribute or a test replaces a method
     _permit_type: type[Permit] = Permit
     _warning_permit = warns_if_lost(Permit)
     _kind, _server_of = BLOCKING, staticmethod(server_of)

@@ -1448,3 +1448,16 @@ def test_the_end_of_a_forced_state_reaches_every_watcher(server: EmbeddedServer)
 
         wait_until(admitted)
         assert watch.active
+
+
+@pytest.mark.parametrize("shell", [CircuitBreaker, AsyncCircuitBreaker])
+def test_a_breaker_takes_attributes(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """People note something about a breaker, and tests replace its methods; so do subclasses."""
+    subclass = type("Mine", (shell,), {"team": "search"})
+    for breaker in (shell("a"), subclass("a")):
+        breaker.owner = "ann"
+        monkeypatch.setattr(breaker, "reset", lambda: "replaced")
+        assert (breaker.owner, breaker.reset()) == ("ann", "replaced")
+        monkeypatch.undo()
+        assert "reset" not in vars(breaker)
+    assert subclass("a").team == "search"
