@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
-OUTAGES := tests/faults tests/link tests/model tests/processes tests/clocks
+OUTAGES := tests/faults tests/link tests/model tests/processes tests/clocks tests/test_demo.py tests/test_examples.py
 INTEGRATIONS := tests/integrations
 COMPAT := tests/compat
 CIRCUITBREAKER := 2.1.3
@@ -46,7 +46,7 @@ coverage: $(VENV)/compat.stamp ## run all tests but the long ones, and print the
 	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --ignore=$(SITE) --ignore=$(WEB) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
-	@$(BIN)/python -m pytest $(OUTAGES) tests/races tests/test_demo.py -m 'long or not long' $(ARGS)
+	@$(BIN)/python -m pytest $(OUTAGES) tests/races -m 'long or not long' $(ARGS)
 
 test-servers: $(VENV)/dev.stamp ## run contract, scripts and cluster tests on every server found (four minutes)
 	@$(BIN)/python -m pytest tests/faults/test_every_server.py tests/faults/test_cluster.py -m 'long or not long' \

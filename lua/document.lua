@@ -34,7 +34,8 @@ function breaker.load(request)
     window = breaker.read_window(rest)
     sound = window and (not changed_at or #changed_at <= 13 and #reason <= 30)
   end
-  if not generation or #generation > 13 or #number > 13 or #failures > 10 or not sound
+  local present = tonumber(generation)
+  if not present or present > 100 * LARGEST or #number > 13 or #failures > 10 or not sound
       or #failed_at > 10 or not failed_s and failed_at ~= 'null' then
     return breaker.take_over(found[1], request)
   end
@@ -42,7 +43,7 @@ function breaker.load(request)
   if window then window = breaker.window_at(window, request, now) end
   local count, latest = failures == '0' and 0 or tonumber(failures), number == '0' and 0 or tonumber(number)
   local document = {state = 'closed', failure_count = count, success_count = 0, last_failure_time = failed_s,
-    generation = tonumber(generation), failure_number = latest < count and count or latest, trips = 0, exists = true,
+    generation = present, failure_number = latest < count and count or latest, trips = 0, exists = true,
     now = now, window = window or nil, changed_at_ms = changed_at and tonumber(changed_at), reason = reason, change = nil}
   if operator or note then document.operator, document.note = operator, note end
   return document
@@ -149,25 +150,35 @@ function breaker.announce(document, request)
   redis.pcall('PEXPIRE', KEYS[2], 86400000)
   change.instance, change.time_ms = request.instance, document.now
   change.retry_after_ms = document.open_until_ms and document.open_until_ms - document.now
-  redis.pcall('PUBLISH', KEYS[1], cjson.encode(change)) -- an ACL may refuse the channel
+  redis.pcall('PUBLISH', KEYS[1], breaker.to_json(change)) -- an ACL may refuse the channel
   change.instance, change.time_ms, change.retry_after_ms = nil, nil, nil
+end
+
+-- A reply or message as JSON. cjson writes 14 digits of a number, which are too few for a generation.
+function breaker.to_json(map)
+  local generation, transition = map.generation, map.transition
+  map.generation, map.transition = nil, nil
+  local text = string.format('{"generation":%.0f,%s', generation, string.sub(cjson.encode(map), 2))
+  map.generation = generation
+  if not transition then return text end
+  return string.format('%s,"transition":%s}', string.sub(text, 1, -2), breaker.to_json(transition))
 end
 
 -- Reads --------------------------------------------------------------------------------------------
 
-function breaker.new_document(now, exists, warning)
-  return {now = now, exists = exists, state = 'closed', failure_count = 0, success_count = 0, generation = now,
+function breaker.new_document(now, generation, exists, warning)
+  return {now = now, exists = exists, state = 'closed', failure_count = 0, success_count = 0, generation = generation,
     failure_number = 0, trips = 0, is_new = true, warning = warning}
 end
 
 -- Builds the document from the text under the key, or a new one.
 function breaker.take_over(text, request)
-  local now = breaker.now_ms()
+  local now, micros = breaker.now_ms()
   local stored = text and breaker.decode(text)
-  if stored and breaker.keeps_contract(stored) then return breaker.take_over_fields(stored, request, now) end
-  if text then return breaker.new_document(now, true, 'corrupt_document') end
+  if stored and breaker.keeps_contract(stored) then return breaker.take_over_fields(stored, request, now, micros) end
+  if text then return breaker.new_document(now, micros, true, 'corrupt_document') end
   local foreign = redis.call('EXISTS', KEYS[1]) == 1 -- MGET gives nothing for a key that is no string
-  return breaker.new_document(now, foreign, foreign and 'foreign_key' or nil)
+  return breaker.new_document(now, micros, foreign, foreign and 'foreign_key' or nil)
 end
 
 -- Whether the contract fields make sense; drops those that are null.
@@ -185,13 +196,13 @@ end
 
 -- The document by its contract fields, and by those private fields that make sense. Private fields count only with a
 -- generation: without one, another program wrote the document.
-function breaker.take_over_fields(stored, request, now)
-  local has_generation = breaker.is_integer(stored.generation, 1, LARGEST)
+function breaker.take_over_fields(stored, request, now, micros)
+  local has_generation = breaker.is_integer(stored.generation, 1, 100 * LARGEST)
   local own, state = has_generation and stored or {}, stored.state
   local number = breaker.is_integer(own.failure_number, 0, LARGEST) and own.failure_number or has_generation and 0 or now
   local document = {now = now, exists = true, state = state, failure_count = stored.failure_count or 0,
     success_count = stored.success_count or 0, last_failure_time = stored.last_failure_time,
-    opened_at = stored.opened_at, generation = own.generation or now,
+    opened_at = stored.opened_at, generation = own.generation or micros,
     failure_number = state == 'closed' and math.max(number, stored.failure_count or 0) or 0, trips = 0,
     reason = nil, changed_at_ms = nil, error = nil, change = nil, open_until_ms = nil, open_ms = nil, forced = nil}
   if not has_generation then breaker.take_over_generation(document, request) end
@@ -232,7 +243,7 @@ end
 -- next report from its state, so that outcomes add to what that program counts.
 function breaker.take_over_generation(document, request)
   local generation, from = request.generation or 0, request.probe and 'half_open' or 'closed'
-  document.amended = document.state == from and generation >= 1 and generation <= document.now
+  document.amended = document.state == from and generation >= 1 and generation <= document.generation
   if document.amended then document.generation = generation else document.is_new = true end
 end
 
@@ -240,7 +251,7 @@ end
 -- with its generation while closed. If that is missing or lies ahead, the time counts from now, and what was cut must be stored: otherwise
 -- each script would count anew.
 function breaker.bounded_ms(document, deadline)
-  local began = document.changed_at_ms or document.state == 'closed' and document.generation
+  local began = document.changed_at_ms or document.state == 'closed' and math.floor(document.generation / 1000)
     or (document.opened_at or math.huge) * 1000 + 999
   local latest = math.min(began, document.now) + 30 * DAY_MS
   if deadline <= latest then return deadline end
@@ -252,7 +263,7 @@ function breaker.take_over_open(document, own, request)
   local now = document.now
   if breaker.is_integer(own.open_until_ms, 0, LARGEST) and breaker.is_integer(own.open_ms, 0, LARGEST) then
     document.open_ms = math.min(own.open_ms, 30 * DAY_MS)
-    if breaker.is_integer(own.held_generation, 1, LARGEST) then document.held_generation = own.held_generation end
+    if breaker.is_integer(own.held_generation, 1, 100 * LARGEST) then document.held_generation = own.held_generation end
     -- A deadline more than twice the open period away means that the clock went back: treat it as due.
     local is_far = own.open_until_ms - now > 2 * own.open_ms
     document.open_until_ms = is_far and now or breaker.bounded_ms(document, own.open_until_ms)

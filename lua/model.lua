@@ -19,8 +19,9 @@ The other fields are private. Empty and zero fields are left out, unless stated 
 what is stored: 64 KB, 1,000 probes, 100 reporters, 30 days for an open or forced state, a day for a probe's slot.
 
   version            of this layout: 1
-  generation         grows at every transition. It is seeded from the clock in milliseconds, so it does not repeat
-                     after the key was lost. An outcome with another generation is ignored.
+  generation         grows at every transition, to 9e15 at most. It is seeded from the clock in microseconds. No two
+                     scripts begin in the same one (but for those of one MULTI), so it does not repeat after the key
+                     was lost. An outcome with another generation is ignored.
   failure_number     failures of this generation while closed, else 0; always stored. Each failure gets the next
                      number, so that a report can say which failures its successes came after. While closed it is at
                      least failure_count: if less is stored, failure_count is used instead. If another program stores
@@ -71,10 +72,11 @@ local DAY_MS = 86400 * 1000 -- two locals, not more: each costs every script the
 local breaker = {request = nil, load = nil, record = nil, reply = nil, save = nil, encode = nil, now_ms = nil,
   policy_field = nil, __index = nil}
 
--- The server's clock in unix milliseconds.
+-- The server's clock in unix milliseconds. Also returns it in microseconds.
 function breaker.now_ms()
   local time = redis.call('TIME')
-  return time[1] * 1000 + math.floor(time[2] / 1000)
+  local seconds, micros = time[1], time[2]
+  return seconds * 1000 + math.floor(micros / 1000), seconds * 1000000 + micros
 end
 
 function breaker.is_integer(value, least, most)

@@ -21,7 +21,7 @@ function breaker.request(limit_of, kinds)
   end
   local problem = (request.pending or request.counted) and breaker.miscount(request)
   if problem then return nil, breaker.bad_request(problem) end
-  return request, nil, is_json and cjson.encode or cmsgpack.pack
+  return request, nil, is_json and breaker.to_json or cmsgpack.pack
 end
 
 function breaker.bad_call()

@@ -25,7 +25,7 @@ function breaker.recent_trips(document, policy)
 end
 
 function breaker.next_generation(document)
-  return math.max(document.generation + 1, document.now)
+  return math.max(document.generation + 1, document.now * 1000)
 end
 
 -- Clears only fields that may be there, and rare fields only if they are: assigning nil to a new key grows the table.
@@ -290,8 +290,10 @@ end
 
 -- Lets the next caller of an open circuit probe. Returns whether it changed anything.
 function breaker.probe_now(document)
-  if document.forced or document.state ~= 'open' or document.open_until_ms <= document.now then return false end
-  document.open_until_ms, document.held_generation = document.now, nil -- a late hold must not undo the probe
+  if document.forced or document.state ~= 'open' then return false end
+  if document.open_until_ms <= document.now and not document.held_generation then return false end
+  document.open_until_ms = math.min(document.open_until_ms, document.now)
+  document.held_generation = nil -- a late hold must not undo the probe
   breaker.enter(document, 'probe')
   return true
 end
@@ -309,7 +311,7 @@ end
 function breaker.prolong(document, duration_ms)
   local until_ms = document.now + duration_ms
   if until_ms == document.forced_until_ms then return false end
-  document.forced_until_ms, document.changed_at_ms = until_ms, document.now
+  document.forced_until_ms, document.changed_at_ms, document.reason = until_ms, document.now, 'forced'
   if document.state == 'open' then document.open_until_ms, document.open_ms = until_ms, duration_ms end
   breaker.enter(document, 'forced')
   return true

@@ -20,7 +20,7 @@ from ._permit import SETTLED, BasePermit, warns_if_lost
 from ._process import renew
 from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
-from .wire.aio import async_server_of, carry_out, forget_ended, leave_to_parent
+from .wire.aio import async_server_of, carry_out, forget_ended
 from .wire.options import ASYNCIO, REDIS_ERRORS
 from .wire.subscription import BaseWatch
 
@@ -29,6 +29,8 @@ R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 _IfLost: TypeAlias = Callable[[T], Coroutine[Any, Any, None]]
+# By process and loop: a loop keeps only weak references. A child keeps its parent's tasks alive, and leaves them alone.
+_tasks: dict[int, weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]] = {}
 _USE_SYNC = "cannot be awaited, so AsyncCircuitBreaker cannot guard it: use CircuitBreaker"
 
 
@@ -108,6 +110,8 @@ class Acquiring:
 class AsyncWatch(BaseWatch):
     """A breaker's membership in a subscription of each event loop that calls it; also an `async with` block."""
 
+    __slots__ = ()
+
     async def close(self) -> None:
         """Leave the subscription."""
         self._leave()
@@ -126,18 +130,10 @@ class AsyncCircuitBreaker(BreakerCore):
     created before any of them runs. A cancelled call counts as neither success nor failure, and frees its probe's slot.
     """
 
-    _permit: type[AsyncPermit] = AsyncPermit
+    __slots__ = ("__dict__",)  # as for CircuitBreaker
+    _permit_type: type[AsyncPermit] = AsyncPermit
     _warning_permit = warns_if_lost(AsyncPermit)
     _kind, _server_of = ASYNCIO, staticmethod(async_server_of)
-
-    def _start_process(self) -> None:
-        super()._start_process()
-        self._tasks: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]
-        self._tasks = weakref.WeakKeyDictionary()
-
-    def _after_fork(self) -> None:
-        leave_to_parent(self._tasks)
-        super()._after_fork()
 
     # Calls
 
@@ -254,10 +250,12 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         finally:
             permit.end()
-        if self._every_result_succeeds and not self._innermost.has_failed(permit.started) and self._finish(permit):
+        if not self._every_result_succeeds:
+            await self._drive(self._report_result(permit, result))
+        elif not self._innermost.has_failed(permit.started) and self._finish(permit):
             await self._deliver()
         else:
-            await self._drive(self._report_result(permit, result))
+            await self._drive(self._report_end(permit, None))
         return result
 
     def _judge(self, result: Any, seen: Seen, now: float) -> Awaitable[None] | None:
@@ -326,7 +324,7 @@ class AsyncCircuitBreaker(BreakerCore):
         seen, now = self._view.seen, monotonic()
         if seen.sent <= now < seen.closed_until:
             tick = seen.tick if self._only_counts else None
-            return self._permit(self, seen.generation, now, None, tick)
+            return cast(AsyncPermit, self._permit(self, seen.generation, now, None, tick))
         return cast(AsyncPermit, await self._admit(now))
 
     # Carrying out the decisions
@@ -359,13 +357,13 @@ class AsyncCircuitBreaker(BreakerCore):
         except BaseException:
             await self._deliver()
             raise
-        task = self._spawn(self._run_to_end(steps, ask, self._notices.take()))
+        task = _spawn(self._run_to_end(steps, ask, self._notices.take()))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             # of this task; perhaps after the result, but before this task woke up
             if if_lost is not None and not task.cancelled():
-                self._spawn(_pass_on(task, if_lost))
+                _spawn(_pass_on(task, if_lost))
             raise
 
     async def _deliver_then(self, result: T, if_lost: _IfLost[T] | None) -> T:
@@ -374,7 +372,7 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._deliver()
         except BaseException:
             if if_lost is not None:
-                self._spawn(if_lost(result))
+                _spawn(if_lost(result))
             raise
         return result
 
@@ -397,17 +395,6 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._redis.wait_for_reports(self._line)
         return await self._redis.run(ask.name, self.keys, ask.request)  # type: ignore[no-any-return]
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        loop = asyncio.get_running_loop()
-        tasks = self._tasks.get(loop)
-        if tasks is None:
-            forget_ended(self._tasks)
-            tasks = self._tasks[loop] = set()
-        task = loop.create_task(coroutine)
-        tasks.add(task)  # the loop keeps only a weak reference
-        task.add_done_callback(tasks.discard)
-        return task
-
     async def _give_back(self, permit: BasePermit) -> None:
         """Free the slot of a probe whose caller was cancelled before it had the permit."""
         if (steps := self._report(permit, IGNORED)) is not None:
@@ -422,7 +409,7 @@ class AsyncCircuitBreaker(BreakerCore):
             await rest
 
     def _deliver_events(self, events: list[Event]) -> None:
-        self._spawn(self._deliver(events))
+        _spawn(self._deliver(events))
 
     def _start_delivery(self, events: Iterator[Event]) -> Awaitable[None] | None:
         """Call the plain listeners. Returns what has to be awaited from the first awaitable listener on."""
@@ -432,7 +419,7 @@ class AsyncCircuitBreaker(BreakerCore):
             result = notices.call(listener, event)
             if inspect.isawaitable(result):
                 # all of them now: another task of this thread must not take what is left
-                return asyncio.shield(self._spawn(_call_the_rest(notices, listener, result, iter(list(calls)))))
+                return asyncio.shield(_spawn(_call_the_rest(notices, listener, result, iter(list(calls)))))
         return None
 
     # State and operator actions
@@ -509,6 +496,19 @@ class AsyncCircuitBreaker(BreakerCore):
         if self._line is not None:
             self._redis.link.leave(self._line)
             await self._redis.close()
+
+
+def _spawn(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    loop, here = asyncio.get_running_loop(), getpid()
+    by_loop = _tasks.get(here) or _tasks.setdefault(here, weakref.WeakKeyDictionary())
+    tasks = by_loop.get(loop)
+    if tasks is None:
+        forget_ended(by_loop)
+        tasks = by_loop[loop] = set()
+    task = loop.create_task(coroutine)
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
+    return task
 
 
 async def _pass_on(task: asyncio.Task[T], if_lost: _IfLost[T]) -> None:

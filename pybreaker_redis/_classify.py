@@ -20,6 +20,7 @@ Exceptions: TypeAlias = (
 )  # types, or a predicate
 RetryAfter: TypeAlias = Callable[[Any], float | str | None]
 CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError, KeyboardInterrupt, GeneratorExit)
+_ANY = (Exception,)  # shared by most breakers
 logger = logging.getLogger("pybreaker_redis")
 
 
@@ -49,6 +50,8 @@ class Classifier:
     owner: whose options these are, for the log: the name of a breaker.
     """
 
+    __slots__ = ("_failures", "_ignore", "_is_failure", "_logged", "_owner", "_retry_after")
+
     def __init__(
         self,
         owner: str,
@@ -64,7 +67,7 @@ class Classifier:
         if retry_after is not None:
             _check_function("retry_after", "the exception or result", retry_after)
         self._is_failure, self._retry_after = is_failure, retry_after
-        self._logged: set[str] = set()
+        self._logged: tuple[str, ...] = ()
 
     def of_exception(self, exception: BaseException) -> Outcome:
         """Cancelled and ignored calls count as nothing. An exception outside `failures` counts as success.
@@ -111,7 +114,7 @@ class Classifier:
 
     def _log_once(self, option: str, ended: Any) -> None:
         if option not in self._logged:
-            self._logged.add(option)
+            self._logged = (*self._logged, option)
             logger.exception("%s of %r failed for %r", option, self._owner, ended)
 
 
@@ -147,7 +150,9 @@ def _matcher(option: str, given: Any) -> Any:
     if callable(given) and not isinstance(given, type):
         _check_function(option, "the exception", given)
         return given
-    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, type) else (given,)
+    if given is Exception:
+        return _ANY
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (type, str)) else (given,)
     for one in found:
         if not (isinstance(one, type) and issubclass(one, BaseException)):
             raise PolicyError(f"{option} must be exception types, or one function of the exception, not {one!r}")

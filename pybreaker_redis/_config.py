@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import socket
+import sys
 from collections.abc import Mapping
 from typing import Any, get_args
 
@@ -26,7 +27,7 @@ class Config:
     redis_options: options of redis.Redis for its client; those in the URL win. watch: whether the breakers
     subscribe to messages, so that their views follow changes within milliseconds. idle_after: seconds after which a
     manager forgets a breaker that nobody asked it for; what Redis stores of it stays until its TTL ends. None: never.
-    lease, on_redis_failure, redis_timeout, prefix, host, record_errors: as for CircuitBreaker.
+    lease, on_redis_failure, redis_timeout, prefix, host, record_errors, listed: as for CircuitBreaker.
 
     Raises PolicyError for an invalid value.
     """
@@ -80,7 +81,7 @@ def check_flag(option: str, value: object) -> None:
 def host_of(host: object) -> str:
     """The option `host`, or the machine's host name for None. Raises PolicyError."""
     if host is None:
-        return socket.gethostname().encode("ascii", "backslashreplace").decode() or "localhost"
+        return sys.intern(socket.gethostname().encode("ascii", "backslashreplace").decode()) or "localhost"
     if not isinstance(host, str) or not re.fullmatch("[ -~]{1,200}", host):
         raise PolicyError(f"host must be 1 to 200 printable ASCII characters, or None, not {host!r}")
     return host

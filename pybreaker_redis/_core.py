@@ -6,7 +6,6 @@ import functools
 import inspect
 import os
 import secrets
-import threading
 from collections.abc import Callable, Iterable, Mapping
 from os import getpid
 from time import monotonic
@@ -22,7 +21,7 @@ from ._isolation import Isolation
 from ._line import FixedEngine, Line, OnRedisFailure
 from ._memory import LocalEngine, MemoryEngine, clock_ms, document_for
 from ._permit import BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
-from ._policy import RULES, Policy, override_request, request_field
+from ._policy import Policy, override_request, shared_request
 from ._process import renew
 from ._protocol import Action, Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
 from ._rules import Document
@@ -35,16 +34,29 @@ W = TypeVar("W", bound=BaseWatch)
 Fallback: TypeAlias = Callable[[CircuitOpenError], Any]
 Engine: TypeAlias = MemoryEngine | FixedEngine
 ASKED_AGAIN = 0.1  # retry_after in seconds while other calls of this process ask for the slots of probes
-_NEWS = {"override", "transition"}
-_NEEDS_POLICY = {"failures", "slow", "hold_ms", "probe", "counted"}
+_NEWS = frozenset({"override", "transition"})
+_NO_OVERRIDE = NEVER, float("inf")
+_NEEDS_POLICY = frozenset({"failures", "slow", "hold_ms", "probe", "counted"})
 _OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", *_NEEDS_POLICY, "pending", "error"}
 
 
 class BreakerCore:
-    """Options, view and decisions of one breaker. The shells, _sync and _async, add the I/O. See CircuitBreaker."""
+    """Options, view and decisions of one breaker. The shells, _sync and _async, add the I/O. See CircuitBreaker.
+
+    A process may have a breaker for each of 20,000 tenants, so its parts are small. They have slots, share what is the
+    same for all, and share one lock, that of the view.
+    """
+
+    __slots__ = (
+        *("name", "host", "policy", "corrupt_documents", "_state_key", "_prefix", "_classifier", "_notices"),
+        *("_fallback", "_record_errors", "_every_result_succeeds", "_only_counts", "_client", "_redis", "_now"),
+        *("_innermost", "_permit", "_view", "_slow_calls", "_override", "_override_end", "_obeyed", "_isolation"),
+        *("_warned", "_warned_of_window", "_watch", "_memory", "_line", "_pid", "_instance", "_given"),
+        *("_judges_successes", "_asking", "_asked_for_at", "_shares", "__weakref__"),
+    )
 
     # set by the shell
-    _permit: type[BasePermit]
+    _permit_type: type[BasePermit]
     _warning_permit: type[BasePermit]
     _kind: Kind
     _server_of: Callable[[Any, float], Any]
@@ -84,9 +96,12 @@ class BreakerCore:
         self._fallback, self._record_errors = fallback, record_errors
         self.name, self.host = name, host_of(host)
         self.policy = policy or Policy()
-        self.keys = _protocol.keys_of(name, prefix)
+        self._state_key = _protocol.keys_of(name, prefix).state
         self.corrupt_documents = 0
         self._prefix = prefix
+        self._now = machine if clock is None else clock.monotonic
+        # clock= needs a lease of 0: then no call takes the fast path, which reads the machine's clock
+        self._view = View(float(lease) if clock is None else 0.0, self.policy, self._now)
         self._classifier = Classifier(name, failures, ignore, is_failure, retry_after)
         self._notices = Notices(name, listeners, on_call)
         for listener in (*self._notices.listeners, *self._notices.on_call):
@@ -97,22 +112,19 @@ class BreakerCore:
         self._only_counts = self._every_result_succeeds and not self._notices.on_call
         self._client = None if redis is None else client_of(redis, self._kind)
         self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
-        self._now = machine if clock is None else clock.monotonic
         # in memory, each object is a breaker of its own
         self._innermost = (
-            Innermost(self._now) if redis is None else innermost_of(self.keys.state, address_of(self._client))
+            Innermost(self._now) if redis is None else innermost_of(self._state_key, address_of(self._client))
         )
-        if resource_warnings_are_shown():
-            self._permit = self._warning_permit
-        # clock= needs a lease of 0: then no call takes the fast path, which reads the machine's clock
-        self._view = View(float(lease) if clock is None else 0.0, self.policy, self._now)
+        self._permit = self._warning_permit if resource_warnings_are_shown() else self._permit_type
         self._slow_calls = SlowCalls(self._view)
         self._override: dict[str, Any] | None = None  # the policy override, as last read
-        self._override_end = NEVER, float("inf")  # when it was read, and how many seconds it then had left
+        self._override_end = _NO_OVERRIDE  # when it was read, and how many seconds it then had left
         self._obeyed = NEVER  # when the request of the last obeyed reply was sent
-        self._isolation = Isolation(self._local_engine, lambda: self._view.policy.quorum, self._isolation_changed)
+        self._isolation = Isolation(self)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
+        self._asked_for_at = NEVER  # when a manager last gave it to somebody
         self._shares: BreakerCore | None = None  # whose view and engine this breaker uses
         # one of the two: the state machine in this process, or the breaker's part in the link to Redis
         now_ms = clock_ms if clock is None else clock.now_ms
@@ -120,6 +132,7 @@ class BreakerCore:
         self._line = None if redis is None else Line(self, self._redis, on_redis_failure, listed)
         self._pid = getpid()
         self._start_process()
+        self._notices.start_process(self._instance, self._view.lock)
         for instrument in self._notices.instruments:
             instrument.attach(self)
 
@@ -127,26 +140,15 @@ class BreakerCore:
         # The random digits tell apart the breakers of one process, and containers that share host name and process id,
         # so that each knows its own transitions. A script takes 200 characters.
         self._instance = f"{self.host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
-        self._notices.start_process(self._instance)
-        self._set_requests()
+        self._given, self._judges_successes = shared_request(self.policy)
         self._warned_of_window = False
-        self._obeying = threading.RLock()
-        self._asking: list[object] = []  # one token for each call that asks for a permit now
-
-    def _set_requests(self) -> None:
-        """The fields that every request has, and those that a report of only successes has."""
-        given = self.policy.to_request()
-        # a report of only successes omits the policy unless a field matters to it: parsing it costs the script time
-        self._without_policy: Request = {}
-        self._with_policy: Request = {"instance": self._instance, **({"policy": given} if given else {})}
-        if any(rule.on_success and request_field(name) in given for name, rule in RULES.items()):
-            self._without_policy = self._with_policy
+        self._asking: tuple[object, ...] = ()  # one token for each call that asks for a permit now
 
     def _follow(self, policy: Policy) -> None:
         """Follow another policy of this process from now on."""
         self.policy = policy
         self._view.policy = policy.with_override(self._override)
-        self._set_requests()
+        self._given, self._judges_successes = shared_request(policy)
 
     def _check_process(self) -> None:
         """Start anew if this is a child. The fast path repeats these lines, to save a call."""
@@ -159,8 +161,10 @@ class BreakerCore:
         self._start_process()
         if self._shares is not None:
             self._shares._check_process()
+            self._notices.start_process(self._instance, self._view.lock)
             return
         self._view.after_fork()
+        self._notices.start_process(self._instance, self._view.lock)
         self._slow_calls.after_fork()
         self._innermost.after_fork()
         self._isolation.forget()  # a thread of the parent may hold the lock of its engine
@@ -178,6 +182,11 @@ class BreakerCore:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
+
+    @property
+    def keys(self) -> _protocol.Keys:
+        """The keys of this breaker in Redis."""
+        return _protocol.keys_with(self._state_key)
 
     @property
     def instance(self) -> str:
@@ -271,7 +280,8 @@ class BreakerCore:
     def _ask(self) -> Steps[BasePermit]:
         """Ask for a permit. Raises CircuitOpenError."""
         token = object()
-        self._asking.append(token)
+        with self._view.lock:
+            self._asking = (*self._asking, token)
         try:
             *slow_probes, request = self._reports()
             for report in slow_probes:
@@ -279,13 +289,13 @@ class BreakerCore:
             # not a generation alone: with it, a closed document that another program wrote would go on under it
             reply = yield from self._run("acquire", request if len(request) > 1 else {})
         finally:
-            if token in self._asking:  # not after a fork: a child starts with an empty list
-                self._asking.remove(token)
+            with self._view.lock:
+                self._asking = tuple(one for one in self._asking if one is not token)
         if not reply["admitted"] or reply.get("shadow"):
             wait = seconds(reply.get("retry_after_ms")) or 0.0
             return self._reject(reply["state"], wait, reply.get("reason"), reply.get("error"))
         ramp_left = seconds(reply.get("ramp_left_ms")) or 0.0
-        if self._view.held_back(ramp_left):
+        if ramp_left > 0 and self._view.held_back(ramp_left):
             return self._reject("closed", ramp_left)
         return self._admitted(reply["generation"], reply.get("probe"))
 
@@ -309,7 +319,9 @@ class BreakerCore:
     def _finish(self, permit: BasePermit) -> bool:
         """Count a quick success without a script call. Returns False, with nothing done, if it needs one."""
         generation = permit.generation
-        if permit.probe is not None or generation is None or generation != self._view.seen.generation:
+        if self._view.lease <= 0 or permit.probe is not None:
+            return False
+        if generation is None or generation != self._view.seen.generation:
             return False
         if not self._slow_calls.ended_quickly(permit) or not self._gather(generation):
             return False
@@ -352,7 +364,7 @@ class BreakerCore:
         if probe is not None:
             report["probe"] = probe
         if outcome == FAILURE and error is not None:
-            report["error"] = described(error, self._record_errors)
+            report["error"] = functools.partial(described, error, self._record_errors)  # seldom needed
         if hold_ms > 0:
             report["hold_ms"] = hold_ms
             if probe is None:
@@ -375,7 +387,8 @@ class BreakerCore:
 
         generation: of the report that they go with; default: the view's. as_it_ends: see View.take.
         """
-        request = self._view.take(generation, self._own_engine() is None, as_it_ends)
+        view = self._view
+        request = view.take(generation, self._own_engine() is None, as_it_ends) if view.lease > 0 else {}
         current = self._view.seen.generation
         slow_probes: list[Request] = []
         # a report of an earlier generation counts for nothing: slow calls wait for one of the view's
@@ -392,8 +405,9 @@ class BreakerCore:
     def _send(self, reports: list[Request]) -> Steps[None] | None:
         """Report outcomes. Returns the steps, or None if the engine of this process has counted them."""
         for place, report in enumerate(reports):
-            if self._run_here("record", report) is None:
+            if (engine := self._own_engine()) is None:
                 return self._send_to_redis(reports[place:])
+            self._run_on(engine, "record", report)
         return None
 
     def _send_to_redis(self, reports: list[Request]) -> Steps[None]:
@@ -424,14 +438,15 @@ class BreakerCore:
             return self._report(permit, IGNORED if self._innermost.has_failed(permit.started) else SUCCESS)
         if isinstance(error, CircuitOpenError) and error.name == self.name:
             return self._report(permit, IGNORED, error)  # a nested rejection says nothing about the service
-        if self._innermost.has_counted(error, permit.started) or self._innermost.has_failed(permit.started):
+        innermost, began = self._innermost, permit.started
+        if began < innermost.failed_at and (innermost.has_counted(error, began) or innermost.has_failed(began)):
             return self._report(permit, IGNORED, error)
         outcome = self._classifier.of_exception(error)
         hold_ms = 0 if outcome == IGNORED else self._classifier.hold_ms_of(error)
         if hold_ms > 0:
             outcome = FAILURE
         if outcome == FAILURE and permit.generation is not None:
-            self._innermost.failed(error, permit.started)
+            innermost.failed(error, began)
         return self._report(permit, outcome, error, hold_ms)
 
     # Script calls and their replies
@@ -440,11 +455,17 @@ class BreakerCore:
         """The engine that decides in this process: in memory, or while Redis is down. None while Redis decides."""
         return self._memory if self._line is None else self._line.engine()
 
+    @property
+    def _with_policy(self) -> Request:
+        """The policy and the instance, as a request."""
+        return {"instance": self._instance, "policy": self._given} if self._given else {"instance": self._instance}
+
     def _complete(self, name: str, request: Request) -> Request:
         """Add the policy and the instance. A report of only successes omits them, unless a field matters to it:
         parsing them costs the script time."""
-        plain = name == "record" and "generation" in request and not request.keys() & _NEEDS_POLICY
-        return {**(self._without_policy if plain and not self._override else self._with_policy), **request}
+        plain = name == "record" and "generation" in request and _NEEDS_POLICY.isdisjoint(request)
+        omits_policy = plain and not self._override and not self._judges_successes
+        return {**request} if omits_policy else {**self._with_policy, **request}
 
     def _run(self, name: str, request: Request) -> Steps[Reply]:
         """Call a script. Its reply becomes the view, and its transition an event."""
@@ -487,7 +508,7 @@ class BreakerCore:
             not seen.sent <= sent < seen.closed_until
             or reply["generation"] != seen.generation
             or self._override
-            or reply.keys() & _NEWS
+            or not _NEWS.isdisjoint(reply)
         ):
             self._adopt(reply, sent)
         return reply
@@ -496,6 +517,8 @@ class BreakerCore:
         """Let Redis run a script. Raises errors of redis-py."""
         if request.get("generation", 0) < 0:  # of a local engine: Redis does not know it
             request = {key: value for key, value in request.items() if key not in _OUTCOMES}
+        if "error" in request:
+            request = {**request, "error": request["error"]()}
         began = monotonic()
         try:
             reply: Reply = yield Ask(name, request)
@@ -537,7 +560,7 @@ class BreakerCore:
         """Put the policy override of a reply in force, unless a newer reply is known."""
         if reply["source"] == "local":
             return
-        with self._obeying:
+        with self._view.lock:
             override, latest, now = reply.get("override"), self._view.seen.sent, self._now()
             if sent < self._obeyed <= now or sent < latest <= now:
                 return
@@ -549,7 +572,7 @@ class BreakerCore:
 
     def _end_override(self) -> None:
         """End the policy override when its time is over, without waiting for Redis to say so."""
-        with self._obeying:
+        with self._view.lock:
             if self._override_left() <= 0:
                 self._put_in_force(None)
 

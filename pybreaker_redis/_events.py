@@ -106,13 +106,16 @@ class Notices:
         self.listeners, self.on_call = _checked("listeners", listeners), _checked("on_call", on_call)
         self.instruments = tuple(one for one in self.listeners if isinstance(one, Instrument))
 
-    def start_process(self, instance: str) -> None:
-        """Start empty, also in a forked child: the parent delivers its own events and counts its own calls."""
+    def start_process(self, instance: str, lock: threading.RLock) -> None:
+        """Start empty, also in a forked child: the parent delivers its own events and counts its own calls.
+
+        lock: of the breaker.
+        """
         self.instance = instance
         # by thread; no queue is ever replaced, since a signal handler may use it at any time
         self._waiting: dict[int, collections.deque[Event]] = {}
         self._notified: tuple[int, ...] = ()  # the latest generations
-        self.counting = threading.RLock()
+        self._lock = lock
         self._counters: dict[str, Counter] = {}
 
     def call_ended(
@@ -190,6 +193,8 @@ class Notices:
 
     def next(self) -> Event | None:
         """Take the next event that this thread has to deliver, or None."""
+        if not self._waiting:
+            return None
         queue = self._waiting.get(get_ident())
         try:
             return queue.popleft() if queue else None
@@ -217,7 +222,7 @@ class Notices:
 
     def counts(self, gathered: int) -> Counts:
         """All calls so far. gathered: the successes that the view has counted."""
-        with self.counting:
+        with self._lock:
             found = {kind: counter.total() for kind, counter in list(self._counters.items())}
         success, slow, *others = (found.get(kind, 0) for kind in ("success", "slow", "failure", "ignored", "rejected"))
         return Counts(success + slow + gathered, slow, *others)

@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from ._memory import LocalEngine
 from ._protocol import Reply, Request, State
+from ._view import View
+
+
+class Owner(Protocol):
+    """A breaker, as far as its isolation is concerned."""
+
+    _view: View
+
+    def _local_engine(self) -> LocalEngine: ...
+    def _isolation_changed(self, change: dict[str, Any]) -> None: ...
 
 
 class Isolation:
     """The state that one instance keeps for itself, by the same rules with a quorum of 1.
 
     It decides while the fleet's circuit is closed. Any other state of the fleet overrules and discards it.
-    make: creates a closed engine. quorum: returns the quorum in force. notify: receives each transition
-    of the instance's own state.
     """
 
-    def __init__(
-        self,
-        make: Callable[[], LocalEngine],
-        quorum: Callable[[], int],
-        notify: Callable[[dict[str, Any]], None],
-    ) -> None:
-        self._make, self._quorum, self._notify = make, quorum, notify
+    __slots__ = ("_own", "_owner")
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
         self._own: LocalEngine | None = None
 
     def forget(self) -> None:
@@ -42,7 +46,7 @@ class Isolation:
 
     def is_open(self) -> bool:
         """Whether this instance's own state is open or half open."""
-        return self.state != "closed"
+        return self._own is not None and self._own.state != "closed"
 
     def decides_over(self, fleet: Reply) -> bool:
         """Whether it is, and is not overruled by the fleet's state in this snapshot."""
@@ -79,7 +83,7 @@ class Isolation:
     def _ask_own(self, own: LocalEngine, name: str, request: Request) -> Reply:
         mine = own.run(name, request)
         if change := mine.get("transition"):
-            self._notify(change)
+            self._owner._isolation_changed(change)
         return mine
 
     def _own_engine(self, fleet: Reply) -> LocalEngine | None:
@@ -87,10 +91,10 @@ class Isolation:
 
         Each generation of the fleet starts a new one: a transition or reset of the fleet applies to this instance too.
         """
-        if self._quorum() == 1 or _decides(fleet):
+        if self._owner._view.policy.quorum == 1 or _decides(fleet):
             self._own = None
         elif self._own is None or self._own.fleet_generation < fleet["generation"]:
-            self._own = self._make()
+            self._own = self._owner._local_engine()
             self._own.fleet_generation = fleet["generation"]
         return self._own
 

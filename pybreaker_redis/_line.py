@@ -7,7 +7,6 @@ import functools
 import json
 import random
 import re
-import threading
 from time import monotonic
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias
 
@@ -16,14 +15,15 @@ from ._events import Notices
 from ._memory import LocalEngine
 from ._policy import DEFAULTS, Policy
 from ._process import renew
-from ._protocol import LARGEST_TEXT, Reply, Request, State, read_document, read_window
+from ._protocol import ABOUT_OVERRIDE, Keys, Reply, Request, State, read_document, read_map, read_window
 from ._slow import SlowCalls
 from ._view import Seen, View
-from .wire.link import IDLE, LONGEST_PAUSE, Due, Link
+from .wire.link import IDLE, LONGEST_PAUSE, Due, Health, Link
 from .wire.listing import Given
 
 USUAL_PAUSE = 0.1  # seconds between two checks of a breaker without a lease, while Redis is down
 OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
+_NO_OVERRIDE: tuple[bytes | None, Reply, float] = None, {}, NEVER
 
 
 class Texts(NamedTuple):
@@ -60,7 +60,6 @@ class Owner(Protocol):
     """A breaker, as far as its line is concerned."""
 
     name: str
-    keys: Any
     policy: Policy
     host: str
     _prefix: str
@@ -70,8 +69,12 @@ class Owner(Protocol):
     _notices: Notices
     _slow_calls: SlowCalls
     _override: dict[str, Any] | None
-    _with_policy: Request
     _watch: Any
+
+    @property
+    def keys(self) -> Keys: ...
+    @property
+    def _with_policy(self) -> Request: ...
 
     def _after_fork(self) -> None: ...
     def _last_known(self) -> LocalEngine: ...
@@ -87,27 +90,45 @@ class Line:
     mode: the breaker's on_redis_failure. listed: whether to list the breaker in the fleet.
     """
 
+    __slots__ = (
+        *("_owner", "_server", "_mode", "_listed", "_link", "used_at", "trouble", "local", "news", "_texts", "_known"),
+        *("_policy", "_keeps_window", "_renewed_at", "_renew_after", "__weakref__"),
+    )
+
     def __init__(self, owner: Owner, server: Any, mode: OnRedisFailure, listed: bool) -> None:
-        self._owner, self._server, self._mode = owner, server, mode
+        self._owner, self._server, self._mode, self._listed = owner, server, mode, listed
         self._link: Link = server.link
-        self.name, self.keys = owner.name, owner.keys
-        self.notices = owner._notices
-        self.given = Given(owner._prefix, owner.host, _given_in(owner.policy)) if listed else None
         self._start_process()
 
     def _start_process(self) -> None:
         self.used_at = NEVER
-        self.trouble = self._link.new_health()
-        self._lock = threading.RLock()
+        self.trouble: Health = self._link.fine
         self.local: LocalEngine | FixedEngine | None = None
         self._texts: Texts | None = None  # as last read
         # the texts that the view agrees with, that view, since when they agree, and for how many seconds
         self._known: tuple[Texts, Seen, float, float] | None = None
         # the stored text of a policy override, what a reply said about it, and when
-        self._policy: tuple[bytes | None, Reply, float] = None, {}, NEVER
+        self._policy = _NO_OVERRIDE
         self._keeps_window = False  # in Redis, whichever client asked for the window
         self._renewed_at, self._renew_after = NEVER, 0.0  # the TTL
         self.news: dict[str, Any] | None = None
+
+    @property
+    def name(self) -> str:
+        return self._owner.name
+
+    @property
+    def keys(self) -> Keys:
+        return self._owner.keys
+
+    @property
+    def notices(self) -> Notices:
+        return self._owner._notices
+
+    @property
+    def given(self) -> Given | None:
+        owner = self._owner
+        return Given(owner._prefix, owner.host, _given_in(owner.policy)) if self._listed else None
 
     def renew(self) -> None:
         renew(self._owner)
@@ -118,11 +139,17 @@ class Line:
 
     # Outages
 
+    def own_health(self) -> Health:
+        with self._owner._view.lock:
+            if self.trouble is self._link.fine:
+                self.trouble = self._link.new_health()
+            return self.trouble
+
     def engine(self) -> LocalEngine | FixedEngine | None:
         """The engine that decides in this process while Redis is down; None while Redis decides."""
         if self.local is None and not self._link.failing:  # the usual case, at no cost
             return None
-        with self._lock:
+        with self._owner._view.lock:
             error = self._link.error(self)
             if error is None:
                 self._return(None)
@@ -145,7 +172,7 @@ class Line:
             self._owner._notices.redis_up()
 
     def restored(self, reply: Reply, sent: float) -> None:
-        with self._lock:
+        with self._owner._view.lock:
             self._return(sent)
         self.replied({}, reply, sent)
 
@@ -167,6 +194,8 @@ class Line:
         quiet = unused > IDLE and not rejects and not hinted
         idle = quiet and seen.age() >= view.lease  # until then calls rely on the view, unseen by the link
         must_renew = self._renewed_at > NEVER and age(self._renewed_at, monotonic()) >= self._renew_after
+        if idle:  # it may be one of many tenants
+            self._texts = self._known = None
         reports: list[Request] = []
         if is_due or must_renew or (idle and keeps_window):
             reports = self._take(must_renew, as_it_ends=True)
@@ -225,7 +254,7 @@ class Line:
         owner = self._owner
         seen = owner._view.seen
         if proves or seen.generation <= 0 or seen.state != "closed":
-            return {**owner._with_policy}
+            return owner._with_policy
         # a closed circuit goes on under this generation if another program rewrites its document without one
         return {**owner._with_policy, "generation": seen.generation}
 
@@ -295,14 +324,14 @@ class Line:
         entry = next(known, {"instance": ""})
         if entry["instance"] != self._owner._instance:  # our own transition comes with the reply that it caused
             # scripts write decimal numbers
-            change |= {key: int(value) if re.fullmatch("[0-9]{1,15}", value) else value for key, value in entry.items()}
+            change |= {key: int(value) if re.fullmatch("[0-9]{1,16}", value) else value for key, value in entry.items()}
             self._owner._notices.changed(change, "watch", entry["instance"])
 
     def deliver(self, events: list[Any]) -> None:
         self._owner._deliver_events(events)
 
 
-@functools.lru_cache
+@functools.lru_cache(maxsize=1000)
 def _given_in(policy: Policy) -> str:
     """The fields of a policy that differ from the defaults, as JSON, for people."""
     given = dataclasses.asdict(policy)
@@ -315,13 +344,6 @@ def _says(texts: Texts, reply: Reply) -> bool:
     numbers = b',"generation":%d,"failure_number":%d' % (reply["generation"], reply["failure_number"])
     if not document.startswith(b'{"state":"%b"' % reply["state"].encode()) or numbers not in document:
         return False
-    if texts.policy is None or len(texts.policy) > LARGEST_TEXT:
-        return override is None
-    try:
-        stored = json.loads(texts.policy)
-        if isinstance(stored, dict):
-            for said in ("until_ms", "operator", "note"):  # about the policy override
-                stored.pop(said, None)
-        return override == stored  # type: ignore[no-any-return]
-    except (ValueError, RecursionError):  # corrupt, and thus not in force
-        return override is None
+    stored = read_map(texts.policy)
+    # a corrupt policy override is not in force
+    return override == (stored and {name: stored[name] for name in stored if name not in ABOUT_OVERRIDE})

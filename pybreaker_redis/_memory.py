@@ -6,6 +6,7 @@ It is also the model that tests compare the Lua with.
 from __future__ import annotations
 
 import collections
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from ._window import Sums, bucket_ms, sums, window_at
 
 HISTORY_ENTRIES = 1000
 _DEFAULTS = default_request()
-_UNSET = object()
+_UNSET: tuple[Any, Any] = object(), object()
 _OUTCOMES = {"successes", "failures", "slow", "hold_ms", "probe"}
 _WALL_OFFSET_NS = time.time_ns() - time.monotonic_ns()
 
@@ -27,6 +28,12 @@ _WALL_OFFSET_NS = time.time_ns() - time.monotonic_ns()
 def clock_ms() -> int:
     """Unix milliseconds. They go back only when a test turns the clock back."""
     return (time.monotonic_ns() + _WALL_OFFSET_NS) // 1_000_000
+
+
+@functools.lru_cache(maxsize=1000)
+def _whole_policy(fields: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    """These fields and the defaults of all others; the same for all engines."""
+    return {**_DEFAULTS, **dict(fields)}
 
 
 class MemoryEngine:
@@ -40,6 +47,19 @@ class MemoryEngine:
 
     source = "memory"
     is_local = False
+    __slots__ = (
+        *(
+            "_now_ms",
+            "_publish",
+            "_quorum_of_one",
+            "_document",
+            "_override",
+            "_override_until_ms",
+            "_override_by",
+            "_dropped",
+        ),
+        *("_latest_ms", "_made_of", "_policy", "_lock", "_history"),
+    )
 
     def __init__(
         self,
@@ -59,57 +79,60 @@ class MemoryEngine:
         self._override_by: dict[str, Any] = {}  # its operator and note, as in the reply of the snapshot
         self._dropped = False  # whether the present request, a reset, has ended a policy override
         self._latest_ms = 0  # what the clock said last
-        self._scripts: dict[str, Callable[[Document, Request, dict[str, Any]], Reply]] = {
-            "acquire": self._acquire,
-            "record": self._record,
-            "control": self._control,
-            "snapshot": self._snapshot,
-        }
-        self._made_of: tuple[Any, Any] = (_UNSET, _UNSET)  # the inputs of _policy, which is never changed in place
+        self._made_of = _UNSET  # the inputs of _policy, which is never changed in place
         self._policy: dict[str, Any] = {}
         self._lock = threading.RLock()
-        self._history: collections.deque[dict[str, Any]] = collections.deque(maxlen=HISTORY_ENTRIES)
+        self._history: collections.deque[dict[str, Any]] | None = None  # until the first transition
 
     def after_fork(self) -> None:
         """In a child: replace the lock, which a thread of the parent may hold."""
         self._lock = threading.RLock()
 
-    def replace(self, document: Document) -> None:
-        """Go on from another document, as the scripts do once another program has written one."""
+    def replace(self, **fields: Any) -> None:
+        """Go on from a document with these fields, under a new generation: calls that are running will not count."""
         with self._lock:
+            generation = 0 if self._document is None else self._document.generation
+            document = Document(generation, now=self._now_ms(), is_new=False, **fields)
+            document.generation = _rules.next_generation(document)
             self._document = document
 
     def run(self, name: str, request: Request) -> Reply:
-        """The reply of the script called name."""
-        with self._lock:
-            now = self._now_ms()
-            if now < self._latest_ms:
-                self._turn_back(self._latest_ms - now)
-            self._latest_ms = now
-            expired = self._override_until_ms is not None and self._override_until_ms <= now
-            self._dropped = self._override is not None and not expired and request.get("action") == "reset"
-            if expired or self._dropped:  # a reset replaces everything but the history
-                self._forget_override()
-            policy = self._policy_of(request.get("policy"))
-            document = self._load(policy, now)
-            reply = self._scripts[name](document, request, policy)
-            self._announce(document, request, reply)
-            return self._reply(document, policy, reply)
+        """The reply of the script called name. Its error may be a function that describes it, since that takes time."""
+        try:
+            with self._lock:
+                return self._run(name, request)
+        except _rules.NotDescribed:
+            # outside of the lock: the code of an exception may wait for another thread, or call this breaker
+            return self.run(name, {**request, "error": request["error"]()})
+
+    def _run(self, name: str, request: Request) -> Reply:
+        now = self._now_ms()
+        if now < self._latest_ms:
+            self._turn_back(self._latest_ms - now)
+        self._latest_ms = now
+        expired = self._override_until_ms is not None and self._override_until_ms <= now
+        self._dropped = self._override is not None and not expired and request.get("action") == "reset"
+        if expired or self._dropped:  # a reset replaces everything but the history
+            self._forget_override()
+        policy = self._policy_of(request.get("policy"))
+        document = self._load(policy, now)
+        reply = _SCRIPTS[name](self, document, request, policy)
+        document.reported_error = None  # it must not outlive the call
+        self._announce(document, request, reply)
+        return self._reply(document, policy, reply)
 
     def _policy_of(self, given: dict[str, Any] | None) -> dict[str, Any]:
         """The policy in force: the policy override, then the caller's fields, then the defaults."""
         made_of = given, self._override
         if made_of[0] is not self._made_of[0] or made_of[1] is not self._made_of[1]:
-            policy = {**_DEFAULTS, **(given or {}), **(self._override or {})}
-            if self._quorum_of_one:
-                policy["quorum"] = 1
-            self._made_of, self._policy = made_of, policy
+            fields = {**(given or {}), **(self._override or {}), **({"quorum": 1} if self._quorum_of_one else {})}
+            self._made_of, self._policy = made_of, _whole_policy(tuple(fields.items()))
         return self._policy
 
     def history(self, count: int) -> list[dict[str, Any]]:
         """The newest transitions, newest first, with the fields of the history stream."""
         with self._lock:
-            return list(self._history)[::-1][:count]
+            return list(self._history or ())[::-1][:count]
 
     def obey(self, override: dict[str, Any] | None) -> None:
         """Apply a policy override that was set elsewhere."""
@@ -129,10 +152,9 @@ class MemoryEngine:
     def _load(self, policy: dict[str, Any], now: int) -> Document:
         """A copy of the document as of now. It replaces the document where a script would write it."""
         if self._document is None:
-            return Document(generation=now, now=now, is_local=self.is_local)
+            return Document(generation=now * 1000, now=now, is_local=self.is_local)
         document = self._document.copy()
-        document.now, document.is_new, document.outlived = now, False, False
-        document.change, document.entry, document.hint, document.reported_error = None, None, False, None
+        document.now, document.is_new = now, False
         if document.probes:
             document.probes = {slot: end for slot, end in document.probes.items() if end > now}
         if document.window is not None:
@@ -209,6 +231,7 @@ class MemoryEngine:
         message: dict[str, Any] | None = None
         if change is not None:
             instance = request.get("instance", "")
+            self._history = self._history or collections.deque(maxlen=HISTORY_ENTRIES)
             self._history.append({**change, "time_ms": document.now, "instance": instance})
             open_ms = document.open_until_ms - document.now if document.state == "open" else None
             message = {**change, "retry_after_ms": open_ms}
@@ -243,6 +266,14 @@ class MemoryEngine:
         if document.change is not None:
             reply["transition"] = document.change
         return reply
+
+
+_SCRIPTS: dict[str, Callable[[MemoryEngine, Document, Request, dict[str, Any]], Reply]] = {
+    "acquire": MemoryEngine._acquire,
+    "record": MemoryEngine._record,
+    "control": MemoryEngine._control,
+    "snapshot": MemoryEngine._snapshot,
+}
 
 
 class LocalEngine(MemoryEngine):

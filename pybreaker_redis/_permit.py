@@ -150,10 +150,15 @@ def resource_warnings_are_shown() -> bool:
 
 def in_probe(innermost: Innermost) -> bool:
     """Whether this code runs within a probe of the same breaker."""
-    permits = (permit() for process, permit in _probes.get() if process == getpid())
+    if not (probes := _probes.get()):
+        return False
+    permits = (permit() for process, permit in probes if process == getpid())
     return any(
         permit is not None and permit._breaker._innermost is innermost and not permit.settled for permit in permits
     )
+
+
+_NOBODY: dict[int, float] = {}  # by thread or task: when it last counted a failure
 
 
 class Innermost:
@@ -166,9 +171,11 @@ class Innermost:
     moment of a frozen clock each count for themselves.
     """
 
+    __slots__ = ("__weakref__", "_last", "_lock", "_now", "failed_at")
+
     def __init__(self, now: Callable[[], float] = machine) -> None:
         self.failed_at, self._now = NEVER, now
-        self._last: dict[int, float] = {}  # by thread or task: when it last counted a failure
+        self._last = _NOBODY
         self.after_fork()
 
     def after_fork(self) -> None:
@@ -186,9 +193,9 @@ class Innermost:
         """
         with self._lock:  # or a thread that read the clock earlier could set failed_at back
             self.failed_at = now = self._now()
-        if len(self._last) >= 1000:  # most of these threads and tasks have ended
-            self._last.clear()
-        self._last[_running()] = now
+            if self._last is _NOBODY or len(self._last) >= 1000:  # most of these threads and tasks have ended
+                self._last = {}
+            self._last[_running()] = now
         if error is not None:
             error.__dict__["_pybreaker_redis"] = self, now, began
 
@@ -204,7 +211,7 @@ class Innermost:
 
     def has_failed(self, since: float) -> bool:
         """Whether this thread or task has counted a failure after `since`."""
-        return since < self._last.get(_running(), since) <= self._now()
+        return since < self.failed_at and since < self._last.get(_running(), since) <= self._now()
 
 
 def _running() -> int:
@@ -213,9 +220,10 @@ def _running() -> int:
     return -get_ident()
 
 
-_innermost: weakref.WeakValueDictionary[tuple[object, ...], Innermost] = weakref.WeakValueDictionary()
+_innermost: dict[str, weakref.WeakValueDictionary[str, Innermost]] = {}  # by the address of Redis, then by state key
 
 
-def innermost_of(*identity: object) -> Innermost:
+def innermost_of(state_key: str, address: str) -> Innermost:
     """The Innermost that all breakers with the same name, prefix and Redis share."""
-    return _innermost.get(identity) or _innermost.setdefault(identity, Innermost())
+    there = _innermost.get(address) or _innermost.setdefault(address, weakref.WeakValueDictionary())
+    return there.get(state_key) or there.setdefault(state_key, Innermost())

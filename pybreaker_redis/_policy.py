@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -52,15 +53,14 @@ class Rule(NamedTuple):
             return round((value or 0) * 1000)
         return int(value or 0) if self.kind == "count" else float(value or 0)
 
-    def fits_request(self, value: Any) -> bool:
-        """Whether the scripts accept a value in their units. Any program may have stored it."""
-        if self.kind == "flag":
-            return isinstance(value, bool)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+    def accepts(self, value: object) -> bool:
+        """Whether the scripts accept this value, which is in their units."""
+        if self.kind == "flag" or isinstance(value, bool) or not isinstance(value, (int, float)):
+            return self.kind == "flag" and isinstance(value, bool)
+        if self.kind != "number" and value % 1 != 0:
             return False
         unit = 1000 if self.kind == "seconds" else 1
-        least = 0 if self.optional else self.least * unit
-        return least <= value <= self.most * unit and (self.kind == "number" or value % 1 == 0)
+        return self.least * unit <= value <= self.most * unit or (self.optional and value == 0)
 
     def from_request(self, value: Any) -> Any:
         """Convert a value in the scripts' units to one of Policy."""
@@ -245,6 +245,13 @@ def override_request(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise PolicyError(f"{name} is not a policy field; the fields are {', '.join(RULES)}")
         RULES[name].check(name, value)
     return {request_field(name): RULES[name].to_request(value) for name, value in fields.items()}
+
+
+@functools.lru_cache(maxsize=1000)
+def shared_request(policy: Policy) -> tuple[dict[str, Any], bool]:
+    """The policy's to_request(), the same for all breakers, and whether any of its fields matters to a success."""
+    given = policy.to_request()
+    return given, any(rule.on_success and request_field(name) in given for name, rule in RULES.items())
 
 
 def request_field(name: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import json
 import re
 from collections.abc import Generator, Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -39,9 +41,11 @@ COUNTS = ("failure_count", "success_count", "calls", "failures", "slow")
 LONGEST_NAME = 512
 # the limits of lua/model.lua
 EXACT = 90_000_000_000_000
+GREATEST_GENERATION = 100 * EXACT
 LONGEST_OPEN_MS = round(LONGEST_OPEN * 1000)
 LARGEST_TEXT = 65536
 LONGEST_OPERATOR, LONGEST_NOTE = 100, 200
+ABOUT_OVERRIDE = "until_ms", "operator", "note"  # stored with the fields of a policy override
 
 
 class Keys(NamedTuple):
@@ -60,7 +64,12 @@ def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
     """
     for what, text in (("name", name), ("prefix", prefix)):
         _check_text(what, text)
-    state = f"{prefix}:{name}:state"
+    return keys_with(f"{prefix}:{name}:state")
+
+
+@functools.lru_cache(maxsize=1000)
+def keys_with(state: str) -> Keys:
+    """The keys of the breaker with this state key."""
     return Keys(state, f"{{{state}}}:history", f"{{{state}}}:policy")
 
 
@@ -287,7 +296,7 @@ def check_history_count(count: object) -> None:
 # A healthy document as save() in lua/document.lua writes it: closed, with no more than its last change and a window.
 _HEALTHY = re.compile(
     rb'\{"state":"closed","failure_count":(\d{1,10}),"success_count":0,"last_failure_time":(?:\d{1,10}|null),'
-    rb'"opened_at":null,"version":1,"generation":([1-9]\d{0,12}),"failure_number":(\d{1,13})'
+    rb'"opened_at":null,"version":1,"generation":([1-9]\d{0,15}),"failure_number":(\d{1,13})'
     rb'(?:,"changed_at_ms":[1-9]\d{0,12},"reason":"[a-z_]{1,30}"'
     rb'(?:,"operator":"[ !#-\[\]-~]{1,100}")?(?:,"note":"[ !#-\[\]-~]{1,200}")?)?'
     rb'(?:,"window":\{[^{}]*\})?\}'
@@ -301,13 +310,27 @@ def _within_bounds(text: bytes | None) -> bytes:
     return b"" if text is None or len(text) > LARGEST_TEXT else text
 
 
+def read_map(text: bytes | None) -> dict[str, Any] | None:
+    """A stored JSON object as the scripts read it; None for anything else."""
+    text = _within_bounds(text)
+    if not text.startswith(b"{"):
+        return None
+    try:
+        value = json.loads(text.decode(errors="replace"), strict=False)
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (ValueError, RecursionError):
+        return None
+    return value  # type: ignore[no-any-return]
+
+
 def read_document(text: bytes | None) -> Reply | None:
     """What the stored document of a healthy breaker says; None for any other document, which needs a script."""
     found = _HEALTHY.fullmatch(_within_bounds(text))
     if found is None:
         return None
     failure_count, generation, failure_number = map(int, found.groups())
-    if failure_number < failure_count:
+    if failure_number < failure_count or generation > GREATEST_GENERATION:
         return None
     return {
         "state": "closed",

@@ -8,22 +8,29 @@ from ._clock import age
 from ._permit import BasePermit
 from ._view import View
 
+_NONE: dict[BasePermit, None] = {}  # of most breakers
+
 
 class SlowCalls:
     """The running calls that may still become slow, oldest first. Empty unless the policy measures durations."""
 
+    __slots__ = ("_running", "_view")
+
     def __init__(self, view: View) -> None:
         self._view = view
-        self._running: dict[BasePermit, None] = {}
+        self._running = _NONE
 
     def after_fork(self) -> None:
         """In a child: start empty, since the parent reports its own calls."""
-        self._running = {}
+        self._running = _NONE
 
     def began(self, permit: BasePermit) -> None:
         """Track the call of a permit if the policy measures durations."""
         if self._view.policy.slow_call_duration is not None:
-            self._running[permit] = None
+            with self._view.lock:
+                if self._running is _NONE:
+                    self._running = {}
+                self._running[permit] = None
 
     def ended(self, permit: BasePermit) -> tuple[bool | None, bool]:
         """Whether the call was slow (None: not measured), and whether that was reported while it ran."""

@@ -85,6 +85,8 @@ class Permit(BasePermit):
 class Watch(BaseWatch):
     """A breaker's membership in the subscription of its process; also a `with` block."""
 
+    __slots__ = ()
+
     def close(self) -> None:
         """Leave the subscription."""
         self._leave()
@@ -132,7 +134,8 @@ class CircuitBreaker(BreakerCore):
     Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """
 
-    _permit: type[Permit] = Permit
+    __slots__ = ("__dict__",)  # empty, until somebody sets an attribute or a test replaces a method
+    _permit_type: type[Permit] = Permit
     _warning_permit = warns_if_lost(Permit)
     _kind, _server_of = BLOCKING, staticmethod(server_of)
 
@@ -238,10 +241,12 @@ class CircuitBreaker(BreakerCore):
 
     def _settle_result(self, func: Any, result: R, permit: BasePermit) -> R:
         if type(result) not in _SUSPENDED:
-            if self._every_result_succeeds and not self._innermost.has_failed(permit.started) and self._finish(permit):
+            if not self._every_result_succeeds:
+                self._drive(self._report_result(permit, result))
+            elif not self._innermost.has_failed(permit.started) and self._finish(permit):
                 self._deliver()
             else:
-                self._drive(self._report_result(permit, result))
+                self._drive(self._report_end(permit, None))
             return result
         # nothing has run yet: a generator asks for its own permit when it starts
         self._drive(self._report(permit, IGNORED))
@@ -277,7 +282,7 @@ class CircuitBreaker(BreakerCore):
         """A permit for one call, which is also its `with` block. Raises CircuitOpenError if the call is rejected."""
         seen, now = self._view.seen, monotonic()
         if seen.sent <= now < seen.closed_until:
-            permit = _new(self._permit)  # calling the class would take half as long again
+            permit: Permit = _new(cast(Any, self._permit))  # calling the class would take half as long again
             permit._breaker = self
             permit._stage = ADMITTED
             permit._tick = seen.tick if self._only_counts else None
@@ -377,8 +382,8 @@ class CircuitBreaker(BreakerCore):
     def reset(self, *, operator: str | None = None, note: str | None = None) -> None:
         """Close the circuit; drop all counts, any forced state and the policy override. The history stays.
 
-        Calls that are running will not count. Where nothing would change, it does nothing: of a closed circuit without
-        counts, running calls do count.
+        Calls that are running will not count. If the circuit is closed and there is nothing to drop, it does nothing,
+        and running calls do count.
 
         operator, note: as for force_open. Raises RedisUnavailableError.
         """
@@ -414,7 +419,7 @@ class CircuitBreaker(BreakerCore):
     def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
         """End the policy override: every instance follows its own policy again.
 
-        operator, note: who asks, and why, for those who subscribe. Raises RedisUnavailableError.
+        operator, note: as for force_open; they are published, but not stored. Raises RedisUnavailableError.
         """
         self._drive(self._command(Action("clear_policy", operator, note)))
 

@@ -22,6 +22,8 @@ MOST_COUNTERS = 64
 FIRST_SHARE = 0.1  # of the calls, right after a recovery with a ramp
 GROWTH = 1.0  # seconds for which quickly growing failures, or a high rate, keep a process alert
 JUST_NOW = 0.05  # seconds after its end within which a success counts as reported as it ends
+_NO_BASE = 0, NEVER
+_STATES: dict[str, State] = {"closed": "closed", "open": "open", "half_open": "half_open"}  # one object of each text
 
 
 HAS_GLOBAL_LOCK = not sysconfig.get_config_var("Py_GIL_DISABLED")
@@ -186,21 +188,26 @@ class View:
     """The last reply, good for `lease` seconds, and the successes gathered under its generation.
 
     policy: the policy in force, with any policy override. now: the clock. The fast path always reads the machine's
-    clock, so any other clock needs a lease of 0.
+    clock, so any other clock needs a lease of 0. lock: of the view and of the other parts of its breaker.
     """
+
+    __slots__ = (
+        *("lease", "now", "policy", "seen", "lock", "_earlier", "_earlier_successes", "_not_before", "_alerted_at"),
+        *("_alert_for", "_base", "_began", "_reported_at", "_claimed_at", "_ended_at"),
+    )
 
     def __init__(self, lease: float, policy: Policy | None = None, now: Callable[[], float] = machine) -> None:
         self.lease, self.now = lease, now
         self.policy = policy or Policy()
         self.seen = unseen()
         # counters of earlier generations, which running calls may still tick, and the sum of even older ones
-        self._earlier: list[Successes] = []
+        self._earlier: tuple[Successes, ...] = ()
         self._earlier_successes = 0
         # re-entrant, like every lock here: a signal handler or finalizer may call the breaker while its thread holds it
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._not_before = NEVER  # replies to requests sent earlier are not adopted
         self._alerted_at, self._alert_for = NEVER, 0.0
-        self._base = 0, NEVER  # a failure number and when it was read, to tell how fast failures grow
+        self._base = _NO_BASE  # a failure number and when it was read, to tell how fast failures grow
         self._began = NEVER  # when the first reply under the view's generation arrived
         self._reported_at = NEVER  # when successes of this generation were last taken for a report
         self._claimed_at = NEVER  # when a success was last chosen to be reported as it ends, once per lease
@@ -208,7 +215,7 @@ class View:
 
     def after_fork(self) -> None:
         """In a child: drop the gathered successes, which the parent reports, and the lock, which it may hold."""
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self.drop()  # the first call of a child asks Redis, and so makes the child known to its link
         self.seen.counter.take(monotonic())
         self._earlier_successes -= self.successes()
@@ -235,7 +242,7 @@ class View:
         unchanged = generation == seen.generation and failure_count == seen.failure_count
         if self.lease <= 0 and unchanged and reply["state"] == "closed" and forced is None and seen.forced is None:
             return False  # no call uses the view
-        with self._lock:
+        with self.lock:
             seen, now = self.seen, self.now()
             # adopt a lower generation only if its request was sent after the last reply arrived
             since = seen.arrived if generation < seen.generation else seen.sent
@@ -255,12 +262,14 @@ class View:
                 self._set_ends(seen, sent + self.lease, now)
             else:
                 self.seen = self._seen_from(reply, counter, sent, now)
-            self.seen.forced, self.seen.forced_until = forced, now + reply.get("forced_left_ms", 0) / 1000
+            self.seen.forced, self.seen.forced_until = forced, NEVER
+            if forced is not None:
+                self.seen.forced_until = now + reply["forced_left_ms"] / 1000
         return True
 
     def extend(self, seen: Seen, sent: float) -> bool:
         """Extend a reply by another lease, since what is stored has not changed. Returns False if it was replaced."""
-        with self._lock:
+        with self.lock:
             now = monotonic()
             if self.seen is not seen or sent < seen.sent or sent < self._not_before <= now:
                 return False
@@ -271,13 +280,13 @@ class View:
         return True
 
     def _seen_from(self, reply: Reply, counter: Successes, sent: float, now: float) -> Seen:
-        seen = unseen(reply["state"], reply["generation"], reply["failure_count"], counter)
+        seen = unseen(_STATES[reply["state"]], reply["generation"], reply["failure_count"], counter)
         seen.sent, seen.arrived, seen.began = sent, now, now
         seen.reason, seen.error = reply.get("reason"), reply.get("error")
-        seen.retry_at = now + (reply.get("retry_after_ms") or 0) / 1000
+        seen.retry_at = now + reply["retry_after_ms"] / 1000 if reply.get("retry_after_ms") else now
         if reply["state"] == "half_open" and reply.get("retry_after_ms"):  # good for a lease, like any view
             seen.retry_at = max(seen.retry_at, sent + self.lease)
-        seen.ramp_until = now + (reply.get("ramp_left_ms") or 0) / 1000
+        seen.ramp_until = now + reply["ramp_left_ms"] / 1000 if reply.get("ramp_left_ms") else now
         if self.lease > 0:
             self._set_ends(seen, sent + self.lease, now)
         return seen
@@ -294,10 +303,13 @@ class View:
             seen.watched_until = fresh_until if observed else NEVER
 
     def _next_counter(self, now: float) -> Successes:
-        self._earlier.append(self.seen.counter)
+        # before the first reply, calls are seldom admitted, and never tick by themselves
+        if self.seen.generation != 0 or self.seen.counter.total() > 0:
+            self._earlier = (*self._earlier, self.seen.counter)
         if len(self._earlier) > MOST_COUNTERS:
-            self._earlier_successes += self._earlier.pop(0).total()
-        self._began, self._reported_at, self._base = now, NEVER, (0, NEVER)
+            oldest, *rest = self._earlier
+            self._earlier, self._earlier_successes = tuple(rest), self._earlier_successes + oldest.total()
+        self._began, self._reported_at, self._base = now, NEVER, _NO_BASE
         return Successes()
 
     def drop(self, since: float | None = None) -> None:
@@ -305,7 +317,7 @@ class View:
 
         since: replies to requests sent before then are not adopted; default: now.
         """
-        with self._lock:
+        with self.lock:
             seen, now = self.seen, self.now()
             kept = unseen(seen.state, seen.generation, seen.failure_count, seen.counter)
             kept.reason, kept.error = seen.reason, seen.error
@@ -352,7 +364,7 @@ class View:
         alerted_at, claimed_at, now = self._alerted_at, self._claimed_at, monotonic()
         if age(alerted_at, now) >= self._alert_for or age(claimed_at, now) < self.lease:
             return False
-        with self._lock:
+        with self.lock:
             self._claimed_at = self._ended_at = now
             if (seen := self.seen).watched_until > NEVER:
                 self._set_ends(seen, seen.watched_until, now)
@@ -370,7 +382,7 @@ class View:
 
     def successes(self) -> int:
         """All successes that were counted here."""
-        with self._lock:
+        with self.lock:
             # read at once, without a call: a transition in a signal handler moves the current counter to the others
             even_earlier, counters = self._earlier_successes, {*self._earlier, self.seen.counter}
             return even_earlier + sum(counter.total() for counter in counters)
@@ -381,7 +393,7 @@ class View:
         With a window, they are due whenever a tenth of its age has passed, so that a judged rate misses at most a tenth
         of the calls. Without one, they are due only if they end failures that this process has read.
         """
-        with self._lock:
+        with self.lock:
             seen, counter = self.seen, self.seen.counter
             if not counter.look(now) or seen.state != "closed":
                 return False
@@ -401,7 +413,7 @@ class View:
         """
         if self.lease <= 0:
             return {}
-        with self._lock:
+        with self.lock:
             seen, counter, now = self.seen, self.seen.counter, monotonic()
             if generation is not None and generation != seen.generation:
                 return {"generation": generation}
@@ -420,6 +432,6 @@ class View:
 
     def give_back(self, request: Request) -> None:
         """Return the successes of a request that was never sent, unless their generation has ended."""
-        with self._lock:
+        with self.lock:
             if request.get("generation") == self.seen.generation:
                 self.seen.counter.give_back(request.get("successes", 0))

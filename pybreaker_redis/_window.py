@@ -35,7 +35,10 @@ class Sums(NamedTuple):
 
 def bucket_ms(policy: dict[str, Any]) -> int | None:
     """The length of a bucket if a window can trip the circuit, else None: none is needed."""
-    return int(policy["window_ms"] // 10) if any(map(policy.__getitem__, WINDOW_RULES)) else None
+    for name in WINDOW_RULES:
+        if policy[name]:
+            return int(policy["window_ms"] // 10)
+    return None
 
 
 def rebucketed(window: Window, bucket_ms: int, newest: int) -> Window:
@@ -60,17 +63,12 @@ def rebucketed(window: Window, bucket_ms: int, newest: int) -> Window:
 
 def advanced(window: Window, newest: int) -> Window:
     """The window moved forward by one to nine buckets."""
-    passed, (calls, failures, slow) = newest - window.newest, _total(window.past)
+    passed = newest - window.newest
+    calls, failures, slow = map(sum, zip((0, 0, 0), *window.past, strict=True))
     latest = window.calls - calls, window.failures - failures, window.slow - slow
     past = (*[(0, 0, 0)] * (passed - 1), latest, *window.past[: 9 - passed])
-    return Window(window.bucket_ms, newest, *_total(past), past)
-
-
-def _total(buckets: Iterable[tuple[int, int, int]]) -> Sums:
-    calls = failures = slow = 0
-    for one, two, three in buckets:
-        calls, failures, slow = calls + one, failures + two, slow + three
-    return Sums(calls, failures, slow)
+    calls, failures, slow = map(sum, zip(*past, strict=True))
+    return Window(window.bucket_ms, newest, calls, failures, slow, past)
 
 
 def move_back(window: Window, calls: int, age_ms: int, now: int) -> None:

@@ -9,7 +9,14 @@ import itertools
 import time
 from typing import Any, Literal, TypeAlias, get_args
 
-from . import AsyncCircuitBreaker, CircuitBreaker, CircuitBreakerError, CircuitBreakerManager, PolicyError
+from . import (
+    AsyncCircuitBreaker,
+    CircuitBreaker,
+    CircuitBreakerError,
+    CircuitBreakerManager,
+    PolicyError,
+    RedisUnavailableError,
+)
 
 __all__ = ["Breakers", "FakeClock", "Wanted", "aset_state", "set_state"]
 
@@ -128,6 +135,8 @@ def _failures_to_open(breaker: CircuitBreaker | AsyncCircuitBreaker) -> int:
 
 
 def _check_open(breaker: CircuitBreaker | AsyncCircuitBreaker) -> None:
+    if breaker._memory is None and breaker._own_engine() is not None:
+        raise RedisUnavailableError(f"Redis did not answer {breaker!r} in time: raise redis_timeout= on a slow machine")
     if breaker.state != "open":
         raise CircuitBreakerError(
             f"{breaker!r} is {breaker.state} after {_failures_to_open(breaker)} failures: its policy needs more than"

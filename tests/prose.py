@@ -106,7 +106,7 @@ def paragraphs_of_page(text: str) -> Iterator[tuple[int, str]]:
             continue
         if opens := re.match(r"(`{3,}|~{3,})", stripped):
             fence, stripped = opens[1], ""
-        if stripped.startswith(("|", "#", "--8<--", "::: ", *_CONTAINERS)) or re.fullmatch(r"[-=*_ ]{3,}", stripped):
+        if stripped.startswith(("|", "#", "::: ", *_CONTAINERS)) or re.fullmatch(r"[-=*_ ]{3,}", stripped):
             stripped = ""
         if lines and (not stripped or _ITEM.match(line)):
             yield start, " ".join(lines)

@@ -21,7 +21,7 @@ import redis
 import redis.asyncio
 from conftest import stored_calls, wait_until
 
-from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, PermitError, Policy
+from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, PermitError, Policy, _async
 from pybreaker_redis import PolicyError as Refused
 from pybreaker_redis._permit import _probes
 from pybreaker_redis.embedded import EmbeddedServer
@@ -544,7 +544,8 @@ def test_no_way_to_guard_loses_a_permit(make: Make, monkeypatch: pytest.MonkeyPa
                 await asyncio.sleep(pause)
                 task.cancel()
                 await asyncio.wait([task])
-            while others := breaker._tasks.get(asyncio.get_running_loop()):  # a request that was under way gives back
+            tasks = _async._tasks[os.getpid()]
+            while others := tasks.get(asyncio.get_running_loop()):  # a request that was under way gives back
                 await asyncio.wait({*others})
             await breaker.close()
 

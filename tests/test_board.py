@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import redis
+from conftest import wait_until
 
-from pybreaker_redis import CircuitBreaker, Policy
-from pybreaker_redis._board import CONDITIONS, Row, clean, counts, outlook, read_rows, select, span, urgency, why
+from pybreaker_redis import CircuitBreaker, Policy, _reader
+from pybreaker_redis._board import (
+    CONDITIONS,
+    Row,
+    Stored,
+    clean,
+    counts,
+    outlook,
+    read_rows,
+    select,
+    span,
+    urgency,
+    why,
+)
 from pybreaker_redis._protocol import keys_of
+from pybreaker_redis._reader import BoardReader
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire.sync import Server, server_of
 from pybreaker_redis.wire.url import client_from_url
@@ -79,6 +96,7 @@ def test_every_condition_is_shown(client: redis.Redis, reader: Server) -> None:
     assert outlook(found["forced-open"], found["forced-open"].since or 0) == "ends in 100 s"
     assert outlook(found["closed"], now) == outlook(found["half"], now) == why(found["closed"]) == ""
     assert (found["half"].probes, found["open"].failures) == (1, 2)
+    assert all(now - 100 < (row.since or 0) < now + 100 for name, row in found.items() if name != "odd")
     assert (found["open"].sums(now), found["closed"].sums(now)) == ((0, 0, 0), (1, 0, 0))
 
 
@@ -168,22 +186,76 @@ def test_health_and_trips_are_those_of_the_scripts(client: redis.Redis, reader: 
         b"\xff\xfe",
         b'{"state":7}',
         b'{"state":"broken"}',
+        b'{"state":"open","failure_count":-1}',
+        b'{"state":"open","success_count":true}',
+        b'{"state":"open","last_failure_time":1.5}',
+        b'{"state":"open","opened_at":[]}',
+        b'{"state":"open","opened_at":9e13}',
+        b' {"state":"open"}',
+        b'{"state":"open","x":"\\ud800"}',
+        '{"state":"open"}'.encode("utf-16-le"),
         b'{"state":"open","x":"' + b"x" * 65536 + b'"}',
         b"[" * 60000,
         b'{"state":"open","a":' + b"[" * 60000,
     ],
 )
 def test_a_value_that_is_no_document_is_unreadable(client: redis.Redis, reader: Server, stored: bytes) -> None:
-    """Whatever another program wrote, the board shows the breaker and goes on."""
+    """Whatever another program wrote, the board shows the breaker and goes on. The scripts cannot read it either."""
     client.set(keys_of("odd").state, stored)
     assert rows(reader)["odd"].condition == "unreadable"
+    seen = make(client, "odd").snapshot()
+    assert (seen.state, seen.generation) == ("closed", 0)
+
+
+def test_text_that_is_not_utf_8_is_shown(client: redis.Redis, reader: Server) -> None:
+    """The scripts read such a document, so the board does, too."""
+    client.set(keys_of("odd").state, b'{"state":"open","x":"\xff\n\x01","failure_count":2.0,"opened_at":null}')
+    assert (rows(reader)["odd"].condition, rows(reader)["odd"].failures) == ("open", 2)
+    assert make(client, "odd").snapshot().failure_count == 2
+
+
+ODD_OVERRIDES = [
+    {"failure_threshold": value} for value in ("x", None, 0, 10**9 + 1, 5.5, float("nan"), True, [1], {})
+] + [
+    {"enforce": 0},
+    {"unknown": 1},
+    {"jitter": 1.5},
+    {"error_rate_threshold": False},
+    {"reset_timeout_ms": 0},
+    {"reset_timeout_ms": 1.5},
+    {"failure_threshold": 3, "until_ms": None},
+    {"failure_threshold": 3, "until_ms": True},
+    {"failure_threshold": 3, "until_ms": 1.5},
+    {"failure_threshold": 3, "until_ms": 1},
+    {"failure_threshold": 3, "note": "\ud800"},
+]
+SOUND_OVERRIDES: list[dict[str, object]] = [
+    {"failure_threshold": 1e9, "failures_in_window": 0, "jitter": 0.5, "enforce": False},
+    {"error_rate_threshold": 0, "slow_call_duration_ms": 0, "max_hold_ms": 0, "window_ms": 10},
+    {"failure_threshold": 3, "until_ms": 4e12, "operator": 7, "note": None},
+]
+
+
+@pytest.mark.parametrize("stored", [*ODD_OVERRIDES, *SOUND_OVERRIDES], ids=json.dumps)
+def test_only_the_overrides_that_the_scripts_obey_are_shown(
+    client: redis.Redis, reader: Server, stored: dict[str, object]
+) -> None:
+    """An override with a value that the scripts refuse is not in force, for the board as for the breakers."""
+    breaker = make(client, "odd")
+    breaker.call(int)
+    client.set(breaker.keys.policy, json.dumps(stored))
+    (row,) = rows(reader).values()
+    assert bool(row.override) == (stored in SOUND_OVERRIDES)
+    in_force = [name for name, source in breaker.snapshot().policy_sources.items() if source == "override"]
+    assert len(row.override) == len(in_force)
+    assert row.health(time.time()) == 100
 
 
 def test_fields_that_make_no_sense_are_absent(client: redis.Redis, reader: Server) -> None:
     """Fields of a wrong type or size are dropped one by one; the state stays."""
-    odd = {"failure_count": -1, "changed_at_ms": "x", "generation": True, "opened_at": [], "open_until_ms": 1e300}
+    odd = {"changed_at_ms": "x", "generation": True, "open_until_ms": 1e300, "trips": 1.5}
     odd |= {"reason": "<b>", "error": 5, "operator": {}, "note": "n" * 1000, "probes": [1], "window": {"newest": "x"}}
-    client.set(keys_of("odd").state, json.dumps({"state": "open", **odd, "trips": None}))
+    client.set(keys_of("odd").state, json.dumps({"state": "open", **odd}))
     client.lpush(keys_of("list").state, "no string")
     found = rows(reader)
     assert found == {
@@ -310,3 +382,69 @@ def test_a_cluster_is_read_node_by_node(cluster_url: str) -> None:
     for name in names:
         CircuitBreaker(name, redis=client, prefix="board", lease=0, redis_timeout=20).call(int)
     assert rows(server_of(client, 5.0), "board").keys() == names
+
+
+# The reader
+
+
+@pytest.fixture
+def board_reader(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[BoardReader]:
+    """A reader whose thread ends with the test."""
+    made = BoardReader(client, "circuit_breaker")
+    yield made
+    monkeypatch.setattr(_reader, "LINGER", 0.0)
+    wait_until(lambda: not made.is_running)
+
+
+def test_a_trip_while_all_breakers_are_read_is_not_undone(
+    client: redis.Redis, board_reader: BoardReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document that was found before the trip does not replace the one that its notification was about."""
+    breaker = make(client, "api")
+    breaker.call(int)
+    read, once = _reader.read_stored, iter([True])
+
+    def read_slowly(server: Server, prefix: str) -> Iterator[list[Stored]]:
+        yield from read(server, prefix)
+        if board_reader.board.is_read and next(once, False):
+            fail(breaker, 2)
+            time.sleep(0.3)  # by now the notification has come
+            yield []
+            late.set()
+
+    late = threading.Event()
+    monkeypatch.setattr(_reader, "read_stored", read_slowly)
+    monkeypatch.setattr(_reader, "SHORTEST_PAUSE", 0.1)
+    monkeypatch.setattr(_reader, "SHARE", 1.0)
+    board, seen = board_reader.current(), []
+    while not late.is_set() or len(seen) < 5:
+        board = board_reader.changed(board, 5.0)
+        seen.append(board.rows[0].condition)
+    first = seen.index("open")
+    assert set(seen[first:]) == {"open"}
+
+
+def test_a_viewer_that_comes_as_the_thread_ends_gets_a_board(
+    client: redis.Redis, board_reader: BoardReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks while the thread decides that nobody is left gets what another thread reads."""
+    make(client, "api").call(int)
+    monkeypatch.setattr(_reader, "LINGER", 0.0)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        boards = list(pool.map(lambda _: board_reader.current(), range(40)))
+    assert {board.rows[0].name for board in boards if board.is_read} == {"api"}
+    assert all(board.is_read for board in boards)
+
+
+def test_breakers_in_sight_are_read_again_without_a_notification(
+    client: redis.Redis, board_reader: BoardReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second, however seldom all breakers are read."""
+    breaker = make(client, "api")
+    breaker.call(int)
+    monkeypatch.setattr(_reader, "SHORTEST_PAUSE", 600.0)
+    monkeypatch.setattr(_reader, "LONGEST_PAUSE", 600.0)
+    board = board_reader.current()
+    board_reader.in_sight = [board.rows[0].key]
+    breaker.call(int)  # counts in the window, which is no transition
+    wait_until(lambda: board_reader.board.rows[0].sums(board_reader.board.now).calls == 2)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -434,10 +435,27 @@ def test_without_the_extra() -> None:
     assert "pybreaker_redis.Config" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("redis://:secret@localhost:6379", r"is a URL: pass it to with_redis\(\) as redis="),
+        (3, "must be a path, a dict or a Config, not 3"),
+        (Policy(), "must be a path, a dict or a Config, not Policy"),
+    ],
+)
+def test_what_is_no_configuration(source: Any, message: str) -> None:
+    """It is refused before anything is read, with what to pass instead and without a password."""
+    for make in (CircuitBreakerManager, CircuitBreakerManager.with_redis, AsyncCircuitBreakerManager.with_redis):
+        with pytest.raises(ConfigError, match=message) as raised:
+            make(source)
+        assert "secret" not in str(raised.value)
+
+
 def test_a_dict() -> None:
     """A dict, and a file, are taken as pybreaker_redis.config.load() takes them."""
     pytest.importorskip("pydantic_settings")
-    manager = CircuitBreakerManager({"circuit_breaker": {"services": {"a": {"failure_threshold": 1}}}})
+    server = {"url": "redis://localhost:6379"}
+    manager = CircuitBreakerManager({"circuit_breaker": {"services": {"a": {"failure_threshold": 1}}}, "redis": server})
     trip(manager, "a")
     assert manager.get_state("a") == "open"
     with pytest.raises(ConfigError, match="failure_treshold"):
@@ -471,3 +489,56 @@ def test_nothing_is_forgotten_while_it_is_used(make_manager: Callable[..., Circu
         for number in range(3):
             manager.get_or_create(f"b{number}")
         assert manager.get_or_create("a") is breaker
+
+
+TENANTS = 1000
+LIMIT = 3 * 1024  # bytes for each
+
+
+async def called_once(manager: Any, group: str) -> None:
+    """Call a breaker for each of many tenants, once."""
+
+    async def fine() -> None:
+        pass
+
+    for number in range(TENANTS):
+        if isinstance(manager, CircuitBreakerManager):
+            manager.call(f"{group}-{number:04}", int)
+        else:
+            await manager.call(f"{group}-{number:04}", fine)
+
+
+async def closed(manager: Any) -> None:
+    """Close a manager of either kind."""
+    if inspect.isawaitable(closing := manager.close()):
+        await closing
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", [CircuitBreakerManager, AsyncCircuitBreakerManager])
+def test_what_a_tenant_costs(client: redis.Redis, server: EmbeddedServer, kind: Any, shared: bool) -> None:
+    """A breaker that was called once, ten seconds ago, takes at most 3 KB, while its process watches."""
+    config = Config(redis_url=server.url)
+
+    async def main() -> float:
+        earlier, manager = (kind.with_redis(config) if shared else kind(config) for _ in range(2))
+        await called_once(earlier, "earlier")  # fills the caches, whose size is limited
+        await closed(earlier)
+        gc.collect()
+        before, _ = tracemalloc.get_traced_memory()
+        await called_once(manager, "tenants")
+        while shared and manager.get_or_create("tenants-0000")._redis.link._used:  # until all are idle
+            await asyncio.sleep(0.1)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+        await closed(manager)
+        return (after - before) / TENANTS
+
+    tracemalloc.start()
+    try:
+        kept = asyncio.run(main())
+    finally:
+        tracemalloc.stop()
+    print(f"{kept:.0f} bytes for each tenant")
+    assert kept <= LIMIT

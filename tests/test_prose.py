@@ -87,7 +87,6 @@ out. -->
 !!! note
     The text of a note.
 
---8<-- "README.md:faults"
 
 The end.
 """
@@ -103,7 +102,7 @@ def test_paragraphs_of_a_page() -> None:
         (12, "a step"),
         (16, "the last step"),
         (26, "The text of a note."),
-        (30, "The end."),
+        (29, "The end."),
     ]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,8 +22,10 @@ from pybreaker_redis import (
     CircuitBreakerManager,
     CircuitOpenError,
     Config,
+    Event,
     Policy,
     PolicyError,
+    RedisUnavailableError,
 )
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.testing import Breakers, FakeClock, Wanted, aset_state, set_state
@@ -271,17 +275,31 @@ from pybreaker_redis import CircuitBreaker
 from pybreaker_redis.testing import set_state
 
 def test_one(breaker_redis, breakers):
-    breaker = CircuitBreaker("payments", redis=breaker_redis.url)
+    breaker = CircuitBreaker("payments", redis=breaker_redis.url, redis_timeout=20)
     set_state(breaker, "open")
     assert CircuitBreaker("payments", redis=breaker_redis.url).snapshot().state == "open"
     set_state(breakers("payments"), "open")
 
 def test_two(breaker_redis, breakers):
-    breaker = CircuitBreaker("payments", redis=breaker_redis.url)
+    breaker = CircuitBreaker("payments", redis=breaker_redis.url, redis_timeout=20)
     assert breaker.call(int) == 0
     assert not breaker.history()
     assert breakers("payments").call(int) == 0
 """
+
+
+def test_a_state_that_redis_does_not_confirm(own_server: EmbeddedServer) -> None:
+    """If Redis stops to answer amid the failures, the state is this process's own: that is an error."""
+
+    def stop(event: Event) -> None:
+        os.kill(own_server.pid, signal.SIGSTOP)
+
+    breaker = CircuitBreaker("payments", redis=own_server.url, policy=Policy(failure_threshold=2), on_call=[stop])
+    try:
+        with pytest.raises(RedisUnavailableError, match="raise redis_timeout="):
+            set_state(breaker, "open")
+    finally:
+        os.kill(own_server.pid, signal.SIGCONT)
 
 
 def test_the_fixtures_are_isolated(pytester: pytest.Pytester) -> None:

@@ -8,6 +8,7 @@ import tomllib
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+PROJECT_FILE = re.compile(r"<!-- file: ([\w.]+) -->")
 PICTURE = re.compile(r'<img alt="[^"]*" src="(?:\.\./)*(pictures/\w+\.svg)"\s*/?>')
 
 
@@ -19,6 +20,13 @@ def on_config(config: Any) -> Any:
     link = f' · <a href="{repository}">Repository</a>' if repository else ""
     config.copyright = f"{project['name']} {project['version']} · {project['license']} licence{link}"
     return config
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Fill in a file of the project that a page is; its links to pages of docs/how-to become those of a neighbour."""
+    return PROJECT_FILE.sub(
+        lambda found: (ROOT / found[1]).read_text(encoding="utf-8").replace("](docs/how-to/", "]("), markdown
+    )
 
 
 def on_page_content(html: str, **_: Any) -> str:

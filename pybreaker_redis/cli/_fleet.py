@@ -35,7 +35,7 @@ class Reading(NamedTuple):
     def last_change(self) -> float | None:
         """Unix seconds of the last transition, or of the beginning of the document; None if it is not known."""
         seen = self.snapshot
-        return seen.changed_at or seen.generation / 1000 or seen.opened_at
+        return seen.changed_at or seen.generation / 1e6 or seen.opened_at
 
     @property
     def retry_after(self) -> float | None:
@@ -150,7 +150,7 @@ class Fleet:
         return _protocol.history_entries(_protocol.history_fields(raw))
 
     def _snapshot(self, key: bytes, name: str) -> Command:
-        # not by run_encoded(): a key that another program wrote may not be UTF-8
+        # not by run(): a key that another program wrote may not be UTF-8
         keys = (key, *(b"{%b}:%b" % (key, kind) for kind in (b"history", b"policy")))
         words = (b"EVALSHA", sha1("snapshot").encode(), b"3", *keys, _request(self.policy_of(name)))
         return Command(key, words, "snapshot")

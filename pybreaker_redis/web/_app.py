@@ -118,7 +118,7 @@ class Site:
         """The ASGI application."""
         allowed = self._allowed
         routes = [
-            Route("/", allowed(self._board), name="board"),
+            Route("/", allowed(self._board)),
             Route("/breakers/{name:breaker}/{action}", allowed(self._act), methods=["POST"]),
             Route("/breakers/{name:breaker}", allowed(self._breaker)),
             Route("/fleet", allowed(self._fleet)),

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import os
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, MutableMapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
 from time import monotonic, thread_time
 from typing import Any, TypeVar
 
@@ -74,7 +74,7 @@ class AsyncServer:
 
     def _after_fork(self) -> None:
         """In a child: leave the parent's connections alone, and start without any."""
-        leave_to_parent(self._by_loop)
+        _parents.append(list(self._by_loop.items()))
         self._by_loop = weakref.WeakKeyDictionary()
         for member in self.link.after_fork():
             member.renew()
@@ -403,8 +403,3 @@ def _busy() -> Callable[[], bool]:
     not the server's fault."""
     began, computed = monotonic(), thread_time()
     return lambda: thread_time() - computed > (monotonic() - began) / 10
-
-
-def leave_to_parent(held: MutableMapping[Any, Any]) -> None:
-    """In a child: keep these objects of the parent alive, and unused. See _parents."""
-    _parents.append(list(held.items()))

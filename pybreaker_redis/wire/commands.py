@@ -27,20 +27,15 @@ class Command(NamedTuple):
         return Command(self.key, (b"EVAL", compose(self.script).encode(), *self.words[2:]), self.script)
 
 
-@functools.lru_cache(maxsize=10_000)
+@functools.lru_cache(maxsize=1000)
 def _encoded(keys: Keys) -> tuple[bytes, bytes, bytes]:
     return keys.state.encode(), keys.history.encode(), keys.policy.encode()
 
 
 def run(name: str, keys: Keys, request: Request) -> Command:
     """A call of the script called name."""
-    return run_encoded(name, keys, encode(request))
-
-
-def run_encoded(name: str, keys: Keys, request: bytes) -> Command:
-    """The same with a request that is already encoded."""
     state, history, policy = _encoded(keys)
-    return Command(state, (b"EVALSHA", sha1(name).encode(), b"3", state, history, policy, request), name)
+    return Command(state, (b"EVALSHA", sha1(name).encode(), b"3", state, history, policy, encode(request)), name)
 
 
 def history(keys: Keys, count: int) -> Command:
@@ -64,4 +59,6 @@ def listing(prefix: str, process: str, entry: str) -> Command:
 def packed(commands: Sequence[Command], asking: bool) -> bytes:
     """The commands as bytes of the protocol."""
     pack = hiredis.pack_command
+    if len(commands) == 1 and not asking:
+        return pack(commands[0].words)  # type: ignore[arg-type, no-any-return]
     return b"".join((_ASKING if asking else b"") + pack(command.words) for command in commands)  # type: ignore[arg-type]

@@ -111,18 +111,26 @@ class Due(NamedTuple):
 class Member(Protocol):
     """What a link needs of a breaker.
 
-    trouble: the health of this breaker alone. used_at: when it last asked for a refresh. notices: its events. news: a
-    transition by another instance, of which the listeners must still be notified, or None. given: what it lists in the
-    fleet, or None.
+    trouble: the health of this breaker alone; the link's `fine` until it first fails. used_at: when it last asked for a
+    refresh. notices: its events. news: a transition by another instance, of which the listeners must still be notified,
+    or None. given: what it lists in the fleet, or None.
     """
 
-    name: str
-    keys: Keys
-    given: Given | None
     trouble: Health
     used_at: float
-    notices: Any
     news: Any
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def keys(self) -> Keys: ...
+    @property
+    def notices(self) -> Any: ...
+    @property
+    def given(self) -> Given | None: ...
+
+    def own_health(self) -> Health:
+        """trouble, once it is not shared with other breakers any more."""
 
     def renew(self) -> None:
         """In a child: start anew."""
@@ -164,7 +172,8 @@ class Link:
     timeout: the longest time in seconds that one exchange with a server takes. home: returns the node that serves a
     key; None if there is only one server. failing: the healths of what cannot be used now. undelivered: events of
     exchanges, with their breakers. held: the lines of breakers that were freed with reports that matter. ended: whether
-    the process is ending, so that nothing will look at what its breakers gather.
+    the process is ending, so that nothing will look at what its breakers gather. fine: the health of the breakers that
+    have not failed.
     """
 
     def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
@@ -175,6 +184,7 @@ class Link:
         self.wanted = False  # a breaker waits for an exchange
         self.busy_since = NEVER  # when the exchange that is under way began
         self.failing: set[Health] = set()
+        self.fine = self.new_health()
         self.undelivered: collections.deque[tuple[Any, list[Any]]] = collections.deque()
         self._home = home
         self._healths: dict[Address | None, Health] = {}
@@ -195,7 +205,7 @@ class Link:
         self.wanted, self.busy_since = False, NEVER
         for held in (self.failing, self.undelivered, self.held, self._used, self._hinted, self._reporting):
             held.clear()
-        self._healths = {}
+        self._healths, self.fine = {}, self.new_health()
         self._listing.start_process()
         return used
 
@@ -222,7 +232,7 @@ class Link:
             logger.warning("Redis does not answer; the breakers of this process continue on their own: %s", error)
 
     def _trouble(self, member: Member, error: BaseException) -> None:
-        if member.trouble.fail(error) and not self.ended:
+        if member.own_health().fail(error) and not self.ended:
             message = "circuit breaker %r: Redis refuses its commands; this process continues on its own: %s"
             logger.warning(message, member.name, error)
 

@@ -42,8 +42,10 @@ class Given(NamedTuple):
 class Listed(Protocol):
     """A breaker, as far as its listing is concerned. given: None if it is not to be listed."""
 
-    name: str
-    given: Given | None
+    @property
+    def name(self) -> str: ...
+    @property
+    def given(self) -> Given | None: ...
 
 
 class Listing:

@@ -20,6 +20,7 @@ LIBRARY = ("model", "request", "document", "window", "rules")
 GROUPS = (
     ("request", "load", "record", "reply"),
     ("save", "encode"),
+    ("announce", "to_json"),
     ("policy_problem", "policy_field"),
     ("record_closed", "trip_reason", "count_outcomes"),
     ("read_window", "window_at"),

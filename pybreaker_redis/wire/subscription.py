@@ -23,9 +23,9 @@ logger = logging.getLogger("pybreaker_redis")
 class Watcher(Protocol):
     """What a subscription needs of a breaker."""
 
-    keys: Any
     _redis: Any
     _prefix: str
+    _state_key: str
 
     def _hinted(self) -> None: ...
     def _check_process(self) -> None: ...
@@ -41,26 +41,28 @@ class Audience:
         self.connected = False
         self._running = False  # a thread or task holds the subscription, or tries to
         self._warned = True  # of its loss; a subscription that never was connected cannot be lost
-        self._members: weakref.WeakKeyDictionary[Watcher, None] = weakref.WeakKeyDictionary()
-        self._by_key: dict[bytes, list[weakref.ref[Watcher]]] = {}  # to find those that a message concerns
+        self._members: weakref.WeakValueDictionary[str, Watcher] = weakref.WeakValueDictionary()  # by state key
+        self._namesakes: weakref.WeakSet[Watcher] = weakref.WeakSet()  # breakers whose key another member has, too
+        self._patterns: set[str] = set()  # of their channels
         self._lock = threading.RLock()
         self.opened()
 
     def __bool__(self) -> bool:
-        return bool(self._members)
+        return bool(self._members or self._namesakes)
+
+    def __contains__(self, breaker: Watcher) -> bool:
+        return self._members.get(breaker._state_key) is breaker or breaker in self._namesakes
 
     def join(self, breaker: Watcher) -> bool:
         """Add a breaker. Returns whether the caller must start the subscription."""
-        if breaker in self._members and self._running:  # the usual case, without the lock
+        if breaker in self and self._running:  # the usual case, without the lock
             return False
         with self._lock:
-            is_new = breaker not in self._members
+            is_new = breaker not in self
             if is_new:
-                key = breaker.keys.state.encode()
-                self._by_key[key] = [*self._alive(key), weakref.ref(breaker)]
-                self._members[breaker] = None
-                if len(self._by_key) > 2 * len(self._members) + 16:  # most are of breakers that are gone
-                    self._by_key = {key: found for key in self._by_key if (found := self._alive(key))}
+                if self._members.setdefault(breaker._state_key, breaker) is not breaker:
+                    self._namesakes.add(breaker)
+                self._patterns.add(state_pattern(breaker._prefix))
             starts, self._running = not self._running, True
         if is_new and self.connected:
             breaker._hinted()
@@ -69,16 +71,14 @@ class Audience:
     def leave(self, breaker: Watcher) -> None:
         """Remove a breaker."""
         with self._lock:
-            self._members.pop(breaker, None)
-
-    def _alive(self, key: bytes) -> list[weakref.ref[Watcher]]:
-        members = self._members
-        return [one for one in self._by_key.get(key, ()) if (breaker := one()) is not None and breaker in members]
+            self._namesakes.discard(breaker)
+            if self._members.get(breaker._state_key) is breaker:
+                del self._members[breaker._state_key]
 
     def stop(self, only_if_empty: bool = False) -> bool:
         """End the subscription; the next join() starts another. Returns False if it is still needed, and goes on."""
         with self._lock:
-            if only_if_empty and self._members:
+            if only_if_empty and self:
                 return False
             self._running = self.connected = False
             return True
@@ -94,7 +94,7 @@ class Audience:
         stood, self.connected = self.connected, False
         if stood:
             self._warned = False
-        elif not self._warned and self._members:  # the first attempt to open it again has failed
+        elif not self._warned and self:  # the first attempt to open it again has failed
             self._warned = True
             logger.warning("circuit breakers: the subscription is lost: %r", error)
         return stood
@@ -102,9 +102,7 @@ class Audience:
     def to_send(self, silent: bool) -> tuple[str, ...]:
         """The command to send now, or (). silent: whether nothing came for PING_EVERY. Raises ConnectionError if the
         last PING was not answered."""
-        with self._lock:
-            missing = {state_pattern(breaker._prefix) for breaker in self._members} - self._subscribed
-        if missing:
+        if missing := self._patterns - self._subscribed:
             self._subscribed |= missing
             self._unconfirmed += len(missing)
             return ("PSUBSCRIBE", *missing)
@@ -123,18 +121,22 @@ class Audience:
                 raise
             return  # a refused PING shows that the server is alive: its disk may be full, or an ACL may forbid PING
         if kind in (b"pmessage", "pmessage"):
-            channel = rest[1].encode() if isinstance(rest[1], str) else rest[1]
-            with self._lock:
-                self._hint(self._alive(channel))
+            channel = rest[1] if isinstance(rest[1], str) else rest[1].decode(errors="replace")
+            first = self._members.get(channel)
+            self._hint([one for one in self._others() if one._state_key == channel] + ([first] if first else []))
         elif kind in (b"psubscribe", "psubscribe"):
             self._unconfirmed -= 1
             self.connected = True
-            self._hint(self._members.keyrefs())  # messages may have been missed
+            references = self._members.valuerefs()
+            self._hint([one for reference in references if (one := reference()) is not None] + self._others())
 
-    def _hint(self, concerned: list[weakref.ref[Watcher]]) -> None:
-        for one in concerned:
-            if (breaker := one()) is not None:
-                breaker._hinted()
+    def _others(self) -> list[Watcher]:
+        with self._lock:
+            return list(self._namesakes)
+
+    def _hint(self, concerned: list[Watcher]) -> None:
+        for breaker in concerned:  # messages concern them, or may have been missed
+            breaker._hinted()
 
 
 class Subscription:
@@ -237,6 +239,8 @@ class AsyncSubscription:
 
 class BaseWatch:
     """A breaker's membership in the subscription of its link; on asyncio, of each event loop that calls it."""
+
+    __slots__ = ("_breaker", "_closed", "_joined")
 
     def __init__(self, breaker: Any) -> None:
         self._breaker: Watcher = breaker

@@ -187,12 +187,13 @@ def test_a_reset_ends_a_hold(machine: Machine) -> None:
     assert hold(machine, POLICY, generation, 5000)["applied"] is False
 
 
-def test_an_operators_probe_ends_a_hold(machine: Machine) -> None:
-    """A late report of another held call does not undo it: the next caller probes."""
+@pytest.mark.parametrize("waited", [1000, 60_000, 61_000])
+def test_an_operators_probe_ends_a_hold(machine: Machine, waited: int) -> None:
+    """A late report of another held call does not undo it, also if the hold was just over: the next caller probes."""
     generation = begin(machine, POLICY)
     present = hold(machine, POLICY, generation, 60_000)["generation"]
-    machine.advance(1000)
-    assert machine.run("control", POLICY, action="probe")["changed"] is True
+    machine.advance(waited)
+    assert [machine.run("control", POLICY, action="probe")["changed"] for _ in range(2)] == [True, False]
     for late in (generation, present):
         assert hold(machine, POLICY, late, 60_000)["applied"] is False
     assert machine.run("acquire", POLICY)["probe"] == 1

@@ -226,7 +226,7 @@ def test_a_report_of_nothing_known(machine: Machine) -> None:
     reply = machine.run("record", POLICY, generation=7, failures=9)
     assert (reply["applied"], reply["state"], reply["failure_count"]) == (False, "closed", 0)
     machine.advance(5)
-    assert machine.run("acquire", POLICY)["generation"] == reply["generation"] == START_MS
+    assert machine.run("acquire", POLICY)["generation"] == reply["generation"] == START_MS * 1000
     assert machine.run("snapshot", POLICY)["exists"] is True
 
 

@@ -6,16 +6,19 @@ state every possible step is taken; states that were seen are not entered again.
 each step: transitions form a legal path, each under a generation greater than the last and told by one reply alone;
 never more live probes than slots; a straggler, a lost or a repeated report of a probe changes nothing; the run of
 failures is never longer than the failures of its generation; and gathered successes end no failure that their process
-had not read of before they ended.
+had not read of before they ended. A hold opens the circuit for its time without a trip. Only reports that may do so
+extend it, never beyond the longest hold, nor after an operator has let the next caller probe. The circuit opens at
+exactly the failure in the window, and at exactly the failed probe, that the policy names.
 
 The steps:
   ask      a client sends acquire (its request is under way)
-  end      a client's call ends, and its report is under way
+  end      a client's call ends, perhaps with a hold, and its report is under way
   deliver  any request that is under way is executed; its reply arrives, or is lost
   repeat   a delivered report is executed once more, as a network or a proxy may do
   crash    a client forgets everything: its permit, and that it asked
   advance  the clock jumps to the next deadline of the document
   reset    an operator resets (once)
+  probe    an operator lets the next caller probe
   fail over  a replica that lacks the last write takes over
 
 Some clients gather successes instead of reporting each call:
@@ -37,12 +40,13 @@ from typing import Any
 from pybreaker_redis._memory import MemoryEngine
 
 LEGAL = {
-    ("closed", "open"): {"failure_threshold"},
+    ("closed", "open"): {"failure_threshold", "failures_in_window", "held"},
     ("open", "half_open"): {"timeout"},
-    ("half_open", "open"): {"probe_failed"},
+    ("half_open", "open"): {"probe_failed", "held"},
     ("half_open", "closed"): {"probe_succeeded"},
 }
 START_MS = 1_700_000_000_000
+HOLD_MS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +65,8 @@ class Bounds:
     reads: int = 0
     successes: int = 0  # of each gatherer
     failovers: int = 0
+    holds: int = 0
+    probes: int = 0  # that an operator asks for
     policy: tuple[tuple[str, int], ...] = (
         ("failure_threshold", 2),
         ("success_threshold", 1),
@@ -141,6 +147,7 @@ class World:
     """One state. engine is the document as a tuple; now_ms is what the clock has advanced.
 
     replica: the document without its last write, while a replica may still take over.
+    holds, probes: how many there were.
     """
 
     engine: Any
@@ -157,6 +164,11 @@ class World:
     resets: int = 0
     reads: int = 0
     failovers: int = 0
+    holds: int = 0
+    probes: int = 0
+    probed: int = 0  # the generation in which an operator let the next caller probe
+    failures: int = 0  # that counted under this generation
+    failed_probes: int = 0
 
 
 class Broken(AssertionError):
@@ -174,6 +186,7 @@ class Search:
         self.engine = MemoryEngine(now_ms=lambda: START_MS + self.clock)
         self.steps = 0
         self.transitions: collections.Counter[str] = collections.Counter()
+        self.extended = 0  # holds
         self.spared = 0  # reports of gathered successes that left a failure in the run
 
     def run(self) -> int:
@@ -213,6 +226,9 @@ class Search:
                 for outcome in ("successes", "failures") if probe is None else ("successes", "failures", ""):
                     report = Message("record", False, generation, probe, outcome)
                     yield f"{index} ends with {outcome or 'nothing'}", send(world, index, report, Client())
+                if world.holds < self.bounds.holds:
+                    held = send(world, index, Message("record", False, generation, probe, "hold_ms"), Client())
+                    yield f"{index} ends with a hold", dataclasses.replace(held, holds=world.holds + 1)
             if (client.permit or client.busy) and world.crashes < self.bounds.crashes:
                 yield f"{index} crashes", crash(world, index)
         for message in dict.fromkeys(world.messages):
@@ -232,6 +248,15 @@ class Search:
         if world.resets < self.bounds.resets and world.engine is not None:
             after, _ = self.execute(world, "control", {"action": "reset"}, "reset")
             yield "an operator resets", dataclasses.replace(after, resets=world.resets + 1)
+        if world.probes < self.bounds.probes and world.engine is not None and world.engine.document.state == "open":
+            yield "an operator lets the next caller probe", self.probe(world)
+
+    def probe(self, world: World) -> World:
+        after, reply = self.execute(world, "control", {"action": "probe"}, "probe")
+        document, now = after.engine.document, START_MS + world.now_ms
+        if reply.get("transition") or document.state != "open" or document.open_until_ms > now:
+            raise Broken(f"the next caller cannot probe: {document}")
+        return dataclasses.replace(after, probes=world.probes + 1, probed=document.generation)
 
     def gather(self, world: World, index: int, gatherer: Gatherer, room: bool) -> Iterator[tuple[str, World]]:
         """What a gatherer can do."""
@@ -265,7 +290,10 @@ class Search:
                 yield f"{message} comes once more", dataclasses.replace(after, repeats=world.repeats + 1)
             return
         after, reply = self.execute(world, message.script, self.request(message), message.script)
-        self.check_straggler(world, after, message, reply)
+        if message.outcome == "hold_ms":
+            self.check_hold(world, after, message, reply)
+        else:
+            self.check_straggler(world, after, message, reply)
         if message.seen is not None:
             self.check_gathered(world, after, message, reply)
         rest = list(world.messages)
@@ -290,6 +318,8 @@ class Search:
         if message.script == "acquire":
             return {}
         counts = {message.outcome: 1} if message.outcome else {}
+        if message.outcome == "hold_ms":
+            counts = {"hold_ms": HOLD_MS, **({"failures": 1} if message.probe else {})}
         if message.seen is not None:
             counts["seen_failure"] = message.seen
         return {"generation": message.generation, **counts, **({"probe": message.probe} if message.probe else {})}
@@ -307,10 +337,25 @@ class Search:
             after = dataclasses.replace(after, replica=world.engine)
         if change := reply.get("transition"):
             self.check_transition(world, reply, change, cause)
-            after = dataclasses.replace(after, transitions=world.transitions + 1)
+            after = dataclasses.replace(after, transitions=world.transitions + 1, failures=0, failed_probes=0)
+        if reply.get("applied") and request.get("failures") and "hold_ms" not in request:
+            after = self.count_failure(world, after, "probe" in request)
         self.check_slots(after)
         self.check_numbers(after)
         return after, reply
+
+    def count_failure(self, world: World, after: World, is_probe: bool) -> World:
+        """The circuit opens at exactly the failure that the policy names."""
+        opened = after.transitions > world.transitions
+        if is_probe:
+            failed = world.failed_probes + 1
+            if opened != (failed >= self.policy.get("probe_failure_threshold", 1)):
+                raise Broken(f"the circuit is {'open' if opened else 'half open'} after {failed} failed probes")
+            return after if opened else dataclasses.replace(after, failed_probes=failed)
+        failures, most = world.failures + 1, self.policy.get("failures_in_window", 0)
+        if not opened and 0 < most <= failures:
+            raise Broken(f"the circuit is closed after {failures} failures in the window")
+        return after if opened else dataclasses.replace(after, failures=failures)
 
     def next_deadline(self, world: World) -> int | None:
         """When something next ends by itself, as the clock counts."""
@@ -362,6 +407,26 @@ class Search:
         self.spared += now.failure_count > 0
         if now.failure_count < unknown:
             raise Broken(f"gathered successes ended a later failure: {message}, {was}, {now}")
+
+    def check_hold(self, before: World, after: World, message: Message, reply: dict[str, Any]) -> None:
+        """A hold opens for its time, and is no trip while closed. Only a hold can be extended, to max_hold in all."""
+        if before.engine is None:
+            return
+        was, now, time_ms = before.engine.document, after.engine.document, START_MS + before.now_ms
+        if was.state == "open":
+            may = was.held_generation is not None and message.generation in (was.held_generation, was.generation)
+            most = was.open_until_ms - was.open_ms + self.policy["max_hold_ms"]
+            until = max(was.open_until_ms, min(time_ms + HOLD_MS, most) if may else 0)
+            if (now.open_until_ms, now.generation, now.trips) != (until, was.generation, was.trips):
+                raise Broken(f"a hold that extends what it may not: {message}, {was}, {now}")
+            if before.probed == was.generation and until > was.open_until_ms:
+                raise Broken(f"a late hold takes a probe back: {message}, {was}, {now}")
+            self.extended += until > was.open_until_ms
+        elif reply["applied"]:
+            length = max(HOLD_MS, 0 if was.state == "closed" else self.policy["reset_timeout_ms"])
+            trips = was.trips + (was.state == "half_open")
+            if (now.state, now.open_until_ms, now.trips) != ("open", time_ms + length, trips):
+                raise Broken(f"a hold that is counted wrongly: {message}, {was}, {now}")
 
     def check_straggler(self, before: World, after: World, message: Message, reply: dict[str, Any]) -> None:
         """A report of another generation, or of a slot that is gone, changes nothing and tells of no transition."""

@@ -31,6 +31,7 @@ import math
 import random
 import sys
 import time
+import types
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -49,7 +50,6 @@ from pybreaker_redis.wire import link as link_module
 from pybreaker_redis.wire import listing
 from pybreaker_redis.wire.commands import Command
 from pybreaker_redis.wire.link import FIRST_PAUSE, IDLE, Health, Link
-from pybreaker_redis.wire.options import Kind
 from pybreaker_redis.wire.scripts import FLEET
 
 START_MS = 1_700_000_000_000
@@ -684,13 +684,13 @@ class Watching:
         """Nothing to do."""
 
 
-KIND = Kind("a simulated process", Process, Process, None, lambda url: url)
+KIND = types.SimpleNamespace(__name__="simulation", Redis=Process, RedisCluster=Process)
 
 
 class Breaker(BreakerCore):
     """The breaker of one process. Its shell is the simulation."""
 
-    _kind, _permit, _warning_permit = KIND, BasePermit, BasePermit
+    _kind, _permit_type, _warning_permit = KIND, BasePermit, BasePermit
     _server_of = staticmethod(lambda client, _: client)
     process: Process
     _view: TrueView
@@ -698,10 +698,7 @@ class Breaker(BreakerCore):
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
         self._instance = f"process-{_world.making}"
-        self._notices.start_process(self._instance)
-        for request in (self._with_policy, self._without_policy):
-            if "instance" in request:
-                request["instance"] = self._instance
+        self._notices.start_process(self._instance, self._view.lock)
         changed = self._notices.changed
 
         def once(change: dict[str, Any], source: str, instance: str | None = None) -> None:

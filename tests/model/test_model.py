@@ -39,6 +39,20 @@ GATHERING = {
         policy=policy(failure_threshold=9),
     ),
 }
+NEWER = {
+    "holds": Bounds(
+        **{"asks": 4, "waits": 3, "crashes": 0, "resets": 0, "repeats": 0, "holds": 3, "probes": 1},
+        policy=policy(failure_threshold=2, reset_timeout_ms=5, max_hold_ms=12),
+    ),
+    "failures in the window": Bounds(
+        **{"asks": 5, "waits": 1, "crashes": 0, "resets": 0, "transitions": 2},
+        policy=policy(failure_threshold=9, failures_in_window=3),
+    ),
+    "tolerated failures of probes": Bounds(
+        **{"asks": 4, "waits": 2, "crashes": 0, "resets": 0, "repeats": 0},
+        policy=policy(failure_threshold=1, half_open_max_calls=2, probe_failure_threshold=2, success_threshold=2),
+    ),
+}
 LONG = {
     "trips and a reset": Bounds(
         **{"clients": 1, "asks": 3, "waits": 1, "crashes": 0, "resets": 1, "repeats": 0},
@@ -62,6 +76,19 @@ def test_no_state_breaks_a_rule(bounds: Bounds) -> None:
     assert search.steps > 2000
     reached = {tuple(key.split(" (")[0].split(" > ")) for key in search.transitions}
     assert reached >= {("closed", "open"), ("open", "half_open"), ("half_open", "open")}
+
+
+@pytest.mark.parametrize("bounds", NEWER.values(), ids=NEWER)
+def test_no_state_breaks_a_newer_rule(bounds: Bounds) -> None:
+    """Holds, failures in the window, tolerated failures of probes, and an operator's probe."""
+    search = explore(bounds)
+    assert search.steps > 2000
+    reasons = {key.split("(")[1].rstrip(")") for key in search.transitions}
+    if bounds.holds:
+        assert "held" in reasons
+        assert search.extended > 0
+    else:
+        assert reasons & {"failures_in_window", "probe_failed"}
 
 
 @pytest.mark.parametrize("bounds", GATHERING.values(), ids=GATHERING)
@@ -104,6 +131,79 @@ def test_a_wrong_engine_is_found(monkeypatch: pytest.MonkeyPatch, says: str) -> 
     search = Search(Bounds(asks=4, policy=policy(failure_threshold=1)))
     with pytest.raises(Broken, match=says) as broken:
         search.run()
+    assert "\n" in str(broken.value)
+
+
+def as_a_trip(document: Any, rules: Any, reason: str, hold_ms: int = 0) -> None:
+    """Counts a hold as a trip."""
+    trip(document, rules, reason, hold_ms)
+    document.trips += reason == "held"
+
+
+def of_any_generation(document: Any, request: Any, rules: Any) -> bool:
+    """Lets any report extend a hold."""
+    return extend_hold(document, {**request, "generation": document.generation}, rules)
+
+
+def without_a_limit(document: Any, request: Any, rules: Any) -> bool:
+    """Extends a hold beyond the longest one."""
+    return extend_hold(document, request, {**rules, "max_hold_ms": 10**6})
+
+
+def without_a_look(document: Any, request: Any, rules: Any) -> bool:
+    """Gives a hold another end, even an earlier one."""
+    if document.held_generation is not None:
+        document.open_until_ms = document.now + request["hold_ms"]
+    return document.held_generation is not None
+
+
+def keeps_the_hold(document: Any) -> bool:
+    """Lets the next caller probe, but does not end the hold."""
+    held = document.held_generation
+    changed = probe_now(document)
+    document.held_generation = held
+    return changed
+
+
+def never_probes(document: Any) -> bool:
+    """Does nothing."""
+    return False
+
+
+def at_the_first(document: Any, rules: Any, reason: str, hold_ms: int) -> None:
+    """Opens at the first failed probe."""
+    fail_probe(document, {**rules, "probe_failure_threshold": 1}, reason, hold_ms)
+
+
+def one_more(document: Any, rules: Any, *rest: Any) -> str | None:
+    """Lets one more failure into the window."""
+    return trip_reason(document, {**rules, "failures_in_window": rules["failures_in_window"] + 1}, *rest)
+
+
+trip, extend_hold, probe_now = _rules.trip, _rules.extend_hold, _rules.probe_now
+fail_probe, trip_reason = _rules.fail_probe, _rules.trip_reason
+
+
+@pytest.mark.parametrize(
+    ("says", "bounds", "rule", "engine"),
+    [
+        ("counted wrongly", "holds", "trip", as_a_trip),
+        ("may not", "holds", "extend_hold", of_any_generation),
+        ("may not", "holds", "extend_hold", without_a_limit),
+        ("may not", "holds", "extend_hold", without_a_look),
+        ("takes a probe back", "holds", "probe_now", keeps_the_hold),
+        ("cannot probe", "holds", "probe_now", never_probes),
+        ("after 1 failed probes", "tolerated failures of probes", "fail_probe", at_the_first),
+        ("failures in the window", "failures in the window", "trip_reason", one_more),
+    ],
+)
+def test_a_wrong_newer_rule_is_found(
+    monkeypatch: pytest.MonkeyPatch, says: str, bounds: str, rule: str, engine: Any
+) -> None:
+    """An engine that gets a newer rule wrong is found, with the path there."""
+    monkeypatch.setattr(_rules, rule, engine)
+    with pytest.raises(Broken, match=says) as broken:
+        Search(NEWER[bounds]).run()
     assert "\n" in str(broken.value)
 
 

@@ -122,9 +122,8 @@ def held(url: str, which: str) -> object:
     isolated: Any = breaker._isolation._own
     server = breaker._redis
     locks = {
-        "engine": line._lock,
         "isolated": isolated and isolated._lock,
-        "view": breaker._view._lock,
+        "breaker": breaker._view.lock,
         "nested": breaker._innermost._lock,
         "refreshing": server._refreshing,
         "health": server.link.health(line)._lock,

@@ -455,7 +455,8 @@ def load(station: Station, url: str, name: str, threads: int, share: int, option
     run_threads(threads, work)
     elapsed = time.monotonic() - began
     deadline = time.monotonic() + PATIENCE
-    while breaker.snapshot().source != "redis":
+    # another thread may notify of the return
+    while breaker.snapshot().source != "redis" or kinds.count("redis_restored") < kinds.count("redis_error"):
         assert time.monotonic() < deadline, "Redis is back, but this breaker stays local"
         breaker.call(fine)
     breaker.flush()

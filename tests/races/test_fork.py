@@ -41,9 +41,8 @@ def test_forking_amid_calls_never_hangs_the_child(server: EmbeddedServer, client
 
 
 LOCKS = [
-    "view",
+    "breaker",
     "nested",
-    "engine",
     "refreshing",
     "isolated",
     "health",

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import wait_until
+from conftest import stopped, wait_until
 from race_workers import signalled_at
 
 from pybreaker_redis import (
@@ -138,8 +138,8 @@ def test_an_own_rejection_is_no_failure() -> None:
 # By the thread that is at work on it -----------------------------------------------------------
 
 
-IN_MEMORY = ["view", "engine", "counting", "nested"]
-LINKED = [*IN_MEMORY, "refreshing", "health", "trouble", "worker", "messenger", "subscription"]
+IN_MEMORY = ["breaker", "nested", "engine"]
+LINKED = ["breaker", "nested", "refreshing", "health", "trouble", "worker", "messenger", "subscription"]
 
 
 @pytest.mark.parametrize(
@@ -150,10 +150,10 @@ def test_a_thread_that_holds_a_lock_may_call(server: EmbeddedServer, url: str, l
     timeout = 2.0
     breaker = CircuitBreaker("held-by-itself", redis=server.url if url == "redis" else None, redis_timeout=timeout)
     line: Any = breaker._line
-    engine: Any = breaker._memory or line
-    locks = {"view": breaker._view._lock, "engine": engine._lock, "counting": breaker._notices.counting}
-    locks["nested"] = breaker._innermost._lock
-    if line is not None:
+    locks: dict[str, Any] = {"breaker": breaker._view.lock, "nested": breaker._innermost._lock}
+    if line is None:
+        locks["engine"] = breaker._memory._lock  # type: ignore[union-attr]
+    else:
         breaker.reset()
         server = breaker._redis
         locks["refreshing"] = server._refreshing
@@ -620,3 +620,28 @@ def test_a_fork_from_a_loop_is_no_outage(server: EmbeddedServer) -> None:
 
     asyncio.run(main())
     assert events == ["success"] * 4
+
+
+@pytest.mark.parametrize("place", ["memory", "local"])
+def test_an_error_that_needs_the_breaker_to_describe_itself(place: str, own_server: EmbeddedServer) -> None:
+    """A message may take locks of other threads, or call the breaker: it is read outside of the breaker's locks."""
+    url = own_server.url if place == "local" else None
+    breaker = CircuitBreaker("a", redis=url, policy=Policy(failure_threshold=2))
+
+    class Odd(OSError):
+        def __str__(self) -> str:
+            with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.suppress(OSError):
+                pool.submit(breaker.call, boom).result(20)  # of another thread, which this one waits for
+            return f"it was {breaker.state}"
+
+    def fail() -> None:
+        raise Odd
+
+    breaker.call(int)
+    with stopped(own_server):
+        wait_until(lambda: breaker.snapshot().source == place)
+        for _ in range(2):
+            with pytest.raises(Odd):
+                breaker.call(fail)
+        seen = breaker.snapshot()
+        assert (seen.state, seen.source, seen.error) == ("open", place, "OSError: boom")

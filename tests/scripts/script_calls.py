@@ -23,9 +23,9 @@ KEYS = keys_of("discovery")
 POLICY = {"failure_threshold": 3, "reset_timeout_ms": 1000, "probe_timeout_ms": 400}
 CONTRACT = ("state", "failure_count", "success_count", "last_failure_time", "opened_at")
 DAY_MS = 86_400_000
-LARGEST, LONGEST_MS = 90_000_000_000_000, 365 * DAY_MS  # of integers and of durations in a request
+LARGEST, GREATEST_GENERATION, LONGEST_MS = 90_000_000_000_000, 9 * 10**15, 365 * DAY_MS  # in a request
 MARGIN_MS = 60_000  # by which a document outlives its own deadline
-NO_INTEGERS = [-1, 1.5, math.nan, math.inf, -math.inf, 1e15, 2**63, "1", True, [1], {"a": 1}]
+NO_INTEGERS = [-1, 1.5, math.nan, math.inf, -math.inf, 1e16, 2**63, "1", True, [1], {"a": 1}]
 
 # fields that a request must have
 NEEDED: dict[str, dict[str, Any]] = {"record": {"generation": 1}, "control": {"action": "reset"}}

@@ -9,6 +9,7 @@ import pytest
 import redis
 from conftest import START_MS, lua_machine
 from script_calls import (
+    GREATEST_GENERATION,
     KEYS,
     LARGEST,
     LONGEST_MS,
@@ -38,7 +39,7 @@ def test_bad_requests(client: redis.Redis, stored: bool) -> None:
 
 def test_limits(client: redis.Redis) -> None:
     """The greatest allowed values are taken, and one more is not."""
-    limits = {"successes": 10**9, "generation": LARGEST, "seen_failure": LARGEST, "age_ms": LONGEST_MS}
+    limits = {"successes": 10**9, "generation": GREATEST_GENERATION, "seen_failure": LARGEST, "age_ms": LONGEST_MS}
     for field, most in limits.items():
         assert ask(client, "acquire", **{field: most})["admitted"] is True
         must_refuse(client, "acquire", json.dumps({field: most + 1}), names=field, stored=False)
@@ -51,14 +52,14 @@ def test_first_acquire_makes_the_document(client: redis.Redis) -> None:
     assert machine.run("acquire", POLICY) == {
         "admitted": True,
         "state": "closed",
-        "generation": START_MS,
+        "generation": START_MS * 1000,
         "failure_count": 0,
         "failure_number": 0,
         "success_count": 0,
     }
-    assert (document(client)["generation"], document(client).get("trips")) == (START_MS, None)
+    assert (document(client)["generation"], document(client).get("trips")) == (START_MS * 1000, None)
     with commands(client) as seen:
-        assert machine.run("acquire", POLICY)["generation"] == START_MS
+        assert machine.run("acquire", POLICY)["generation"] == START_MS * 1000
     assert {words[0] for words in seen} == {"MGET"}
 
 

@@ -91,15 +91,15 @@ FUZZ = settings(
 )
 
 
-def is_count(value: Any, most: int = 99999999999999) -> bool:
-    """An integer, of at most 14 digits."""
+def is_count(value: Any, most: int = 10**14) -> bool:
+    """An integer from 0 to the greatest value."""
     return type(value) is int and 0 <= value <= most
 
 
 def check_reply(reply: dict[str, Any]) -> None:
     """The reply is one that a client can work with."""
     assert reply["state"] in ("closed", "open", "half_open")
-    assert is_count(reply["generation"])
+    assert is_count(reply["generation"], 10**16)
     assert is_count(reply["failure_count"])
     assert is_count(reply["failure_number"])
     assert reply["state"] != "closed" or reply["failure_number"] >= reply["failure_count"]

@@ -13,7 +13,7 @@ from pybreaker_redis._memory import _DEFAULTS
 
 COMMON = {"exists": True, "failure_number": 0, "success_count": 0, "calls": 0, "failures": 0, "slow": 0}
 TOLD = {
-    "closed": {"generation": START_MS, "failure_count": 0, "trips": 0, "health": 100, "probes_in_flight": 0},
+    "closed": {"generation": START_MS * 1000, "failure_count": 0, "trips": 0, "health": 100, "probes_in_flight": 0},
     "open": {"failure_count": 3, "trips": 1, "health": 0, "probes_in_flight": 0, "retry_after_ms": 1000},
     "half_open": {"failure_count": 3, "trips": 1, "health": 40, "probes_in_flight": 1, "retry_after_ms": 100},
 }

@@ -14,6 +14,7 @@ from script_calls import (
     CONTRACT,
     CORRUPT,
     DAY_MS,
+    GREATEST_GENERATION,
     KEYS,
     LARGEST,
     NEEDED,
@@ -171,7 +172,7 @@ def test_counts_that_are_left_out(client: redis.Redis, state: str) -> None:
 
 def test_the_least_generation(client: redis.Redis) -> None:
     """A stored generation goes on from 1 upwards; less is none."""
-    for generation, taken in ((1, 1), (0, START_MS), (-1, START_MS)):
+    for generation, taken in ((1, 1), (0, START_MS * 1000), (-1, START_MS * 1000)):
         put(client, **_contract("closed"), version=1, generation=generation)
         assert lua_machine(client, "discovery").run("acquire")["generation"] == taken
 
@@ -197,7 +198,7 @@ def test_an_open_document_with_half_a_deadline(client: redis.Redis, own: dict[st
     assert machine.run("snapshot")["retry_after_ms"] == (300 if wait is None else wait)
 
 
-@pytest.mark.parametrize("generation", [1, 10**9 - 1, 10**9, 10**9 + 1, 10**12 - 1, 10**12 + 7, LARGEST - 1, LARGEST])
+@pytest.mark.parametrize("generation", [1, 10**9 - 1, 10**9 + 1, 10**12 + 7, LARGEST, GREATEST_GENERATION - 1])
 def test_every_generation_is_stored_exactly(client: redis.Redis, generation: int) -> None:
     """A generation of any length is written back with all its digits."""
     put(client, **_contract("closed"), version=1, generation=generation)
@@ -235,7 +236,7 @@ def test_gateway_rewrites_ours(client: redis.Redis) -> None:
     assert machine.run("record", POLICY, generation=permit, failures=1)["state"] == "open"
 
 
-@pytest.mark.parametrize("generation", [None, 0, START_MS + 6])
+@pytest.mark.parametrize("generation", [None, 0, (START_MS + 6) * 1000])
 def test_gateway_and_an_unknown_generation(client: redis.Redis, generation: int | None) -> None:
     """A caller that knows no generation, or one that cannot be, gets a new one; nothing of its counts."""
     machine = lua_machine(client, "discovery")
@@ -243,7 +244,7 @@ def test_gateway_and_an_unknown_generation(client: redis.Redis, generation: int 
     machine.advance(5)
     request = {} if generation is None else {"generation": generation, "failures": 1}
     reply = machine.run("record", POLICY, **request)
-    assert (reply["applied"], reply["failure_count"], reply["generation"]) == (False, 2, START_MS + 5)
+    assert (reply["applied"], reply["failure_count"], reply["generation"]) == (False, 2, (START_MS + 5) * 1000)
 
 
 @pytest.mark.parametrize(("state", "slot"), [("open", None), ("open", 1), ("closed", 1), ("half_open", None)])
@@ -252,8 +253,8 @@ def test_gateway_and_a_permit_of_another_state(client: redis.Redis, state: str, 
     machine = lua_machine(client, "discovery")
     put(client, **_contract(state, failures=2, opened=None if state == "closed" else START_MS // 1000))
     fields = {} if slot is None else {"probe": slot}
-    reply = machine.run("record", POLICY, generation=START_MS - 9, failures=1, **fields)
-    assert (reply["applied"], reply["failure_count"], reply["generation"]) == (False, 2, START_MS)
+    reply = machine.run("record", POLICY, generation=START_MS * 1000 - 9, failures=1, **fields)
+    assert (reply["applied"], reply["failure_count"], reply["generation"]) == (False, 2, START_MS * 1000)
 
 
 @pytest.mark.parametrize(("outcome", "state"), [("successes", "closed"), ("failures", "open")])
@@ -336,9 +337,9 @@ def test_an_open_state_lasts_thirty_days(
 def test_a_forced_state_lasts_thirty_days(client: redis.Redis, state: str) -> None:
     """Counted from when it began, whatever is stored; the end does not move from one script to the next."""
     machine = lua_machine(client, "discovery")
-    for generation, left_days in ((START_MS - 10 * DAY_MS, 20), (START_MS + 365 * DAY_MS, 30)):
-        opened = None if state == "closed" else min(generation, START_MS + DAY_MS) // 1000
-        own = {"generation": generation, "forced": state, "forced_until_ms": LARGEST}
+    for began, left_days in ((START_MS - 10 * DAY_MS, 20), (START_MS + 365 * DAY_MS, 30)):
+        opened = None if state == "closed" else min(began, START_MS + DAY_MS) // 1000
+        own = {"generation": began * 1000, "forced": state, "forced_until_ms": LARGEST}
         own |= {"open_ms": LARGEST, "open_until_ms": LARGEST}
         put(client, **_contract(state, opened=opened), **own)
         for day in range(3):
@@ -483,7 +484,7 @@ def test_open_time_beyond_every_policy(client: redis.Redis) -> None:
     assert machine.run("acquire", POLICY)["admitted"] is True
 
 
-@pytest.mark.parametrize("own", [{"generation": BEYOND}, {"generation": START_MS, "probe_seq": BEYOND}], ids=repr)
+@pytest.mark.parametrize("own", [{"generation": 2**53}, {"generation": START_MS, "probe_seq": BEYOND}], ids=repr)
 def test_greatest_numbers(client: redis.Redis, own: dict[str, int]) -> None:
     """A generation or probe number after which there is none that a report could name is not taken over."""
     put(client, **_contract("half_open" if "probe_seq" in own else "open", opened=1), version=1, **own)
@@ -502,8 +503,8 @@ def test_greatest_numbers(client: redis.Redis, own: dict[str, int]) -> None:
         ("failure_number", 9_999_999_999_999, None),
         ("failure_number", 90_000_000_000_000, None),
         ("failure_number", 90_000_000_000_001, "no number"),
-        ("generation", 90_000_000_000_000, None),
-        ("generation", 90_000_000_000_001, "another generation"),
+        ("generation", 9_000_000_000_000_000, None),
+        ("generation", 9_000_000_000_000_001, "another generation"),
     ],
 )
 @pytest.mark.parametrize("brace", ["}", ' ,"x":1}'])
@@ -590,6 +591,16 @@ def test_a_healthy_document_is_not_decoded(client: redis.Redis, monkeypatch: pyt
         machine.run("acquire")
 
 
+@pytest.mark.parametrize("state", ["closed", "open"])
+def test_a_new_end_without_a_last_change(client: redis.Redis, state: str) -> None:
+    """A forced state of which nothing tells when and why it began can be given another end."""
+    put(client, **_contract(state), generation=START_MS, forced=state, forced_until_ms=START_MS + 9000)
+    machine = lua_machine(client, "discovery")
+    assert machine.run("control", action=f"force_{state}", duration_ms=5000)["changed"]
+    seen = machine.run("snapshot")
+    assert (seen["forced_left_ms"], seen["reason"], seen["changed_at_ms"]) == (5000, "forced", START_MS)
+
+
 def test_forced_half_open(client: redis.Redis) -> None:
     """There is no such override as half_open."""
     until = {"forced": "half_open", "forced_until_ms": START_MS + 9000}
@@ -641,7 +652,7 @@ def test_the_longest_override(client: redis.Redis, state: str) -> None:
     """A forced state that has ended is none; one that would last longer than thirty days ends then."""
     machine = lua_machine(client, "discovery")
     for ends, left in ((0, None), (1, 1), (30 * DAY_MS, 30 * DAY_MS), (LARGEST - START_MS, 30 * DAY_MS)):
-        own = {"version": 1, "generation": START_MS, "forced": state, "forced_until_ms": START_MS + ends}
+        own = {"version": 1, "generation": START_MS * 1000, "forced": state, "forced_until_ms": START_MS + ends}
         put(client, **_contract(state, opened=None if state == "closed" else START_MS // 1000), **own)
         seen = machine.run("snapshot")
         assert seen.get("forced") == (None if left is None else state)

@@ -811,6 +811,19 @@ def test_an_outage_is_shown_and_survived(own_server: EmbeddedServer, site: Site)
     assert page.get("/breakers/api").status_code == 200
 
 
+def test_the_page_of_a_breaker_tells_of_an_outage(own_server: EmbeddedServer, site: Site) -> None:
+    """What it shows stays, with a warning that it is old."""
+    with redis.Redis.from_url(own_server.url) as admin:
+        make(admin, "api")
+    with events(site(own_server.url, read_only=True), "?breaker=api") as messages:
+        first = next(messages)
+        with stopped(own_server):
+            lost = until(messages, lambda message: "does not answer" in message["status"])
+        assert "closed" in first["html"]
+        assert "closed" in lost["html"]
+        until(messages, lambda message: "Live" in message["status"])
+
+
 def test_a_page_that_cannot_reach_redis_says_so(site: Site) -> None:
     """A wrong address is an answer, not a wait without end."""
     page = site("redis://127.0.0.1:1", read_only=True)
@@ -961,3 +974,20 @@ def test_the_command_refuses_what_cannot_work(arguments: list[str], message: str
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, env={**environment, "COLUMNS": "300"})
     assert done.returncode == 2
     assert message in done.stderr
+
+
+WITHOUT_EXTRA = """
+import sys
+sys.modules["sse_starlette"] = None
+try:
+    import pybreaker_redis.web
+except ModuleNotFoundError as error:
+    print(error)
+"""
+
+
+def test_without_the_extra() -> None:
+    """The error names the extra, whichever of its packages is missing."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRA], capture_output=True, text=True, check=True)
+    assert "pip install 'pybreaker_redis[web]'" in done.stdout
+    assert "sse_starlette" in done.stdout
