@@ -158,7 +158,9 @@ def test_the_fleet_is_shown(client: redis.Redis, site: Site, monkeypatch: pytest
     entry = {"seen_ms": round(time.time() * 1000), "host": "<b>web-2\u202e", "pid": 7, "version": "<i>", "breakers": 1}
     client.hset("circuit_breaker:fleet", "x", json.dumps({**entry, "policies": [policy]}))
     client.hset("circuit_breaker:fleet", "y", "no entry")
-    odd = {"breakers": 1, "names": ["..", "\ud800", "{}"]}
+    odd = {"breakers": 1, "names": ["..", "{}"]}
+    half_a_letter = {**entry, "policies": [{**odd, "names": ["\ud800"], "policy": {}}]}
+    client.hset("circuit_breaker:fleet", "z", json.dumps(half_a_letter))  # no text: passed over
     for process, threshold in (("v", 5), ("w", 6)):
         policies = [{**odd, "policy": {"failure_threshold": threshold}}]
         client.hset("circuit_breaker:fleet", process, json.dumps({**entry, "policies": policies}))
@@ -167,7 +169,7 @@ def test_the_fleet_is_shown(client: redis.Redis, site: Site, monkeypatch: pytest
     assert "Breakers on whose policy the processes disagree" in answer
     assert not re.search("<b>web|<i>|\u202e", answer)
     listed = page.get("/api/fleet").json()
-    assert (len(listed["processes"]), sorted(listed["disagreements"])) == (4, ["..", "api", "{}", "\ud800"])
+    assert (len(listed["processes"]), sorted(listed["disagreements"])) == (4, ["..", "api", "{}"])
     assert re.findall(r'href="/breakers/([^"]*)"', answer) == ["api"]
     one.close()
 
@@ -820,7 +822,7 @@ def test_the_page_of_a_breaker_tells_of_an_outage(own_server: EmbeddedServer, si
         with stopped(own_server):
             lost = until(messages, lambda message: "does not answer" in message["status"])
         assert "closed" in first["html"]
-        assert "closed" in lost["html"]
+        assert "html" not in lost
         until(messages, lambda message: "Live" in message["status"])
 
 
