@@ -19,6 +19,7 @@ import itertools
 import json
 import pathlib
 import random
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -33,7 +34,6 @@ from pybreaker_redis._view import Verdict
 from pybreaker_redis.wire import link as link_module
 from pybreaker_redis.wire.commands import Command
 from pybreaker_redis.wire.link import Link
-from pybreaker_redis.wire.options import Kind
 from pybreaker_redis.wire.scripts import FLEET
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "fleet_sim.json"
@@ -222,7 +222,7 @@ class Process:
         advance(None)
 
 
-KIND = Kind("a simulated process", Process, Process, None, lambda url: url)
+KIND = types.SimpleNamespace(__name__="simulation", Redis=Process, RedisCluster=Process)
 
 
 class Breaker(BreakerCore):

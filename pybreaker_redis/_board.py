@@ -344,7 +344,8 @@ def _until(document: Mapping[str, Any], forced: bool) -> float | None:
 
 def _since(document: Mapping[str, Any]) -> float | None:
     began_us = _integer(document, "generation", GREATEST_GENERATION)  # of a document that has had no transition
-    return _integer(document, "changed_at_ms") / 1000 or began_us / 1e6 or _integer(document, "opened_at") or None
+    began = _integer(document, "changed_at_ms") / 1000 or began_us / 1e6 or _integer(document, "opened_at")
+    return began if 0 < began <= EXACT / 1000 else None
 
 
 def _running(probes: object, now_ms: int) -> int:
@@ -379,7 +380,7 @@ def _window(stored: Mapping[str, Any]) -> Window:
 
 def _integer(fields: Mapping[str, Any], name: str, most: int = EXACT) -> int:
     value = fields.get(name)
-    return int(value) if _is_whole(value, most) else 0
+    return int(value) if value is not None and _is_whole(value, most) else 0
 
 
 def _is_whole(value: Any, most: float) -> bool:

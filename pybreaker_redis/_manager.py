@@ -21,6 +21,7 @@ from ._sync import CircuitBreaker, Watch
 from ._view import Verdict
 from .wire.options import ASYNCIO, BLOCKING, Kind, client_of
 from .wire.subscription import BaseWatch
+from .wire.url import client_from_url
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,7 +71,6 @@ class ManagerCore(Generic[B]):
         self._client: Any = None
         self._breakers: dict[str, B] = {}
         self._forgotten: weakref.WeakValueDictionary[str, B] = weakref.WeakValueDictionary()
-        self._used_at: dict[str, float] = {}
         self._forgot_at = monotonic()
 
     @classmethod
@@ -87,7 +87,7 @@ class ManagerCore(Generic[B]):
     def _share(self, client: Any) -> None:
         check_clock(self._hooks["clock"], self.config.redis_url)
         url, options = self.config.redis_url, self.config.redis_options
-        self._client = self._kind.from_url(url, **options) if client is None else client_of(client, self._kind)
+        self._client = client_from_url(url, self._kind, **options) if client is None else client_of(client, self._kind)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {sorted(self._breakers)}>"
@@ -102,7 +102,7 @@ class ManagerCore(Generic[B]):
             self._forget_idle()
             # no lock, which a forked child could inherit locked: if several threads create a breaker, the first stays
             breaker = self._breakers.setdefault(service, self._forgotten.get(service) or self._make(service))
-        self._used_at[service] = monotonic()
+        breaker._asked_for_at = monotonic()
         if breaker._watch is None and self._client is not None and self.config.enabled and self.config.watch:
             breaker._watch = self._watch_type(breaker)
             breaker._view.drop()  # so that the next call joins the subscription
@@ -114,10 +114,10 @@ class ManagerCore(Generic[B]):
         if idle_after is None or 0 <= now - self._forgot_at < min(idle_after, FORGET_EVERY):
             return
         self._forgot_at = now
-        for service in [service for service, used_at in list(self._used_at.items()) if now - used_at >= idle_after]:
-            breaker = self._breakers.get(service)
-            if breaker is not None and breaker.state == "closed":  # in memory, nobody else knows that it is open
-                del self._used_at[service], self._breakers[service]
+        for service, breaker in list(self._breakers.items()):
+            # in memory, nobody else knows that it is open
+            if now - breaker._asked_for_at >= idle_after and breaker.state == "closed":
+                self._breakers.pop(service, None)
                 self._forgotten[service] = breaker
 
     def _make(self, service: str) -> B:
@@ -249,6 +249,10 @@ def _config_from(source: Source | None) -> Config:
         return Config()
     if isinstance(source, Config):
         return source
+    if not isinstance(source, (Mapping, str, os.PathLike)):
+        raise ConfigError(f"the configuration must be a path, a dict or a Config, not {source!r}")
+    if isinstance(source, str) and "://" in source:
+        raise ConfigError("the configuration is a URL: pass it to with_redis() as redis=")
     try:
         from .config import load
     except ModuleNotFoundError as error:

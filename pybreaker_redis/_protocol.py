@@ -257,9 +257,13 @@ def history_fields(raw: list[Any]) -> list[dict[str, Any]]:
 
 
 def history_entry(fields: dict[str, Any]) -> HistoryEntry:
-    """One entry of the history stream."""
+    """One entry of the history stream, or a message about it. Raises ValueError, KeyError or OverflowError for one
+    that another program wrote."""
+    time_ms = int(fields["time_ms"])
+    if not 0 <= time_ms <= EXACT:
+        raise ValueError(f"time_ms must be from 0 to {EXACT}, not {time_ms}")
     return HistoryEntry(
-        time=int(fields["time_ms"]) / 1000,
+        time=time_ms / 1000,
         old=fields["from"],
         new=fields["to"],
         reason=fields["reason"],

@@ -264,6 +264,52 @@ def test_fields_that_make_no_sense_are_absent(client: redis.Redis, reader: Serve
     assert found["odd"].sums(time.time()) == (0, 0, 0)
 
 
+HUGE = "1" + "0" * 350
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        '{"failure_threshold":"7"}',
+        '{"failure_threshold":[7]}',
+        '{"failure_threshold":null}',
+        '{"failure_threshold":0}',
+        '{"failure_threshold":1.5}',
+        '{"failure_threshold":true}',
+        f'{{"failure_threshold":{HUGE}}}',
+        '{"reset_timeout_ms":1e999}',
+        '{"enforce":1}',
+        '{"unknown":7}',
+        "{}",
+        "no document",
+        '{"quorum":2,"until_ms":"x"}',
+        '{"quorum":2,"until_ms":null}',
+        '{"quorum":2,"until_ms":1}',
+        '{"quorum":2,"until_ms":1e18}',
+        f'{{"quorum":2,"until_ms":{HUGE}}}',
+        '{"quorum":2,"until_ms":80000000000000}',
+        '{"failures_in_window":0,"max_reset_timeout_ms":0,"error_rate_threshold":0.5,"enforce":false}',
+        '{"window_ms":10,"jitter":1,"reset_timeout_ms":1}',
+    ],
+    ids=lambda text: text[:60],
+)
+def test_an_override_counts_where_the_scripts_accept_it(client: redis.Redis, reader: Server, override: str) -> None:
+    """A policy override that another program wrote is on the board if breakers obey it, and harms no other row."""
+    breaker = make(client, "odd", Policy())
+    breaker.call(int)
+    client.set(keys_of("odd").policy, override)
+    sources = breaker.snapshot().policy_sources
+    row, now = rows(reader)["odd"], time.time()
+    assert bool(row.override) == ("override" in sources.values())
+    assert (row.health(now), row.recent_trips(now)) == (100, 0)
+
+
+def test_times_that_no_calendar_has_are_absent(client: redis.Redis, reader: Server) -> None:
+    """A time beyond what the scripts store counts as unknown."""
+    client.set(keys_of("odd").state, json.dumps({"state": "open", "opened_at": 9e13}))
+    assert rows(reader)["odd"].since is None
+
+
 def test_names_of_other_prefixes_and_odd_bytes(client: redis.Redis, reader: Server) -> None:
     """Only the prefix's own breakers are read, whatever is special in patterns; a name need not be UTF-8."""
     for prefix in ("a[b]*?", "a"):

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import threading
 import types
 import warnings
@@ -1221,6 +1222,14 @@ def test_bad_options(make_breaker: Make, option: str, value: Any) -> None:
     """An option that makes no sense is refused by name."""
     with pytest.raises(Refused, match=option):
         make_breaker(**{option: value})
+
+
+@pytest.mark.parametrize("option", ["failures", "ignore"])
+@pytest.mark.parametrize("value", ["ValueError", 404, int])
+def test_what_is_no_exception_is_shown(option: str, value: Any) -> None:
+    """The error shows the whole value, not the first letter of a text."""
+    with pytest.raises(Refused, match=f"^{option} must be exception types, .* not {re.escape(repr(value))}$"):
+        CircuitBreaker("wrong", **{option: value})
 
 
 @pytest.mark.parametrize("wrong", [1, object(), redis.asyncio.Redis(), ["redis://localhost"]])

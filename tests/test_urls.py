@@ -25,7 +25,7 @@ from pybreaker_redis import (
     PolicyError,
 )
 from pybreaker_redis.embedded import EmbeddedServer, find_binary
-from pybreaker_redis.wire.url import ClusterUrl, async_client_from_url, client_from_url, parse, without_password
+from pybreaker_redis.wire.url import ClusterUrl, client_from_url, parse, without_password
 
 NAME = "discovery"
 
@@ -66,8 +66,8 @@ def test_urls(url: str, kind: str, nodes: list[tuple[str, int]], options: dict[s
     target = parse(url)
     assert (target.kind, target.nodes) == (kind, nodes)
     assert options.items() <= target.options.items()
-    for make, module in ((client_from_url, redis), (async_client_from_url, redis.asyncio)):
-        client = make(url)
+    for module in (redis, redis.asyncio):
+        client = client_from_url(url, module)
         assert isinstance(client, ClusterUrl if kind == "cluster" else module.Redis)
 
 
@@ -141,6 +141,7 @@ class WithoutConnections(redis.Redis):
         (lambda: redis.asyncio.RedisCluster("localhost"), [CircuitBreaker], "use AsyncCircuitBreaker"),
         (redis.Redis, [AsyncCircuitBreaker], "use CircuitBreaker for this client"),
         (lambda: {"host": "localhost", "password": "secret"}, ANY, "builtins.dict$"),
+        (lambda: redis.Redis, ANY, "redis.client.Redis$"),
     ],
 )
 def test_what_is_no_client(make: Callable[[], Any], breakers: list[Any], remedy: str) -> None:
@@ -149,7 +150,7 @@ def test_what_is_no_client(make: Callable[[], Any], breakers: list[Any], remedy:
         manager = CircuitBreakerManager if breaker is CircuitBreaker else AsyncCircuitBreakerManager
         for construct in (lambda of=breaker: of(NAME, redis=make()), lambda of=manager: of.with_redis(redis=make())):
             with pytest.raises(
-                PolicyError, match=f"^redis must be a redis.*, a URL or None, not a .*{remedy}"
+                PolicyError, match=f"^redis must be a redis.* client or a URL, not (a|the class) .*{remedy}"
             ) as raised:
                 construct()
             assert "secret" not in str(raised.value)
@@ -178,7 +179,7 @@ def use(url: str) -> None:
     client.set("a", "1")
 
     async def look() -> Any:
-        other = async_client_from_url(url)
+        other = client_from_url(url, redis.asyncio)
         found = await other.get("a")
         await other.aclose()
         return found

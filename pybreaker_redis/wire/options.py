@@ -9,6 +9,7 @@ import re
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from types import ModuleType
 from typing import Any, NamedTuple, TypeAlias
 
 import hiredis
@@ -16,15 +17,18 @@ import redis
 import redis.asyncio
 import redis.asyncio.retry
 import redis.asyncio.sentinel
+import redis.retry
 import redis.sentinel
 from redis import exceptions
 from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from .._errors import PolicyError
-from .url import ClusterUrl, async_client_from_url, client_from_url
+from .url import ClusterUrl, client_from_url
 
 Address: TypeAlias = tuple[str, int]
+Kind: TypeAlias = ModuleType  # with the classes of blocking or of asyncio clients, which have the same names
+BLOCKING: Kind = redis
+ASYNCIO: Kind = redis.asyncio
 MOST_CONNECTIONS = 100  # to one server, of a client that names no limit; redis-py 7 and later name the same
 _UNLIMITED = 2**31  # what earlier ones name
 PROOF_AFTER = 1.0  # seconds after which an idle connection must prove that it still leads to the server
@@ -35,59 +39,30 @@ REDIS_ERRORS = (redis.RedisError, OSError)
 _OF_ONE_KIND = ("redis_connect_func", "parser_class", "encoder_class", "connection_pool")
 # errors that leave a connection usable
 _INTACT = (exceptions.NoScriptError, exceptions.AskError, exceptions.MovedError)
-_by_url: weakref.WeakValueDictionary[tuple[bool, str], Any] = weakref.WeakValueDictionary()
-
-
-class Kind(NamedTuple):
-    """The classes of redis-py for blocking or for asyncio clients."""
-
-    name: str
-    client: Any
-    cluster: Any
-    retry: Any
-    from_url: Callable[..., Any]
-    pool: Any
-    sentinel: Any
-
-
-BLOCKING = Kind(
-    "redis.Redis",
-    redis.Redis,
-    redis.RedisCluster,
-    Retry,
-    client_from_url,
-    redis.ConnectionPool,
-    redis.sentinel,
-)
-ASYNCIO = Kind(
-    "redis.asyncio.Redis",
-    redis.asyncio.Redis,
-    redis.asyncio.RedisCluster,
-    redis.asyncio.retry.Retry,
-    async_client_from_url,
-    redis.asyncio.ConnectionPool,
-    redis.asyncio.sentinel,
-)
+_by_url: weakref.WeakValueDictionary[tuple[Kind, str], Any] = weakref.WeakValueDictionary()
 
 
 def client_of(given: Any, kind: Kind) -> Any:
     """The given client, or the one that this process shares for a URL. Raises PolicyError for anything else."""
     if isinstance(given, str):
-        key = kind is ASYNCIO, given
+        key = kind, given
         found = _by_url.get(key)
         if found is None:
-            found = _by_url[key] = kind.from_url(given)
+            found = _by_url[key] = client_from_url(given, kind)
         return found
     remedy = next((text for types, text in _REMEDIES if isinstance(given, types)), "")
     if not remedy and _is_fake(given):
         remedy = "in tests, pass None or the URL of a pybreaker_redis.embedded.EmbeddedServer"
-    elif not remedy and isinstance(given, (kind.client, kind.cluster, ClusterUrl)):
+    elif not remedy and isinstance(given, (kind.Redis, kind.RedisCluster, ClusterUrl)):
         return given
-    elif not remedy and isinstance(given, (BLOCKING.client, BLOCKING.cluster, ASYNCIO.client, ASYNCIO.cluster)):
+    elif not remedy and isinstance(
+        given, (redis.Redis, redis.RedisCluster, redis.asyncio.Redis, redis.asyncio.RedisCluster)
+    ):
         remedy = f"use {'AsyncCircuitBreaker' if kind is BLOCKING else 'CircuitBreaker'} for this client"
-    what = f"{type(given).__module__}.{type(given).__qualname__}"
-    expected = f"redis must be a {kind.name} (or cluster) client, a URL or None"
-    raise PolicyError(f"{expected}, not a {what}{remedy and f': {remedy}'}")
+    article, shown = ("the class", given) if isinstance(given, type) else ("a", type(given))
+    what = f"{article} {shown.__module__}.{shown.__qualname__}"
+    expected = f"redis must be a {kind.__name__}.Redis (or cluster) client or a URL"
+    raise PolicyError(f"{expected}, not {what}{remedy and f': {remedy}'}")
 
 
 # what is easily taken for a client, and what to pass instead
@@ -111,7 +86,7 @@ _REMEDIES: tuple[tuple[tuple[type, ...], str], ...] = (
 def _is_fake(given: Any) -> bool:
     """Whether this is a mock, or a client that connects to no server, such as one of fakeredis."""
     connection_class = getattr(getattr(given, "connection_pool", None), "connection_class", None)
-    if isinstance(given, (BLOCKING.client, ASYNCIO.client)) and connection_class is None:
+    if isinstance(given, (redis.Redis, redis.asyncio.Redis)) and connection_class is None:
         return True
     classes = (*type(given).__mro__, *getattr(connection_class, "__mro__", ()))
     return any(one.__module__.partition(".")[0] in ("fakeredis", "unittest", "mock") for one in classes)
@@ -133,7 +108,7 @@ def connection(pool: Any, kind: Kind, timeout: float | None, **options: Any) -> 
 
     timeout: seconds to connect and for each reply; None if the caller has its own deadline.
     """
-    kwargs = connection_options(pool.connection_kwargs, timeout) | options | {"retry": kind.retry(NoBackoff(), 0)}
+    kwargs = connection_options(pool.connection_kwargs, timeout) | options | {"retry": kind.retry.Retry(NoBackoff(), 0)}
     make = getattr(type(pool), "make_connection", None)
     if make is None or make.__module__.startswith("redis."):
         return pool.connection_class(**kwargs)
@@ -195,7 +170,7 @@ def pool_of(client: Any, kind: Kind, timeout: float) -> Any:
 
 def blocking(pool: Any) -> Any:
     """The counterpart of an asyncio pool, for connection(). Raises LookupError for a class that is not redis-py's."""
-    return _counterpart(pool, BLOCKING, "redis.asyncio.", "redis.")
+    return _counterpart(pool, BLOCKING)
 
 
 def asyncio_client_of(client: Any) -> Any:
@@ -208,7 +183,7 @@ def asyncio_client_of(client: Any) -> Any:
     if is_cluster(client):
         return ClusterUrl(known_nodes(client)(), _for_cluster(client.nodes_manager.connection_kwargs))
     try:
-        pool = _counterpart(client.connection_pool, ASYNCIO, "redis.", "redis.asyncio.")
+        pool = _counterpart(client.connection_pool, ASYNCIO)
     except LookupError as error:
         raise PolicyError(f"for coroutine functions, pass a URL instead of this client: {error}") from error
     return redis.asyncio.Redis(connection_pool=pool)
@@ -221,20 +196,21 @@ def _for_cluster(given: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in options if key in known and key not in _OF_ONE_KIND and value is not None}
 
 
-def _counterpart(pool: Any, kind: Kind, there: str, here: str) -> Any:
-    """The pool of the other kind for a pool's server. there, here: where the two kinds have their connections."""
+def _counterpart(pool: Any, kind: Kind) -> Any:
+    """The pool of this kind for the server of a pool of the other kind."""
     module, name = pool.connection_class.__module__, pool.connection_class.__name__
+    here, there = ("redis.asyncio.", "redis.") if kind is ASYNCIO else ("redis.", "redis.asyncio.")
     if not module.startswith(there) or module.startswith("redis.asyncio.") == (kind is ASYNCIO):
-        raise LookupError(f"{module}.{name} has no counterpart for {kind.name}")
+        raise LookupError(f"{module}.{name} has no counterpart for {kind.__name__}.Redis")
     connection_class = getattr(sys.modules[module.replace(there, here, 1)], name)
     kwargs = {key: value for key, value in pool.connection_kwargs.items() if key not in _OF_ONE_KIND}
-    kwargs |= {"connection_class": connection_class, "retry": kind.retry(NoBackoff(), 0)}
+    kwargs |= {"connection_class": connection_class, "retry": kind.retry.Retry(NoBackoff(), 0)}
     manager = getattr(pool, "sentinel_manager", None)
     if manager is None:
-        return kind.pool(**kwargs)
+        return kind.ConnectionPool(**kwargs)
     sentinel = kind.sentinel.Sentinel([], min_other_sentinels=manager.min_other_sentinels)
     sentinel.sentinels = [
-        kind.client(connection_pool=_counterpart(one.connection_pool, kind, there, here)) for one in manager.sentinels
+        kind.Redis(connection_pool=_counterpart(one.connection_pool, kind)) for one in manager.sentinels
     ]
     return kind.sentinel.SentinelConnectionPool(pool.service_name, sentinel, is_master=pool.is_master, **kwargs)
 
@@ -242,13 +218,13 @@ def _counterpart(pool: Any, kind: Kind, there: str, here: str) -> Any:
 def blocking_client(given: Any) -> Any:
     """The blocking counterpart of a client of either sort, or of a URL. Raises PolicyError for anything else, and
     LookupError for a connection class that is not redis-py's."""
-    if isinstance(given, ASYNCIO.cluster):
+    if isinstance(given, redis.asyncio.RedisCluster):
         known = inspect.signature(redis.Redis).parameters.keys() - {"connection_pool", "retry", "event_dispatcher"}
         options = {name: value for name, value in given.connection_kwargs.items() if name in known}
         tls = issubclass(given.connection_kwargs["connection_class"], redis.asyncio.SSLConnection)
         return ClusterUrl(known_nodes(given)(), {**options, "ssl": tls})
-    if isinstance(given, ASYNCIO.client) and not _is_fake(given):
-        return BLOCKING.client(connection_pool=blocking(given.connection_pool))
+    if isinstance(given, redis.asyncio.Redis) and not _is_fake(given):
+        return redis.Redis(connection_pool=blocking(given.connection_pool))
     return client_of(given, BLOCKING)
 
 
@@ -256,7 +232,7 @@ def _impatient(client: Any, kind: Kind, timeout: float) -> Any:
     """A copy of a client that tries once, within the timeout in seconds."""
     pool = client.connection_pool
     kwargs = {**connection_options(pool.connection_kwargs, timeout), "connection_class": pool.connection_class}
-    return type(client)(connection_pool=type(pool)(**kwargs, retry=kind.retry(NoBackoff(), 0)))
+    return type(client)(connection_pool=type(pool)(**kwargs, retry=kind.retry.Retry(NoBackoff(), 0)))
 
 
 def pools_of(client: Any, kind: Kind, timeout: float) -> tuple[Callable[[Any], Any], bool]:
@@ -269,7 +245,7 @@ def pools_of(client: Any, kind: Kind, timeout: float) -> tuple[Callable[[Any], A
         return lambda address: pool, False
     if isinstance(client, ClusterUrl):
         given = client.options
-        return lambda address: kind.client(host=address[0], port=address[1], **given).connection_pool, True
+        return lambda address: kind.Redis(host=address[0], port=address[1], **given).connection_pool, True
     if kind is ASYNCIO:
         options = without("redis_connect_func", client.connection_kwargs)  # it may send READONLY, for replicas
         return lambda address: redis.asyncio.cluster.ClusterNode(*address, **options), True

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import redis
-import redis.asyncio
-import redis.asyncio.retry
-import redis.asyncio.sentinel
+import redis.retry
 import redis.sentinel
 from redis.backoff import NoBackoff
 from redis.connection import parse_url
-from redis.retry import Retry
 
 from .._errors import PolicyError
 
@@ -45,8 +43,10 @@ class ClusterUrl:
         self.nodes, self.options = nodes, options
 
 
-def client_from_url(url: str, **options: Any) -> Any:
-    """A redis.Redis for a URL, or a ClusterUrl. options: those of redis.Redis that the URL does not give.
+def client_from_url(url: str, kind: ModuleType = redis, /, **options: Any) -> Any:
+    """A client for a URL: of redis or, if that is the kind, of redis.asyncio. For a cluster, a ClusterUrl.
+
+    options: those of redis.Redis that the URL does not give.
 
     redis://[[user]:password@]host[:6379][/db][?option=value]        one server; rediss:// for TLS
     unix://[[user]:password@]/path/to/socket[?db=0]                  one server
@@ -56,28 +56,14 @@ def client_from_url(url: str, **options: Any) -> Any:
     Nothing is connected before the first command. Raises PolicyError for another kind of URL.
     """
     target = parse(url, options)
-    once = Retry(NoBackoff(), 0)
     if target.kind == "cluster":
-        _checked(url, lambda: redis.Redis(**target.options))
+        _checked(url, lambda: kind.Redis(**target.options))
         return ClusterUrl(target.nodes, target.options)
     if target.kind == "sentinel":
-        sentinel = redis.sentinel.Sentinel(target.nodes, sentinel_kwargs={"retry": once, **target.sentinel_options})
+        own = {"retry": kind.retry.Retry(NoBackoff(), 0), **target.sentinel_options}
+        sentinel = kind.sentinel.Sentinel(target.nodes, sentinel_kwargs=own)
         return _checked(url, lambda: sentinel.master_for(target.service, **target.options))
-    return _checked(url, lambda: redis.Redis.from_url(url, **options))
-
-
-def async_client_from_url(url: str, **options: Any) -> Any:
-    """The same for redis.asyncio."""
-    target = parse(url, options)
-    once = redis.asyncio.retry.Retry(NoBackoff(), 0)
-    if target.kind == "cluster":
-        _checked(url, lambda: redis.asyncio.Redis(**target.options))
-        return ClusterUrl(target.nodes, target.options)
-    if target.kind == "sentinel":
-        own = {"retry": once, **target.sentinel_options}
-        sentinel = redis.asyncio.sentinel.Sentinel(target.nodes, sentinel_kwargs=own)
-        return _checked(url, lambda: sentinel.master_for(target.service, **target.options))
-    return _checked(url, lambda: redis.asyncio.Redis.from_url(url, **options))
+    return _checked(url, lambda: kind.Redis.from_url(url, **options))
 
 
 def _checked(url: str, make: Callable[[], Any]) -> Any:

@@ -31,6 +31,7 @@ import math
 import random
 import sys
 import time
+import types
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -49,7 +50,6 @@ from pybreaker_redis.wire import link as link_module
 from pybreaker_redis.wire import listing
 from pybreaker_redis.wire.commands import Command
 from pybreaker_redis.wire.link import FIRST_PAUSE, IDLE, Health, Link
-from pybreaker_redis.wire.options import Kind
 from pybreaker_redis.wire.scripts import FLEET
 
 START_MS = 1_700_000_000_000
@@ -684,7 +684,7 @@ class Watching:
         """Nothing to do."""
 
 
-KIND = Kind("a simulated process", Process, Process, None, lambda url: url)
+KIND = types.SimpleNamespace(__name__="simulation", Redis=Process, RedisCluster=Process)
 
 
 class Breaker(BreakerCore):
