@@ -111,7 +111,7 @@ def quoted(name: str) -> str:
     return quote(name, safe="")
 
 
-def place_of(row: Row, prefix: str) -> str:
+def row_id(row: Row, prefix: str) -> str:
     """The name of a row for programs: the same for no other row, and without characters that browsers alter."""
     return quote(row.key[len(prefix.encode()) + 1 : -len(":state")], safe=" ")
 
@@ -323,7 +323,7 @@ def templates() -> jinja2.Environment:
         "cells_of": cells_of,
         "link_of": link_of,
         "next_step": next_step,
-        "place_of": place_of,
+        "row_id": row_id,
         "outlook": outlook,
         "why": why,
     }

@@ -19,7 +19,7 @@ _serials = itertools.count(1)
 class Screen:
     """One page of the board.
 
-    rows: markup by place_of(). around: counts, pages, order and the state of the connection.
+    rows: markup by row_id(). around: counts, pages, order and the state of the connection.
     """
 
     def __init__(self, rows: dict[str, str], around: dict[str, Any], now: float) -> None:
@@ -78,7 +78,7 @@ class Screens:
         """What a viewer sees. root: the path under which the application is mounted."""
         page, key = self.page(board, view), (root, view)
         if key not in self._screens:
-            rows = {_pages.place_of(row, self._prefix): self._markup(root, row, board.now) for row in page.rows}
+            rows = {_pages.row_id(row, self._prefix): self._markup(root, row, board.now) for row in page.rows}
             around = {
                 "order": list(rows),
                 "chips": part("chips.html", root=root, board=board, view=view),
