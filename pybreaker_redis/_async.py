@@ -392,7 +392,9 @@ class AsyncCircuitBreaker(BreakerCore):
 
     async def _run_script(self, ask: Ask) -> Reply:
         if "failures" in ask.request and self._redis.link.is_reporting(self._line):
-            await self._redis.wait_for_reports(self._line)
+            await self._redis.wait_for_reports()
+            if (error := self._redis.link.error(self._line)) is not None:  # the server was lost
+                raise error
         return await self._redis.run(ask.name, self.keys, ask.request)  # type: ignore[no-any-return]
 
     async def _give_back(self, permit: BasePermit) -> None:
@@ -486,8 +488,7 @@ class AsyncCircuitBreaker(BreakerCore):
         """Report the gathered successes to Redis now."""
         await self._drive(self._flush())
         if self._line is not None and self._redis.link.is_reporting(self._line):
-            with contextlib.suppress(*REDIS_ERRORS):
-                await self._redis.wait_for_reports(self._line)
+            await self._redis.wait_for_reports()
 
     async def close(self) -> None:
         """Report the gathered successes, and close this loop's connections; a later call opens new ones."""

@@ -320,7 +320,9 @@ class CircuitBreaker(BreakerCore):
 
     def _run_script(self, ask: Ask) -> Reply:
         if "failures" in ask.request and self._redis.link.is_reporting(self._line):
-            self._redis.wait_for_reports(self._line)
+            self._redis.wait_for_reports()
+            if (error := self._redis.link.error(self._line)) is not None:  # the server was lost
+                raise error
         return self._redis.run(ask.name, self.keys, ask.request)  # type: ignore[no-any-return]
 
     def _deliver(self) -> None:
@@ -438,8 +440,7 @@ class CircuitBreaker(BreakerCore):
         """Report the gathered successes to Redis now."""
         self._drive(self._flush())
         if self._line is not None and self._redis.link.is_reporting(self._line):
-            with contextlib.suppress(*REDIS_ERRORS):
-                self._redis.wait_for_reports(self._line)
+            self._redis.wait_for_reports()
 
     def close(self) -> None:
         """Report the gathered successes, and close the connections; a later call opens new ones."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import inspect
 import logging
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -449,3 +451,57 @@ def test_wrong_password(make: Make, own_server: EmbeddedServer) -> None:
     breaker = make(own_server.url, **PATIENT)
     assert breaker.call(fine) == "fine"
     assert breaker.snapshot().source == "local"
+
+
+class Payload:
+    """Something large that a caller has in hand."""
+
+
+@pytest.mark.parametrize("trouble", ["server", "breaker"])
+@pytest.mark.parametrize("lease", [0, 0.1])
+def test_an_outage_keeps_nothing_of_its_callers(
+    make: Make, own_server: EmbeddedServer, lease: float, trouble: str
+) -> None:
+    """The error of an outage lasts as long as the outage; what the caller who met it had in hand does not."""
+    breaker = make(own_server.url, lease=lease, policy=MANY)
+    breaker.call(fine)
+    if trouble == "server":
+        own_server.stop()
+    else:
+        redis.Redis.from_url(own_server.url).execute_command("ACL SETUSER default resetkeys")
+
+    def calls() -> weakref.ref[Payload]:
+        payload = Payload()
+
+        def fails() -> None:
+            raise Boom(payload)
+
+        for _ in range(3):
+            with pytest.raises(Boom):
+                breaker.call(fails)
+        return weakref.ref(payload)
+
+    seen = calls()
+    gc.collect()
+    assert seen() is None
+    assert breaker.snapshot().source == "local"
+
+
+def test_trouble_ends_with_its_breaker(own_server: EmbeddedServer) -> None:
+    """The error of a breaker that nobody holds any more is freed, and costs the other breakers of its link nothing."""
+    own_client = redis.Redis.from_url(own_server.url)
+    name = CircuitBreaker("good", redis=own_server.url).keys.state
+    own_client.execute_command("ACL SETUSER default", "resetkeys", f"~{name}", f"~{{{name}}}:*")
+    good, refused = (CircuitBreaker(name, redis=own_server.url) for name in ("good", "refused"))
+    for breaker in (good, refused):
+        breaker.call(fine)
+    link = good._redis.link
+    assert wait_until(lambda: [type(health.error) for health in link.failing]) == [redis.exceptions.NoPermissionError]
+    del breaker, refused
+
+    def is_freed() -> bool:
+        gc.collect()
+        return not link.failing
+
+    wait_until(is_freed)
+    assert good.snapshot().source == "redis"

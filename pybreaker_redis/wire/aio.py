@@ -98,12 +98,10 @@ class AsyncServer:
         if done and not task.cancelled():
             task.result()
 
-    async def wait_for_reports(self, member: Member) -> None:
-        """Wait for the reports of a breaker that are under way. Raises the error if the server was lost."""
+    async def wait_for_reports(self) -> None:
+        """Wait for the reports that are under way. Raises no error of Redis."""
         if (task := self._here().task) is not None:
             await asyncio.wait({task}, timeout=self.link.timeout)
-        if (error := self.link.error(member)) is not None:
-            raise error
 
     async def report(self, members: list[Member]) -> None:
         """Report all that these breakers have gathered. Raises no error of Redis."""

@@ -42,11 +42,12 @@ Pipelines: TypeAlias = Generator[Sequence[Command], list[Any], Any]
 class Health:
     """Whether a server, a node of a cluster or a single breaker can be used. error: why not; None while it can.
 
+    The error is kept without its tracebacks: they would keep what the callers had in hand for as long as the outage.
     patience: seconds after which a retry that has not ended may be claimed again. failing: the set to which it belongs
     while it has an error.
     """
 
-    def __init__(self, patience: float, failing: set[Health]) -> None:
+    def __init__(self, patience: float, failing: weakref.WeakSet[Health]) -> None:
         self.error: BaseException | None = None
         self._failing = failing
         self.abandoned = False  # the last retry has not ended
@@ -57,6 +58,7 @@ class Health:
 
     def fail(self, error: BaseException) -> bool:
         """Note that it cannot be used. Returns whether it could be used before."""
+        error.__traceback__ = error.__cause__ = error.__context__ = None
         with self._lock:
             new = self.error is None
             if new:
@@ -183,7 +185,7 @@ class Link:
         self.held: collections.deque[Member] = collections.deque()
         self.wanted = False  # a breaker waits for an exchange
         self.busy_since = NEVER  # when the exchange that is under way began
-        self.failing: set[Health] = set()
+        self.failing: weakref.WeakSet[Health] = weakref.WeakSet()  # a breaker that nobody holds takes its own along
         self.fine = self.new_health()
         self.undelivered: collections.deque[tuple[Any, list[Any]]] = collections.deque()
         self._home = home

@@ -113,13 +113,11 @@ class Server:
         """Wait for an exchange of the link: make one, or wait for the one that another thread is making."""
         self._refresh(wanted=True)
 
-    def wait_for_reports(self, member: Member) -> None:
-        """Wait for the reports of a breaker that are under way. Raises the error if the server was lost."""
+    def wait_for_reports(self) -> None:
+        """Wait for the reports that are under way. Raises no error of Redis."""
         lock = self._refreshing
         if lock.acquire(timeout=self.link.timeout):
             lock.release()
-        if (error := self.link.error(member)) is not None:
-            raise error
 
     def report(self, members: list[Member]) -> None:
         """Report all that these breakers have gathered. Raises no error of Redis."""

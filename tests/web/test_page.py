@@ -167,6 +167,7 @@ def test_the_fleet_is_shown(client: redis.Redis, site: Site, monkeypatch: pytest
     assert "which disagree" in page.get("/breakers/api").text
     answer = page.get("/fleet").text
     assert "Breakers on whose policy the processes disagree" in answer
+    assert "<h2>2 processes on 2 hosts</h2>" in answer  # 7 of web-2 has two clients, and so two entries more
     assert not re.search("<b>web|<i>|\u202e", answer)
     listed = page.get("/api/fleet").json()
     assert (len(listed["processes"]), sorted(listed["disagreements"])) == (4, ["..", "api", "{}"])
