@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from . import _rules
 from ._policy import RULES, default_request, request_field
-from ._protocol import EXACT, LARGEST_TEXT, LONGEST_NOTE, LONGEST_OPERATOR, State, state_pattern
+from ._protocol import EXACT, GREATEST_GENERATION, LARGEST_TEXT, LONGEST_NOTE, LONGEST_OPERATOR, State, state_pattern
 from ._window import Sums, Window, sums, window_at
 from .wire.commands import Command
 from .wire.options import connecting
@@ -327,8 +327,8 @@ def _until(document: Mapping[str, Any], forced: bool) -> float | None:
 
 
 def _since(document: Mapping[str, Any]) -> float | None:
-    began = _integer(document, "changed_at_ms") or _integer(document, "generation")
-    return began / 1000 or _integer(document, "opened_at") or None
+    began_us = _integer(document, "generation", GREATEST_GENERATION)  # of a document that has had no transition
+    return _integer(document, "changed_at_ms") / 1000 or began_us / 1e6 or _integer(document, "opened_at") or None
 
 
 def _running(probes: object, now_ms: int) -> int:
@@ -368,9 +368,9 @@ def _decoded(text: bytes | None) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def _integer(fields: Mapping[str, Any], name: str) -> int:
+def _integer(fields: Mapping[str, Any], name: str, most: int = EXACT) -> int:
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= EXACT:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
         return 0
     return int(value)
 

@@ -43,7 +43,7 @@ _OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", *_NEEDS_POLICY
 class BreakerCore:
     """Options, view and decisions of one breaker. The shells, _sync and _async, add the I/O. See CircuitBreaker.
 
-    A process may have a breaker for each of 20,000 tenants, so its parts are small: they have slots, share what is the
+    A process may have a breaker for each of 20,000 tenants, so its parts are small. They have slots, share what is the
     same for all, and share one lock, that of the view.
     """
 
@@ -52,7 +52,7 @@ class BreakerCore:
         *("_fallback", "_record_errors", "_every_result_succeeds", "_only_counts", "_client", "_redis", "_now"),
         *("_innermost", "_permit", "_view", "_slow_calls", "_override", "_override_end", "_obeyed", "_isolation"),
         *("_warned", "_warned_of_window", "_watch", "_memory", "_line", "_pid", "_instance", "_given"),
-        *("_judges_successes", "_asking", "_shares", "__weakref__"),
+        *("_judges_successes", "_asking", "_asked_for_at", "_shares", "__weakref__"),
     )
 
     # set by the shell
@@ -124,6 +124,7 @@ class BreakerCore:
         self._isolation = Isolation(self)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
+        self._asked_for_at = NEVER  # when a manager last gave it to somebody
         self._shares: BreakerCore | None = None  # whose view and engine this breaker uses
         # one of the two: the state machine in this process, or the breaker's part in the link to Redis
         now_ms = clock_ms if clock is None else clock.now_ms
@@ -141,7 +142,7 @@ class BreakerCore:
         self._notices.start_process(self._instance, self._view.lock)
         self._given, self._judges_successes = shared_request(self.policy)
         self._warned_of_window = False
-        self._asking: list[object] = []  # one token for each call that asks for a permit now
+        self._asking: tuple[object, ...] = ()  # one token for each call that asks for a permit now
 
     def _follow(self, policy: Policy) -> None:
         """Follow another policy of this process from now on."""
@@ -278,7 +279,8 @@ class BreakerCore:
     def _ask(self) -> Steps[BasePermit]:
         """Ask for a permit. Raises CircuitOpenError."""
         token = object()
-        self._asking.append(token)
+        with self._view.lock:
+            self._asking = (*self._asking, token)
         try:
             *slow_probes, request = self._reports()
             for report in slow_probes:
@@ -286,8 +288,8 @@ class BreakerCore:
             # not a generation alone: with it, a closed document that another program wrote would go on under it
             reply = yield from self._run("acquire", request if len(request) > 1 else {})
         finally:
-            if token in self._asking:  # not after a fork: a child starts with an empty list
-                self._asking.remove(token)
+            with self._view.lock:
+                self._asking = tuple(one for one in self._asking if one is not token)
         if not reply["admitted"] or reply.get("shadow"):
             wait = seconds(reply.get("retry_after_ms")) or 0.0
             return self._reject(reply["state"], wait, reply.get("reason"), reply.get("error"))

@@ -71,7 +71,6 @@ class ManagerCore(Generic[B]):
         self._client: Any = None
         self._breakers: dict[str, B] = {}
         self._forgotten: weakref.WeakValueDictionary[str, B] = weakref.WeakValueDictionary()
-        self._used_at: dict[str, float] = {}
         self._forgot_at = monotonic()
 
     @classmethod
@@ -103,7 +102,7 @@ class ManagerCore(Generic[B]):
             self._forget_idle()
             # no lock, which a forked child could inherit locked: if several threads create a breaker, the first stays
             breaker = self._breakers.setdefault(service, self._forgotten.get(service) or self._make(service))
-        self._used_at[service] = monotonic()
+        breaker._asked_for_at = monotonic()
         if breaker._watch is None and self._client is not None and self.config.enabled and self.config.watch:
             breaker._watch = self._watch_type(breaker)
             breaker._view.drop()  # so that the next call joins the subscription
@@ -115,10 +114,10 @@ class ManagerCore(Generic[B]):
         if idle_after is None or 0 <= now - self._forgot_at < min(idle_after, FORGET_EVERY):
             return
         self._forgot_at = now
-        for service in [service for service, used_at in list(self._used_at.items()) if now - used_at >= idle_after]:
-            breaker = self._breakers.get(service)
-            if breaker is not None and breaker.state == "closed":  # in memory, nobody else knows that it is open
-                del self._used_at[service], self._breakers[service]
+        for service, breaker in list(self._breakers.items()):
+            # in memory, nobody else knows that it is open
+            if now - breaker._asked_for_at >= idle_after and breaker.state == "closed":
+                self._breakers.pop(service, None)
                 self._forgotten[service] = breaker
 
     def _make(self, service: str) -> B:

@@ -82,6 +82,7 @@ class BoardReader:
         self._stored: dict[bytes, Stored] = {}
         self._viewers: weakref.WeakSet[Viewer] = weakref.WeakSet()
         self._changed = threading.Condition()
+        self._waiting = 0  # callers of _wait_for()
         self._thread: threading.Thread | None = None
         self._used_at = monotonic()
 
@@ -97,21 +98,27 @@ class BoardReader:
 
     def current(self) -> Board:
         """The board, once it has been read, or an attempt has failed. Blocks meanwhile; starts the thread."""
-        self._start()
-        with self._changed:
-            self._changed.wait_for(lambda: self.board.is_read or self.board.error, 2 * TIMEOUT)
-        return self.board
+        return self._wait_for(lambda: self.board.is_read or bool(self.board.error), 2 * TIMEOUT)
 
     def changed(self, board: Board, seconds: float) -> Board:
         """Wait until the board is another one, at most for so many seconds. Returns the present board."""
-        self._start()
+        return self._wait_for(lambda: self.board is not board, seconds)
+
+    def _wait_for(self, condition: Callable[[], bool], seconds: float) -> Board:
+        renew(self)
         with self._changed:
-            self._changed.wait_for(lambda: self.board is not board, seconds)
-        return self.board
+            self._waiting += 1
+            try:
+                self._start()
+                self._changed.wait_for(condition, seconds)
+                return self.board
+            finally:
+                self._waiting -= 1
 
     @contextlib.contextmanager
     def viewer(self) -> Iterator[Viewer]:
         """Follow the board for a `with` block, on the running event loop."""
+        renew(self)
         viewer = Viewer(asyncio.get_running_loop())
         self._viewers.add(viewer)
         try:
@@ -122,18 +129,18 @@ class BoardReader:
             self._used_at = monotonic()
 
     def _start(self) -> None:
-        renew(self)
         with self._changed:
             self._used_at = monotonic()
             if self._thread is None:
+                self.board = Board()  # the last one is old
                 self._thread = threading.Thread(target=self._run, name="pybreaker_redis-board", daemon=True)
                 self._thread.start()
 
     def _is_wanted(self) -> bool:
         with self._changed:
-            if self._viewers or monotonic() - self._used_at < LINGER:
+            if self._viewers or self._waiting or monotonic() - self._used_at < LINGER:
                 return True
-            self._thread, self.board = None, Board()
+            self._thread = None
             return False
 
     # The thread

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
+import threading
 import time
+from collections.abc import Iterator
 
 import pytest
 import redis
+from conftest import wait_until
 
-from pybreaker_redis import CircuitBreaker, Policy
-from pybreaker_redis._board import CONDITIONS, Row, clean, counts, outlook, read_rows, select, span, urgency, why
+from pybreaker_redis import CircuitBreaker, Policy, _reader
+from pybreaker_redis._board import (
+    CONDITIONS,
+    Row,
+    Stored,
+    clean,
+    counts,
+    outlook,
+    read_rows,
+    select,
+    span,
+    urgency,
+    why,
+)
 from pybreaker_redis._protocol import keys_of
+from pybreaker_redis._reader import BoardReader
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire.sync import Server, server_of
 from pybreaker_redis.wire.url import client_from_url
@@ -79,6 +96,7 @@ def test_every_condition_is_shown(client: redis.Redis, reader: Server) -> None:
     assert outlook(found["forced-open"], found["forced-open"].since or 0) == "ends in 100 s"
     assert outlook(found["closed"], now) == outlook(found["half"], now) == why(found["closed"]) == ""
     assert (found["half"].probes, found["open"].failures) == (1, 2)
+    assert all(now - 100 < (row.since or 0) < now + 100 for name, row in found.items() if name != "odd")
     assert (found["open"].sums(now), found["closed"].sums(now)) == ((0, 0, 0), (1, 0, 0))
 
 
@@ -264,3 +282,69 @@ def test_a_cluster_is_read_node_by_node(cluster_url: str) -> None:
     for name in names:
         CircuitBreaker(name, redis=client, prefix="board", lease=0, redis_timeout=20).call(int)
     assert rows(server_of(client, 5.0), "board").keys() == names
+
+
+# The reader
+
+
+@pytest.fixture
+def board_reader(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Iterator[BoardReader]:
+    """A reader whose thread ends with the test."""
+    made = BoardReader(client, "circuit_breaker")
+    yield made
+    monkeypatch.setattr(_reader, "LINGER", 0.0)
+    wait_until(lambda: not made.is_running)
+
+
+def test_a_trip_while_all_breakers_are_read_is_not_undone(
+    client: redis.Redis, board_reader: BoardReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A document that was found before the trip does not replace the one that its notification was about."""
+    breaker = make(client, "api")
+    breaker.call(int)
+    read, once = _reader.read_stored, iter([True])
+
+    def read_slowly(server: Server, prefix: str) -> Iterator[list[Stored]]:
+        yield from read(server, prefix)
+        if board_reader.board.is_read and next(once, False):
+            fail(breaker, 2)
+            time.sleep(0.3)  # by now the notification has come
+            yield []
+            late.set()
+
+    late = threading.Event()
+    monkeypatch.setattr(_reader, "read_stored", read_slowly)
+    monkeypatch.setattr(_reader, "SHORTEST_PAUSE", 0.1)
+    monkeypatch.setattr(_reader, "SHARE", 1.0)
+    board, seen = board_reader.current(), []
+    while not late.is_set() or len(seen) < 5:
+        board = board_reader.changed(board, 5.0)
+        seen.append(board.rows[0].condition)
+    first = seen.index("open")
+    assert set(seen[first:]) == {"open"}
+
+
+def test_a_viewer_that_comes_as_the_thread_ends_gets_a_board(
+    client: redis.Redis, board_reader: BoardReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks while the thread decides that nobody is left gets what another thread reads."""
+    make(client, "api").call(int)
+    monkeypatch.setattr(_reader, "LINGER", 0.0)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        boards = list(pool.map(lambda _: board_reader.current(), range(40)))
+    assert {board.rows[0].name for board in boards if board.is_read} == {"api"}
+    assert all(board.is_read for board in boards)
+
+
+def test_breakers_in_sight_are_read_again_without_a_notification(
+    client: redis.Redis, board_reader: BoardReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second, however seldom all breakers are read."""
+    breaker = make(client, "api")
+    breaker.call(int)
+    monkeypatch.setattr(_reader, "SHORTEST_PAUSE", 600.0)
+    monkeypatch.setattr(_reader, "LONGEST_PAUSE", 600.0)
+    board = board_reader.current()
+    board_reader.in_sight = [board.rows[0].key]
+    breaker.call(int)  # counts in the window, which is no transition
+    wait_until(lambda: board_reader.board.rows[0].sums(board_reader.board.now).calls == 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import math
@@ -93,7 +94,7 @@ class Site:
         """The ASGI application."""
         allowed = self._allowed
         routes = [
-            Route("/", allowed(self._board), name="board"),
+            Route("/", allowed(self._board)),
             Route("/breakers/{name:breaker}/{action}", allowed(self._act), methods=["POST"]),
             Route("/breakers/{name:breaker}", allowed(self._breaker)),
             Route("/fleet", allowed(self._fleet)),
@@ -286,23 +287,19 @@ class Site:
 
     async def _one_messages(self, root: str, name: str) -> AsyncIterator[dict[str, str]]:
         """The changing part of a breaker's page, as often as it has changed."""
-        sent, key = "", keys_of(name, self._prefix).state.encode()
+        key = keys_of(name, self._prefix).state.encode()
         known: Row | None = None
-        read_at = -math.inf
+        read_at, sent = -math.inf, {"html": "", "status": ""}
         async for board in self._boards():
-            row = board.by_key.get(key)
-            if row is known and monotonic() - read_at < SHORTEST_PAUSE:
+            row, status = board.by_key.get(key), part("status.html", board=board)
+            if (row, status) == (known, sent["status"]) and monotonic() - read_at < SHORTEST_PAUSE:
                 continue
-            known, read_at = row, monotonic()
-            try:
-                stored = await self._read(name)
-            except (HTTPException, *REDIS_ERRORS):  # expired, or cannot be read now: the page stays as it is
-                continue
-            html = part("live.html", root=root, prefix=self._prefix, **self._about(name, stored))
-            if html != sent:
-                sent = html
-                status = part("status.html", board=board)
-                yield {"event": "breaker", "data": json.dumps({"html": html, "status": status, "now": stored.now})}
+            known, read_at, html = row, monotonic(), sent["html"]
+            with contextlib.suppress(HTTPException, *REDIS_ERRORS):  # expired, or unreadable now: it stays as it is
+                html = part("live.html", root=root, prefix=self._prefix, **self._about(name, await self._read(name)))
+            if sent != (now := {"html": html, "status": status}):
+                sent = now
+                yield {"event": "breaker", "data": json.dumps({**sent, "now": board.now})}
 
     async def _boards(self) -> AsyncIterator[Board]:
         """The board now, and each time that it has changed."""

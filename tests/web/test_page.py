@@ -724,6 +724,19 @@ def test_an_outage_is_shown_and_survived(own_server: EmbeddedServer, site: Site)
     assert page.get("/breakers/api").status_code == 200
 
 
+def test_the_page_of_a_breaker_tells_of_an_outage(own_server: EmbeddedServer, site: Site) -> None:
+    """What it shows stays, with a warning that it is old."""
+    with redis.Redis.from_url(own_server.url) as admin:
+        make(admin, "api")
+    with events(site(own_server.url, read_only=True), "?breaker=api") as messages:
+        first = next(messages)
+        with stopped(own_server):
+            lost = until(messages, lambda message: "does not answer" in message["status"])
+        assert "closed" in first["html"]
+        assert "closed" in lost["html"]
+        until(messages, lambda message: "Live" in message["status"])
+
+
 def test_a_page_that_cannot_reach_redis_says_so(site: Site) -> None:
     """A wrong address is an answer, not a wait without end."""
     page = site("redis://127.0.0.1:1", read_only=True)

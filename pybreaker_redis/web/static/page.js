@@ -98,6 +98,7 @@
   function showBreaker(message) {
     setClock(message.now);
     fill("status", message.status);
+    if (!message.html) return; // it could not be read yet
     const template = document.createElement("template");
     template.innerHTML = message.html;
     const live = document.getElementById("live");
