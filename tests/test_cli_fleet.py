@@ -44,7 +44,7 @@ def enlist(
     seconds, _ = client.time()
     host, _, pid = process.partition(":")
     listed = [{"policy": fields, "breakers": 1, "names": [name]} for name, fields in policies.items()]
-    head = {"seen_ms": round((seconds - ago) * 1000), "host": host, "pid": int(pid), "version": "0.1.0"}
+    head = {"seen_ms": round((seconds - ago) * 1000), "host": host, "pid": int(pid), "version": "1.0.0"}
     entry = {**head, "breakers": breakers or len(policies), "policies": listed}
     client.hset(KEY, f"{process}-00000000", json.dumps(entry))
 
@@ -59,8 +59,8 @@ def test_a_fleet(run: Run, client: redis.Redis) -> None:
     heading, *lines = out.splitlines()
     assert heading.split() == ["SEEN", "VERSION", "BREAKERS", "PROCESS"]
     assert [line.split()[-1] for line in lines[:3] if "(" not in line] == ["web-1:4102", "web-2:77"]
-    assert re.search(r"^1[0-9] s ago +0\.1\.0 +2  web-1:4102$", out, re.MULTILINE)
-    assert re.search(r"^5 m ago +0\.1\.0 +2  web-2:77$", out, re.MULTILINE)
+    assert re.search(r"^1[0-9] s ago +1\.0\.0 +2  web-1:4102$", out, re.MULTILINE)
+    assert re.search(r"^5 m ago +1\.0\.0 +2  web-2:77$", out, re.MULTILINE)
     assert "20000  web-3:12  (19998 of its breakers are not named, for lack of room)" in out
     assert "3 processes on 3 hosts" in lines
     assert lines[-3:] == [
@@ -79,7 +79,7 @@ def test_a_fleet_as_json(run: Run, client: redis.Redis) -> None:
     first, second = found["processes"]
     assert 11 <= first.pop("seen_ago") <= 100
     policies = [{"policy": {"failure_threshold": 3}, "breakers": 1, "names": ["discovery"]}]
-    assert first == {"host": "web-1", "pid": 4102, "version": "0.1.0", "breakers": 1, "policies": policies}
+    assert first == {"host": "web-1", "pid": 4102, "version": "1.0.0", "breakers": 1, "policies": policies}
     assert second["pid"] == 77
     assert found["disagreements"] == {
         "discovery": [
