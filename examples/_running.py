@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.server
+import importlib.util
 import os
 import pathlib
 import socket
@@ -78,6 +79,8 @@ def request(url: str, method: str = "GET") -> Answer:
 @contextlib.contextmanager
 def program(*arguments: str, **environment: str) -> Iterator[None]:
     """A Python program that runs for a `with` block, from this folder. It prints to standard error."""
+    if importlib.util.find_spec(arguments[0]) is None:
+        raise SystemExit(f"this example needs {arguments[0]}: README.md says what to install")
     command, variables = [sys.executable, "-m", *arguments], {**os.environ, **environment}
     process = subprocess.Popen(command, cwd=HERE, env=variables, stdout=sys.stderr)
     try:

@@ -311,7 +311,7 @@ end
 function breaker.prolong(document, duration_ms)
   local until_ms = document.now + duration_ms
   if until_ms == document.forced_until_ms then return false end
-  document.forced_until_ms, document.changed_at_ms = until_ms, document.now
+  document.forced_until_ms, document.changed_at_ms, document.reason = until_ms, document.now, 'forced'
   if document.state == 'open' then document.open_until_ms, document.open_ms = until_ms, duration_ms end
   breaker.enter(document, 'forced')
   return true

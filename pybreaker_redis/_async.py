@@ -130,7 +130,7 @@ class AsyncCircuitBreaker(BreakerCore):
     created before any of them runs. A cancelled call counts as neither success nor failure, and frees its probe's slot.
     """
 
-    __slots__ = ()
+    __slots__ = ("__dict__",)  # as for CircuitBreaker
     _permit_type: type[AsyncPermit] = AsyncPermit
     _warning_permit = warns_if_lost(AsyncPermit)
     _kind, _server_of = ASYNCIO, AsyncServer.of

@@ -9,14 +9,22 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from . import _rules
 from ._policy import RULES, default_request, request_field
-from ._protocol import EXACT, GREATEST_GENERATION, LARGEST_TEXT, LONGEST_NOTE, LONGEST_OPERATOR, State, state_pattern
+from ._protocol import (
+    ABOUT_OVERRIDE,
+    EXACT,
+    GREATEST_GENERATION,
+    LONGEST_NOTE,
+    LONGEST_OPERATOR,
+    State,
+    read_map,
+    state_pattern,
+)
 from ._window import Sums, Window, sums, window_at
 from .wire.commands import Command
 from .wire.options import connecting
@@ -25,7 +33,8 @@ from .wire.sync import Connections, Server
 SCAN_COUNT = 1000
 CHUNK = 500  # breakers in one MGET: bounds what client and server buffer, and for how long the server is busy
 _DEFAULTS = default_request()
-_POLICY_FIELDS = {request_field(name) for name in RULES}
+_RULES = {request_field(name): rule for name, rule in RULES.items()}
+_SECONDS_OR_COUNTS = ("failure_count", "success_count", "last_failure_time", "opened_at")  # of the contract
 _REASON = re.compile(r"[a-z_]{1,30}")
 _BUCKET = re.compile(r" (\d{1,14}),(\d{1,14}),(\d{1,14})")
 
@@ -288,8 +297,8 @@ def row_of(stored: Stored, prefix: str) -> Row:
     """The row of a breaker. Values that make no sense count as absent, as they do for the scripts."""
     name, now_ms = name_of(stored.key, prefix), stored.now_ms
     override = _override(stored.override, now_ms)
-    document = _decoded(stored.document)
-    if document is None or document.get("state") not in ("closed", "open", "half_open"):
+    document = read_map(stored.document)
+    if document is None or not _keeps_contract(document):
         return Row(name, "unreadable", key=stored.key, **override)
     window = document.get("window")
     reason, forced_until = _text(document, "reason", 30), _integer(document, "forced_until_ms")
@@ -313,6 +322,13 @@ def row_of(stored: Stored, prefix: str) -> Row:
     )
 
 
+def _keeps_contract(document: Mapping[str, Any]) -> bool:
+    """Whether the contract fields make sense. If not, the scripts begin anew."""
+    values = (document.get(field) for field in _SECONDS_OR_COUNTS)
+    sound = all(value is None or _is_whole(value, EXACT / 1000) for value in values)
+    return sound and document.get("state") in ("closed", "open", "half_open")
+
+
 def _condition(state: str, reason: str | None, forced: bool) -> Condition:
     if state == "half_open":
         return "half_open"
@@ -328,7 +344,8 @@ def _until(document: Mapping[str, Any], forced: bool) -> float | None:
 
 def _since(document: Mapping[str, Any]) -> float | None:
     began_us = _integer(document, "generation", GREATEST_GENERATION)  # of a document that has had no transition
-    return _integer(document, "changed_at_ms") / 1000 or began_us / 1e6 or _integer(document, "opened_at") or None
+    began = _integer(document, "changed_at_ms") / 1000 or began_us / 1e6 or _integer(document, "opened_at")
+    return began if 0 < began <= EXACT / 1000 else None
 
 
 def _running(probes: object, now_ms: int) -> int:
@@ -338,16 +355,19 @@ def _running(probes: object, now_ms: int) -> int:
 
 def _override(text: bytes | None, now_ms: int) -> dict[str, Any]:
     """The fields of a row about its policy override; none if it has ended, or the scripts would not accept it."""
-    fields = _decoded(text) or {}
-    ends = fields.pop("until_ms", None)
-    about = {
-        "override_until": ends / 1000 if isinstance(ends, (int, float)) else None,
+    fields = read_map(text) or {}
+    until_ms = _integer(fields, "until_ms")
+    if "until_ms" in fields and until_ms <= now_ms:
+        return {}
+    given = {name: value for name, value in fields.items() if name not in ABOUT_OVERRIDE}
+    if not given or not all(name in _RULES and _RULES[name].accepts(value) for name, value in given.items()):
+        return {}
+    return {
+        "override": given,
+        "override_until": until_ms / 1000 or None,
         "override_operator": _text(fields, "operator", LONGEST_OPERATOR),
         "override_note": _text(fields, "note", LONGEST_NOTE),
     }
-    given = {name: value for name, value in fields.items() if name not in ("operator", "note")}
-    sound = given and given.keys() <= _POLICY_FIELDS and isinstance(ends, (int, float, type(None)))
-    return {"override": given, **about} if sound and (ends is None or ends > now_ms) else {}
 
 
 def _window(stored: Mapping[str, Any]) -> Window:
@@ -358,21 +378,14 @@ def _window(stored: Mapping[str, Any]) -> Window:
     return Window(bucket_ms or 1, newest, calls, failures, slow, past)
 
 
-def _decoded(text: bytes | None) -> dict[str, Any] | None:
-    if text is None or len(text) > LARGEST_TEXT:
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict) else None
-
-
 def _integer(fields: Mapping[str, Any], name: str, most: int = EXACT) -> int:
     value = fields.get(name)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= most:
-        return 0
-    return int(value)
+    return int(value) if value is not None and _is_whole(value, most) else 0
+
+
+def _is_whole(value: Any, most: float) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and 0 <= value <= most and value % 1 == 0
 
 
 def _text(fields: Mapping[str, Any], name: str, longest: int) -> str | None:

@@ -152,7 +152,7 @@ def _matcher(option: str, given: Any) -> Any:
         return given
     if given is Exception:
         return _ANY
-    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, type) else (given,)
+    found = tuple(given) if isinstance(given, Iterable) and not isinstance(given, (type, str)) else (given,)
     for one in found:
         if not (isinstance(one, type) and issubclass(one, BaseException)):
             raise PolicyError(f"{option} must be exception types, or one function of the exception, not {one!r}")

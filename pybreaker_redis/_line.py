@@ -15,7 +15,7 @@ from ._events import Notices
 from ._memory import LocalEngine
 from ._policy import DEFAULTS, Policy
 from ._process import renew
-from ._protocol import LARGEST_TEXT, Keys, Reply, Request, State, read_document, read_window
+from ._protocol import ABOUT_OVERRIDE, Keys, Reply, Request, State, read_document, read_map, read_window
 from ._slow import SlowCalls
 from ._view import Seen, View
 from .wire.link import IDLE, LONGEST_PAUSE, Due, Health, Link
@@ -331,7 +331,6 @@ class Line:
         self._owner._deliver_events(events)
 
 
-@functools.lru_cache
 @functools.lru_cache(maxsize=1000)
 def _given_in(policy: Policy) -> str:
     """The fields of a policy that differ from the defaults, as JSON, for people."""
@@ -345,13 +344,6 @@ def _says(texts: Texts, reply: Reply) -> bool:
     numbers = b',"generation":%d,"failure_number":%d' % (reply["generation"], reply["failure_number"])
     if not document.startswith(b'{"state":"%b"' % reply["state"].encode()) or numbers not in document:
         return False
-    if texts.policy is None or len(texts.policy) > LARGEST_TEXT:
-        return override is None
-    try:
-        stored = json.loads(texts.policy)
-        if isinstance(stored, dict):
-            for said in ("until_ms", "operator", "note"):  # about the policy override
-                stored.pop(said, None)
-        return override == stored  # type: ignore[no-any-return]
-    except (ValueError, RecursionError):  # corrupt, and thus not in force
-        return override is None
+    stored = read_map(texts.policy)
+    # a corrupt policy override is not in force
+    return override == (stored and {name: stored[name] for name in stored if name not in ABOUT_OVERRIDE})

@@ -249,6 +249,10 @@ def _config_from(source: Source | None) -> Config:
         return Config()
     if isinstance(source, Config):
         return source
+    if not isinstance(source, (Mapping, str, os.PathLike)):
+        raise ConfigError(f"the configuration must be a path, a dict or a Config, not {source!r}")
+    if isinstance(source, str) and "://" in source:
+        raise ConfigError("the configuration is a URL: pass it to with_redis() as redis=")
     try:
         from .config import load
     except ModuleNotFoundError as error:

@@ -88,28 +88,38 @@ class MemoryEngine:
         """In a child: replace the lock, which a thread of the parent may hold."""
         self._lock = threading.RLock()
 
-    def replace(self, document: Document) -> None:
-        """Go on from another document, as the scripts do once another program has written one."""
+    def replace(self, **fields: Any) -> None:
+        """Go on from a document with these fields, under a new generation: calls that are running will not count."""
         with self._lock:
+            generation = 0 if self._document is None else self._document.generation
+            document = Document(generation, now=self._now_ms(), is_new=False, **fields)
+            document.generation = _rules.next_generation(document)
             self._document = document
 
     def run(self, name: str, request: Request) -> Reply:
-        """The reply of the script called name."""
-        with self._lock:
-            now = self._now_ms()
-            if now < self._latest_ms:
-                self._turn_back(self._latest_ms - now)
-            self._latest_ms = now
-            expired = self._override_until_ms is not None and self._override_until_ms <= now
-            self._dropped = self._override is not None and not expired and request.get("action") == "reset"
-            if expired or self._dropped:  # a reset replaces everything but the history
-                self._forget_override()
-            policy = self._policy_of(request.get("policy"))
-            document = self._load(policy, now)
-            reply = _SCRIPTS[name](self, document, request, policy)
-            document.reported_error = None  # it must not outlive the call
-            self._announce(document, request, reply)
-            return self._reply(document, policy, reply)
+        """The reply of the script called name. Its error may be a function that describes it, since that takes time."""
+        try:
+            with self._lock:
+                return self._run(name, request)
+        except _rules.NotDescribed:
+            # outside of the lock: the code of an exception may wait for another thread, or call this breaker
+            return self.run(name, {**request, "error": request["error"]()})
+
+    def _run(self, name: str, request: Request) -> Reply:
+        now = self._now_ms()
+        if now < self._latest_ms:
+            self._turn_back(self._latest_ms - now)
+        self._latest_ms = now
+        expired = self._override_until_ms is not None and self._override_until_ms <= now
+        self._dropped = self._override is not None and not expired and request.get("action") == "reset"
+        if expired or self._dropped:  # a reset replaces everything but the history
+            self._forget_override()
+        policy = self._policy_of(request.get("policy"))
+        document = self._load(policy, now)
+        reply = _SCRIPTS[name](self, document, request, policy)
+        document.reported_error = None  # it must not outlive the call
+        self._announce(document, request, reply)
+        return self._reply(document, policy, reply)
 
     def _policy_of(self, given: dict[str, Any] | None) -> dict[str, Any]:
         """The policy in force: the policy override, then the caller's fields, then the defaults."""

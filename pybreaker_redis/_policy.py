@@ -53,6 +53,15 @@ class Rule(NamedTuple):
             return round((value or 0) * 1000)
         return int(value or 0) if self.kind == "count" else float(value or 0)
 
+    def accepts(self, value: object) -> bool:
+        """Whether the scripts accept this value, which is in their units."""
+        if self.kind == "flag" or isinstance(value, bool) or not isinstance(value, (int, float)):
+            return self.kind == "flag" and isinstance(value, bool)
+        if self.kind != "number" and value % 1 != 0:
+            return False
+        unit = 1000 if self.kind == "seconds" else 1
+        return self.least * unit <= value <= self.most * unit or (self.optional and value == 0)
+
     def from_request(self, value: Any) -> Any:
         """Convert a value in the scripts' units to one of Policy."""
         if self.optional and value == 0:

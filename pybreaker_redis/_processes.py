@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from ._errors import PolicyError
 from ._policy import DEFAULTS, RULES
-from ._protocol import Snapshot, fleet_key
+from ._protocol import Snapshot, fleet_key, read_map
 from .wire.commands import Command
 from .wire.sync import Server
 
@@ -74,7 +75,7 @@ def read_processes(server: Server, prefix: str) -> list[Process]:
         now = int(seconds) + int(microseconds) / 1e6
         for process, entry in zip(page[::2], page[1::2], strict=True):
             with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
-                found[process] = _process(json.loads(entry), now)
+                found[process] = _process(read_map(entry), now)
         if cursor == b"0":
             return sorted(found.values(), key=lambda process: (process.seen_ago, process.name))
 
@@ -83,7 +84,7 @@ def _process(entry: Any, now: float) -> Process:
     """A stored entry, which any program may have written. Raises ValueError, TypeError, KeyError or AttributeError."""
     policies = [
         GivenPolicy(
-            {name: value for name, value in one["policy"].items() if _is_field(name, value)},
+            dict(filter(None, itertools.starmap(_field, one["policy"].items()))),
             int(one["breakers"]),
             frozenset(map(str, one["names"])),
         )
@@ -95,13 +96,18 @@ def _process(entry: Any, now: float) -> Process:
     )
 
 
-def _is_field(name: str, value: object) -> bool:
-    """Whether this is a policy field, with a value that it may have. Another version may know more fields."""
+def _field(name: str, value: object) -> tuple[str, Any] | None:
+    """A policy field as the scripts see it; None for its default, and for what makes no sense.
+
+    Another version may know more fields. Two policies are the same if they differ in less than a millisecond.
+    """
     try:
-        RULES[name].check(name, value)
+        rule = RULES[name]
+        rule.check(name, value)
     except (KeyError, PolicyError):
-        return False
-    return True
+        return None
+    exact = rule.from_request(rule.to_request(value))
+    return None if exact == DEFAULTS[name] else (name, exact)
 
 
 def given_policies(processes: list[Process], breaker: str) -> list[Variant]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import json
 import re
 from collections.abc import Generator, Iterable
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
@@ -44,6 +45,7 @@ GREATEST_GENERATION = 100 * EXACT
 LONGEST_OPEN_MS = round(LONGEST_OPEN * 1000)
 LARGEST_TEXT = 65536
 LONGEST_OPERATOR, LONGEST_NOTE = 100, 200
+ABOUT_OVERRIDE = "until_ms", "operator", "note"  # stored with the fields of a policy override
 
 
 class Keys(NamedTuple):
@@ -255,9 +257,13 @@ def history_fields(raw: list[Any]) -> list[dict[str, Any]]:
 
 
 def history_entry(fields: dict[str, Any]) -> HistoryEntry:
-    """One entry of the history stream."""
+    """One entry of the history stream, or a message about it. Raises ValueError, KeyError or OverflowError for one
+    that another program wrote."""
+    time_ms = int(fields["time_ms"])
+    if not 0 <= time_ms <= EXACT:
+        raise ValueError(f"time_ms must be from 0 to {EXACT}, not {time_ms}")
     return HistoryEntry(
-        time=int(fields["time_ms"]) / 1000,
+        time=time_ms / 1000,
         old=fields["from"],
         new=fields["to"],
         reason=fields["reason"],
@@ -302,6 +308,20 @@ _WINDOW = re.compile(
 
 def _within_bounds(text: bytes | None) -> bytes:
     return b"" if text is None or len(text) > LARGEST_TEXT else text
+
+
+def read_map(text: bytes | None) -> dict[str, Any] | None:
+    """A stored JSON object as the scripts read it; None for anything else."""
+    text = _within_bounds(text)
+    if not text.startswith(b"{"):
+        return None
+    try:
+        value = json.loads(text.decode(errors="replace"), strict=False)
+        if b"\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (ValueError, RecursionError):
+        return None
+    return value  # type: ignore[no-any-return]
 
 
 def read_document(text: bytes | None) -> Reply | None:

@@ -31,13 +31,17 @@ _NONE: dict[Any, int] = {}  # never changed in place
 _local_generations = itertools.count(2)  # FixedEngine has -1
 
 
+class NotDescribed(Exception):
+    """The circuit opens, but the report has only a function that describes its error. Nothing is stored yet."""
+
+
 @dataclasses.dataclass(slots=True)
 class Document:
     """The state of one breaker. lua/model.lua explains the stored fields, lua/document.lua those from `now` on.
 
     is_local: whether one process keeps it, while Redis is down. probes and reporters are never changed in place.
-    From `now` on, the fields are those of one request. reported_error may be a function that describes the error, since
-    that takes time.
+    From `now` on, the fields are those of one request. reported_error may be a function that describes the error: see
+    NotDescribed.
     """
 
     generation: int
@@ -149,11 +153,12 @@ def end_action(document: Document) -> None:
 
 
 def open_for(document: Document, duration_ms: int, reason: str) -> None:
+    if callable(document.reported_error):
+        raise NotDescribed
     transition(document, "open", reason)
     document.opened_at = document.now // 1000
     document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
-    reported = document.reported_error
-    document.error = reported() if callable(reported) else reported
+    document.error = document.reported_error
     if document.change is not None and document.error is not None:
         document.change["error"] = document.error
 
@@ -422,7 +427,7 @@ def prolong(document: Document, duration_ms: int) -> bool:
     until_ms = document.now + duration_ms
     if until_ms == document.forced_until_ms:
         return False
-    document.forced_until_ms, document.changed_at_ms = until_ms, document.now
+    document.forced_until_ms, document.changed_at_ms, document.reason = until_ms, document.now, "forced"
     if document.state == "open":
         document.open_until_ms, document.open_ms = until_ms, duration_ms
     enter(document, "forced")

@@ -134,7 +134,7 @@ class CircuitBreaker(BreakerCore):
     Construction needs no server and writes nothing. Raises PolicyError for an invalid option.
     """
 
-    __slots__ = ()
+    __slots__ = ("__dict__",)  # empty, until somebody sets an attribute or a test replaces a method
     _permit_type: type[Permit] = Permit
     _warning_permit = warns_if_lost(Permit)
     _kind, _server_of = BLOCKING, Server.of
@@ -380,8 +380,8 @@ class CircuitBreaker(BreakerCore):
     def reset(self, *, operator: str | None = None, note: str | None = None) -> None:
         """Close the circuit; drop all counts, any forced state and the policy override. The history stays.
 
-        Calls that are running will not count. Where nothing would change, it does nothing: of a closed circuit without
-        counts, running calls do count.
+        Calls that are running will not count. If the circuit is closed and there is nothing to drop, it does nothing,
+        and running calls do count.
 
         operator, note: as for force_open. Raises RedisUnavailableError.
         """
@@ -417,7 +417,7 @@ class CircuitBreaker(BreakerCore):
     def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
         """End the policy override: every instance follows its own policy again.
 
-        operator, note: who asks, and why, for those who subscribe. Raises RedisUnavailableError.
+        operator, note: as for force_open; they are published, but not stored. Raises RedisUnavailableError.
         """
         self._drive(self._command(Action("clear_policy", operator, note)))
 

@@ -186,28 +186,128 @@ def test_health_and_trips_are_those_of_the_scripts(client: redis.Redis, reader: 
         b"\xff\xfe",
         b'{"state":7}',
         b'{"state":"broken"}',
+        b'{"state":"open","failure_count":-1}',
+        b'{"state":"open","success_count":true}',
+        b'{"state":"open","last_failure_time":1.5}',
+        b'{"state":"open","opened_at":[]}',
+        b'{"state":"open","opened_at":9e13}',
+        b' {"state":"open"}',
+        b'{"state":"open","x":"\\ud800"}',
+        '{"state":"open"}'.encode("utf-16-le"),
         b'{"state":"open","x":"' + b"x" * 65536 + b'"}',
         b"[" * 60000,
         b'{"state":"open","a":' + b"[" * 60000,
     ],
 )
 def test_a_value_that_is_no_document_is_unreadable(client: redis.Redis, reader: Server, stored: bytes) -> None:
-    """Whatever another program wrote, the board shows the breaker and goes on."""
+    """Whatever another program wrote, the board shows the breaker and goes on. The scripts cannot read it either."""
     client.set(keys_of("odd").state, stored)
     assert rows(reader)["odd"].condition == "unreadable"
+    seen = make(client, "odd").snapshot()
+    assert (seen.state, seen.generation) == ("closed", 0)
+
+
+def test_text_that_is_not_utf_8_is_shown(client: redis.Redis, reader: Server) -> None:
+    """The scripts read such a document, so the board does, too."""
+    client.set(keys_of("odd").state, b'{"state":"open","x":"\xff\n\x01","failure_count":2.0,"opened_at":null}')
+    assert (rows(reader)["odd"].condition, rows(reader)["odd"].failures) == ("open", 2)
+    assert make(client, "odd").snapshot().failure_count == 2
+
+
+ODD_OVERRIDES = [
+    {"failure_threshold": value} for value in ("x", None, 0, 10**9 + 1, 5.5, float("nan"), True, [1], {})
+] + [
+    {"enforce": 0},
+    {"unknown": 1},
+    {"jitter": 1.5},
+    {"error_rate_threshold": False},
+    {"reset_timeout_ms": 0},
+    {"reset_timeout_ms": 1.5},
+    {"failure_threshold": 3, "until_ms": None},
+    {"failure_threshold": 3, "until_ms": True},
+    {"failure_threshold": 3, "until_ms": 1.5},
+    {"failure_threshold": 3, "until_ms": 1},
+    {"failure_threshold": 3, "note": "\ud800"},
+]
+SOUND_OVERRIDES: list[dict[str, object]] = [
+    {"failure_threshold": 1e9, "failures_in_window": 0, "jitter": 0.5, "enforce": False},
+    {"error_rate_threshold": 0, "slow_call_duration_ms": 0, "max_hold_ms": 0, "window_ms": 10},
+    {"failure_threshold": 3, "until_ms": 4e12, "operator": 7, "note": None},
+]
+
+
+@pytest.mark.parametrize("stored", [*ODD_OVERRIDES, *SOUND_OVERRIDES], ids=json.dumps)
+def test_only_the_overrides_that_the_scripts_obey_are_shown(
+    client: redis.Redis, reader: Server, stored: dict[str, object]
+) -> None:
+    """An override with a value that the scripts refuse is not in force, for the board as for the breakers."""
+    breaker = make(client, "odd")
+    breaker.call(int)
+    client.set(breaker.keys.policy, json.dumps(stored))
+    (row,) = rows(reader).values()
+    assert bool(row.override) == (stored in SOUND_OVERRIDES)
+    in_force = [name for name, source in breaker.snapshot().policy_sources.items() if source == "override"]
+    assert len(row.override) == len(in_force)
+    assert row.health(time.time()) == 100
 
 
 def test_fields_that_make_no_sense_are_absent(client: redis.Redis, reader: Server) -> None:
     """Fields of a wrong type or size are dropped one by one; the state stays."""
-    odd = {"failure_count": -1, "changed_at_ms": "x", "generation": True, "opened_at": [], "open_until_ms": 1e300}
+    odd = {"changed_at_ms": "x", "generation": True, "open_until_ms": 1e300, "trips": 1.5}
     odd |= {"reason": "<b>", "error": 5, "operator": {}, "note": "n" * 1000, "probes": [1], "window": {"newest": "x"}}
-    client.set(keys_of("odd").state, json.dumps({"state": "open", **odd, "trips": None}))
+    client.set(keys_of("odd").state, json.dumps({"state": "open", **odd}))
     client.lpush(keys_of("list").state, "no string")
     found = rows(reader)
     assert found == {
         "odd": Row("odd", "open", note="n" * 200, window={"newest": "x"}, key=b"circuit_breaker:odd:state")
     }
     assert found["odd"].sums(time.time()) == (0, 0, 0)
+
+
+HUGE = "1" + "0" * 350
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        '{"failure_threshold":"7"}',
+        '{"failure_threshold":[7]}',
+        '{"failure_threshold":null}',
+        '{"failure_threshold":0}',
+        '{"failure_threshold":1.5}',
+        '{"failure_threshold":true}',
+        f'{{"failure_threshold":{HUGE}}}',
+        '{"reset_timeout_ms":1e999}',
+        '{"enforce":1}',
+        '{"unknown":7}',
+        "{}",
+        "no document",
+        '{"quorum":2,"until_ms":"x"}',
+        '{"quorum":2,"until_ms":null}',
+        '{"quorum":2,"until_ms":1}',
+        '{"quorum":2,"until_ms":1e18}',
+        f'{{"quorum":2,"until_ms":{HUGE}}}',
+        '{"quorum":2,"until_ms":80000000000000}',
+        '{"failures_in_window":0,"max_reset_timeout_ms":0,"error_rate_threshold":0.5,"enforce":false}',
+        '{"window_ms":10,"jitter":1,"reset_timeout_ms":1}',
+    ],
+    ids=lambda text: text[:60],
+)
+def test_an_override_counts_where_the_scripts_accept_it(client: redis.Redis, reader: Server, override: str) -> None:
+    """A policy override that another program wrote is on the board if breakers obey it, and harms no other row."""
+    breaker = make(client, "odd", Policy())
+    breaker.call(int)
+    client.set(keys_of("odd").policy, override)
+    sources = breaker.snapshot().policy_sources
+    row, now = rows(reader)["odd"], time.time()
+    assert bool(row.override) == ("override" in sources.values())
+    assert (row.health(now), row.recent_trips(now)) == (100, 0)
+
+
+def test_times_that_no_calendar_has_are_absent(client: redis.Redis, reader: Server) -> None:
+    """A time beyond what the scripts store counts as unknown."""
+    client.set(keys_of("odd").state, json.dumps({"state": "open", "opened_at": 9e13}))
+    assert rows(reader)["odd"].since is None
 
 
 def test_names_of_other_prefixes_and_odd_bytes(client: redis.Redis, reader: Server) -> None:

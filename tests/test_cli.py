@@ -606,6 +606,24 @@ def test_watch_survives_a_server_that_goes(program: Callable[..., subprocess.Pop
         process.communicate(timeout=20)
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closed: str, server: EmbeddedServer, client: redis.Redis) -> None:
+    """A program that was started without a standard stream does its work, and a question gets no answer."""
+    breaker = fail(client, "d")
+    for command, code in (("list", 0), ("show d", 0), ("watch --for 0.1", 0), ("reset d", 1), ("reset d --yes", 0)):
+        line = f'exec "{sys.executable}" -m pybreaker_redis {command} {closed}'
+        done = subprocess.run(
+            ["sh", "-c", line],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "REDIS_URL": server.url},
+        )
+        assert (done.returncode, "Traceback" in done.stderr) == (code, False), (command, done.stderr)
+    assert breaker.snapshot().state == "closed"
+
+
 def test_a_closed_pipe(program: Callable[..., subprocess.Popen[str]], client: redis.Redis) -> None:
     """`list | head -1` ends without a traceback, with exit code 141."""
     fill(client, 5000)

@@ -40,6 +40,15 @@ def test_every_example_is_run() -> None:
         assert f"]({path.name})" in listed
 
 
+def test_a_missing_package_is_named() -> None:
+    """An application that cannot start says what it needs, instead of waiting for it in vain."""
+    code = "from _running import program\nwith program('no_such_package', 'module:app'): print('started')"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "this example needs no_such_package: README.md says what to install\n"
+
+
 def test_in_memory() -> None:
     """in_memory.py: three failures, three rejections, a recovery."""
     output = run("in_memory.py", "redis://127.0.0.1:1")

@@ -435,10 +435,27 @@ def test_without_the_extra() -> None:
     assert "pybreaker_redis.Config" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("redis://:secret@localhost:6379", r"is a URL: pass it to with_redis\(\) as redis="),
+        (3, "must be a path, a dict or a Config, not 3"),
+        (Policy(), "must be a path, a dict or a Config, not Policy"),
+    ],
+)
+def test_what_is_no_configuration(source: Any, message: str) -> None:
+    """It is refused before anything is read, with what to pass instead and without a password."""
+    for make in (CircuitBreakerManager, CircuitBreakerManager.with_redis, AsyncCircuitBreakerManager.with_redis):
+        with pytest.raises(ConfigError, match=message) as raised:
+            make(source)
+        assert "secret" not in str(raised.value)
+
+
 def test_a_dict() -> None:
     """A dict, and a file, are taken as pybreaker_redis.config.load() takes them."""
     pytest.importorskip("pydantic_settings")
-    manager = CircuitBreakerManager({"circuit_breaker": {"services": {"a": {"failure_threshold": 1}}}})
+    server = {"url": "redis://localhost:6379"}
+    manager = CircuitBreakerManager({"circuit_breaker": {"services": {"a": {"failure_threshold": 1}}}, "redis": server})
     trip(manager, "a")
     assert manager.get_state("a") == "open"
     with pytest.raises(ConfigError, match="failure_treshold"):

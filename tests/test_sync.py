@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import threading
 import types
 import warnings
@@ -1222,6 +1223,14 @@ def test_bad_options(make_breaker: Make, option: str, value: Any) -> None:
         make_breaker(**{option: value})
 
 
+@pytest.mark.parametrize("option", ["failures", "ignore"])
+@pytest.mark.parametrize("value", ["ValueError", 404, int])
+def test_what_is_no_exception_is_shown(option: str, value: Any) -> None:
+    """The error shows the whole value, not the first letter of a text."""
+    with pytest.raises(Refused, match=f"^{option} must be exception types, .* not {re.escape(repr(value))}$"):
+        CircuitBreaker("wrong", **{option: value})
+
+
 @pytest.mark.parametrize("wrong", [1, object(), redis.asyncio.Redis(), ["redis://localhost"]])
 def test_wrong_clients(wrong: Any) -> None:
     """What is no sync client is refused, a client of asyncio too."""
@@ -1439,3 +1448,16 @@ def test_the_end_of_a_forced_state_reaches_every_watcher(server: EmbeddedServer)
 
         wait_until(admitted)
         assert watch.active
+
+
+@pytest.mark.parametrize("shell", [CircuitBreaker, AsyncCircuitBreaker])
+def test_a_breaker_takes_attributes(shell: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """People note something about a breaker, and tests replace its methods; so do subclasses."""
+    subclass = type("Mine", (shell,), {"team": "search"})
+    for breaker in (shell("a"), subclass("a")):
+        breaker.owner = "ann"
+        monkeypatch.setattr(breaker, "reset", lambda: "replaced")
+        assert (breaker.owner, breaker.reset()) == ("ann", "replaced")
+        monkeypatch.undo()
+        assert "reset" not in vars(breaker)
+    assert subclass("a").team == "search"

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import termios
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -21,10 +21,14 @@ from pybreaker_redis.embedded import EmbeddedServer
 
 pytest.importorskip("typer", reason="needs the extra cli")
 pytest.importorskip("rich", reason="needs the extra cli")
+import rich.text
 from rich.cells import cell_len
 from test_cli import HOSTILE, fail, fill, make
 
-from pybreaker_redis.cli._table import cut
+from pybreaker_redis import _reader
+from pybreaker_redis.cli import _watch
+from pybreaker_redis.cli._fleet import Fleet
+from pybreaker_redis.cli._table import cut, summary
 from pybreaker_redis.cli._terminal import key_names
 
 SIZES = [(80, 24), (60, 20), (160, 50), (40, 10)]
@@ -107,6 +111,25 @@ def test_watch_fits(size: tuple[int, int], terminal: Callable[..., Terminal], fl
     assert lines[-1].startswith("q quit")
     if size[1] >= 20:
         check_rows(lines, size)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (1, 9), (300, 1), (3, 3)], ids=str)
+def test_a_tiny_terminal(size: tuple[int, int], terminal: Callable[..., Terminal], fleet: redis.Redis) -> None:
+    """No size ends the program, and nothing is wider or higher than the terminal."""
+    shown = terminal("watch", size=size)
+    wait_until(lambda: shown.frame)
+    for keys in ("jj\r", "\x1b", "/a\rsf"):
+        count = shown.raw.count("\x1b[H")
+        shown.type(keys)
+        wait_until(lambda seen=count: shown.raw.count("\x1b[H") > seen + 1)
+        assert all(cell_len(line) <= size[0] for line in shown.frame)
+        assert len(shown.frame) <= size[1]
+    assert shown.process.poll() is None
+
+
+def test_a_width_of_zero() -> None:
+    """The environment may name it."""
+    assert "".join(summary({"open": 1}, 1, 0)) == "1breaker:1open"
 
 
 def test_watch_follows(terminal: Callable[..., Terminal], client: redis.Redis) -> None:
@@ -256,6 +279,27 @@ def test_a_server_that_goes_and_comes_back(terminal: Callable[..., Terminal]) ->
     assert shown.process.wait(20) == 0
 
 
+def test_a_board_that_nothing_changes_stays(client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The board is not taken for unused while it is looked at, though no key is pressed and nothing happens."""
+    monkeypatch.setattr(_reader, "LINGER", 0.3)
+    fill(client, 5)
+    watched = _watch._Watched(Fleet(client, "circuit_breaker", lambda name: None), ())
+    frames: list[str] = []
+
+    class Looked:
+        def read(self, seconds: float) -> list[str]:
+            time.sleep(seconds)
+            return []
+
+        def show(self, lines: Sequence[rich.text.Text]) -> None:
+            frames.append("\n".join(line.plain for line in lines))
+
+    _watch._View(watched, Looked()).run(time.monotonic() + 4)  # type: ignore[arg-type]
+    first = next(number for number, frame in enumerate(frames) if "5 breakers" in frame)
+    assert len(frames) > first + 2
+    assert all("5 breakers" in frame for frame in frames[first:])
+
+
 def test_without_the_right_to_subscribe(terminal: Callable[..., Terminal], own_server: EmbeddedServer) -> None:
     """Without that right the board says that it is read every few seconds."""
     with redis.Redis.from_url(own_server.url) as admin:
@@ -273,6 +317,7 @@ def test_hostile_texts_on_a_terminal(terminal: Callable[..., Terminal], client: 
         fail(client, name).force_open(600, operator=name, note=name)
     shown = terminal("watch", size=(80, 40))
     wait_until(lambda: shown.shows(f"{len(HOSTILE)} breakers"))
+    client.publish("circuit_breaker:x:state", '{"policy":"at no time","instance":"x","time_ms":1e20}')
     client.publish("circuit_breaker:\x1b[2J:state", '{"policy":"\\u001b[31m","instance":"\\u202e","time_ms":1}')
     wait_until(lambda: shown.shows(r"\x1b[31m by \x202e"))
     for _ in HOSTILE:

@@ -141,6 +141,7 @@ class WithoutConnections(redis.Redis):
         (lambda: redis.asyncio.RedisCluster("localhost"), [CircuitBreaker], "use AsyncCircuitBreaker"),
         (redis.Redis, [AsyncCircuitBreaker], "use CircuitBreaker for this client"),
         (lambda: {"host": "localhost", "password": "secret"}, ANY, "builtins.dict$"),
+        (lambda: redis.Redis, ANY, "redis.client.Redis$"),
     ],
 )
 def test_what_is_no_client(make: Callable[[], Any], breakers: list[Any], remedy: str) -> None:
@@ -149,7 +150,7 @@ def test_what_is_no_client(make: Callable[[], Any], breakers: list[Any], remedy:
         manager = CircuitBreakerManager if breaker is CircuitBreaker else AsyncCircuitBreakerManager
         for construct in (lambda of=breaker: of(NAME, redis=make()), lambda of=manager: of.with_redis(redis=make())):
             with pytest.raises(
-                PolicyError, match=f"^redis must be a redis.*, a URL or None, not a .*{remedy}"
+                PolicyError, match=f"^redis must be a redis.* client or a URL, not (a|the class) .*{remedy}"
             ) as raised:
                 construct()
             assert "secret" not in str(raised.value)

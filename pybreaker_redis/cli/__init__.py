@@ -102,6 +102,9 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the breaker."
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the program. Returns the exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started the program, as with <&-
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - for the whole process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal or a pipe may not take every letter of a name
             stream.reconfigure(errors="backslashreplace")
@@ -271,6 +274,9 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Further name of this server, as a proxy passes it on.")
     ] = None,
+    root_path: Annotated[
+        str, typer.Option(metavar="PATH", help="Path under which a proxy shows the page, and which it strips.")
+    ] = "",
     health: Annotated[bool, typer.Option("--health", help="Answer /health, to everybody.")] = False,
 ) -> int | None:
     """Serve the operators' web page. It only reads, unless --write is given.
@@ -281,8 +287,17 @@ def serve(
     from ._serve import serve as run
 
     fleet = _fleet(url, config, prefix)
-    names = allow_host or ()
-    run(fleet.client, fleet.prefix, host, port, write=write, authorize=authorize, names=names, health=health)
+    run(
+        fleet.client,
+        fleet.prefix,
+        host,
+        port,
+        write=write,
+        authorize=authorize,
+        names=allow_host or (),
+        health=health,
+        root=root_path,
+    )
     return DONE
 
 

@@ -252,7 +252,7 @@ def _policies(fleet: Fleet, node: Connections) -> Iterator[Finding]:
             "pybreaker-redis fleet shows who has which; each report is judged by the policy of its own process",
         )
     else:
-        yield ok("policies", f"{len(processes)} processes are listed, and they agree on every policy that they name")
+        yield ok("policies", f"processes listed: {len(processes)}; they agree on every policy that they name")
 
 
 # A trial of everything that a breaker does, on a breaker of doctor's own

@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import ipaddress
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -30,23 +31,31 @@ def serve(
     authorize: str | None,
     names: Sequence[str],
     health: bool,
+    root: str,
 ) -> None:
-    """Serve the page until Ctrl-C. authorize: "module:function", or None. names: of this server, for other hosts."""
+    """Serve the page until Ctrl-C.
+
+    authorize: "module:function", or None. names: of this server, for other hosts. root: the path that a proxy strips.
+    """
     if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "jinja2", "sse_starlette", "python_multipart"))):
         raise typer.BadParameter(_MISSING)
     asks = _authorizer(authorize)
     if write and asks is None:
         remedy = f"name a function with --authorize module:function, or set a password in {PASSWORD}"
         raise typer.BadParameter(f"needs to know who acts: {remedy}", param_hint="--write")
+    _check_names(names)
+    if not re.fullmatch(r"(/[\w.~-]+)*/?", root, re.ASCII):
+        raise typer.BadParameter(f"must be a path such as /breakers, not {root!r}", param_hint="--root-path")
     listener = _listener(host, port)
-    is_local = _is_loopback(host)
+    is_local = ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     if asks is None and not is_local:
         err.print(f"everybody who can reach {clean(host)} can read this page", style="yellow")
-    _run(_application(client, prefix, not write, asks, health, [host, *names] if is_local else []), listener)
+    hosts = [host, *names] if is_local or names else []
+    _run(_application(client, prefix, not write, asks, health, hosts), listener, root.rstrip("/"))
 
 
 def _application(client: Any, prefix: str, read_only: bool, authorize: Any, health: bool, hosts: Sequence[str]) -> Any:
-    """The page; for a loopback address only under its own names, so that no other site can pretend to be it."""
+    """The page; for a loopback address, or with `hosts`, only under these names: no other site can pretend to be it."""
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from ..web import breakers_app
@@ -55,14 +64,21 @@ def _application(client: Any, prefix: str, read_only: bool, authorize: Any, heal
     return TrustedHostMiddleware(app, ["localhost", "127.0.0.1", "::1", "[::1]", *hosts]) if hosts else app
 
 
-def _run(app: Any, listener: socket.socket) -> None:
+def _run(app: Any, listener: socket.socket, root: str) -> None:
     import uvicorn
 
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     err.print(f"serving http://{shown}:{port}/ until Ctrl-C")
-    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, root_path=root)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _check_names(names: Sequence[str]) -> None:
+    for name in names:
+        if not re.fullmatch(r"(\*\.)?[\w.-]+", name):
+            remedy = 'write a name without a port, as in ops.example, or "*.example" for all names that end so'
+            raise typer.BadParameter(f"{name!r} is no host name: {remedy}", param_hint="--allow-host")
 
 
 def _authorizer(name: str | None) -> Any:
@@ -98,10 +114,3 @@ def _listener(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
         raise typer.BadParameter(f"{host}:{port} cannot be used: {error}", param_hint="--host, --port") from error
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -169,7 +169,7 @@ def summary(counts: Mapping[str, int], total: int, width: int) -> list[str]:
     """How many breakers there are in each group, in as many lines as the width needs."""
     parts = [f"{number} {GROUPS[group]}".replace(" ", "\xa0") for group, number in counts.items() if number]
     text = f"{total}\xa0breaker{'' if total == 1 else 's'}{': ' if parts else ''}{', '.join(parts)}"
-    return [line.replace("\xa0", " ") for line in textwrap.wrap(text, width)]
+    return [line.replace("\xa0", " ") for line in textwrap.wrap(text, max(width, 1))]
 
 
 def row_json(row: Row, known: Known) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _print_rows(watched: _Watched, board: Board, use_json: bool) -> None:
 
 def _change(fleet: Fleet, channel: bytes, content: bytes) -> dict[str, Any] | None:
     """The change that a message describes. None for a malformed message: anyone can publish."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, OSError, RecursionError):
         change = {"instance": "", **json.loads(content), "breaker": fleet.name_of(channel)}
         change_line(change)
         return change
@@ -152,9 +152,9 @@ class _View:
 
     def _wait(self, board: Board) -> list[str]:
         """The keys pressed meanwhile."""
-        pressed = self._terminal.read(TICK if board.is_read or board.error else 0.0)
-        if pressed is None or not (board.is_read or board.error):
-            self._watched.reader.changed(board, TICK)
+        is_known = board.is_read or board.error
+        pressed = self._terminal.read(TICK if is_known else 0.0)
+        self._watched.reader.changed(board, TICK if pressed is None or not is_known else 0.0)  # it ends when unused
         return pressed or []
 
     def _draw(self, width: int, height: int) -> None:
@@ -191,7 +191,7 @@ class _One:
         for line in lines:
             line.truncate(width, overflow="ellipsis")
         lines += [rich.text.Text("")] * (height - 1 - len(lines))
-        return [*lines, rich.text.Text(cut(HELP_ONE, width), "dim")]
+        return [*lines, rich.text.Text(cut(HELP_ONE, width), "dim")][:height]
 
     def _told(self, key: bytes, name: str, width: int) -> list[rich.text.Text]:
         lines = pairs(details(self._fleet.read_key(key), self._fleet.policy_of(name)), width)

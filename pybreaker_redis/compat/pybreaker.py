@@ -74,9 +74,7 @@ from .. import CircuitBreakerError as BaseError
 from .. import CircuitOpenError, Policy, PolicyError
 from .._classify import FAILURE, SUCCESS
 from .._clock import NEVER
-from .._memory import clock_ms
 from .._protocol import State, keys_of
-from .._rules import Document
 from ..wire.options import BLOCKING, REDIS_ERRORS, client_of
 from ._shells import Shells
 
@@ -271,29 +269,26 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
     def __init__(self, state: str) -> None:
         super().__init__("memory")
         self._memory = Guard("memory")
-        self._stored: dict[str, Any] | None = None  # until a breaker is made
+        self._reset_timeout: float | None = None  # of the first breaker
         if _ours(state) != "closed":
             self.state = state
 
     def _shells(self, name: str | None, policy: Policy, **options: Any) -> Shells:
-        if self._stored is not None:
-            self._store(self._stored, policy.reset_timeout)
-            self._stored = None
+        if self._reset_timeout is None:
+            self._reset_timeout = policy.reset_timeout
+            self._change()  # what was stored before: only now it is known how long a circuit is open
         return Shells(name or "unnamed", memory=self._memory, policy=policy, **options)
 
     def _reader(self) -> Guard:
         return self._memory
 
-    def _store(self, fields: dict[str, Any], reset_timeout: float = 0.0) -> None:
-        generation = max(clock_ms(), self._memory.snapshot().generation + 1)
-        document = Document(generation=generation, failure_number=fields["failure_count"], is_new=False, **fields)
-        if document.state == "open":
-            document.open_ms = round(reset_timeout * 1000)
-            document.open_until_ms = (document.opened_at or 0) * 1000 + document.open_ms
+    def _store(self, fields: dict[str, Any]) -> None:
+        open_ms = round((self._reset_timeout or 0.0) * 1000)
+        until_ms = (fields["opened_at"] or 0) * 1000 + open_ms
+        ends = {"open_ms": open_ms, "open_until_ms": until_ms} if fields["state"] == "open" else {}
         assert self._memory._memory is not None
-        self._memory._memory.replace(document)
+        self._memory._memory.replace(failure_number=fields["failure_count"], **ends, **fields)
         self._memory._view.drop()
-        self._stored = fields
 
 
 class CircuitRedisStorage(CircuitBreakerStorage):

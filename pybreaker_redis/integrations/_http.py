@@ -102,6 +102,12 @@ def host_of(request: Any) -> str:
     return host if port is None or port == DEFAULT_PORTS.get(url.scheme) else f"{host}:{port}"
 
 
+def check_breakers(breakers: object, *kinds: type) -> None:
+    """Raise PolicyError unless breakers are of one of these types."""
+    if not isinstance(breakers, kinds):
+        raise PolicyError(f"breakers must be of type {' or '.join(kind.__name__ for kind in kinds)}, not {breakers!r}")
+
+
 def check_until(until: object) -> None:
     """Raise PolicyError unless this is a value of the option `until`."""
     if until not in get_args(Until):
@@ -118,10 +124,9 @@ def finder(
     fit.
     """
     manager, breaker = kinds
+    check_breakers(breakers, manager, breaker)
     if isinstance(breakers, breaker):
         return lambda request: breakers
-    if not isinstance(breakers, manager):
-        raise PolicyError(f"breakers must be of type {manager.__name__} or {breaker.__name__}, not {breakers!r}")
     get_or_create = breakers.get_or_create
     if isinstance(name, str):
         return lambda request: get_or_create(name)

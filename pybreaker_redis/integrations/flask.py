@@ -5,7 +5,7 @@ from __future__ import annotations
 import flask
 
 from .. import CircuitBreakerManager, CircuitOpenError
-from ._http import UNAVAILABLE, unavailable_headers
+from ._http import UNAVAILABLE, check_breakers, unavailable_headers
 
 __all__ = ["install", "unavailable"]
 
@@ -15,8 +15,10 @@ def install(app: flask.Flask, breakers: CircuitBreakerManager, *, health: str | 
 
     breakers: the manager, which views find as current_app.extensions["circuit_breakers"]. It reports what it has
     gathered when the process ends. health: the path, like "/health", of a page with the state of every breaker as JSON;
-    None: no such page. Anyone who can read the page learns which services the application calls.
+    None: no such page. Anyone who can read the page learns which services the application calls. Raises PolicyError if
+    breakers is no CircuitBreakerManager.
     """
+    check_breakers(breakers, CircuitBreakerManager)
     app.extensions["circuit_breakers"] = breakers
     app.register_error_handler(CircuitOpenError, unavailable)
     if health is not None:

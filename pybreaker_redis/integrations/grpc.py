@@ -28,6 +28,17 @@ FAILURES = (
 )
 
 
+class FailedCallError(Exception):
+    """Stands for a failed call in on_call events and in the history. It is never raised.
+
+    call: gRPC's own object, for the breaker's retry_after.
+    """
+
+    def __init__(self, code: grpc.StatusCode, details: str | None, call: Any) -> None:
+        super().__init__(f"{code.name}: {details}" if details else code.name)
+        self.call = call
+
+
 class RpcRejected(CircuitOpenError, grpc.RpcError):  # type: ignore[misc]
     """The breaker rejected a call. A CircuitOpenError, and also a grpc.RpcError with the code UNAVAILABLE."""
 
@@ -71,7 +82,9 @@ class _Guard(Generic[B]):
     def __init__(self, breaker: B | BreakerOf[B], *, failures: Iterable[grpc.StatusCode] = FAILURES) -> None:
         own = isinstance(breaker, self._kind)
         if not own and (isinstance(breaker, (CircuitBreaker, AsyncCircuitBreaker)) or not callable(breaker)):
-            raise PolicyError(f"breaker must be {self._kind.__name__}, or a function of the method, not {breaker!r}")
+            raise PolicyError(
+                f"breaker must be of type {self._kind.__name__}, or a function of the method, not {breaker!r}"
+            )
         self._breaker_of: BreakerOf[Any] = (lambda _: breaker) if own else breaker
         self._failures = frozenset(failures)
         for code in self._failures:
@@ -117,7 +130,7 @@ class BreakerInterceptor(
     def _settle(self, permit: Permit, ended: Any) -> None:
         code = ended.code()
         if code in self._failures:
-            permit.failure(ended if isinstance(ended, BaseException) else None)
+            permit.failure(FailedCallError(code, ended.details(), ended))
         elif code is grpc.StatusCode.CANCELLED:
             permit.release()
         else:
@@ -160,7 +173,7 @@ class _AioGuard(_Guard[AsyncCircuitBreaker]):
     async def _settle(self, permit: AsyncPermit, call: Any) -> None:
         code = await call.code()
         if code in self._failures:
-            await permit.failure()
+            await permit.failure(FailedCallError(code, await call.details(), call))
         elif code is grpc.StatusCode.CANCELLED:
             await permit.release()
         else:

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.websockets import WebSocket
 
 from .. import AsyncCircuitBreakerManager, CircuitBreakerManager, CircuitOpenError
-from ._http import UNAVAILABLE, unavailable_headers
+from ._http import UNAVAILABLE, check_breakers, unavailable_headers
 
 __all__ = ["install", "unavailable"]
 
@@ -27,8 +27,10 @@ def install(
 
     app: a Starlette or FastAPI application. breakers: its manager, which is closed after the application's own lifespan
     has ended. health: the path, like "/health", of a page with the state of every breaker as JSON; None: no such page.
-    Anyone who can read the page learns which services the application calls.
+    Anyone who can read the page learns which services the application calls. Raises PolicyError if breakers is no
+    manager.
     """
+    check_breakers(breakers, AsyncCircuitBreakerManager, CircuitBreakerManager)
     app.add_exception_handler(CircuitOpenError, unavailable)
     inner = app.router.lifespan_context
 

@@ -7,6 +7,7 @@ import base64
 import binascii
 import hmac
 import inspect
+import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
@@ -21,6 +22,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .._errors import PolicyError
 from .._protocol import LONGEST_OPERATOR
+
+logger = logging.getLogger("pybreaker_redis")
 
 Authorize: TypeAlias = Callable[[Request], "str | Awaitable[str | None] | None"]
 
@@ -57,23 +60,37 @@ class SafeHeaders:
 
 
 async def operator_of(request: Request, authorize: Authorize | None) -> str | None:
-    """The name of the operator; None without `authorize`. Raises HTTPException for a stranger, PolicyError for a name
-    that no history could keep."""
+    """The name of the operator; None without `authorize`.
+
+    Raises HTTPException for a stranger, for an `authorize` that fails, and for a name that no history could keep. What
+    is wrong with `authorize` is logged: a stranger must not read it.
+    """
     if authorize is None:
         return None
-    if inspect.iscoroutinefunction(authorize) or inspect.iscoroutinefunction(getattr(authorize, "__call__", None)):  # noqa: B004
-        name: Any = await authorize(request)  # type: ignore[misc]
-    else:  # it may ask a database
-        name = await run_in_threadpool(authorize, request)
-        name = await name if inspect.isawaitable(name) else name
+    try:
+        name = await _asked(authorize, request)
+    except HTTPException:  # its own answer
+        raise
+    except Exception as error:
+        logger.exception("authorize failed")
+        raise HTTPException(500, "Who you are cannot be found out now; the log of the web server says why.") from error
     if name is None:
         challenge = getattr(authorize, "challenge", None)
         if challenge is None:
             raise HTTPException(403, "You may not see this page.")
         raise HTTPException(401, "Name and password are needed.", {"WWW-Authenticate": challenge})
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_OPERATOR:
-        raise PolicyError(f"authorize must return a name of 1 to {LONGEST_OPERATOR} characters or None, not {name!r}")
+        wanted = f"a name of 1 to {LONGEST_OPERATOR} characters"
+        logger.error("authorize must return %s or None, not %.200r", wanted, name)
+        raise HTTPException(500, f"An operator needs {wanted}; the log of the web server says more.")
     return name
+
+
+async def _asked(authorize: Authorize, request: Request) -> Any:
+    if inspect.iscoroutinefunction(authorize) or inspect.iscoroutinefunction(getattr(authorize, "__call__", None)):  # noqa: B004
+        return await authorize(request)  # type: ignore[misc]
+    name = await run_in_threadpool(authorize, request)  # it may ask a database
+    return await name if inspect.isawaitable(name) else name
 
 
 class Password:
@@ -87,7 +104,7 @@ class Password:
     def __init__(self, password: str) -> None:
         if not password:
             raise PolicyError("the password must not be empty")
-        self._password = password.encode()
+        self._password = password.encode(errors="surrogateescape")  # the environment may hold any bytes
 
     async def __call__(self, request: Request) -> str | None:
         """The user name, if the password is right; else None, after a moment, which slows down guessing."""
@@ -95,10 +112,11 @@ class Password:
         if scheme.lower() != "basic":
             return None
         try:
-            name, _, password = base64.b64decode(given, validate=True).decode().partition(":")
+            encoded, _, password = base64.b64decode(given, validate=True).partition(b":")
+            name = encoded.decode()
         except (binascii.Error, UnicodeDecodeError):
             return None
-        if name and hmac.compare_digest(password.encode(), self._password):
+        if name and hmac.compare_digest(password, self._password):
             return name
         await asyncio.sleep(SLOWEST_ANSWER)
         return None

@@ -109,7 +109,7 @@ def order_from_form(action: str, form: Mapping[str, str], operator: str | None) 
         if name.startswith(POLICY_FIELD) and text.strip()
     }
     duration = _duration(form.get("amount", ""), form.get("unit", "minutes"))
-    return checked(action, Order(operator, form.get("note", "").strip() or None, duration, fields))
+    return checked(action, Order(operator, form.get("note"), duration, fields))
 
 
 def kept_fields(form: Mapping[str, str], order: Order) -> dict[str, str]:
@@ -133,7 +133,7 @@ def checked(action: str, order: Order) -> Order:
     if order.note is not None and (not isinstance(order.note, str) or len(order.note) > LONGEST_NOTE):
         raise PolicyError(f"A reason is a text of at most {LONGEST_NOTE} characters.")
     taken = order._replace(
-        note=printable(order.note, LONGEST_NOTE) if order.note else None,
+        note=printable(order.note or "", LONGEST_NOTE).strip() or None,
         duration=order.duration if ACTIONS[action].timed else None,
         fields=order.fields if "fields" in ACTIONS[action].needs else {},
     )

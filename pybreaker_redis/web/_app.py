@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import math
 from collections.abc import AsyncIterator, Callable
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import anyio.to_thread
+from anyio.lowlevel import RunVar
 from sse_starlette import EventSourceResponse
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -25,7 +25,7 @@ from .. import _protocol
 from .._board import Row, read_keys, row_of
 from .._errors import CircuitBreakerError, PolicyError, RedisUnavailableError
 from .._processes import Process, disagreements, fleet_json, read_processes
-from .._protocol import EXACT, HistoryEntry, Keys, Snapshot, keys_of
+from .._protocol import HistoryEntry, Keys, Snapshot, keys_of
 from .._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 from .._sync import CircuitBreaker
 from ..wire.options import REDIS_ERRORS, blocking_client, error_kind
@@ -38,11 +38,35 @@ from ._screens import Screen, Screens, part
 
 HISTORY = 50  # entries on a breaker's page
 LARGEST_BODY = 65536
+MOST_THREADS = 20  # that wait for Redis, of one event loop
 MOST_LISTED = 1000  # breakers in one JSON answer
 STREAM = 600.0  # seconds after which a browser must ask again for events, and so must its operator
 LISTED = 10.0  # seconds for which the list of processes, which may be long, is not read again
 REST = 0.05  # seconds between two messages to one viewer
+T = TypeVar("T")
+FORM, JSON = "application/x-www-form-urlencoded", "application/json"
 ASSETS = {"page.css": "text/css", "page.js": "text/javascript", "icon.svg": "image/svg+xml"}
+
+
+_threads: RunVar[anyio.CapacityLimiter] = RunVar("pybreaker_redis.web threads")
+
+
+async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Run a function that waits for Redis in a thread. Such threads have a limit of their own: those of the application
+    that mounts the page must not all wait for a Redis that hangs."""
+    try:
+        limiter = _threads.get()
+    except LookupError:
+        limiter = anyio.CapacityLimiter(MOST_THREADS)
+        _threads.set(limiter)
+    return await anyio.to_thread.run_sync(function, *arguments, limiter=limiter)
+
+
+class Json(JSONResponse):
+    """An answer in ASCII, since a stored text may have halves of surrogate pairs, which UTF-8 does not have."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, separators=(",", ":")).encode()
 
 
 class Details(NamedTuple):
@@ -109,6 +133,7 @@ class Site:
             routes.append(Route("/health", self._health))
         errors: dict[Any, Any] = {HTTPException: self._refuse, CircuitBreakerError: self._fail}
         errors |= dict.fromkeys(REDIS_ERRORS, self._fail)
+        errors[ClientDisconnect] = _nobody_reads
         return _access.SafeHeaders(Starlette(routes=routes, exception_handlers=errors))
 
     def _allowed(self, answer: Callable[[Request], Any]) -> Callable[[Request], Any]:
@@ -134,7 +159,7 @@ class Site:
         return self._html(request, "breaker.html", {"done": done, **self._about(name, stored)})
 
     async def _fleet(self, request: Request) -> Response:
-        processes = await run_in_threadpool(self._processes_now)
+        processes = await _in_thread(self._processes_now)
         content = {
             "processes": processes,
             "disputed": list(disagreements(processes)),
@@ -191,11 +216,14 @@ class Site:
         if action not in ACTIONS:
             raise HTTPException(404, f"There is no action {action!r}; the actions are {', '.join(ACTIONS)}.")
         _check_length(request)
-        if _is_json(request):
+        kind = _content_type(request)
+        if kind == JSON:
             _access.check_token(request, request.headers.get(_access.TOKEN_HEADER))
             order = order_from_json(action, await _json_body(request), request.state.operator)
-            return JSONResponse(_details_json(await self._carry_out(name, action, order)))
-        form = await request.form(max_files=0, max_fields=100)
+            return Json(_details_json(await self._carry_out(name, action, order)))
+        if kind != FORM:
+            raise HTTPException(415, f"The body must be a form ({FORM}) or {JSON}.")
+        form = await request.form(max_fields=100)
         values = {key: value for key, value in form.items() if isinstance(value, str)}
         _access.check_token(request, values.get(_access.TOKEN_FIELD))
         order = order_from_form(action, values, request.state.operator)
@@ -221,7 +249,7 @@ class Site:
             )
             ACTIONS[action].carry_out(breaker, order)
 
-        await run_in_threadpool(act)
+        await _in_thread(act)
         return await self._read(name)
 
     # JSON
@@ -247,20 +275,20 @@ class Site:
 
     def _json(self, request: Request, answer: Any) -> Response:
         """The answer, with the cookie whose token a writing program sends back."""
-        response = JSONResponse(answer)
+        response = Json(answer)
         if not self._read_only:
             _access.keep_token(request, response, _access.token_of(request))
         return response
 
     async def _fleet_json(self, request: Request) -> Response:
-        processes = await run_in_threadpool(self._processes_now)
+        processes = await _in_thread(self._processes_now)
         return self._json(request, fleet_json(processes, disagreements(processes)))
 
     async def _describe(self, request: Request) -> Response:
-        return JSONResponse(description(_root(request), self._read_only))
+        return Json(description(_root(request), self._read_only))
 
     async def _health(self, request: Request) -> Response:
-        board = await run_in_threadpool(self._reader.current)
+        board = await _in_thread(self._reader.current)
         return PlainTextResponse("Redis cannot be read\n" if board.error else "ok\n", 503 if board.error else 200)
 
     # Events
@@ -286,20 +314,35 @@ class Site:
                 yield {"event": "board", "data": message}
 
     async def _one_messages(self, root: str, name: str) -> AsyncIterator[dict[str, str]]:
-        """The changing part of a breaker's page, as often as it has changed."""
+        """The changing part of a breaker's page, and whether it is up to date, as often as either has changed."""
         key = keys_of(name, self._prefix).state.encode()
-        known: Row | None = None
-        read_at, sent = -math.inf, {"html": "", "status": ""}
+        sent: dict[str, str] = {}
+        known: tuple[Row | None, str | None] = None, None
+        read_at = -math.inf
         async for board in self._boards():
-            row, status = board.by_key.get(key), part("status.html", board=board)
-            if (row, status) == (known, sent["status"]) and monotonic() - read_at < SHORTEST_PAUSE:
+            found = board.by_key.get(key), board.error
+            if found == known and monotonic() - read_at < SHORTEST_PAUSE:
                 continue
-            known, read_at, html = row, monotonic(), sent["html"]
-            with contextlib.suppress(HTTPException, *REDIS_ERRORS):  # expired, or unreadable now: it stays as it is
-                html = part("live.html", root=root, prefix=self._prefix, **self._about(name, await self._read(name)))
-            if sent != (now := {"html": html, "status": status}):
-                sent = now
-                yield {"event": "breaker", "data": json.dumps({**sent, "now": board.now})}
+            known, read_at = found, monotonic()
+            parts, now = await self._live(root, name, board)
+            if parts != sent:
+                sent = parts
+                yield {"event": "breaker", "data": json.dumps({**parts, "now": now})}
+
+    async def _live(self, root: str, name: str, board: Board) -> tuple[dict[str, str], float]:
+        """The parts of a breaker's page that change, and the server's clock. Where the breaker has expired or cannot be
+        read, only its status: the rest of the page stays as it is."""
+        status = part("status.html", board=board, is_gone=False)
+        if board.error:
+            return {"status": status}, board.now
+        try:
+            stored = await self._read(name)
+        except HTTPException:
+            return {"status": part("status.html", board=board, is_gone=True)}, board.now
+        except REDIS_ERRORS:  # the board, too, will soon say so
+            return {"status": status}, board.now
+        html = part("live.html", root=root, prefix=self._prefix, **self._about(name, stored))
+        return {"html": html, "status": status}, stored.now
 
     async def _boards(self) -> AsyncIterator[Board]:
         """The board now, and each time that it has changed."""
@@ -322,13 +365,13 @@ class Site:
 
     async def _current(self) -> Board:
         board = self._reader.board
-        return board if board.is_read and self._reader.is_running else await run_in_threadpool(self._reader.current)
+        return board if board.is_read and self._reader.is_running else await _in_thread(self._reader.current)
 
     async def _read(self, name: str) -> Details:
         """Everything about one breaker. Raises HTTPException if nothing is stored; PolicyError; redis.RedisError or
         OSError."""
         keys = keys_of(name, self._prefix)
-        details = await run_in_threadpool(self._read_now, name, keys)
+        details = await _in_thread(self._read_now, name, keys)
         if details is None:
             raise HTTPException(
                 404, f"Redis stores nothing for {name!r}. Is the name right? What nobody calls expires."
@@ -342,11 +385,7 @@ class Site:
             return None
         reply = server.run("snapshot", keys, {})
         seen = _protocol.snapshot_from(name, {**reply, "source": "redis"})
-        history = [
-            entry
-            for entry in _protocol.history_entries(server.history(keys, HISTORY))
-            if 0 <= entry.time * 1000 <= EXACT  # another program may have written any number
-        ]
+        history = _protocol.history_entries(server.history(keys, HISTORY))
         row, now = row_of(found[0], self._prefix), found[0].now_ms / 1000
         return Details(row, seen, history, self._processes_now(), now)
 
@@ -378,8 +417,8 @@ class Site:
 
     def _error(self, request: Request, status: int, message: str, headers: dict[str, str] | None = None) -> Response:
         path = request.url.path.removeprefix(_root(request))
-        if path.startswith("/api/") or _is_json(request):
-            return JSONResponse({"detail": message}, status, headers)
+        if path.startswith("/api/") or _content_type(request) == JSON:
+            return Json({"detail": message}, status, headers)
         response = self._html(request, "error.html", {"message": message, "status": status}, status)
         response.headers.update(headers or {})
         return response
@@ -423,8 +462,8 @@ def _count(query: Any, name: str, default: int, most: float) -> int:
     return int(text)
 
 
-def _is_json(request: Request) -> bool:
-    return request.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json"
+def _content_type(request: Request) -> str:
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
 
 
 def _check_length(request: Request) -> None:
@@ -432,6 +471,10 @@ def _check_length(request: Request) -> None:
     length = request.headers.get("content-length", "")
     if not (length.isascii() and length.isdigit() and int(length) <= LARGEST_BODY):
         raise HTTPException(413, f"The body must have a length of at most {LARGEST_BODY} bytes.")
+
+
+async def _nobody_reads(request: Request, error: Exception) -> Response:
+    return Response(status_code=400)
 
 
 async def _json_body(request: Request) -> Any:

@@ -94,17 +94,26 @@ def page_of(found: Sequence[Row], number: int) -> Page:
     return Page(found[start : start + ROWS], start + 1, len(found), number, pages)
 
 
-def link_of(row: Row, prefix: str) -> str | None:
-    """The last part of the address of a breaker's page; None for a name that no address can carry."""
+def link_of(name: str, prefix: str, key: bytes | None = None) -> str | None:
+    """The last part of the address of a breaker's page; None for a name that no address can carry.
+
+    key: its state key, if that is known: the name may be no more than an escaped form of it.
+    """
     with contextlib.suppress(PolicyError):
-        if row.name not in (".", "..") and keys_of(row.name, prefix).state.encode() == row.key:
-            return quoted(row.name)
+        own = keys_of(name, prefix).state.encode()
+        if name not in (".", "..") and key in (None, own):
+            return quoted(name)
     return None
 
 
 def quoted(name: str) -> str:
     """A name as one part of an address."""
     return quote(name, safe="")
+
+
+def row_id(row: Row, prefix: str) -> str:
+    """The name of a row for programs: the same for no other row, and without characters that browsers alter."""
+    return quote(row.key[len(prefix.encode()) + 1 : -len(":state")], safe=" ")
 
 
 class Cells(NamedTuple):
@@ -314,6 +323,7 @@ def templates() -> jinja2.Environment:
         "cells_of": cells_of,
         "link_of": link_of,
         "next_step": next_step,
+        "row_id": row_id,
         "outlook": outlook,
         "why": why,
     }

@@ -17,7 +17,10 @@ _serials = itertools.count(1)
 
 
 class Screen:
-    """One page of the board. rows: markup by name. around: counts, pages, order and the state of the connection."""
+    """One page of the board.
+
+    rows: markup by row_id(). around: counts, pages, order and the state of the connection.
+    """
 
     def __init__(self, rows: dict[str, str], around: dict[str, Any], now: float) -> None:
         self.serial = next(_serials)
@@ -75,12 +78,12 @@ class Screens:
         """What a viewer sees. root: the path under which the application is mounted."""
         page, key = self.page(board, view), (root, view)
         if key not in self._screens:
-            rows = {row.name: self._markup(root, row, board.now) for row in page.rows}
+            rows = {_pages.row_id(row, self._prefix): self._markup(root, row, board.now) for row in page.rows}
             around = {
                 "order": list(rows),
                 "chips": part("chips.html", root=root, board=board, view=view),
                 "pager": part("pager.html", root=root, page=page, view=view),
-                "status": part("status.html", board=board),
+                "status": part("status.html", board=board, is_gone=False),
             }
             self._screens[key] = Screen(rows, around, board.now)
         return self._screens[key]

@@ -59,9 +59,10 @@ def client_of(given: Any, kind: Kind) -> Any:
         given, (redis.Redis, redis.RedisCluster, redis.asyncio.Redis, redis.asyncio.RedisCluster)
     ):
         remedy = f"use {'AsyncCircuitBreaker' if kind is BLOCKING else 'CircuitBreaker'} for this client"
-    what = f"{type(given).__module__}.{type(given).__qualname__}"
-    expected = f"redis must be a {kind.__name__}.Redis (or cluster) client, a URL or None"
-    raise PolicyError(f"{expected}, not a {what}{remedy and f': {remedy}'}")
+    article, shown = ("the class", given) if isinstance(given, type) else ("a", type(given))
+    what = f"{article} {shown.__module__}.{shown.__qualname__}"
+    expected = f"redis must be a {kind.__name__}.Redis (or cluster) client or a URL"
+    raise PolicyError(f"{expected}, not {what}{remedy and f': {remedy}'}")
 
 
 # what is easily taken for a client, and what to pass instead

@@ -603,6 +603,34 @@ def test_no_other_fallback(client: redis.Redis) -> None:
         CircuitRedisStorage(STATE_CLOSED, client, "test", STATE_HALF_OPEN)
 
 
+def test_a_second_breaker_of_a_storage_in_memory_finds_what_is_there() -> None:
+    """A state that was stored once does not come back when another breaker is made."""
+    storage = CircuitMemoryStorage(STATE_CLOSED)
+    first = CircuitBreaker(fail_max=1, reset_timeout=60, state_storage=storage)
+    for state in (STATE_OPEN, STATE_CLOSED):
+        storage.state = state
+    assert first.call(str) == ""
+    with pytest.raises(CircuitBreakerError):
+        first.call(boom)
+    assert CircuitBreaker(state_storage=storage).current_state == STATE_OPEN
+    assert first.current_state == STATE_OPEN
+
+
+def test_a_call_that_runs_while_a_state_is_stored_does_not_count() -> None:
+    """Each state that is stored in memory begins a generation of its own, also within one moment."""
+    storage = CircuitMemoryStorage(STATE_CLOSED)
+    breaker = CircuitBreaker(fail_max=1, reset_timeout=60, state_storage=storage)
+
+    def stores() -> None:
+        for _ in range(10):
+            storage.state = STATE_CLOSED
+        raise Boom
+
+    with pytest.raises(Boom):
+        breaker.call(stores)
+    assert (breaker.current_state, breaker.fail_counter) == (STATE_CLOSED, 0)
+
+
 def test_a_lost_state_is_closed(client: redis.Redis) -> None:
     """Whatever the fallback state is."""
     storage = CircuitRedisStorage(STATE_CLOSED, client, "test", STATE_OPEN)

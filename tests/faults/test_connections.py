@@ -565,7 +565,8 @@ def test_credentials_that_rotate(target: Restartable, shell: str) -> None:
             made.call(fails=False)
             assert provider.asked == number
             assert len(connections_of(target, user=f"user{number}")) == 1
-            admin.execute_command("ACL", "DELUSER", f"user{number}")  # closes its connections
+            admin.execute_command("ACL", "DELUSER", f"user{number}")  # closes its connections, a moment later
+            wait_until(lambda: not connections_of(target, user=f"user{number}"))  # noqa: B023
         assert made.events == []
 
 

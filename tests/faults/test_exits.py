@@ -459,8 +459,8 @@ def test_a_breaker_that_nobody_holds(server: EmbeddedServer, client: redis.Redis
     breaker._view.seen.closed_until = time.monotonic() + 60  # the fast path, until it is freed
     for _ in range(5):
         breaker.call(fine)
-    view = weakref.ref(breaker._view)
+    line = weakref.ref(breaker._line)
     del breaker
     gc.collect()
     wait_until(lambda: counted(server.url) == (6, 0))
-    wait_until(lambda: gc.collect() is not None and view() is None)
+    wait_until(lambda: gc.collect() is not None and line() is None)

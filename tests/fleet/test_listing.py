@@ -413,9 +413,9 @@ def test_processes_that_disagree(client: redis.Redis, server: EmbeddedServer) ->
         whole = {"seen_ms": 1000 * pid, "host": "web", "pid": pid, "version": "1", "breakers": 2, "policies": listed}
         return json.dumps(whole)
 
-    three, five = {"failure_threshold": 3}, {"failure_threshold": 5}
+    three, four = {"failure_threshold": 3}, {"failure_threshold": 4}
     client.hset(KEY, "web:1-a", entry(1, (three, ["same", "other"])))
-    client.hset(KEY, "web:2-b", entry(2, (three, ["same"]), (five, ["other"])))
+    client.hset(KEY, "web:2-b", entry(2, (three, ["same"]), (four, ["other"])))
     client.hset(KEY, "web:3-c", entry(3, (three, ["same", "other"])))
     for number, text in enumerate(
         [b"", b"\xff", b"[]", b"{}", b'{"seen_ms":1}', b"[" * 100_000, entry(9).encode()[:-3]]
@@ -427,7 +427,24 @@ def test_processes_that_disagree(client: redis.Redis, server: EmbeddedServer) ->
     assert name == "other"
     assert [(one.fields, sorted(process.pid for process in one.processes)) for one in given] == [
         (three, [1, 3]),
-        (five, [2]),
+        (four, [2]),
     ]
     assert [one.fields for one in given_policies(found, "same")] == [three]
     assert given_policies(found, "unknown") == []
+
+
+def test_one_policy_in_other_words(client: redis.Redis, server: EmbeddedServer) -> None:
+    """Policies that the scripts cannot tell apart are one: 10 and 10.0 seconds, and what is left out or the default."""
+    policies: list[dict[str, Any]] = [
+        {"reset_timeout": 10, "jitter": 1},
+        {"reset_timeout": 10.0, "jitter": 1.0, "window": 60, "slow_call_duration": None},
+        {"reset_timeout": 10.0001, "jitter": 1.0, "failure_threshold": 5, "of_another_version": 1},
+    ]
+    for pid, fields in enumerate(policies):
+        given = [{"policy": fields, "breakers": 1, "names": ["search"]}]
+        whole = {"seen_ms": 1, "host": "web", "pid": pid, "version": "1", "breakers": 1, "policies": given}
+        client.hset(KEY, f"web:{pid}-a", json.dumps(whole))
+    found = processes(server.url)
+    assert list(disagreements(found)) == []
+    ((fields, who),) = given_policies(found, "search")
+    assert (fields, len(who)) == ({"reset_timeout": 10, "jitter": 1}, 3)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import flask
 import httpx
 import pytest
 from werkzeug.serving import make_server
 
-from pybreaker_redis import CircuitBreakerManager
+from pybreaker_redis import AsyncCircuitBreakerManager, CircuitBreaker, CircuitBreakerManager, PolicyError
 from pybreaker_redis.integrations.flask import install
 
 
@@ -58,6 +59,15 @@ def test_a_rejection_is_a_503(make_manager: Callable[..., CircuitBreakerManager]
         assert answer.json() == {"detail": "a service that this request needs is not available"}
         assert browser.get("/broken").status_code == 500
         assert browser.get("/health").status_code == 404
+
+
+@pytest.mark.parametrize("breakers", [AsyncCircuitBreakerManager(), CircuitBreaker("a"), None])
+def test_what_is_no_manager_is_refused(breakers: Any) -> None:
+    """When it is installed, not with the first request."""
+    app = flask.Flask("shop")
+    with pytest.raises(PolicyError, match="breakers must be of type CircuitBreakerManager, not"):
+        install(app, breakers)
+    assert "circuit_breakers" not in app.extensions
 
 
 @pytest.mark.parametrize("state", ["open", "closed"])

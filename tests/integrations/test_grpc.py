@@ -128,6 +128,7 @@ def test_a_dead_service_is_left_alone(echo: Server, kind: str) -> None:
             assert 0 < caught.value.retry_after <= 60
     assert echo.calls == 5
     assert (breaker.counts.successes, breaker.counts.failures, breaker.counts.rejected) == (2, 3, 3)
+    assert breaker.snapshot().error == "FailedCallError: UNAVAILABLE: as asked"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -212,6 +213,23 @@ def test_no_server_at_all() -> None:
             channel.unary_unary("/test.Echo/unary_unary")(b"fine")
 
 
+def test_the_service_says_when_to_come_back(echo: Server) -> None:
+    """The breaker's retry_after sees gRPC's own call, as in its trailing metadata."""
+    seen: list[Any] = []
+
+    def retry_after(error: Any) -> float:
+        seen.append(error.call.trailing_metadata())
+        return 7
+
+    breaker = CircuitBreaker("echo", retry_after=retry_after)
+    with guarded(echo, breaker) as channel:
+        with pytest.raises(grpc.RpcError):
+            caller(channel, "unary_unary")(b"UNAVAILABLE")
+        wait_until(lambda: breaker.state == "open")
+    assert seen == [()]
+    assert breaker.snapshot().reason == "held"
+
+
 def test_options_that_cannot_be() -> None:
     """A breaker of the other kind, and codes that are none."""
     for make, other in ((BreakerInterceptor, AsyncCircuitBreaker("a")), (aio_interceptors, CircuitBreaker("a"))):
@@ -279,6 +297,7 @@ def test_a_dead_service_is_left_alone_on_asyncio(echo: Server, kind: str) -> Non
             assert await rejected.code() is grpc.StatusCode.UNAVAILABLE
             assert "echo" in await rejected.details()
         assert (breaker.counts.successes, breaker.counts.failures, breaker.counts.rejected) == (1, 3, 4)
+        assert (await breaker.snapshot()).error == "FailedCallError: UNAVAILABLE: as asked"
 
     asyncio.run(main())
     assert echo.calls == 4

@@ -20,7 +20,14 @@ from starlette.routing import WebSocketRoute
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocket
 
-from pybreaker_redis import AsyncCircuitBreakerManager, CircuitBreaker, CircuitBreakerManager, CircuitOpenError
+from pybreaker_redis import (
+    AsyncCircuitBreaker,
+    AsyncCircuitBreakerManager,
+    CircuitBreaker,
+    CircuitBreakerManager,
+    CircuitOpenError,
+    PolicyError,
+)
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.integrations.starlette import install
 
@@ -146,6 +153,13 @@ def test_synchronous_endpoints(make_manager: Callable[..., CircuitBreakerManager
         assert browser.get("/search").status_code == 503
         assert browser.get("/health").json() == {"search": "open"}
     assert did == ["closed"]
+
+
+@pytest.mark.parametrize("breakers", [CircuitBreaker("a"), AsyncCircuitBreaker("a"), None])
+def test_what_is_no_manager_is_refused(breakers: Any) -> None:
+    """When it is installed, not when the application ends."""
+    with pytest.raises(PolicyError, match="of type AsyncCircuitBreakerManager or CircuitBreakerManager, not"):
+        install(Starlette(), breakers)
 
 
 def test_two_applications_share_nothing() -> None:

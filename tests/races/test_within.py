@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import wait_until
+from conftest import stopped, wait_until
 from race_workers import signalled_at
 
 from pybreaker_redis import (
@@ -620,3 +620,28 @@ def test_a_fork_from_a_loop_is_no_outage(server: EmbeddedServer) -> None:
 
     asyncio.run(main())
     assert events == ["success"] * 4
+
+
+@pytest.mark.parametrize("place", ["memory", "local"])
+def test_an_error_that_needs_the_breaker_to_describe_itself(place: str, own_server: EmbeddedServer) -> None:
+    """A message may take locks of other threads, or call the breaker: it is read outside of the breaker's locks."""
+    url = own_server.url if place == "local" else None
+    breaker = CircuitBreaker("a", redis=url, policy=Policy(failure_threshold=2))
+
+    class Odd(OSError):
+        def __str__(self) -> str:
+            with concurrent.futures.ThreadPoolExecutor(1) as pool, contextlib.suppress(OSError):
+                pool.submit(breaker.call, boom).result(20)  # of another thread, which this one waits for
+            return f"it was {breaker.state}"
+
+    def fail() -> None:
+        raise Odd
+
+    breaker.call(int)
+    with stopped(own_server):
+        wait_until(lambda: breaker.snapshot().source == place)
+        for _ in range(2):
+            with pytest.raises(Odd):
+                breaker.call(fail)
+        seen = breaker.snapshot()
+        assert (seen.state, seen.source, seen.error) == ("open", place, "OSError: boom")

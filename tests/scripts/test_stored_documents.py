@@ -591,6 +591,16 @@ def test_a_healthy_document_is_not_decoded(client: redis.Redis, monkeypatch: pyt
         machine.run("acquire")
 
 
+@pytest.mark.parametrize("state", ["closed", "open"])
+def test_a_new_end_without_a_last_change(client: redis.Redis, state: str) -> None:
+    """A forced state of which nothing tells when and why it began can be given another end."""
+    put(client, **_contract(state), generation=START_MS, forced=state, forced_until_ms=START_MS + 9000)
+    machine = lua_machine(client, "discovery")
+    assert machine.run("control", action=f"force_{state}", duration_ms=5000)["changed"]
+    seen = machine.run("snapshot")
+    assert (seen["forced_left_ms"], seen["reason"], seen["changed_at_ms"]) == (5000, "forced", START_MS)
+
+
 def test_forced_half_open(client: redis.Redis) -> None:
     """There is no such override as half_open."""
     until = {"forced": "half_open", "forced_until_ms": START_MS + 9000}

@@ -363,3 +363,17 @@ def test_an_outage_is_shown_and_ends(client: redis.Redis, browser: Browser) -> N
     with served(app, int(address.rpartition(":")[2])):
         expect(page.locator("#status")).to_have_text("Live", timeout=60_000)
     context.close()
+
+
+def test_an_open_page_of_a_breaker_tells_what_it_cannot_know(
+    client: redis.Redis, open_page: Callable[..., Page]
+) -> None:
+    """Once the breaker has expired its page says so, and keeps what it knew."""
+    scene.trip(client, "api")
+    page = open_page("/breakers/api")
+    expect(page.locator("#status")).to_have_text("Live")
+    client.delete("circuit_breaker:api:state")
+    expect(page.locator("#status")).to_contain_text("stores nothing for this breaker any more", timeout=30_000)
+    expect(page.locator("#summary")).to_contain_text("connection refused")
+    scene.trip(client, "api")
+    expect(page.locator("#status")).to_have_text("Live")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import concurrent.futures
 import contextlib
 import html
 import itertools
@@ -15,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import httpx
 import pytest
@@ -27,7 +29,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.routing import Mount
 
-from pybreaker_redis import CircuitBreaker, Policy, PolicyError, _reader
+from pybreaker_redis import CircuitBreaker, CircuitOpenError, Policy, PolicyError, _reader
 from pybreaker_redis._protocol import keys_of
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.web import _app, breakers_app
@@ -46,7 +48,7 @@ FORCE = {"note": "deploy", "amount": "10", "unit": "minutes"}
 def row_names(answer: httpx.Response) -> list[str]:
     """The names on a page of the board, in order."""
     assert answer.status_code == 200, answer.text
-    return [html.unescape(name) for name in re.findall(r'data-name="([^"]*)"', answer.text)]
+    return [unquote(name, errors="backslashreplace") for name in re.findall(r'data-name="([^"]*)"', answer.text)]
 
 
 def make(client: redis.Redis, name: str, policy: Policy | None = None) -> CircuitBreaker:
@@ -156,12 +158,19 @@ def test_the_fleet_is_shown(client: redis.Redis, site: Site, monkeypatch: pytest
     entry = {"seen_ms": round(time.time() * 1000), "host": "<b>web-2\u202e", "pid": 7, "version": "<i>", "breakers": 1}
     client.hset("circuit_breaker:fleet", "x", json.dumps({**entry, "policies": [policy]}))
     client.hset("circuit_breaker:fleet", "y", "no entry")
+    odd = {"breakers": 1, "names": ["..", "{}"]}
+    half_a_letter = {**entry, "policies": [{**odd, "names": ["\ud800"], "policy": {}}]}
+    client.hset("circuit_breaker:fleet", "z", json.dumps(half_a_letter))  # no text: passed over
+    for process, threshold in (("v", 5), ("w", 6)):
+        policies = [{**odd, "policy": {"failure_threshold": threshold}}]
+        client.hset("circuit_breaker:fleet", process, json.dumps({**entry, "policies": policies}))
     assert "which disagree" in page.get("/breakers/api").text
     answer = page.get("/fleet").text
     assert "Breakers on whose policy the processes disagree" in answer
     assert not re.search("<b>web|<i>|\u202e", answer)
     listed = page.get("/api/fleet").json()
-    assert (len(listed["processes"]), list(listed["disagreements"])) == (2, ["api"])
+    assert (len(listed["processes"]), sorted(listed["disagreements"])) == (4, ["..", "api", "{}"])
+    assert re.findall(r'href="/breakers/([^"]*)"', answer) == ["api"]
     one.close()
 
 
@@ -352,19 +361,46 @@ def test_with_authorize_every_page_asks(client: redis.Redis, authorize: Any, rea
 
 
 def test_an_authorize_function_may_answer_for_itself(client: redis.Redis) -> None:
-    """What it raises reaches the browser; a name that no history could keep is an error, and so is no text."""
+    """The HTTP error that it raises reaches the browser."""
 
     def authorize(request: Any) -> Any:
-        if "x-odd" in request.headers:
-            return {"long": "n" * 101, "empty": "", "number": 7}[request.headers["x-odd"]]
         raise HTTPException(418, "tea only")
 
     with served(breakers_app(client, authorize=authorize)) as address:
         answer = httpx.get(address)
         assert (answer.status_code, "tea only" in answer.text) == (418, True)
-        for odd in ("long", "empty", "number"):
-            answer = httpx.get(address, headers={"x-odd": odd})
-            assert (answer.status_code, "authorize must return a name" in html.unescape(answer.text)) == (400, True)
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        OSError("secret"),
+        CircuitOpenError("secret", "open", 1.0),
+        ValueError("secret"),
+        ["secret"],
+        b"secret",
+        "",
+        "n" * 101,
+    ],
+    ids=repr,
+)
+def test_an_authorize_function_that_fails_admits_nobody(
+    client: redis.Redis, caplog: pytest.LogCaptureFixture, found: Any
+) -> None:
+    """Whatever it raises or returns instead of a name is for the log, not for strangers; Redis is not blamed."""
+
+    def authorize(request: Any) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    make(client, "api")
+    with served(breakers_app(client, read_only=False, authorize=authorize)) as address:
+        for answer in (httpx.get(address), httpx.get(f"{address}/events"), httpx.post(f"{address}/breakers/api/reset")):
+            assert answer.status_code == 500
+            assert "the log of the web server" in answer.text
+            assert not re.search("secret|data-name|Redis does not answer", answer.text)
+    assert "authorize" in caplog.text
 
 
 def test_a_page_that_only_reads_refuses_to_write(client: redis.Redis, site: Site) -> None:
@@ -551,7 +587,15 @@ def test_a_bad_form_says_what_is_wrong_and_changes_nothing(
 
 @pytest.mark.parametrize(
     "body",
-    [[], {"odd": 1}, {"duration": "x", "note": "x"}, {"note": 5, "duration": 1}, {"fields": []}, {"duration": 1}],
+    [
+        [],
+        {"odd": 1},
+        {"duration": "x", "note": "x"},
+        {"note": 5, "duration": 1},
+        {"fields": []},
+        {"duration": 1},
+        {"note": " \u202e", "duration": 1},
+    ],
 )
 def test_a_bad_json_body_is_refused(client: redis.Redis, site: Site, body: Any) -> None:
     """Programs get 400 with the reason as JSON."""
@@ -569,6 +613,10 @@ def test_bodies_have_limits(client: redis.Redis, site: Site) -> None:
     long = post(page, "/breakers/api/reset", {"note": "n" * 70_000})
     assert long.status_code == 413
     assert page.post("/breakers/api/reset", content=iter([b"x"])).status_code == 413
+    assert post(page, "/breakers/api/reset", {f"field-{number}": "x" for number in range(101)}).status_code == 400
+    for kind in ("text/plain", "multipart/form-data; boundary=b; charset=undefined"):
+        answer = page.post("/breakers/api/reset", content=b"--b\r\n", headers={"content-type": kind})
+        assert (answer.status_code, "must be a form" in answer.text) == (415, True)
     headers = {"content-type": "application/json", TOKEN_HEADER: page.cookies[COOKIE]}
     assert page.post("/breakers/api/reset", content=b"{", headers=headers).status_code == 400
     assert page.post("/breakers/api/reset", content=b"[" * 60000, headers=headers).status_code == 400
@@ -602,17 +650,20 @@ def test_hostile_names_errors_and_notes_do_no_harm(client: redis.Redis, site: Si
     again = page.get(html.unescape(link))
     for answer in (board, one, asked, again):
         assert not re.search(r"<script(?! src=\"/static/page\.js)|<img|<b>bold", answer.text)
-        shown = re.sub(r'data-name="[^"]*"', "", answer.text)  # which only the script of the page reads
-        assert not set(shown) & {"\x1b", "\x07", "\u202e"}
+        assert not set(answer.text) & {"\x1b", "\x07", "\u202e"}
 
 
 def test_names_that_no_address_can_carry_are_shown_without_a_link(client: redis.Redis, site: Site) -> None:
     """Browsers resolve "..", and bytes that are no UTF-8 have no name."""
     stored = client.get(make(client, "..").keys.state)
     client.set(b"circuit_breaker:\xff\xfe:state", stored)
-    board = site(read_only=True).get("/")
+    page = site(read_only=True)
+    board = page.get("/")
     assert set(row_names(board)) == {"..", "\\xff\\xfe"}
     assert "/breakers/" not in re.sub(r"<header.*?</header>", "", board.text, flags=re.DOTALL)
+    with events(page) as messages:
+        make(client, "\\xff\\xfe")  # looks like the other, and is none
+        until(messages, lambda message: len(message["order"]) == 3)
 
 
 def test_a_strange_history_and_document_are_shown(client: redis.Redis, site: Site) -> None:
@@ -624,8 +675,14 @@ def test_a_strange_history_and_document_are_shown(client: redis.Redis, site: Sit
     client.xadd(keys.history, {**odd, "time_ms": 10**15, "failure_count": 1, "success_count": 1, "instance": ""})
     client.set(keys_of("odd").state, b"no document")
     client.set(keys_of("foreign").state, json.dumps({"state": "open", "failure_count": 3, "opened_at": 1}))
+    client.set(
+        keys_of("far").state, json.dumps({"state": "open", "opened_at": 9e13, "error": "half of a pair: \ud800"})
+    )
+    client.set(keys_of("far").policy, '{"failure_threshold":"<i>"}')
     page = site(read_only=True)
-    for name in ("api", "odd", "foreign"):
+    assert set(row_names(page.get("/"))) == {"api", "odd", "foreign", "far"}
+    assert page.get("/api/breakers").json()["total"] == 4
+    for name in ("api", "odd", "foreign", "far"):
         answer = page.get(f"/breakers/{name}")
         assert answer.status_code == 200, answer.text
         assert not re.search(r"<[isu]>", answer.text)
@@ -681,7 +738,39 @@ def test_events_of_one_breaker(client: redis.Redis, site: Site) -> None:
         assert "bob" in until(messages, lambda message: "policy override" in message["html"])["html"]
         scene.trip(client, "api", "refused")
         assert "refused" in until(messages, lambda message: "refused" in message["html"])["html"]
+        client.delete(keys_of("api").state)
+        assert "stores nothing" in until(messages, lambda message: "html" not in message)["status"]
+        make(client, "api")
+        assert "Live" in until(messages, lambda message: "html" in message)["status"]
     assert page.get("/events?breaker=%7B").status_code == 400
+
+
+def test_the_page_of_a_breaker_does_not_stay_live_without_redis(own_server: EmbeddedServer, site: Site) -> None:
+    """While Redis hangs the open page of a breaker says so, and afterwards that it is live again."""
+    with redis.Redis.from_url(own_server.url) as admin:
+        make(admin, "api")
+    with events(site(own_server.url, read_only=True), "?breaker=api") as messages:
+        assert "Live" in next(messages)["status"]
+        with stopped(own_server):
+            assert until(messages, lambda message: "Redis does not answer" in message["status"])
+        assert "html" in until(messages, lambda message: "Live" in message["status"])
+
+
+def test_an_application_goes_on_while_redis_hangs(own_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many pages wait for Redis, the threads of the application that mounts the page are free."""
+    monkeypatch.setattr(_reader, "TIMEOUT", 20.0)
+    with redis.Redis.from_url(own_server.url) as admin:
+        make(admin, "api")
+    app = FastAPI()
+    app.add_api_route("/own", lambda: "free")
+    app.mount("/ops", breakers_app(own_server.url))
+    with served(app) as address, concurrent.futures.ThreadPoolExecutor(60) as pool:
+        with stopped(own_server):
+            waiting = [pool.submit(httpx.get, f"{address}/ops/breakers/api", timeout=60) for _ in range(60)]
+            assert concurrent.futures.wait(waiting, 3, concurrent.futures.FIRST_COMPLETED).done == set()
+            assert httpx.get(f"{address}/own", timeout=60).json() == "free"
+            assert not any(one.done() for one in waiting)
+        assert {one.result().status_code for one in waiting} <= {200, 503}
 
 
 def test_a_breaker_that_appears_or_expires_is_noticed_without_a_notification(client: redis.Redis, site: Site) -> None:
@@ -733,7 +822,7 @@ def test_the_page_of_a_breaker_tells_of_an_outage(own_server: EmbeddedServer, si
         with stopped(own_server):
             lost = until(messages, lambda message: "does not answer" in message["status"])
         assert "closed" in first["html"]
-        assert "closed" in lost["html"]
+        assert "html" not in lost
         until(messages, lambda message: "Live" in message["status"])
 
 
@@ -799,6 +888,42 @@ def test_the_command_serves_a_page_that_only_reads(server: EmbeddedServer, clien
         assert page.get("/health").status_code == 404
 
 
+def test_names_of_the_server_count_beyond_loopback(server: EmbeddedServer, client: redis.Redis) -> None:
+    """With --allow-host a page that anybody can reach answers under these names and its address only."""
+    with serving("--redis", server.url, "--host", "0.0.0.0", "--allow-host", "ops.example") as page:
+        assert page.get("/", headers={"host": "ops.example"}).status_code == 200
+        assert page.get("/", headers={"host": "evil.example"}).status_code == 400
+    with serving("--redis", server.url, "--host", "127.1") as page:  # loopback, in short
+        assert page.get("/", headers={"host": "evil.example"}).status_code == 400
+
+
+def test_a_proxy_shows_the_page_under_a_path(server: EmbeddedServer, client: redis.Redis) -> None:
+    """The proxy strips the path; links, assets, cookie and redirections have it."""
+    make(client, "api")
+    password = {"PYBREAKER_REDIS_WEB_PASSWORD": "pw"}
+    with serving("--redis", server.url, "--write", "--root-path", "/ops/breakers/", **password) as page:
+        page.auth = ("ann", "pw")
+        board = page.get("/")
+        links = re.findall(r'(?:href|src|action|data-events)="(/[^"]*)"', board.text)
+        assert all(link.startswith("/ops/breakers/") for link in links)
+        assert "/ops/breakers/breakers/api" in links
+        assert "Path=/ops/breakers;" in board.headers["set-cookie"]
+        (cookie,) = page.cookies.jar
+        form = {TOKEN_FIELD: str(cookie.value), "confirmed": "yes"}
+        headers = {"cookie": f"{COOKIE}={cookie.value}"}
+        done = page.post("/breakers/api/reset", data=form, headers=headers)
+        assert done.headers["location"] == "/ops/breakers/breakers/api?done=reset"
+
+
+def test_a_password_of_any_bytes(server: EmbeddedServer, client: redis.Redis) -> None:
+    """The environment may hold bytes that are no UTF-8."""
+    password = b"\xff:\xfe"
+    with serving("--redis", server.url, PYBREAKER_REDIS_WEB_PASSWORD=os.fsdecode(password)) as page:
+        given = base64.b64encode(b"ann:" + password).decode()
+        assert page.get("/", headers={"authorization": f"Basic {given}"}).status_code == 200
+        assert page.get("/", auth=("ann", "\xff:\xfe")).status_code == 401
+
+
 def test_the_command_writes_for_those_who_know_the_password(server: EmbeddedServer, client: redis.Redis) -> None:
     """The user name is the operator's name; any other password is asked for again."""
     make(client, "api")
@@ -838,6 +963,9 @@ def test_the_command_asks_a_function_who_it_is(server: EmbeddedServer, client: r
         (["--authorize", "json:no_such"], "no_such"),
         (["--authorize", "sys:path"], "cannot be called"),
         (["--host", "192.0.2.1"], "cannot be used"),
+        (["--allow-host", "ops.example:8443"], "without a port"),
+        (["--allow-host", "a*"], "no host name"),
+        (["--root-path", "//evil.example"], "must be a path"),
     ],
     ids=str,
 )
@@ -848,3 +976,20 @@ def test_the_command_refuses_what_cannot_work(arguments: list[str], message: str
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, env={**environment, "COLUMNS": "300"})
     assert done.returncode == 2
     assert message in done.stderr
+
+
+WITHOUT_EXTRA = """
+import sys
+sys.modules["sse_starlette"] = None
+try:
+    import pybreaker_redis.web
+except ModuleNotFoundError as error:
+    print(error)
+"""
+
+
+def test_without_the_extra() -> None:
+    """The error names the extra, whichever of its packages is missing."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_EXTRA], capture_output=True, text=True, check=True)
+    assert "pip install 'pybreaker_redis[web]'" in done.stdout
+    assert "sse_starlette" in done.stdout

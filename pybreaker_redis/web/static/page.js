@@ -96,9 +96,9 @@
   }
 
   function showBreaker(message) {
-    setClock(message.now);
     fill("status", message.status);
-    if (!message.html) return; // it could not be read yet
+    if (message.html === undefined) return; // not read now: what was read before stays
+    setClock(message.now);
     const template = document.createElement("template");
     template.innerHTML = message.html;
     const live = document.getElementById("live");
