@@ -250,8 +250,12 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         finally:
             permit.end()
-        report = self._report_end(permit, None) if self._every_result_succeeds else self._report_result(permit, result)
-        await self._drive(report)
+        if not self._every_result_succeeds:
+            await self._drive(self._report_result(permit, result))
+        elif not self._innermost.has_failed(permit.started) and self._finish(permit):
+            await self._deliver()
+        else:
+            await self._drive(self._report_end(permit, None))
         return result
 
     def _judge(self, result: Any, seen: Seen, now: float) -> Awaitable[None] | None:

@@ -315,6 +315,21 @@ class BreakerCore:
 
     # Reports
 
+    def _finish(self, permit: BasePermit) -> bool:
+        """Count a quick success without a script call. Returns False, with nothing done, if it needs one."""
+        generation = permit.generation
+        if self._view.lease <= 0 or permit.probe is not None:
+            return False
+        if generation is None or generation != self._view.seen.generation:
+            return False
+        if not self._slow_calls.ended_quickly(permit) or not self._gather(generation):
+            return False
+        permit.settle()
+        self._notices.call_ended(
+            SUCCESS, generation, None, None if self._view.policy.slow_call_duration is None else False
+        )
+        return True
+
     def _gather(self, generation: int) -> bool:
         """Count a success in the view. Returns False if the view cannot take it."""
         if not self._view.gather(generation):

@@ -46,6 +46,13 @@ class SlowCalls:
         pending = now - permit.pending_since < window
         return slow if slow is None else pending or slow, pending
 
+    def ended_quickly(self, permit: BasePermit) -> bool:
+        """Whether the call was quick. If False, ended() decides."""
+        limit = self._view.policy.slow_call_duration
+        if limit is None:
+            return True
+        return self._view.now() - permit.started < limit and self._running.pop(permit, permit) is None
+
     def any_overdue(self) -> bool:
         """Whether a running call has become slow since overdue() was called."""
         limit = self._view.policy.slow_call_duration

@@ -241,10 +241,12 @@ class CircuitBreaker(BreakerCore):
 
     def _settle_result(self, func: Any, result: R, permit: BasePermit) -> R:
         if type(result) not in _SUSPENDED:
-            report = (
-                self._report_end(permit, None) if self._every_result_succeeds else self._report_result(permit, result)
-            )
-            self._drive(report)
+            if not self._every_result_succeeds:
+                self._drive(self._report_result(permit, result))
+            elif not self._innermost.has_failed(permit.started) and self._finish(permit):
+                self._deliver()
+            else:
+                self._drive(self._report_end(permit, None))
             return result
         # nothing has run yet: a generator asks for its own permit when it starts
         self._drive(self._report(permit, IGNORED))
