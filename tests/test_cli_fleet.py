@@ -53,7 +53,7 @@ def test_a_fleet(run: Run, client: redis.Redis) -> None:
     """A line for each process, the last seen first, and the policies on which they disagree, by process."""
     enlist(client, "web-1:4102", {"discovery": {"failure_threshold": 3}, "mail": {}})
     enlist(client, "web-2:77", {"discovery": {"failure_threshold": 3}, "mail": {}}, ago=5 * 60)
-    enlist(client, "web-3:12", {"discovery": {"failure_threshold": 5, "quorum": 2}, "mail": {}}, breakers=20_000)
+    enlist(client, "web-3:12", {"discovery": {"failure_threshold": 9, "quorum": 2}, "mail": {}}, breakers=20_000)
     code, out, _ = run("fleet")
     assert code == 0
     heading, *lines = out.splitlines()
@@ -66,7 +66,7 @@ def test_a_fleet(run: Run, client: redis.Redis) -> None:
     assert lines[-3:] == [
         "discovery: the processes disagree on its policy",
         "  failure_threshold=3  2 processes: web-1:4102, web-2:77",
-        "  failure_threshold=5, quorum=2  1 process: web-3:12",
+        "  failure_threshold=9, quorum=2  1 process: web-3:12",
     ]
 
 
@@ -166,7 +166,7 @@ def test_a_policy_that_processes_know(run: Run, client: redis.Redis) -> None:
     enlist(client, "web-1:1", {"d": {"reset_timeout": 600, "failure_threshold": 3}})
     enlist(client, "web-2:1", {"d": {"reset_timeout": 600}})
     _, out, err = run("policy", "get", "d")
-    assert re.search(r"^reset_timeout +600 +client \(2 processes: web-1:1, web-2:1\)$", out, re.MULTILINE)
+    assert re.search(r"^reset_timeout +600\.0 +client \(2 processes: web-1:1, web-2:1\)$", out, re.MULTILINE)
     disagree = r"^failure_threshold +the processes disagree: 3 \(1 process: web-1:1\); 5 \(1 process: web-2:1\)$"
     assert re.search(disagree, out, re.MULTILINE)
     assert re.search(r"^quorum +1 +default \(2 processes: web-1:1, web-2:1\)$", out, re.MULTILINE)
