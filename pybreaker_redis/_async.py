@@ -20,7 +20,7 @@ from ._permit import SETTLED, BasePermit, warns_if_lost
 from ._process import renew
 from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
-from .wire.aio import async_server_of, carry_out, forget_ended
+from .wire.aio import AsyncServer, carry_out, forget_ended
 from .wire.options import ASYNCIO, REDIS_ERRORS
 from .wire.subscription import BaseWatch
 
@@ -133,7 +133,7 @@ class AsyncCircuitBreaker(BreakerCore):
     __slots__ = ("__dict__",)  # as for CircuitBreaker
     _permit_type: type[AsyncPermit] = AsyncPermit
     _warning_permit = warns_if_lost(AsyncPermit)
-    _kind, _server_of = ASYNCIO, staticmethod(async_server_of)
+    _kind, _server_of = ASYNCIO, AsyncServer.of
 
     # Calls
 

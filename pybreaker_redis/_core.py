@@ -132,7 +132,6 @@ class BreakerCore:
         self._line = None if redis is None else Line(self, self._redis, on_redis_failure, listed)
         self._pid = getpid()
         self._start_process()
-        self._notices.start_process(self._instance, self._view.lock)
         for instrument in self._notices.instruments:
             instrument.attach(self)
 
@@ -140,6 +139,7 @@ class BreakerCore:
         # The random digits tell apart the breakers of one process, and containers that share host name and process id,
         # so that each knows its own transitions. A script takes 200 characters.
         self._instance = f"{self.host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
+        self._notices.start_process(self._instance, self._view.lock)
         self._given, self._judges_successes = shared_request(self.policy)
         self._warned_of_window = False
         self._asking: tuple[object, ...] = ()  # one token for each call that asks for a permit now
@@ -158,13 +158,12 @@ class BreakerCore:
     def _after_fork(self) -> None:
         if self._redis is not None and self._redis._pid != getpid():
             renew(self._redis)
-        self._start_process()
         if self._shares is not None:
             self._shares._check_process()
-            self._notices.start_process(self._instance, self._view.lock)
+            self._start_process()
             return
         self._view.after_fork()
-        self._notices.start_process(self._instance, self._view.lock)
+        self._start_process()
         self._slow_calls.after_fork()
         self._innermost.after_fork()
         self._isolation.forget()  # a thread of the parent may hold the lock of its engine

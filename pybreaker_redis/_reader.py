@@ -26,7 +26,7 @@ from ._board import Row, Stored, counts, read_keys, read_stored, row_of, subscri
 from ._process import renew, renew_at_forks
 from ._protocol import state_pattern
 from .wire.options import REDIS_ERRORS
-from .wire.sync import Server, server_of
+from .wire.sync import Server
 
 TIMEOUT = 5.0
 SHORTEST_PAUSE = 2.0  # seconds between two readings of all breakers
@@ -94,7 +94,7 @@ class BoardReader:
     @property
     def server(self) -> Server:
         """This process's access to the Redis."""
-        return server_of(self.client, TIMEOUT)
+        return Server.of(self.client, TIMEOUT)
 
     def current(self) -> Board:
         """The board, once it has been read, or an attempt has failed. Blocks meanwhile; starts the thread."""

@@ -37,13 +37,14 @@ class SlowCalls:
         limit = self._view.policy.slow_call_duration
         if limit is None and not self._running and permit.pending_since is None:
             return None, False
-        waiting = self._running.pop(permit, permit) is None  # else overdue() has taken it
         now = self._view.now()
-        # a call that was reported longer ago has left the window, and counts as a new one
+        slow = None if limit is None else now - permit.started >= limit
+        if self._running.pop(permit, permit) is None or permit.pending_since is None:
+            return slow, False
+        # overdue() has taken it. A call that was reported longer ago has left the window, and counts as a new one.
         window = float("inf") if permit.probe is not None else 0.9 * self._view.policy.window
-        recent = permit.pending_since is not None and now - permit.pending_since < window
-        pending = recent and not waiting
-        return None if limit is None else pending or now - permit.started >= limit, pending
+        pending = now - permit.pending_since < window
+        return slow if slow is None else pending or slow, pending
 
     def ended_quickly(self, permit: BasePermit) -> bool:
         """Whether the call was quick. If False, ended() decides."""

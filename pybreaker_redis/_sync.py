@@ -20,7 +20,7 @@ from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_
 from ._view import Seen, Verdict
 from .wire.options import BLOCKING, REDIS_ERRORS
 from .wire.subscription import BaseWatch
-from .wire.sync import carry_out, server_of
+from .wire.sync import Server, carry_out
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -137,7 +137,7 @@ class CircuitBreaker(BreakerCore):
     __slots__ = ("__dict__",)  # empty, until somebody sets an attribute or a test replaces a method
     _permit_type: type[Permit] = Permit
     _warning_permit = warns_if_lost(Permit)
-    _kind, _server_of = BLOCKING, staticmethod(server_of)
+    _kind, _server_of = BLOCKING, Server.of
 
     # Calls
 

@@ -123,27 +123,30 @@ class Seen:
     process is alert.
     retry_at: until when an open or half-open circuit rejects. ramp_until: the end of the ramp after a recovery.
     forced_until: the end of the forced state. reason, error: why the circuit is not closed, for the rejected caller.
-    A reply is good while sent <= now < closed_until. After the clock was turned back, sent may be in the future: then
-    the reply is stale.
+    A reply is good while sent <= now < closed_until, so by default it is too old to use. After the clock was turned
+    back, sent may be in the future: then the reply is stale.
     """
 
-    state: State
-    generation: int
-    failure_count: int
-    sent: float
-    arrived: float
-    began: float
-    retry_at: float
-    ramp_until: float
-    forced: Forced | None
-    forced_until: float
-    closed_until: float
-    watched_until: float
-    open_until: float
-    counter: Successes
-    tick: Callable[[], int]  # the counter's
+    state: State = "closed"
+    generation: int = 0
+    failure_count: int = 0
+    counter: Successes = dataclasses.field(default_factory=Successes)
+    tick: Callable[[], int] = dataclasses.field(init=False)  # the counter's
+    sent: float = NEVER
+    arrived: float = NEVER
+    began: float = NEVER
+    retry_at: float = NEVER
+    ramp_until: float = NEVER
+    forced: Forced | None = None
+    forced_until: float = NEVER
+    closed_until: float = NEVER
+    watched_until: float = NEVER
+    open_until: float = NEVER
     reason: str | None = None
     error: str | None = None
+
+    def __post_init__(self) -> None:
+        self.tick = self.counter.tick
 
     def verdict(self, now: float) -> Verdict:
         """The verdict of this reply, whatever its age."""
@@ -158,30 +161,6 @@ class Seen:
     def left(self, end: float, now: float) -> float:
         """Seconds until an end that this reply named; 0 once it is over."""
         return max(end - now, 0.0) if self.began <= now else 0.0
-
-
-def unseen(
-    state: State = "closed", generation: int = 0, failure_count: int = 0, counter: Successes | None = None
-) -> Seen:
-    """A Seen that is too old to use."""
-    counter = counter or Successes()
-    return Seen(
-        state,
-        generation,
-        failure_count,
-        sent=NEVER,
-        arrived=NEVER,
-        began=NEVER,
-        retry_at=NEVER,
-        ramp_until=NEVER,
-        forced=None,
-        forced_until=NEVER,
-        closed_until=NEVER,
-        watched_until=NEVER,
-        open_until=NEVER,
-        counter=counter,
-        tick=counter.tick,
-    )
 
 
 class View:
@@ -199,7 +178,7 @@ class View:
     def __init__(self, lease: float, policy: Policy | None = None, now: Callable[[], float] = machine) -> None:
         self.lease, self.now = lease, now
         self.policy = policy or Policy()
-        self.seen = unseen()
+        self.seen = Seen()
         # counters of earlier generations, which running calls may still tick, and the sum of even older ones
         self._earlier: tuple[Successes, ...] = ()
         self._earlier_successes = 0
@@ -280,7 +259,7 @@ class View:
         return True
 
     def _seen_from(self, reply: Reply, counter: Successes, sent: float, now: float) -> Seen:
-        seen = unseen(_STATES[reply["state"]], reply["generation"], reply["failure_count"], counter)
+        seen = Seen(_STATES[reply["state"]], reply["generation"], reply["failure_count"], counter)
         seen.sent, seen.arrived, seen.began = sent, now, now
         seen.reason, seen.error = reply.get("reason"), reply.get("error")
         seen.retry_at = now + reply["retry_after_ms"] / 1000 if reply.get("retry_after_ms") else now
@@ -319,7 +298,7 @@ class View:
         """
         with self.lock:
             seen, now = self.seen, self.now()
-            kept = unseen(seen.state, seen.generation, seen.failure_count, seen.counter)
+            kept = Seen(seen.state, seen.generation, seen.failure_count, seen.counter)
             kept.reason, kept.error = seen.reason, seen.error
             kept.began, self._not_before = now, now if since is None else since
             kept.retry_at, kept.forced = now + seen.left(seen.retry_at, now), seen.forced

@@ -23,7 +23,7 @@ from pybreaker_redis import CircuitBreaker
 from pybreaker_redis._memory import MemoryEngine
 from pybreaker_redis._protocol import Keys, decode, encode, keys_of
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.wire import aio, sync
+from pybreaker_redis.wire import exits
 from pybreaker_redis.wire.scripts import SCRIPTS, compose
 
 START_MS = 1_700_000_000_000
@@ -37,10 +37,8 @@ settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], de
 def only_own_breakers() -> Iterator[None]:
     """The breakers of one test are not refreshed during the next, which may use their names with other policies."""
     yield
-    for module in (sync, aio):
-        for by_timeout in list(module._shared.values()):
-            for shared in by_timeout.values():
-                shared.link._used.clear()
+    for used in list(exits.servers):
+        used.link._used.clear()
 
 
 @pytest.fixture(scope="session")

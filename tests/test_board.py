@@ -30,7 +30,7 @@ from pybreaker_redis._board import (
 from pybreaker_redis._protocol import keys_of
 from pybreaker_redis._reader import BoardReader
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.wire.sync import Server, server_of
+from pybreaker_redis.wire.sync import Server
 from pybreaker_redis.wire.url import client_from_url
 
 POLICY = Policy(failure_threshold=2, reset_timeout=60, error_rate_threshold=0.9)
@@ -43,7 +43,7 @@ class Boom(Exception):
 @pytest.fixture
 def reader(client: redis.Redis) -> Server:
     """Reads the tests' server."""
-    return server_of(client, 5.0)
+    return Server.of(client, 5.0)
 
 
 def fail(breaker: CircuitBreaker, times: int, message: str = "refused") -> None:
@@ -368,7 +368,7 @@ def test_ten_thousand_breakers_cost_the_server_little(own_server: EmbeddedServer
         document = client.get(keys_of("model").state)
         client.mset({keys_of(f"service-{number}").state: document for number in range(10_000)})
         client.config_resetstat()
-        assert len(rows(server_of(client, 5.0))) == 10_001
+        assert len(rows(Server.of(client, 5.0))) == 10_001
         used = {name: spent["calls"] for name, spent in client.info("commandstats").items()}
     assert not used.keys() & {"cmdstat_evalsha", "cmdstat_eval", "cmdstat_get"}
     assert used["cmdstat_mget"] <= 30
@@ -381,7 +381,7 @@ def test_a_cluster_is_read_node_by_node(cluster_url: str) -> None:
     names = {f"breaker-{number}" for number in range(30)}
     for name in names:
         CircuitBreaker(name, redis=client, prefix="board", lease=0, redis_timeout=20).call(int)
-    assert rows(server_of(client, 5.0), "board").keys() == names
+    assert rows(Server.of(client, 5.0), "board").keys() == names
 
 
 # The reader

@@ -16,7 +16,7 @@ from .._sync import CircuitBreaker
 from ..wire.commands import Command
 from ..wire.options import REDIS_ERRORS, Endpoint, connecting, endpoint, error_kind, is_cluster
 from ..wire.scripts import sha1
-from ..wire.sync import Connections, server_of
+from ..wire.sync import Connections, Server
 
 TIMEOUT = 5.0
 
@@ -55,7 +55,7 @@ class Fleet:
     def __init__(
         self, client: Any, prefix: str, policy_of: Callable[[str], Policy | None], timeout: float = TIMEOUT
     ) -> None:
-        self.client, self.server, self.prefix = client, server_of(client, timeout), prefix
+        self.client, self.server, self.prefix = client, Server.of(client, timeout), prefix
         self.policy_of = policy_of
 
     def impatient(self, timeout: float) -> Fleet:

@@ -19,7 +19,7 @@ from .._protocol import Snapshot, State, decode, snapshot_from
 from .._view import View
 from ..wire import commands
 from ..wire.options import BLOCKING, REDIS_ERRORS, client_of, error_kind
-from ..wire.sync import server_of
+from ..wire.sync import Server
 
 CallOutcome: TypeAlias = Literal["success", "slow", "failure", "ignored", "rejected"]
 OUTCOMES: tuple[CallOutcome, ...] = get_args(CallOutcome)
@@ -71,7 +71,7 @@ class Meter(Instrument):
 
     def __init__(self, redis: Any = None, timeout: float = 0.25) -> None:
         self._client = None if redis is None else client_of(redis, BLOCKING)
-        self._server = None if redis is None else server_of(self._client, timeout)
+        self._server = None if redis is None else Server.of(self._client, timeout)
         self._breakers: weakref.WeakKeyDictionary[BreakerCore, None] = weakref.WeakKeyDictionary()
         self._start_process()
         self._pid = getpid()

@@ -6,7 +6,6 @@ import asyncio
 import collections
 import contextlib
 import itertools
-import os
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
 from time import monotonic, thread_time
@@ -15,12 +14,11 @@ from typing import Any, TypeVar
 import redis
 
 from .._clock import NEVER
-from .._process import renew, renew_at_forks
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
-from . import exits, sync
+from . import sync
 from .commands import PING, Command, packed
-from .link import Link, Member
+from .link import Member
 from .options import (
     ASYNCIO,
     PROOF_AFTER,
@@ -35,57 +33,29 @@ from .options import (
     lost_meanwhile,
     none_free,
     patience_after,
-    pools_of,
 )
-from .route import Leg, Routes, exchange
+from .route import Leg, exchange
+from .server import BaseServer
 from .subscription import AsyncSubscription
 
 T = TypeVar("T")
 
 _TURNS = 32
-_shared: weakref.WeakKeyDictionary[Any, dict[float, AsyncServer]] = weakref.WeakKeyDictionary()
 # In a child: the parent's connections. Collecting them would unregister them from the epoll set that both share.
 _parents: list[Any] = []
 
 
-def async_server_of(client: Any, timeout: float) -> AsyncServer:
-    """The AsyncServer of a client; all breakers of the process share it.
+class AsyncServer(BaseServer):
+    """Access from asyncio, with separate connections for each event loop."""
 
-    timeout: seconds for one exchange, connecting included.
-    """
-    by_timeout = _shared.setdefault(client, {})
-    server = by_timeout.get(timeout) or by_timeout.setdefault(timeout, AsyncServer(client, timeout))
-    renew(server)  # in a child, the parent may have made it
-    return server
+    _kind = ASYNCIO
 
-
-class AsyncServer:
-    """wire.sync.Server for asyncio, with separate connections for each event loop."""
-
-    def __init__(self, client: Any, timeout: float) -> None:
-        self._pool_of, clustered = pools_of(client, ASYNCIO, timeout)
-        self._routes = Routes(client) if clustered else None
-        self._timeout = timeout
+    def _start_process(self) -> None:
         self._by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, OnLoop] = weakref.WeakKeyDictionary()
-        self.link = Link(timeout, self._routes.home if self._routes else None)
-        self._pid = os.getpid()
-        renew_at_forks(self)
-        exits.servers.add(self)
 
     def _after_fork(self) -> None:
-        """In a child: leave the parent's connections alone, and start without any."""
         _parents.append(list(self._by_loop.items()))
-        self._by_loop = weakref.WeakKeyDictionary()
-        for member in self.link.after_fork():
-            member.renew()
-
-    def soon(self, member: Member, hinted: bool = False, urgent: bool = False) -> None:
-        """Refresh a breaker in the background. hinted: even if its view is fresh. urgent: it has a report to send."""
-        link = self.link
-        link.use(member, hinted)
-        if hinted or urgent or not link.is_busy():
-            link.wanted = True
-            self._start()
+        super()._after_fork()
 
     async def refresh(self) -> None:
         """Wait for an exchange of the link: the one that is under way, or else a new one."""
@@ -106,7 +76,7 @@ class AsyncServer:
     async def report(self, members: list[Member]) -> None:
         """Report all that these breakers have gathered. Raises no error of Redis."""
         await carry_out(self.link.report(members), self.exchange)
-        self._deliver()
+        self.link.deliver()
 
     def end(self) -> None:
         """Report what is gathered over blocking connections: no event loop runs any more. Raises nothing."""
@@ -134,14 +104,9 @@ class AsyncServer:
 
     async def _refresh(self, here: OnLoop) -> None:
         await carry_out(self.link.exchange(), self.exchange)
-        self._deliver()
+        self.link.deliver()
         # from a timer: then this task has ended
         here.wake_after(0.0 if self.link.wanted else self.link.pause(), self._start)
-
-    def _deliver(self) -> None:
-        while self.link.undelivered:
-            member, events = self.link.undelivered.popleft()
-            member.deliver(events)
 
     async def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
@@ -154,10 +119,6 @@ class AsyncServer:
     def subscription(self) -> AsyncSubscription:
         """The subscription that all breakers of the running loop share."""
         return self._here().subscription
-
-    def subscriber(self) -> Any:
-        """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
-        return self._node(None if self._routes is None else self._routes.any_node()).connection(protocol=2)
 
     async def close(self) -> None:
         """Close this loop's connections; the next call opens others."""

@@ -439,6 +439,18 @@ class Link:
             if events := member.notices.take():
                 self.undelivered.append((member, events))
 
+    def deliver(self) -> None:
+        """Deliver the events of exchanges, in order."""
+        while True:
+            try:
+                member, events = self.undelivered.popleft()
+            except IndexError:  # several threads may deliver at once
+                return
+            try:
+                member.deliver(events)
+            except BaseException:  # such as a listener's SystemExit
+                logger.exception("a listener ended its thread")
+
     # Retries
 
     def _retry(self, members: list[Member]) -> Pipelines:

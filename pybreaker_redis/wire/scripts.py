@@ -8,7 +8,7 @@ import importlib.resources
 import itertools
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 SCRIPTS = ("acquire", "record", "control", "snapshot")
@@ -46,54 +46,17 @@ def lazy(library: str) -> str:
     head, *rest = _FUNCTION.split(library)  # then the name and the text of each function
     leader = {name: group[0] for group in GROUPS for name in group}
     functions = zip(rest[::2], rest[1::2], strict=True)
-    blocks = [list(block) for _, block in itertools.groupby(functions, lambda one: leader.get(one[0], one[0]))]
-    numbers = {name: number for number, block in enumerate(blocks) for name, _ in block if name not in GROUPS[0]}
-    before, after = _branches([block[0][0] in GROUPS[0] for block in blocks])
-    text = f"{head}local function make(_, name) local number = name and ({_number(numbers)}) or {len(blocks)} "
-    for block, opens, closes in zip(blocks, before, after, strict=True):
-        made = "".join(body for _, body in block)
+    text = f"{head}local function make(_, name) if name then "
+    for first, group in itertools.groupby(functions, lambda one: leader.get(one[0], one[0])):
+        names, bodies = zip(*group, strict=True)
+        made = "".join(bodies)
         end = made.rindex("\nend\n") + len("\nend")
-        text += opens + made[:end] + closes + made[end:]
-    return f"{text.rstrip()} end breaker.__index = make setmetatable(breaker, breaker) make()\n"
-
-
-def _number(numbers: Mapping[str, int]) -> str:
-    """The Lua expression that finds the number of a name: by halving the lengths of the names, then by the name."""
-    lengths = sorted({len(name) for name in numbers})
-    if len(lengths) == 1:
-        return " or ".join(f"name == '{name}' and {number}" for name, number in numbers.items())
-    middle = lengths[len(lengths) // 2]
-    shorter = {name: number for name, number in numbers.items() if len(name) < middle}
-    longer = {name: number for name, number in numbers.items() if len(name) >= middle}
-    return f"#name < {middle} and ({_number(shorter)}) or {_number(longer)}"
-
-
-def _branches(is_first: Sequence[bool]) -> tuple[list[str], list[str]]:
-    """The Lua before and after each block of functions, which finds a block by halving the numbers.
-
-    is_first: whether a block belongs to the first group, whose functions are spread over the library.
-    """
-    before, after = [""] * len(is_first), [""] * len(is_first)
-
-    def halve(start: int, stop: int) -> None:
-        if stop - start == 1:
-            after[start] += " return breaker[name]"
-            return
-        middle = (start + stop) // 2
-        before[start] += f"if number < {middle} then "
-        halve(start, middle)
-        before[middle] += "else "
-        halve(middle, stop)
-        after[stop - 1] += " end"
-
-    for first, run in itertools.groupby(range(len(is_first)), is_first.__getitem__):
-        start, *others = run
-        stop = start + len(others) + 1
-        before[start] += "if not name then " if first else f"if number < {stop} then "
-        if not first:
-            halve(start, stop)
-        after[stop - 1] += " end"
-    return before, after
+        if first == GROUPS[0][0]:  # spread over the library
+            text += f"else {made[:end]} end if name then {made[end:]}"
+        else:
+            wanted = " or ".join(f"name == '{name}'" for name in names)
+            text += f"if {wanted} then {made[:end]} return breaker[name] end {made[end:]}"
+    return f"{text.rstrip()} end end breaker.__index = make setmetatable(breaker, breaker) make()\n"
 
 
 def joined(files: Mapping[str, str], name: str) -> str:

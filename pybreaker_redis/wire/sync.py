@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import functools
 import logging
-import os
 import queue
 import select
 import threading
@@ -20,10 +18,8 @@ import redis
 from redis.exceptions import NoScriptError
 
 from .._clock import NEVER
-from .._process import renew, renew_at_forks
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
-from . import exits
 from .commands import PING, Command, packed
 from .link import Link, Member
 from .options import (
@@ -39,50 +35,26 @@ from .options import (
     lost_meanwhile,
     none_free,
     patience_after,
-    pools_of,
     socket_of,
 )
 from .route import Leg, Routes, exchange
+from .server import BaseServer
 from .subscription import Subscription
 
 T = TypeVar("T")
 logger = logging.getLogger("pybreaker_redis")
 _CHUNK = 65536  # bytes
 _PER_COMMAND = 0.001  # seconds by which each command of a pipeline extends the deadline
-_shared: weakref.WeakKeyDictionary[Any, dict[float, Server]] = weakref.WeakKeyDictionary()
 
 
-def server_of(client: Any, timeout: float) -> Server:
-    """The Server of a client; all breakers of the process share it.
+class Server(BaseServer):
+    """Blocking access. It needs one connection for each thread that talks to Redis at the same time."""
 
-    timeout: seconds to wait for a connection, and for a reply.
-    """
-    by_timeout = _shared.setdefault(client, {})
-    server = by_timeout.get(timeout) or by_timeout.setdefault(timeout, Server(client, timeout))
-    renew(server)  # in a child, the parent may have made it
-    return server
-
-
-class Server:
-    """This process's access to one Redis: a server, a Sentinel's master, or a cluster.
-
-    Commands go over separate connections, so the client itself is not changed. Commands are never repeated, since that
-    could count a report twice. A process needs one connection for each thread that talks to Redis at the same time,
-    however many breakers it has. It keeps no reference to the client, which is the weak key of _shared.
-    """
-
-    def __init__(self, client: Any, timeout: float) -> None:
-        self._pool_of, clustered = pools_of(client, BLOCKING, timeout)
-        self._routes = Routes(client) if clustered else None
-        self._timeout = timeout
-        self._nodes: dict[Address | None, Connections] = {}
-        self.link = Link(timeout, self._routes.home if self._routes else None)
-        self._start_process()
-        self._pid = os.getpid()
-        renew_at_forks(self)
-        exits.servers.add(self)
+    _kind = BLOCKING
 
     def _start_process(self) -> None:
+        # Threads of a parent hold some of its connections and locks. A child's copies of its idle sockets are closed.
+        self._nodes: dict[Address | None, Connections] = {}
         self._subscription = Subscription()
         self._refreshing = threading.RLock()
         self._refreshes = 0
@@ -90,24 +62,11 @@ class Server:
             "pybreaker_redis-link", weakref.WeakMethod(self._refresh), self.link.pause, self.link.rest
         )
         # events have a thread of their own: a slow listener must not delay a refresh
-        deliver = functools.partial(_deliver_all, self.link.undelivered)
+        deliver = self.link.deliver
         self._messenger = Worker("pybreaker_redis-listeners", lambda: deliver, lambda: None)
 
-    def _after_fork(self) -> None:
-        """In a child: start without threads and connections. That closes the child's copies of the idle sockets."""
-        self._nodes = {}  # threads of the parent hold some of its connections and locks, or wait for them
-        used = self.link.after_fork()
-        self._start_process()
-        for member in used:
-            member.renew()
-
-    def soon(self, member: Member, hinted: bool = False, urgent: bool = False) -> None:
-        """Refresh a breaker in the background. hinted: even if its view is fresh. urgent: it has a report to send."""
-        link = self.link
-        link.use(member, hinted)
-        if hinted or urgent or not link.is_busy():
-            link.wanted = True
-            self._worker.wake()
+    def _start(self) -> None:
+        self._worker.wake()
 
     def refresh(self) -> None:
         """Wait for an exchange of the link: make one, or wait for the one that another thread is making."""
@@ -183,10 +142,6 @@ class Server:
     def subscription(self) -> Subscription:
         """The subscription that all breakers of the link share."""
         return self._subscription
-
-    def subscriber(self) -> Any:
-        """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
-        return self._node(None if self._routes is None else self._routes.any_node()).connection(protocol=2)
 
     def close(self) -> None:
         """Close the connections; the next call opens others."""
@@ -289,19 +244,6 @@ class Worker:
                 work()
             except Exception:
                 logger.exception("the work of the thread %s failed", self._name)
-
-
-def _deliver_all(undelivered: collections.deque[tuple[Any, list[Any]]]) -> None:
-    """Deliver the events of exchanges, in order."""
-    while True:
-        try:
-            member, events = undelivered.popleft()
-        except IndexError:  # if no thread can start, several callers may deliver at once
-            return
-        try:
-            member.deliver(events)
-        except BaseException:  # such as a listener's SystemExit
-            logger.exception("a listener ended its thread")
 
 
 class Connections:

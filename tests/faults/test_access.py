@@ -20,7 +20,7 @@ from pybreaker_redis import CircuitBreaker, Policy, RedisUnavailableError
 from pybreaker_redis._processes import read_processes
 from pybreaker_redis._protocol import fleet_key
 from pybreaker_redis.wire import commands
-from pybreaker_redis.wire.sync import server_of
+from pybreaker_redis.wire.sync import Server
 
 SECURITY = Path(__file__).parent.parent.parent / "SECURITY.md"
 NAME = "guarded"
@@ -135,7 +135,7 @@ def test_the_list_of_processes_with_the_documented_acl() -> None:
             admin.execute_command("ACL", "SETUSER", "breaker", "reset", "on", ">pw", *documented_rules(), *given)
             admin.hset(fleet_key("circuit_breaker"), "gone", '{"seen_ms":1}')
             with target.client(username="breaker", password="pw") as user:
-                server = server_of(user, 20.0)
+                server = Server.of(user, 20.0)
                 (reply,) = server.exchange([commands.listing("circuit_breaker", "web:1-a", entry)])
                 if isinstance(reply, Exception):
                     raise reply

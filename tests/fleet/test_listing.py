@@ -26,7 +26,7 @@ from pybreaker_redis.config import load
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire import listing, options
 from pybreaker_redis.wire.options import BLOCKING, client_of
-from pybreaker_redis.wire.sync import server_of
+from pybreaker_redis.wire.sync import Server
 
 KEY = "circuit_breaker:fleet"
 LEASE = 0.02
@@ -53,7 +53,7 @@ def entries(client: Any, key: str = KEY) -> list[dict[str, Any]]:
 
 def processes(url: str, prefix: str = "circuit_breaker") -> list[Process]:
     """What a reader makes of it."""
-    return read_processes(server_of(client_of(url, BLOCKING), 20.0), prefix)
+    return read_processes(Server.of(client_of(url, BLOCKING), 20.0), prefix)
 
 
 def commands(client: redis.Redis, name: str = "hset") -> int:

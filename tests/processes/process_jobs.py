@@ -27,7 +27,7 @@ import redis
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy
 from pybreaker_redis.instrumentation._meter import Meter
-from pybreaker_redis.wire import sync
+from pybreaker_redis.wire import exits, sync
 
 PATIENCE = 15.0  # seconds for what always happens, on however slow a machine
 AT_ONCE = 8  # children that live at the same time
@@ -88,7 +88,7 @@ def c_fork() -> int:
     No other thread must be running: a child of which a thread waited for the interpreter's lock hangs as soon as it
     starts a thread, whatever it does. So this waits until the threads of the links wait for something else.
     """
-    servers = [server for by_timeout in sync._shared.values() for server in by_timeout.values()]
+    servers = [server for server in list(exits.servers) if isinstance(server, sync.Server)]
     quiet_since = time.monotonic()
     while time.monotonic() - quiet_since < 0.02:
         time.sleep(0.002)

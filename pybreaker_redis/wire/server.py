@@ -1,0 +1,71 @@
+"""What blocking and asyncio access to one Redis have in common. No I/O."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any, Self
+
+from .._process import renew, renew_at_forks
+from . import exits
+from .link import Link, Member
+from .options import Address, Kind, pools_of
+from .route import Routes
+
+_shared: weakref.WeakKeyDictionary[Any, dict[tuple[type[BaseServer], float], Any]] = weakref.WeakKeyDictionary()
+
+
+class BaseServer:
+    """This process's access to one Redis: a server, a Sentinel's master, or a cluster.
+
+    Commands go over separate connections, so the client itself is not changed. Commands are never repeated, since that
+    could count a report twice. It keeps no reference to the client, which is the weak key of _shared.
+    """
+
+    _kind: Kind
+    _start: Callable[[], None]  # begins an exchange in the background
+    _node: Callable[[Address | None], Any]  # the connections to a node; None: to the only server
+
+    def __init__(self, client: Any, timeout: float) -> None:
+        self._pool_of, clustered = pools_of(client, self._kind, timeout)
+        self._routes = Routes(client) if clustered else None
+        self._timeout = timeout
+        self.link = Link(timeout, self._routes.home if self._routes else None)
+        self._start_process()
+        self._pid = os.getpid()
+        renew_at_forks(self)
+        exits.servers.add(self)
+
+    @classmethod
+    def of(cls, client: Any, timeout: float) -> Self:
+        """The one of a client; all breakers of the process share it.
+
+        timeout: seconds for one exchange, and to wait for a connection.
+        """
+        known, key = _shared.setdefault(client, {}), (cls, timeout)
+        server: Self = known.get(key) or known.setdefault(key, cls(client, timeout))
+        renew(server)  # in a child, the parent may have made it
+        return server
+
+    def _start_process(self) -> None:
+        """Start without threads, tasks and connections."""
+        raise NotImplementedError
+
+    def _after_fork(self) -> None:
+        used = self.link.after_fork()
+        self._start_process()
+        for member in used:
+            member.renew()
+
+    def soon(self, member: Member, hinted: bool = False, urgent: bool = False) -> None:
+        """Refresh a breaker in the background. hinted: even if its view is fresh. urgent: it has a report to send."""
+        link = self.link
+        link.use(member, hinted)
+        if hinted or urgent or not link.is_busy():
+            link.wanted = True
+            self._start()
+
+    def subscriber(self) -> Any:
+        """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
+        return self._node(None if self._routes is None else self._routes.any_node()).connection(protocol=2)
