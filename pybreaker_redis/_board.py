@@ -100,7 +100,7 @@ class Stored(NamedTuple):
     """What Redis stores for one breaker. key: its state key. now_ms: the server's clock when it was read."""
 
     key: bytes
-    document: bytes
+    document: bytes | None
     override: bytes | None
     now_ms: int
 
@@ -232,8 +232,19 @@ def scan(node: Connections, pattern: str) -> Iterator[list[bytes]]:
 
 def read_keys(server: Server, keys: list[bytes]) -> list[Stored]:
     """What Redis stores under these state keys; without those that have expired. Raises redis.RedisError or OSError."""
-    if not keys:
-        return []
+    return [one for one in _read(server, keys) if one.document is not None] if keys else []
+
+
+def read_one(server: Server, key: bytes) -> Stored | None:
+    """What Redis stores for one breaker, or None. After its document has expired, it may still have a policy override.
+
+    Raises redis.RedisError or OSError.
+    """
+    (found,) = _read(server, [key])
+    return None if found.document is None and found.override is None else found
+
+
+def _read(server: Server, keys: list[bytes]) -> list[Stored]:
     size = 1 if server.clustered else len(keys)  # two breakers have different slots in a cluster
     groups = [keys[start : start + size] for start in range(0, len(keys), size)]
     clock = Command(keys[0], (b"TIME",))
@@ -243,7 +254,6 @@ def read_keys(server: Server, keys: list[bytes]) -> list[Stored]:
     return [
         Stored(key, document, override, now_ms)
         for key, document, override in zip(keys, values[::2], values[1::2], strict=True)
-        if document is not None
     ]
 
 
@@ -297,6 +307,8 @@ def row_of(stored: Stored, prefix: str) -> Row:
     """The row of a breaker. Values that make no sense count as absent, as they do for the scripts."""
     name, now_ms = name_of(stored.key, prefix), stored.now_ms
     override = _override(stored.override, now_ms)
+    if stored.document is None:
+        return Row(name, "closed", key=stored.key, **override)
     document = read_map(stored.document)
     if document is None or not _keeps_contract(document):
         return Row(name, "unreadable", key=stored.key, **override)

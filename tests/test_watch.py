@@ -101,20 +101,19 @@ def watched(client: redis.Redis) -> Iterator[Callable[..., CircuitBreaker]]:
 
 def test_a_trip_is_known_at_once(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
     """A trip of another instance rejects here, with the right wait, for one read and one script of ours."""
-    breaker = watched()
+    breaker = watched(listed=False)
     before = commands(client, "evalsha")
     breaker.call(int)
     wait_until(lambda: commands(client, "evalsha") == before + 2)  # the second reports the first success
     for _ in range(100):
         breaker.call(int)
-    trip(elsewhere(client))
+    trip(elsewhere(client, listed=False))
     wait_until(lambda: breaker.state == "open")
     with pytest.raises(CircuitOpenError) as rejected:
         breaker.call(int)
     assert 50 < rejected.value.retry_after <= 60
-    assert (
-        commands(client, "evalsha") - before == 2 + 4
-    )  # the other's first call and its two reports; ours reads the trip
+    # the other's first call and its two reports; ours reads the trip
+    assert commands(client, "evalsha") - before == 2 + 4
 
 
 def test_listeners_receive_what_others_did(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:

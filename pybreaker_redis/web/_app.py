@@ -22,7 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from .. import _protocol
-from .._board import Row, read_keys, row_of
+from .._board import Row, read_one, row_of
 from .._errors import CircuitBreakerError, PolicyError, RedisUnavailableError
 from .._processes import Process, disagreements, fleet_json, read_processes
 from .._protocol import HistoryEntry, Keys, Snapshot, keys_of
@@ -220,7 +220,8 @@ class Site:
         if kind == JSON:
             _access.check_token(request, request.headers.get(_access.TOKEN_HEADER))
             order = order_from_json(action, await _json_body(request), request.state.operator)
-            return Json(_details_json(await self._carry_out(name, action, order)))
+            after = await self._carry_out(name, action, order)
+            return Response(status_code=204) if after is None else Json(_details_json(after))
         if kind != FORM:
             raise HTTPException(415, f"The body must be a form ({FORM}) or {JSON}.")
         form = await request.form(max_fields=100)
@@ -229,8 +230,9 @@ class Site:
         order = order_from_form(action, values, request.state.operator)
         if values.get("confirmed") != "yes":
             return await self._confirm(request, name, action, order, values)
-        await self._carry_out(name, action, order)
-        return RedirectResponse(f"{_root(request)}/breakers/{_pages.quoted(name)}?done={action}", 303)
+        after = await self._carry_out(name, action, order)
+        page = "" if after is None else f"breakers/{_pages.quoted(name)}?done={action}"
+        return RedirectResponse(f"{_root(request)}/{page}", 303)
 
     async def _confirm(
         self, request: Request, name: str, action: str, order: Order, values: dict[str, str]
@@ -239,8 +241,11 @@ class Site:
         asked = {"action": action, "order": order, "kept": kept_fields(values, order)}
         return self._html(request, "confirm.html", {"name": name, "row": stored.row, "now": stored.now, **asked})
 
-    async def _carry_out(self, name: str, action: str, order: Order) -> Details:
-        """Do it, and read the breaker again. An unknown breaker is refused: its name may be mistyped."""
+    async def _carry_out(self, name: str, action: str, order: Order) -> Details | None:
+        """Do it, and read the breaker again; None if Redis now stores nothing for it.
+
+        An unknown breaker is refused: its name may be mistyped.
+        """
         await self._read(name)
 
         def act() -> None:
@@ -250,7 +255,7 @@ class Site:
             ACTIONS[action].carry_out(breaker, order)
 
         await _in_thread(act)
-        return await self._read(name)
+        return await _in_thread(self._read_now, name, keys_of(name, self._prefix))
 
     # JSON
 
@@ -380,13 +385,13 @@ class Site:
 
     def _read_now(self, name: str, keys: Keys) -> Details | None:
         server = self._reader.server
-        found = read_keys(server, [keys.state.encode()])
-        if not found:
+        stored = read_one(server, keys.state.encode())
+        if stored is None:
             return None
         reply = server.run("snapshot", keys, {})
         seen = _protocol.snapshot_from(name, {**reply, "source": "redis"})
         history = _protocol.history_entries(server.history(keys, HISTORY))
-        row, now = row_of(found[0], self._prefix), found[0].now_ms / 1000
+        row, now = row_of(stored, self._prefix), stored.now_ms / 1000
         return Details(row, seen, history, self._processes_now(), now)
 
     def _processes_now(self) -> list[Process]:

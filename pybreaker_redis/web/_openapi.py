@@ -122,6 +122,7 @@ def _act() -> dict[str, Any]:
         "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
         "responses": {
             "200": _answer("The breaker afterwards.", **{"$ref": "#/components/schemas/Details"}),
+            "204": {"description": "Done; Redis now stores nothing for this breaker."},
             **_refusals(
                 _400="A value makes no sense, or is missing.",
                 _403="The token is wrong, or the request comes from another site.",
