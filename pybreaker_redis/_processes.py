@@ -120,6 +120,17 @@ def given_policies(processes: list[Process], breaker: str) -> list[Variant]:
     return sorted(found.values(), key=lambda variant: -len(variant.processes))
 
 
+def agreed(processes: list[Process], field: str) -> dict[str, Any]:
+    """A policy field of each breaker, as its processes gave it. Without the breakers on which they disagree."""
+    found: dict[str, Any] = {}
+    disputed = set()
+    for process in processes:
+        for policy in process.policies:
+            value = policy.fields.get(field, DEFAULTS[field])
+            disputed |= {breaker for breaker in policy.names if found.setdefault(breaker, value) != value}
+    return {breaker: value for breaker, value in found.items() if breaker not in disputed}
+
+
 def disagreements(processes: list[Process]) -> Iterator[tuple[str, list[Variant]]]:
     """Each breaker to which processes gave different policies, with these policies."""
     texts: dict[str, set[str]] = {}

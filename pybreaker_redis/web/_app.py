@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import math
@@ -150,7 +151,8 @@ class Site:
     async def _board(self, request: Request) -> Response:
         board, view = await self._current(), View.of(request.query_params)
         page = self._screens.page(board, view)
-        return self._html(request, "board.html", {"board": board, "view": view, "page": page, "now": board.now})
+        clock = {"now": board.now, "cells_of": self._screens.cells}
+        return self._html(request, "board.html", {"board": board, "view": view, "page": page, **clock})
 
     async def _breaker(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -177,7 +179,7 @@ class Site:
             "seen": seen,
             "history": history,
             "now": now,
-            "cells": _pages.cells_of(row, now),
+            "cells": self._screens.cells(row, now),
             "segments": segments,
             "shown": {segment.condition for segment in segments},
             "start": segments[0].start,
@@ -186,7 +188,7 @@ class Site:
             ),
             "bars": _pages.bars(row, now),
             "fields": _pages.policy_fields(seen, processes),
-            "details": _details_json(stored),
+            "details": self._details_json(stored),
         }
 
     def _html(self, request: Request, template: str, content: dict[str, Any], status: int = 200) -> Response:
@@ -221,7 +223,7 @@ class Site:
             _access.check_token(request, request.headers.get(_access.TOKEN_HEADER))
             order = order_from_json(action, await _json_body(request), request.state.operator)
             after = await self._carry_out(name, action, order)
-            return Response(status_code=204) if after is None else Json(_details_json(after))
+            return Response(status_code=204) if after is None else Json(self._details_json(after))
         if kind != FORM:
             raise HTTPException(415, f"The body must be a form ({FORM}) or {JSON}.")
         form = await request.form(max_fields=100)
@@ -269,14 +271,23 @@ class Site:
             "error": board.error,
             "counts": board.counts,
             "total": len(found),
-            "breakers": [row_json(row, board.now) for row in found[offset : offset + limit]],
+            "breakers": [row_json(row, self._screens.cells(row, board.now)) for row in found[offset : offset + limit]],
         }
         return self._json(request, answer)
 
     async def _details(self, request: Request) -> Response:
         name = request.path_params["name"]
         stored = await self._read(name)
-        return self._json(request, _details_json(stored))
+        return self._json(request, self._details_json(stored))
+
+    def _details_json(self, stored: Details) -> dict[str, Any]:
+        """Everything about one breaker for a program. Times are in unix seconds."""
+        return {
+            "breaker": row_json(stored.row, self._screens.cells(stored.row, stored.now)),
+            "snapshot": dataclasses.asdict(stored.seen),
+            "history": [dataclasses.asdict(entry) for entry in stored.history],
+            "now": stored.now,
+        }
 
     def _json(self, request: Request, answer: Any) -> Response:
         """The answer, with the cookie whose token a writing program sends back."""
@@ -370,7 +381,12 @@ class Site:
 
     async def _current(self) -> Board:
         board = self._reader.board
-        return board if board.is_read and self._reader.is_running else await _in_thread(self._reader.current)
+        if not (board.is_read and self._reader.is_running):
+            board = await _in_thread(self._reader.current)
+        if not board.error and monotonic() - self._listed[1] > LISTED:
+            with contextlib.suppress(*REDIS_ERRORS):  # the board has no thresholds then
+                await _in_thread(self._processes_now)
+        return board
 
     async def _read(self, name: str) -> Details:
         """Everything about one breaker. Raises HTTPException if nothing is stored; PolicyError; redis.RedisError or
@@ -398,6 +414,7 @@ class Site:
         """The processes that list themselves, as of at most LISTED seconds ago; none if they may not be read."""
         processes, read_at = self._listed
         if monotonic() - read_at > LISTED:
+            self._listed = processes, monotonic()  # others need not read it meanwhile
             try:
                 processes = read_processes(self._reader.server, self._prefix)
             except REDIS_ERRORS as error:
@@ -405,6 +422,7 @@ class Site:
                     raise
                 processes = []
             self._listed = processes, monotonic()
+            self._screens.know(processes)
         return processes
 
     # Errors
@@ -447,16 +465,6 @@ register_url_convertor("breaker", _Name())
 def _root(request: Request) -> str:
     """The path under which the application is mounted, without a slash at its end."""
     return str(request.scope.get("root_path", "")).rstrip("/")
-
-
-def _details_json(stored: Details) -> dict[str, Any]:
-    """Everything about one breaker for a program. Times are in unix seconds."""
-    return {
-        "breaker": row_json(stored.row, stored.now),
-        "snapshot": dataclasses.asdict(stored.seen),
-        "history": [dataclasses.asdict(entry) for entry in stored.history],
-        "now": stored.now,
-    }
 
 
 def _count(query: Any, name: str, default: int, most: float) -> int:

@@ -158,7 +158,7 @@ def _breaker() -> dict[str, Any]:
     fields = {
         **dict.fromkeys(("name", "condition", "state"), texts),
         **dict.fromkeys(("reason", "error", "operator", "note", "override_operator", "override_note"), _TEXT),
-        **dict.fromkeys(("until", "since", "override_until", "failure_rate", "slow_rate"), _NUMBER),
+        **dict.fromkeys(("until", "since", "override_until", "failure_rate", "slow_rate", "threshold"), _NUMBER),
         **dict.fromkeys(("failures", "probes", "calls", "trips", "health"), whole),
         "override": {"type": "object"},
         "shadow": {"type": "boolean"},

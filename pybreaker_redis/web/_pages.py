@@ -10,7 +10,7 @@ import hashlib
 import importlib.resources
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -117,27 +117,29 @@ def row_id(row: Row, prefix: str) -> str:
 
 
 class Cells(NamedTuple):
-    """The changing figures of a row."""
+    """The changing figures of a row. threshold: failures in a row that open the circuit, if that is known."""
 
     calls: int
     failure_rate: float | None
     slow_rate: float | None
     health: int
     trips: int
+    threshold: int | None
 
 
-def cells_of(row: Row, now: float) -> Cells:
-    """The figures of a row as of now, in unix seconds."""
+def cells_of(row: Row, now: float, thresholds: Mapping[str, int]) -> Cells:
+    """The figures of a row as of now, in unix seconds. thresholds: by breaker, as the processes gave them."""
     calls, failures, slow = row.sums(now)
     failure_rate, slow_rate = (failures / calls, slow / calls) if calls else (None, None)
-    return Cells(calls, failure_rate, slow_rate, row.health(now), row.recent_trips(now))
+    threshold = row.override.get("failure_threshold", thresholds.get(row.name))
+    return Cells(calls, failure_rate, slow_rate, row.health(now), row.recent_trips(now), threshold)
 
 
-def row_json(row: Row, now: float) -> dict[str, Any]:
+def row_json(row: Row, cells: Cells) -> dict[str, Any]:
     """One breaker of the board for a program. Times are in unix seconds."""
     left_out = ("key", "window", "trips", "closed_at_ms")
     fields = {name: value for name, value in _fields(row).items() if name not in left_out}
-    return {**fields, "state": row.state, "shadow": row.shadow, **cells_of(row, now)._asdict()}
+    return {**fields, "state": row.state, "shadow": row.shadow, **cells._asdict()}
 
 
 def _fields(row: Row) -> dict[str, Any]:
@@ -320,7 +322,6 @@ def templates() -> jinja2.Environment:
         "UNITS": UNITS,
         "after": after,
         "asset_version": asset_version,
-        "cells_of": cells_of,
         "link_of": link_of,
         "next_step": next_step,
         "row_id": row_id,

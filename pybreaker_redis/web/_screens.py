@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from .._board import Row
+from .._processes import Process, agreed
 from .._reader import Board
 from . import _pages
 from ._pages import Cells, Page, View, page_of, templates
@@ -60,6 +61,15 @@ class Screens:
         self._selected: dict[View, Sequence[Row]] = {}
         self._screens: dict[tuple[str, View], Screen] = {}
         self._shown: dict[bytes, _Shown] = {}
+        self._thresholds: dict[str, int] = {}
+
+    def know(self, processes: list[Process]) -> None:
+        """Take the policies that the processes gave to their breakers."""
+        self._thresholds, self._screens = agreed(processes, "failure_threshold"), {}
+
+    def cells(self, row: Row, now: float) -> Cells:
+        """The figures of a row as of now, in unix seconds."""
+        return _pages.cells_of(row, now, self._thresholds)
 
     def rows(self, board: Board, view: View) -> Sequence[Row]:
         """All rows of a view."""
@@ -77,7 +87,8 @@ class Screens:
     def screen(self, root: str, board: Board, view: View) -> Screen:
         """What a viewer sees. root: the path under which the application is mounted."""
         page, key = self.page(board, view), (root, view)
-        if key not in self._screens:
+        screens = self._screens  # know() may replace them from another thread
+        if key not in screens:
             rows = {_pages.row_id(row, self._prefix): self._markup(root, row, board.now) for row in page.rows}
             around = {
                 "order": list(rows),
@@ -85,11 +96,11 @@ class Screens:
                 "pager": part("pager.html", root=root, page=page, view=view),
                 "status": part("status.html", board=board, is_gone=False),
             }
-            self._screens[key] = Screen(rows, around, board.now)
-        return self._screens[key]
+            screens[key] = Screen(rows, around, board.now)
+        return screens[key]
 
     def _markup(self, root: str, row: Row, now: float) -> str:
-        cells = _pages.cells_of(row, now)
+        cells = self.cells(row, now)
         known = self._shown.get(row.key)
         if known is not None and known.row is row and (known.root, known.cells) == (root, cells):
             return known.html

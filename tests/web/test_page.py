@@ -164,6 +164,8 @@ def test_the_fleet_is_shown(client: redis.Redis, site: Site, monkeypatch: pytest
     shown = html.unescape(re.sub(r"<[^>]+>", " ", page.get("/breakers/api").text))
     assert re.search(r"failure_threshold\s+77\s+1 process\b", shown)
     assert f"web-1:{os.getpid()}" in page.get("/fleet").text
+    assert "<small>of 77</small>" in page.get("/").text
+    assert page.get("/api/breakers").json()["breakers"][0]["threshold"] == 77
     policy = {"policy": {"failure_threshold": 5}, "breakers": 1, "names": ["api"]}
     entry = {"seen_ms": round(time.time() * 1000), "host": "<b>web-2\u202e", "pid": 7, "version": "<i>", "breakers": 1}
     client.hset("circuit_breaker:fleet", "x", json.dumps({**entry, "policies": [policy]}))
@@ -175,6 +177,7 @@ def test_the_fleet_is_shown(client: redis.Redis, site: Site, monkeypatch: pytest
         policies = [{**odd, "policy": {"failure_threshold": threshold}}]
         client.hset("circuit_breaker:fleet", process, json.dumps({**entry, "policies": policies}))
     assert "which disagree" in page.get("/breakers/api").text
+    assert "<small>of" not in page.get("/").text
     answer = page.get("/fleet").text
     assert "Breakers on whose policy the processes disagree" in answer
     assert "<h2>2 processes on 2 hosts</h2>" in answer  # 7 of web-2 has two clients, and so two entries more
