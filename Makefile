@@ -10,7 +10,7 @@ INTEGRATIONS := tests/integrations
 COMPAT := tests/compat
 CIRCUITBREAKER := 2.1.3
 SITE := tests/docs
-WEB := tests/web
+SCREENS := tests/web tests/test_cli.py tests/test_cli_fleet.py tests/test_terminal.py
 TYPED := pybreaker_redis tests/typing/api.py
 SECONDS ?= 600
 
@@ -36,14 +36,14 @@ help: ## show this list
 demo: $(VENV)/demo.stamp ## a misbehaving service, a Redis, four processes, one shared breaker
 	@PYTHONPATH=examples $(BIN)/python -m demo $(ARGS)
 
-test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, other libraries, the site, and the long ones (five minutes)
-	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS) $(COMPAT) $(SITE) $(WEB)) $(ARGS)
+test: $(VENV)/dev.stamp ## run the tests, but for outages, processes, the link, models, other libraries, screens, the site, and the long ones (five minutes)
+	@$(BIN)/python -m pytest $(addprefix --ignore=,$(OUTAGES) $(INTEGRATIONS) $(COMPAT) $(SITE) $(SCREENS)) $(ARGS)
 
 test-outages: $(VENV)/dev.stamp ## run those of outages, of processes, of the link and of models (ten minutes)
 	@$(BIN)/python -m pytest $(OUTAGES) $(ARGS)
 
 coverage: $(VENV)/compat.stamp ## run all tests but the long ones, and print the coverage (twelve minutes)
-	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --ignore=$(SITE) --ignore=$(WEB) --cov --cov-report=term-missing:skip-covered $(ARGS)
+	@$(BIN)/python -m pytest --ignore=$(INTEGRATIONS) --ignore=$(SITE) --ignore=tests/web --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-faults: $(VENV)/dev.stamp ## run the fault and model tests in their long form (a quarter of an hour)
 	@$(BIN)/python -m pytest $(OUTAGES) tests/races -m 'long or not long' $(ARGS)
@@ -68,8 +68,8 @@ build/circuitbreaker-$(CIRCUITBREAKER): | $(BIN)/python
 	  circuitbreaker==$(CIRCUITBREAKER)
 	@tar -xzf $@.tar.gz -C build
 
-test-web: $(VENV)/webtests.stamp ## run the tests of the operators' page, in Debian's chromium if it is there (four minutes)
-	@$(BIN)/python -m pytest $(WEB) tests/test_docs.py -k web $(ARGS)
+test-web: $(VENV)/webtests.stamp ## run the tests of the operators' page, in Debian's chromium if it is there, and of the command line (four minutes)
+	@$(BIN)/python -m pytest $(SCREENS) tests/test_docs.py -k 'web or cli or terminal' $(ARGS)
 
 pictures: $(VENV)/webtests.stamp ## take the pictures of the operators' page and of watch in docs/images anew, from real runs
 	@PYTHONPATH=tests $(BIN)/python -m tests.web.pictures
