@@ -1047,7 +1047,9 @@ def test_duration_out_of_range(make_breaker: Make, action: str, duration: Any) -
     breaker = make_breaker(**STRICT)
     with pytest.raises(Refused, match="duration"):
         getattr(breaker, action)(duration)
-    assert breaker.snapshot().generation == 0
+    # not the generation: the link of an earlier test's breaker may still renew the document
+    assert breaker.snapshot().forced is None
+    assert breaker.history() == []
 
 
 def test_history(make_breaker: Make) -> None:
