@@ -1303,7 +1303,8 @@ def test_out_of_range(make: Make) -> None:
                     await action(duration)
         with pytest.raises(Refused, match="count"):
             await breaker.history(0)
-        assert (await breaker.snapshot()).generation == 0
+        assert (await breaker.snapshot()).forced is None
+        assert await breaker.history() == []
 
     asyncio.run(main())
 
