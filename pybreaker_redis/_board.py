@@ -26,7 +26,7 @@ from ._protocol import (
     state_pattern,
 )
 from ._window import Sums, Window, sums, window_at
-from .wire.commands import Command
+from .wire.commands import Command, checked, keys_at, read_at
 from .wire.options import connecting
 from .wire.sync import Connections, Server
 
@@ -248,25 +248,14 @@ def _read(server: Server, keys: list[bytes]) -> list[Stored]:
     size = 1 if server.clustered else len(keys)  # two breakers have different slots in a cluster
     groups = [keys[start : start + size] for start in range(0, len(keys), size)]
     clock = Command(keys[0], (b"TIME",))
-    (seconds, microseconds), *replies = checked(server.exchange([clock, *map(_mget, groups)]))
+    reads = [read_at([keys_at(key) for key in group]) for group in groups]
+    (seconds, microseconds), *replies = checked(server.exchange([clock, *reads]))
     now_ms = int(seconds) * 1000 + int(microseconds) // 1000
     values = [value for reply in replies for value in reply]
     return [
         Stored(key, document, override, now_ms)
         for key, document, override in zip(keys, values[::2], values[1::2], strict=True)
     ]
-
-
-def _mget(keys: list[bytes]) -> Command:
-    return Command(keys[0], (b"MGET", *(word for key in keys for word in (key, b"{%b}:policy" % key))))
-
-
-def checked(replies: list[Any]) -> list[Any]:
-    """The replies. Raises the first error among them."""
-    for reply in replies:
-        if isinstance(reply, Exception):
-            raise reply
-    return replies
 
 
 @contextlib.contextmanager

@@ -55,8 +55,10 @@ class Rule(NamedTuple):
 
     def accepts(self, value: object) -> bool:
         """Whether the scripts accept this value, which is in their units."""
-        if self.kind == "flag" or isinstance(value, bool) or not isinstance(value, (int, float)):
-            return self.kind == "flag" and isinstance(value, bool)
+        if self.kind == "flag":
+            return isinstance(value, bool)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
         if self.kind != "number" and value % 1 != 0:
             return False
         unit = 1000 if self.kind == "seconds" else 1

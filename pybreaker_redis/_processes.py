@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, TypeAlias
 from ._errors import PolicyError
 from ._policy import DEFAULTS, RULES
 from ._protocol import Snapshot, fleet_key, read_map
-from .wire.commands import Command
+from .wire.commands import Command, checked
+from .wire.options import error_kind
 from .wire.sync import Server
 
 PAGE = 500  # entries in one reply
@@ -67,10 +68,7 @@ def read_processes(server: Server, prefix: str) -> list[Process]:
     now, cursor, found = 0.0, b"0", {}
     while True:
         words = (b"HSCAN", key, cursor, b"COUNT", b"%d" % PAGE)
-        replies = server.exchange([Command(key, (b"TIME",)), Command(key, words)])
-        for reply in replies:
-            if isinstance(reply, Exception):
-                raise reply
+        replies = checked(server.exchange([Command(key, (b"TIME",)), Command(key, words)]))
         (seconds, microseconds), (cursor, page) = replies
         now = int(seconds) + int(microseconds) / 1e6
         for process, entry in zip(page[::2], page[1::2], strict=True):
@@ -78,6 +76,11 @@ def read_processes(server: Server, prefix: str) -> list[Process]:
                 found[process] = _process(read_map(entry), now)
         if cursor == b"0":
             return sorted(found.values(), key=lambda process: (process.seen_ago, process.name))
+
+
+def concerns_list(error: Exception) -> bool:
+    """Whether an error of read_processes() is about the list alone: it may not be read, or is no list."""
+    return error_kind(error) in ("permission", "response")
 
 
 def _process(entry: Any, now: float) -> Process:

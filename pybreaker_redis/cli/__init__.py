@@ -30,12 +30,13 @@ from typing import Annotated, Any, NamedTuple, ParamSpec
 import rich.text
 import typer
 
-from .._board import CONDITIONS, checked, clean, counts, span
+from .._board import CONDITIONS, clean, counts, span
 from .._config import Config
 from .._errors import CircuitBreakerError, RedisUnavailableError
 from .._policy import LONGEST_OPEN, Policy
 from .._protocol import LONGEST_NOTE, LONGEST_OPERATOR, keys_of, requests_by_hand
 from .._sync import CircuitBreaker
+from ..wire.commands import checked
 from ..wire.options import REDIS_ERRORS
 from ..wire.scripts import SCRIPTS, compose, sha1
 from ..wire.url import client_from_url

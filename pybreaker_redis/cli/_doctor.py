@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from .._board import checked, clean, scan, subscribed
+from .._board import clean, scan, subscribed
 from .._processes import disagreements, read_processes
 from .._protocol import Keys, keys_of
+from ..wire.commands import checked
 from ..wire.options import REDIS_ERRORS, error_kind
 from ..wire.scripts import SCRIPTS, sha1
 from ..wire.sync import Connections

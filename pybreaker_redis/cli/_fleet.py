@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from .. import _protocol
-from .._board import Row, checked, masters, name_of, read_keys, read_stored, row_of, scan, urgency
+from .._board import Row, masters, name_of, read_keys, read_stored, row_of, scan, urgency
 from .._policy import Policy
 from .._processes import given_policies, read_processes
 from .._protocol import HistoryEntry, Snapshot, keys_of, state_pattern
 from .._sync import CircuitBreaker
-from ..wire.commands import Command
+from ..wire.commands import Command, checked, history_at, keys_at, run_at
 from ..wire.options import REDIS_ERRORS, Endpoint, connecting, endpoint, error_kind, is_cluster
-from ..wire.scripts import sha1
 from ..wire.sync import Connections, Server
 
 TIMEOUT = 5.0
@@ -138,22 +137,14 @@ class Fleet:
     def read_key(self, key: bytes) -> Reading:
         """The breaker with this state key, by its snapshot script. Raises redis.RedisError or OSError."""
         name, read_at = self.name_of(key), time.monotonic()
-        (reply,) = checked(self.server.exchange([self._snapshot(key, name)]))
+        (reply,) = checked(self.server.exchange([run_at("snapshot", keys_at(key), _request(self.policy_of(name)))]))
         content = {**_protocol.decode(reply), "source": "redis"}
         return Reading(_protocol.snapshot_from(name, content, self.policy_of(name)), content["exists"], read_at)
 
     def history(self, key: bytes, count: int) -> list[HistoryEntry]:
         """The last entries in the history of the breaker with this state key. Raises redis.RedisError or OSError."""
-        history = b"{%b}:history" % key
-        words = command("XREVRANGE", history, "+", "-", "COUNT", str(count), key=key)
-        (raw,) = checked(self.server.exchange([words]))
+        (raw,) = checked(self.server.exchange([history_at(keys_at(key), count)]))
         return _protocol.history_entries(_protocol.history_fields(raw))
-
-    def _snapshot(self, key: bytes, name: str) -> Command:
-        # not by run(): a key that another program wrote may not be UTF-8
-        keys = (key, *(b"{%b}:%b" % (key, kind) for kind in (b"history", b"policy")))
-        words = (b"EVALSHA", sha1("snapshot").encode(), b"3", *keys, _request(self.policy_of(name)))
-        return Command(key, words, "snapshot")
 
 
 @functools.lru_cache

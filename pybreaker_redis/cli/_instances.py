@@ -11,6 +11,7 @@ from .._processes import (
     Fields,
     Known,
     Process,
+    concerns_list,
     disagreements,
     fleet_json,
     given_policies,
@@ -18,7 +19,7 @@ from .._processes import (
     read_processes,
 )
 from .._protocol import Snapshot
-from ..wire.options import REDIS_ERRORS, error_kind
+from ..wire.options import REDIS_ERRORS
 from ._fleet import Fleet
 from ._output import by_whom, err, out, pairs, put, put_json
 
@@ -89,7 +90,7 @@ def _processes(fleet: Fleet) -> list[Process]:
     try:
         return read_processes(fleet.server, fleet.prefix)
     except REDIS_ERRORS as error:
-        if error_kind(error) not in ("permission", "response"):
+        if not concerns_list(error):
             raise
         err.print(f"the list of processes cannot be read: {error}", style="yellow")
         return []

@@ -25,11 +25,11 @@ from starlette.types import ASGIApp
 from .. import _protocol
 from .._board import Row, read_one, row_of
 from .._errors import CircuitBreakerError, PolicyError, RedisUnavailableError
-from .._processes import Process, disagreements, fleet_json, read_processes
+from .._processes import Process, concerns_list, disagreements, fleet_json, read_processes
 from .._protocol import HistoryEntry, Keys, Snapshot, keys_of
 from .._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 from .._sync import CircuitBreaker
-from ..wire.options import REDIS_ERRORS, blocking_client, error_kind
+from ..wire.options import REDIS_ERRORS, blocking_client
 from . import _access, _pages
 from ._access import Authorize
 from ._actions import ACTIONS, Order, kept_fields, order_from_form, order_from_json
@@ -414,11 +414,10 @@ class Site:
         """The processes that list themselves, as of at most LISTED seconds ago; none if they may not be read."""
         processes, read_at = self._listed
         if monotonic() - read_at > LISTED:
-            self._listed = processes, monotonic()  # others need not read it meanwhile
             try:
                 processes = read_processes(self._reader.server, self._prefix)
             except REDIS_ERRORS as error:
-                if error_kind(error) not in ("permission", "response"):
+                if not concerns_list(error):
                     raise
                 processes = []
             self._listed = processes, monotonic()

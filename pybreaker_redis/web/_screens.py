@@ -65,7 +65,9 @@ class Screens:
 
     def know(self, processes: list[Process]) -> None:
         """Take the policies that the processes gave to their breakers."""
-        self._thresholds, self._screens = agreed(processes, "failure_threshold"), {}
+        thresholds = agreed(processes, "failure_threshold")
+        if thresholds != self._thresholds:
+            self._thresholds, self._screens = thresholds, {}
 
     def cells(self, row: Row, now: float) -> Cells:
         """The figures of a row as of now, in unix seconds."""

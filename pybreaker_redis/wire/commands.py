@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import hiredis
 
@@ -27,27 +27,60 @@ class Command(NamedTuple):
         return Command(self.key, (b"EVAL", compose(self.script).encode(), *self.words[2:]), self.script)
 
 
+class RawKeys(NamedTuple):
+    """Keys as bytes."""
+
+    state: bytes
+    history: bytes
+    policy: bytes
+
+
+def keys_at(state: bytes) -> RawKeys:
+    """The keys of the breaker with this state key. Another program may have written it, so it need not be UTF-8."""
+    return RawKeys(state, b"{%b}:history" % state, b"{%b}:policy" % state)
+
+
 @functools.lru_cache(maxsize=1000)
-def _encoded(keys: Keys) -> tuple[bytes, bytes, bytes]:
-    return keys.state.encode(), keys.history.encode(), keys.policy.encode()
+def _encoded(keys: Keys) -> RawKeys:
+    return keys_at(keys.state.encode())
 
 
 def run(name: str, keys: Keys, request: Request) -> Command:
     """A call of the script called name."""
-    state, history, policy = _encoded(keys)
-    return Command(state, (b"EVALSHA", sha1(name).encode(), b"3", state, history, policy, encode(request)), name)
+    return run_at(name, _encoded(keys), encode(request))
+
+
+def run_at(name: str, keys: RawKeys, request: bytes) -> Command:
+    """A call of the script called name. request: encoded."""
+    return Command(keys.state, (b"EVALSHA", sha1(name).encode(), b"3", *keys, request), name)
 
 
 def history(keys: Keys, count: int) -> Command:
     """Read the newest transitions."""
-    stream = keys.history.encode()
-    return Command(stream, (b"XREVRANGE", stream, b"+", b"-", b"COUNT", b"%d" % count))
+    return history_at(_encoded(keys), count)
+
+
+def history_at(keys: RawKeys, count: int) -> Command:
+    """Read the newest transitions."""
+    return Command(keys.state, (b"XREVRANGE", keys.history, b"+", b"-", b"COUNT", b"%d" % count))
 
 
 def read(keys: Sequence[Keys]) -> Command:
     """Read the stored document and policy override of each breaker. In a cluster: of breakers of one slot."""
-    names = [_encoded(one) for one in keys]
-    return Command(names[0][0], (b"MGET", *(name for state, _, policy in names for name in (state, policy))))
+    return read_at([_encoded(one) for one in keys])
+
+
+def read_at(keys: Sequence[RawKeys]) -> Command:
+    """Read the stored document and policy override of each breaker. In a cluster: of breakers of one slot."""
+    return Command(keys[0].state, (b"MGET", *(key for one in keys for key in (one.state, one.policy))))
+
+
+def checked(replies: list[Any]) -> list[Any]:
+    """The replies. Raises the first error among them."""
+    for reply in replies:
+        if isinstance(reply, Exception):
+            raise reply
+    return replies
 
 
 def listing(prefix: str, process: str, entry: str) -> Command:
