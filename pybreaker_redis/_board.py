@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -210,13 +211,17 @@ def masters(server: Server) -> list[Connections]:
 
 def read_stored(server: Server, prefix: str) -> Iterator[list[Stored]]:
     """What Redis stores for every breaker under a prefix, in chunks. Raises redis.RedisError or OSError."""
+    keys = _each_once(key for node in masters(server) for page in scan(node, state_pattern(prefix)) for key in page)
+    while chunk := list(itertools.islice(keys, CHUNK)):
+        yield read_keys(server, chunk)
+
+
+def _each_once(keys: Iterable[bytes]) -> Iterator[bytes]:
     seen: set[bytes] = set()
-    for node in masters(server):
-        for page in scan(node, state_pattern(prefix)):
-            new = list(dict.fromkeys(key for key in page if key not in seen))  # SCAN may return a key twice
-            seen.update(new)
-            for start in range(0, len(new), CHUNK):
-                yield read_keys(server, new[start : start + CHUNK])
+    for key in keys:
+        if key not in seen:
+            seen.add(key)
+            yield key
 
 
 def scan(node: Connections, pattern: str) -> Iterator[list[bytes]]:
