@@ -724,8 +724,10 @@ def _joined(gathered: Request, report: Request) -> list[Request]:
     """The gathered outcomes and a report as one request; as two if the report's success ended later."""
     if "successes" in gathered and "successes" in report:
         return [gathered, report]
-    slow = gathered.get("slow", 0) + report.get("slow", 0)
-    return [{**gathered, **report, "slow": slow} if slow else {**gathered, **report}]
+    both = {**gathered, **report}
+    if "slow" in gathered and "slow" in report:
+        both |= {field: gathered[field] + report.get(field, 0) for field in ("slow", "pending")}
+    return [both]
 
 
 def _raise_after(steps: Steps[None] | None, error: BaseException) -> Steps[None]:
