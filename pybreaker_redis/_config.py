@@ -11,7 +11,7 @@ from typing import Any, get_args
 
 from ._errors import PolicyError
 from ._line import OnRedisFailure
-from ._policy import Policy
+from ._policy import Policy, plain
 from ._protocol import keys_of
 
 DEFAULT_POLICY = Policy(failure_threshold=10, reset_timeout=2.0, error_rate_threshold=0.5)
@@ -89,4 +89,4 @@ def host_of(host: object) -> str:
 
 def _check_seconds(option: str, value: object, least: float, most: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise PolicyError(f"{option} must be from {least:g} to {most:g} seconds, not {value!r}")
+        raise PolicyError(f"{option} must be from {plain(least)} to {plain(most)} seconds, not {value!r}")

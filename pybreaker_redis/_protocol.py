@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import msgpack
 
 from ._errors import PolicyError
-from ._policy import LONGEST_OPEN, Policy, request_field
+from ._policy import LONGEST_OPEN, Policy, plain, request_field
 
 T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
@@ -392,5 +392,5 @@ def control_request(action: Action) -> Request:
     if duration is None:
         return request
     if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0.001 <= duration <= LONGEST_OPEN:
-        raise PolicyError(f"duration must be from 0.001 to {LONGEST_OPEN:g} seconds, not {duration!r}")
+        raise PolicyError(f"duration must be from 0.001 to {plain(LONGEST_OPEN)} seconds, not {duration!r}")
     return {**request, "duration_ms": round(duration * 1000)}

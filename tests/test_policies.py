@@ -9,6 +9,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -332,6 +333,22 @@ def test_policies_that_make_no_sense(make_any: Make, fields: dict[str, Any]) -> 
     if fields and "color" not in fields:
         with pytest.raises(PolicyError, match=list(fields)[-1]):
             Policy(**fields)
+
+
+@pytest.mark.parametrize(
+    ("refused", "bounds"),
+    [
+        (lambda: Policy(failure_threshold=0), "from 1 to 1000000000,"),
+        (lambda: Policy(reset_timeout=0), "from 0.001 to 2592000,"),
+        (lambda: Policy(error_rate_threshold=2), "from 0.000000001 to 1 or None,"),
+        (lambda: CircuitBreaker("discovery", redis_timeout=0), "from 0.001 to 3600 seconds,"),
+        (lambda: CircuitBreaker("discovery").force_open(0), "from 0.001 to 2592000 seconds,"),
+    ],
+)
+def test_bounds_are_plain_numbers(refused: Callable[[], object], bounds: str) -> None:
+    """A message gives the bounds of a value without exponents."""
+    with pytest.raises(PolicyError, match=re.escape(bounds)):
+        refused()
 
 
 @pytest.mark.parametrize("duration", [0, -1, 0.0001, 31 * 86400, "5", True, float("nan")])
