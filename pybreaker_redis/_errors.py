@@ -48,5 +48,6 @@ class CircuitOpenError(CircuitBreakerError):
         self.error = error
 
     def __str__(self) -> str:
-        cause = f" ({self.error})" if self.error else ""
-        return f"circuit breaker {self.name!r} is {self.state}; retry after {self.retry_after:.3f} s{cause}"
+        cause = ": ".join(filter(None, (self.reason, self.error)))
+        why = f" ({cause})" if cause else ""
+        return f"circuit breaker {self.name!r} is {self.state}{why}; retry after {self.retry_after:.3f} s"

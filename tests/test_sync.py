@@ -213,7 +213,7 @@ def test_open_error(make_breaker: Make) -> None:
         assert isinstance(error, CircuitBreakerError)
         assert (error.name, error.state) == ("search", "open")
         assert 3000 < error.retry_after <= 3600
-        assert "'search' is open; retry after 3" in str(error)
+        assert "'search' is open (failure_threshold); retry after 3" in str(error)
 
 
 def test_open_error_of_the_fast_path(make_breaker: Make) -> None:

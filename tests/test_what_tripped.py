@@ -39,7 +39,7 @@ def test_the_error_that_tripped_it(make_any: Make, lease: float) -> None:
     fails_with(breaker, ConnectionError("refused"))
     error, seen, entry = rejects(breaker), breaker.snapshot(), breaker.history()[0]
     assert (error.reason, error.error) == ("failure_threshold", "ConnectionError: refused")
-    assert str(error).endswith(" s (ConnectionError: refused)")
+    assert " is open (failure_threshold: ConnectionError: refused); retry after " in str(error)
     assert (seen.reason, seen.error) == (error.reason, error.error)
     assert (entry.reason, entry.error, entry.time) == (error.reason, error.error, seen.changed_at)
     assert [event.error for event in events if event.kind == "state_change"] == [error.error]
@@ -82,6 +82,7 @@ def test_a_hold_and_an_operator(make_any: Make) -> None:
     breaker.force_open(60)
     error = rejects(breaker)
     assert (error.reason, error.error) == ("forced", None)
+    assert " is open (forced); retry after 60.000 s" in str(CircuitOpenError(error.name, error.state, 60, error.reason))
     breaker.reset()
     breaker.call(fine)
     assert (rejects(breaker).reason, rejects(breaker).error) == ("failure_threshold", None)

@@ -344,7 +344,7 @@ def test_the_error_can_be_copied_and_pickled(call: Callable[..., Caller]) -> Non
             error.retry_after,
         )
         assert same.request.url == error.request.url
-    assert "is open; retry after" in str(error)
+    assert "is open (forced); retry after" in str(error)
 
 
 def test_closing_the_client_closes_the_inner_transport(library: Library) -> None:
