@@ -3,7 +3,15 @@
 from ._async import AsyncCircuitBreaker, AsyncPermit, AsyncWatch
 from ._classify import Classification
 from ._config import Config
-from ._errors import CircuitBreakerError, CircuitOpenError, ConfigError, PermitError, PolicyError, RedisUnavailableError
+from ._errors import (
+    CircuitBreakerError,
+    CircuitOpenError,
+    ConfigError,
+    ForcedStateError,
+    PermitError,
+    PolicyError,
+    RedisUnavailableError,
+)
 from ._events import Counts, Event
 from ._manager import AsyncCircuitBreakerManager, CircuitBreakerManager
 from ._policy import Policy
@@ -24,6 +32,7 @@ __all__ = [
     "ConfigError",
     "Counts",
     "Event",
+    "ForcedStateError",
     "HistoryEntry",
     "Permit",
     "PermitError",

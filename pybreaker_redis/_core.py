@@ -15,7 +15,7 @@ from . import _protocol
 from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, RetryAfter, described
 from ._clock import NEVER, Clock, age, machine
 from ._config import check_flag, check_options, host_of
-from ._errors import CircuitBreakerError, CircuitOpenError, PolicyError, RedisUnavailableError
+from ._errors import CircuitOpenError, ForcedStateError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices, logger
 from ._isolation import Isolation
 from ._line import FixedEngine, Line, OnRedisFailure
@@ -693,7 +693,7 @@ class BreakerCore:
         else:
             self._check(reply)
         if action.name == "probe" and (forced := reply.get("forced")):
-            raise CircuitBreakerError(f"circuit breaker {self.name!r} is forced {forced}: end that by clear_forced()")
+            raise ForcedStateError(f"circuit breaker {self.name!r} is forced {forced}: call clear_forced() first")
         if not changed:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
             self._view.drop()
 

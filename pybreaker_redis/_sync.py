@@ -377,7 +377,7 @@ class CircuitBreaker(BreakerCore):
         """Let the next call probe now, whatever is left of an open period or a hold.
 
         Unlike a reset, this admits one call, not the full load. In any other state than open it changes nothing.
-        operator, note: as for force_open. Raises CircuitBreakerError while a state is forced; RedisUnavailableError.
+        operator, note: as for force_open. Raises ForcedStateError while a state is forced; RedisUnavailableError.
         """
         self._drive(self._command(Action("probe", operator, note)))
 

@@ -23,9 +23,9 @@ from conftest import stopped, wait_until
 from pybreaker_redis import (
     AsyncCircuitBreaker,
     CircuitBreaker,
-    CircuitBreakerError,
     CircuitOpenError,
     Event,
+    ForcedStateError,
     Policy,
     PolicyError,
     RedisUnavailableError,
@@ -501,7 +501,7 @@ def test_no_probe_while_forced(make_any: Make, forced: str) -> None:
     breaker.probe()
     assert (breaker.snapshot().state, breaker.history()) == ("closed", [])
     getattr(breaker, f"force_{forced}")(600)
-    with pytest.raises(CircuitBreakerError, match=rf"forced {forced}.*clear_forced"):
+    with pytest.raises(ForcedStateError, match=rf"forced {forced}.*clear_forced"):
         breaker.probe()
     assert breaker.snapshot().forced == forced
 

@@ -11,6 +11,7 @@ from conftest import stopped
 from test_holds import TooManyError, make, make_any, shell
 from test_policies import LONG, PATIENT, STRICT, Make, fail, fine, rejects
 
+import pybreaker_redis
 from pybreaker_redis import CircuitBreaker, CircuitBreakerManager, CircuitOpenError, Config, Event, Policy, PolicyError
 from pybreaker_redis._protocol import keys_of
 from pybreaker_redis.cli import main
@@ -167,6 +168,15 @@ def test_the_error_travels() -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.name, copy.state, copy.retry_after, copy.reason, copy.error) == error.args == copy.args
     assert CircuitOpenError("payments", "open", 2.5).error is None
+    assert b"pybreaker_redis._" not in pickle.dumps(error)
+
+
+@pytest.mark.parametrize("name", [name for name in pybreaker_redis.__all__ if name.endswith("Error")])
+def test_errors_are_called_as_they_are_imported(name: str) -> None:
+    """A traceback and a pickle name the public module of an error, which stays, and not the one that defines it."""
+    error = getattr(pybreaker_redis, name)
+    assert f"{error.__module__}.{error.__qualname__}" == f"pybreaker_redis.{name}"
+    assert pickle.loads(pickle.dumps(error)) is error
 
 
 def test_the_command_line(client: redis.Redis, server: EmbeddedServer, capsys: pytest.CaptureFixture[str]) -> None:

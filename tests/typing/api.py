@@ -41,6 +41,7 @@ from pybreaker_redis import (
     ConfigError,
     Counts,
     Event,
+    ForcedStateError,
     HistoryEntry,
     Permit,
     PermitError,
@@ -391,6 +392,7 @@ class Errors:
     own: tuple[type[CircuitBreakerError], ...] = (
         CircuitOpenError,
         ConfigError,
+        ForcedStateError,
         PermitError,
         PolicyError,
         RedisUnavailableError,
