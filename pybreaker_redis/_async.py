@@ -83,6 +83,9 @@ class Acquiring:
         self._breaker = breaker
         self._used = False
 
+    def __repr__(self) -> str:
+        return f"<acquire() of circuit breaker {self._breaker.name!r}: await it, or use it as an `async with` block>"
+
     def __await__(self) -> Generator[Any, Any, AsyncPermit]:
         if self._used:  # two tasks that share one would settle each other's call
             raise PermitError(f"acquire() of circuit breaker {self._breaker.name!r} is for one call: call it again")

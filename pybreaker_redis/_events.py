@@ -105,6 +105,9 @@ class Notices:
         self.name = name
         self.listeners, self.on_call = _checked("listeners", listeners), _checked("on_call", on_call)
         self.instruments = tuple(one for one in self.listeners if isinstance(one, Instrument))
+        for one in self.on_call:
+            if isinstance(one, Instrument):
+                raise PolicyError(f"{type(one).__name__} belongs in listeners=: it reads the calls from breaker.counts")
 
     def start_process(self, instance: str, lock: threading.RLock) -> None:
         """Start empty, also in a forked child: the parent delivers its own events and counts its own calls.

@@ -381,6 +381,7 @@ def test_an_acquire_that_was_not_awaited(make: Make, name: str) -> None:
     breaker = make(**STRICT)
     with pytest.raises(PermitError, match=r"'discovery' was not awaited: `permit = await breaker.acquire\(\)`"):
         getattr(breaker.acquire(), name)
+    assert "'discovery': await it" in repr(breaker.acquire())
     assert sum(breaker.counts) == 0
 
 
