@@ -31,7 +31,7 @@ FAILURE: Final = "failure"
 IGNORED: Final = "ignored"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification:
     """How a manager classifies the calls of one service. None: as the manager's own options say.
 
@@ -42,6 +42,7 @@ class Classification:
     ignore: Exceptions | None = None
     is_failure: Callable[[Any], object] | None = None
     retry_after: RetryAfter | None = None
+    __hash__ = None  # type: ignore[assignment]  # it may hold lists
 
 
 class Classifier:

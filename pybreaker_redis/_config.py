@@ -18,7 +18,7 @@ DEFAULT_POLICY = Policy(failure_threshold=10, reset_timeout=2.0, error_rate_thre
 LONGEST_LEASE = 3600.0
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The configuration of a manager. pybreaker_redis.config reads one from a file, a dict and the environment.
 
@@ -46,6 +46,7 @@ class Config:
     record_errors: bool = True
     listed: bool = True
     idle_after: float | None = 3600.0
+    __hash__ = None  # type: ignore[assignment]  # it holds dicts
 
     def __post_init__(self) -> None:
         check_options(self.lease, self.on_redis_failure, self.redis_timeout)

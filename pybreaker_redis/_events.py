@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -57,16 +58,17 @@ class Event(NamedTuple):
     error: str | None = None
 
 
-class Counts(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
     """The calls of one breaker in this process, by outcome; they only grow.
 
-    successes: all of them, the slow ones too. slow: successes that took slow_call_duration or longer. failures: those
-    of the guarded functions. ignored: calls that counted as nothing. rejected: calls that did not run, and in shadow
-    mode those that would not have run.
+    successes: all successes, including slow ones. slow_successes: successes that took slow_call_duration or longer.
+    failures: those of the guarded functions. ignored: calls that counted as nothing. rejected: calls that did not run,
+    and in shadow mode those that would not have run.
     """
 
     successes: int
-    slow: int
+    slow_successes: int
     failures: int
     ignored: int
     rejected: int
@@ -226,6 +228,11 @@ class Notices:
     def counts(self, gathered: int) -> Counts:
         """All calls so far. gathered: the successes that the view has counted."""
         with self._lock:
-            found = {kind: counter.total() for kind, counter in list(self._counters.items())}
-        success, slow, *others = (found.get(kind, 0) for kind in ("success", "slow", "failure", "ignored", "rejected"))
-        return Counts(success + slow + gathered, slow, *others)
+            found = collections.Counter({kind: counter.total() for kind, counter in list(self._counters.items())})
+        return Counts(
+            successes=gathered + found["success"] + found["slow"],
+            slow_successes=found["slow"],
+            failures=found["failure"],
+            ignored=found["ignored"],
+            rejected=found["rejected"],
+        )

@@ -81,7 +81,7 @@ def _field(kind: str, default: Any, least: float, most: float, meaning: str, *, 
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """When a breaker trips and how it recovers. Immutable. Durations are in seconds, exact to a millisecond.
 

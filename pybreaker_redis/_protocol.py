@@ -107,7 +107,7 @@ def decode(reply: bytes) -> Reply:
     return msgpack.unpackb(reply)  # type: ignore[no-any-return]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """The state of a breaker at one moment.
 
@@ -161,6 +161,7 @@ class Snapshot:
     override_operator: str | None
     override_note: str | None
     isolated: bool
+    __hash__ = None  # type: ignore[assignment]  # it holds dicts
 
 
 def snapshot_from(name: str, reply: Reply, policy: Policy | None = None, isolated: bool = False) -> Snapshot:
@@ -215,7 +216,7 @@ def seconds(milliseconds: int | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryEntry:
     """One transition, or an operator's action on the state that is not one (old and new are then the same).
 

@@ -24,7 +24,7 @@ from ..wire.sync import Server
 CallOutcome: TypeAlias = Literal["success", "slow", "failure", "ignored", "rejected"]
 OUTCOMES: tuple[CallOutcome, ...] = get_args(CallOutcome)
 STATES: tuple[State, ...] = get_args(State)
-NO_CALLS = Counts(0, 0, 0, 0, 0)
+_COUNTS = tuple(field.name for field in dataclasses.fields(Counts))
 DURATION_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -167,7 +167,10 @@ def _local_snapshot(breaker: BreakerCore) -> Snapshot | None:
 
 
 def _sum(counts: list[Counts]) -> Counts:
-    return Counts(*map(sum, zip(*counts, strict=True)))
+    return Counts(**{field: sum(getattr(one, field) for one in counts) for field in _COUNTS})
+
+
+NO_CALLS = _sum([])
 
 
 def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None, ended: Counts) -> BreakerReading:
@@ -181,8 +184,8 @@ def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None,
         fallback=any(breaker._line is not None and breaker._line.local is not None for breaker in breakers),
         view_age=max((now - sent for sent in ages if sent != NEVER), default=None),
         calls={
-            "success": counts.successes - counts.slow,
-            "slow": counts.slow,
+            "success": counts.successes - counts.slow_successes,
+            "slow": counts.slow_successes,
             "failure": counts.failures,
             "ignored": counts.ignored,
             "rejected": counts.rejected,

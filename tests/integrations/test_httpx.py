@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import wait_until
+from conftest import nonzero, wait_until
 
 from pybreaker_redis import (
     AsyncCircuitBreakerManager,
@@ -23,7 +23,7 @@ from pybreaker_redis import (
 )
 from pybreaker_redis.integrations import httpx as for_httpx
 
-from .service import Service, nonzero, running_probe
+from .service import Service, running_probe
 
 
 class Library:

@@ -185,7 +185,7 @@ def two_steps() -> None:
 def looking(count: int) -> None:
     assert_type(breaker.state, State)
     assert_type(breaker.counts, Counts)
-    assert_type(breaker.counts.slow, int)
+    assert_type(breaker.counts.slow_successes, int)
     snapshot = breaker.snapshot()
     assert_type(snapshot, Snapshot)
     assert_type(snapshot.name, str)
