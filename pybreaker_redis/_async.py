@@ -47,7 +47,7 @@ class AsyncPermit(BasePermit):
         """Count the call as a failure. error: for on_call, and for the breaker's retry_after.
 
         retry_after: seconds after which the service said to come back; the circuit holds for that long. Raises
-        PermitError if the permit is settled, and PolicyError if retry_after is no number.
+        PermitError if the permit is settled, and PolicyError if retry_after is not a number.
         """
         await self._breaker._drive(self._settle(FAILURE, error, retry_after))
 
@@ -165,11 +165,11 @@ class AsyncCircuitBreaker(BreakerCore):
     def __call__(self, *, fallback: Callable[[CircuitOpenError], Any]) -> Callable[[F], F]: ...
 
     def __call__(self, func: Any = None, *, fallback: Any = None) -> Any:
-        """Decorate func, which keeps its kind: a coroutine function, an async generator function, one that contextlib
-        made, or any other callable whose result can be awaited.
+        """Decorate func: a coroutine function, an async generator function, a function made by contextlib, or any
+        other callable whose result can be awaited. It keeps its kind.
 
         The decorated function has the breaker as `.breaker`. fallback: see CircuitBreaker; for this function only.
-        Raises TypeError for a function that is none of these, and PolicyError for a fallback that is no function.
+        Raises TypeError for a function that is none of these, and PolicyError for a fallback that is not a function.
         """
         return self._decorator(func, fallback)
 

@@ -33,7 +33,7 @@ IGNORED: Final = "ignored"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification:
-    """How a manager classifies the calls of one service. None: as the manager's own options say.
+    """How a manager classifies the calls of one service. None: the manager's option applies.
 
     failures, ignore, is_failure, retry_after: as for CircuitBreaker.
     """

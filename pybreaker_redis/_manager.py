@@ -161,7 +161,7 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     CircuitBreakerManager(config) keeps them in memory; with_redis(config) shares them with every other process.
     config: a Config, or what pybreaker_redis.config.load() takes (a path, a dict), or None for the defaults.
     failures, ignore, is_failure, retry_after, listeners, on_call: as for CircuitBreaker, for every breaker.
-    classify: a Classification by service, for those whose failures are of another kind.
+    classify: a Classification by service, for services that need different rules.
     clock: for tests in memory, as for CircuitBreaker.
 
     Construction needs no server. While Redis is down, one warning is logged, and each breaker applies the same rules in

@@ -100,7 +100,8 @@ class Policy:
         1,
         1,
         10**9,
-        "Failed probes that open the circuit again. With more than 1, one sick host behind a balancer does not.",
+        "Failed probes that open the circuit again. Above 1, a single bad host behind a load balancer cannot reopen"
+        " it.",
         on_success=False,
     )
     half_open_max_calls: int = _field(
