@@ -63,8 +63,9 @@ class Counts:
     """The calls of one breaker in this process, by outcome; they only grow.
 
     successes: all successes, including slow ones. slow_successes: successes that took slow_call_duration or longer.
-    failures: those of the guarded functions. ignored: calls that counted as nothing. rejected: calls that did not run,
-    and in shadow mode those that would not have run.
+    failures: those of the guarded functions. ignored: calls that counted as nothing. rejected: calls that did not run.
+    Successes, failures, ignored and rejected calls are all calls. shadow_rejected: calls that shadow mode would have
+    rejected; they ran, and count by their outcome, too.
     """
 
     successes: int
@@ -72,6 +73,7 @@ class Counts:
     failures: int
     ignored: int
     rejected: int
+    shadow_rejected: int
 
 
 class Instrument:
@@ -141,7 +143,7 @@ class Notices:
 
     def rejected(self, retry_after: float, enforced: bool) -> None:
         """Count a rejection, and notify on_call. enforced: False in shadow mode."""
-        self.count("rejected")
+        self.count("rejected" if enforced else "shadow_rejected")
         if self.on_call:
             self._put(Event("rejected", self.name, self.instance, retry_after=retry_after, enforced=enforced))
 
@@ -235,4 +237,5 @@ class Notices:
             failures=found["failure"],
             ignored=found["ignored"],
             rejected=found["rejected"],
+            shadow_rejected=found["shadow_rejected"],
         )

@@ -201,6 +201,7 @@ def by_prometheus_names(samples: Samples) -> Samples:
     """OpenTelemetry's names as those of Prometheus."""
     names = {
         "calls": "calls_total",
+        "shadow.rejections": "shadow_rejections_total",
         "transitions": "transitions_total",
         "redis.errors": "redis_errors_total",
         "health": "health_score",
@@ -246,6 +247,23 @@ def test_a_breakers_life(client: redis.Redis, meter: Any) -> None:
     assert not [name for name, _ in found if name == "redis_errors_total"]
     probe.success()
     assert by_prometheus_names(scrape())["state", ("discovery", "closed")] == 1
+
+
+def test_shadow_mode(client: redis.Redis, meter: Any) -> None:
+    """Each call is one of the calls by outcome, also one that an enforcing breaker would have rejected."""
+    metrics, scrape = meter(redis=client)
+    policy = Policy(failure_threshold=2, reset_timeout=3600, enforce=False)
+    breaker = CircuitBreaker("discovery", redis=client, policy=policy, listeners=[metrics], **PATIENT)
+    for _ in range(5):
+        fail(breaker)
+    breaker.call(int)
+    breaker.set_policy(enforce=True)
+    with pytest.raises(CircuitOpenError):
+        breaker.call(int)
+    found = by_prometheus_names(scrape())
+    calls = {labels[1]: value for (name, labels), value in found.items() if name == "calls_total"}
+    assert calls == {"success": 1, "slow": 0, "failure": 5, "ignored": 0, "rejected": 1}
+    assert found["shadow_rejections_total", ("discovery",)] == 4
 
 
 def test_asyncio(client: redis.Redis, server: EmbeddedServer, meter: Any) -> None:

@@ -43,6 +43,7 @@ class BreakerReading:
     """One breaker at one moment. health, probes_in_flight: None if neither Redis nor a local engine can tell them.
 
     view_age: seconds; None before the first reply, and for a breaker in memory. calls: of this process, by outcome.
+    shadow_rejected: calls of this process that ran although an enforcing breaker would have rejected them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class BreakerReading:
     fallback: bool
     view_age: float | None
     calls: dict[CallOutcome, int]
+    shadow_rejected: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -190,4 +192,5 @@ def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None,
             "ignored": counts.ignored,
             "rejected": counts.rejected,
         },
+        shadow_rejected=counts.shadow_rejected,
     )

@@ -186,6 +186,7 @@ def looking(count: int) -> None:
     assert_type(breaker.state, State)
     assert_type(breaker.counts, Counts)
     assert_type(breaker.counts.slow_successes, int)
+    assert_type(breaker.counts.shadow_rejected, int)
     snapshot = breaker.snapshot()
     assert_type(snapshot, Snapshot)
     assert_type(snapshot.name, str)
