@@ -213,7 +213,7 @@ class CircuitBreaker(BreakerCore):
         try:
             if seen.sent <= now < seen.open_until and not self._notices.on_call:
                 self._notices.count("rejected")
-                raise CircuitOpenError(self.name, "open", seen.retry_at - now, seen.reason, seen.error)
+                raise CircuitOpenError(self._name, "open", seen.retry_at - now, seen.reason, seen.error)
             watched = seen.sent <= now < seen.watched_until
             permit = self._admitted(seen.generation) if watched else self._admit(now)
         except CircuitOpenError as rejected:

@@ -317,7 +317,7 @@ def test_a_settled_permit_has_no_block(make: Make, end: str, lease: float) -> No
         with pytest.raises(PermitError, match="already settled"):
             await permit.failure()
         assert breaker.counts == before
-        assert sum(before) == 1
+        assert sum(nonzero(before).values()) == 1
 
     asyncio.run(main())
 

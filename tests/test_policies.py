@@ -1160,7 +1160,7 @@ def test_counts_only_grow(make_any: Make, lease: float) -> None:
         else:
             admitted = True
         now = breaker.counts
-        assert all(new >= old for new, old in zip(now, before, strict=True))
+        assert all(new >= old for new, old in zip(dataclasses.astuple(now), dataclasses.astuple(before), strict=True))
         assert now.successes + now.failures + now.ignored + now.rejected == calls
         before = now
         return admitted

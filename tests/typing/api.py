@@ -183,7 +183,11 @@ def two_steps() -> None:
 
 
 def looking(count: int) -> None:
-    assert_type(breaker.state, State)
+    assert_type(breaker.name, str)
+    assert_type(breaker.host, str)
+    assert_type(breaker.policy, Policy)
+    breaker.policy = Policy()  # type: ignore[misc]
+    assert_type(breaker.state, str)
     assert_type(breaker.counts, Counts)
     assert_type(breaker.counts.slow_successes, int)
     assert_type(breaker.counts.shadow_rejected, int)
