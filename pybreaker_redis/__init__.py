@@ -2,6 +2,7 @@
 
 from ._async import AsyncCircuitBreaker, AsyncPermit, AsyncWatch
 from ._classify import Classification
+from ._clock import Clock
 from ._config import Config
 from ._errors import (
     CircuitBreakerError,
@@ -12,10 +13,10 @@ from ._errors import (
     PolicyError,
     RedisUnavailableError,
 )
-from ._events import Counts, Event
+from ._events import Counts, Event, EventKind, Listener
 from ._manager import AsyncCircuitBreakerManager, CircuitBreakerManager
 from ._policy import Policy
-from ._protocol import HistoryEntry, Snapshot
+from ._protocol import HistoryEntry, Snapshot, State
 from ._sync import CircuitBreaker, Permit, Watch
 
 __all__ = [
@@ -28,17 +29,21 @@ __all__ = [
     "CircuitBreakerManager",
     "CircuitOpenError",
     "Classification",
+    "Clock",
     "Config",
     "ConfigError",
     "Counts",
     "Event",
+    "EventKind",
     "ForcedStateError",
     "HistoryEntry",
+    "Listener",
     "Permit",
     "PermitError",
     "Policy",
     "PolicyError",
     "RedisUnavailableError",
     "Snapshot",
+    "State",
     "Watch",
 ]

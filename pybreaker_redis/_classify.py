@@ -16,8 +16,8 @@ from ._policy import LONGEST_OPEN
 from ._protocol import printable
 
 Exceptions: TypeAlias = (
-    type[BaseException] | Iterable[type[BaseException]] | Callable[[BaseException], object]
-)  # types, or a predicate
+    type[BaseException] | Iterable[type[BaseException]] | Callable[[Any], object]
+)  # types, or a predicate, which may take a narrower type than BaseException
 RetryAfter: TypeAlias = Callable[[Any], float | str | None]
 CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError, KeyboardInterrupt, GeneratorExit)
 _ANY = (Exception,)  # shared by most breakers

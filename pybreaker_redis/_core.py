@@ -209,8 +209,8 @@ class BreakerCore:
         return self._instance
 
     @property
-    def state(self) -> State:
-        """The state as this process last read it. Asks Redis nothing; snapshot() does.
+    def state(self) -> str:  # no Literal: a type checker would take it for constant between two assertions
+        """The state as this process last read it: "closed", "open" or "half_open". Asks Redis nothing; snapshot() does.
 
         An open circuit is reported as half open once its open period is over. Before the first call, it is closed.
         """

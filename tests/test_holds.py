@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import nonzero, stopped, wait_until
+from conftest import stopped, wait_until
 from test_policies import (
     LONG,
     MANY,

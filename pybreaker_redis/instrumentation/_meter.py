@@ -180,7 +180,7 @@ def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None,
     counts = _sum([ended, *(breaker.counts for breaker in breakers)])
     return BreakerReading(
         name,
-        state=snapshot.state if snapshot else breakers[0].state,
+        state=snapshot.state if snapshot else breakers[0]._view.state,
         health=snapshot.health if snapshot else None,
         probes_in_flight=snapshot.probes_in_flight if snapshot else None,
         fallback=any(breaker._line is not None and breaker._line.local is not None for breaker in breakers),

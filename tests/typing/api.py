@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Literal, assert_type
+from typing import assert_type
 
 import aiohttp
 import flask
@@ -37,18 +37,22 @@ from pybreaker_redis import (
     CircuitBreakerManager,
     CircuitOpenError,
     Classification,
+    Clock,
     Config,
     ConfigError,
     Counts,
     Event,
+    EventKind,
     ForcedStateError,
     HistoryEntry,
+    Listener,
     Permit,
     PermitError,
     Policy,
     PolicyError,
     RedisUnavailableError,
     Snapshot,
+    State,
     Watch,
 )
 from pybreaker_redis.config import load
@@ -73,8 +77,6 @@ from pybreaker_redis.integrations.tenacity import retry_unless_open, wait_until_
 from pybreaker_redis.testing import Breakers, FakeClock, Wanted, aset_state, set_state
 from pybreaker_redis.web import breakers_app
 
-State = Literal["closed", "open", "half_open"]
-
 
 def on_event(event: Event) -> None:
     assert_type(event.breaker, str)
@@ -89,8 +91,23 @@ def on_event(event: Event) -> None:
     assert_type(event.slow, bool | None)
     assert_type(event.enforced, bool | None)
     assert_type(event.error, str | None)
-    if event.kind == "state_change":
+    kind: EventKind = event.kind
+    if kind == "state_change":
         print(event.new)
+
+
+class ApiError(Exception):
+    status: int
+
+
+def is_server_error(error: ApiError) -> bool:
+    return error.status >= 500
+
+
+CircuitBreaker("discovery", failures=is_server_error, ignore=lambda error: error.status == 404)
+Classification(failures=lambda error: error.status >= 500, ignore=is_server_error)
+CircuitBreaker("discovery", failures=3)  # type: ignore[arg-type]
+listening: list[Listener] = [on_event, print]
 
 
 class Collector:
@@ -213,6 +230,13 @@ def looking(count: int) -> None:
     assert_type(entries[0].reason, str)
 
 
+def following() -> None:
+    """A later state is another one, whatever an earlier assertion says; else what follows counts as unreachable."""
+    assert breaker.state == "closed"
+    breaker.force_open()
+    assert breaker.state == "open"
+
+
 def steering() -> None:
     breaker.force_open()
     breaker.force_open(duration=60)
@@ -283,7 +307,7 @@ async def awaiting() -> None:
     assert_type(permit, AsyncPermit)
     await permit.success()
     aio.acquire().success()  # type: ignore[attr-defined]
-    assert_type(aio.state, State)
+    assert_type(aio.state, str)
     assert_type(aio.counts, Counts)
     assert_type(await aio.snapshot(), Snapshot)
     assert_type(await aio.history(count=2), list[HistoryEntry])
@@ -433,6 +457,8 @@ def a_server() -> str:
 
 def testing(breakers: Breakers, wanted: Wanted) -> None:
     clock = FakeClock(start=1_700_000_000)
+    as_clock: Clock = clock
+    assert_type(CircuitBreaker("mail", clock=as_clock), CircuitBreaker)
     clock.advance(30)
     assert_type(breakers.clock, FakeClock)
     in_test = breakers("mail", policy=Policy(failure_threshold=1))
