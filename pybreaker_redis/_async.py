@@ -7,10 +7,20 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+)
 from os import getpid
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Self, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeAlias, TypeVar, cast, overload
 
 from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore, Fallback
@@ -28,10 +38,26 @@ P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+S = TypeVar("S")
+T_co = TypeVar("T_co", covariant=True)
+M = TypeVar("M", bound=contextlib.AbstractAsyncContextManager[Any])
 _IfLost: TypeAlias = Callable[[T], Coroutine[Any, Any, None]]
 # By process and loop: a loop keeps only weak references. A child keeps its parent's tasks alive, and leaves them alone.
 _tasks: dict[int, weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]] = {}
 _USE_SYNC = "cannot be awaited, so AsyncCircuitBreaker cannot guard it: use CircuitBreaker"
+
+
+class _WithFallback(Protocol[T_co]):
+    """The decorator that AsyncCircuitBreaker makes of a fallback whose result, once awaited, is a T_co."""
+
+    @overload
+    def __call__(self, func: Callable[P, Awaitable[R]], /) -> Callable[P, Coroutine[Any, Any, R | T_co]]: ...
+    @overload
+    def __call__(
+        self: _WithFallback[Iterable[S] | AsyncIterable[S]], func: Callable[P, AsyncIterator[R]], /
+    ) -> Callable[P, AsyncGenerator[R | S, Any]]: ...
+    @overload
+    def __call__(self, func: Callable[P, M], /) -> Callable[P, M]: ...
 
 
 class AsyncPermit(BasePermit):
@@ -162,7 +188,9 @@ class AsyncCircuitBreaker(BreakerCore):
     @overload
     def __call__(self, func: F, /) -> F: ...
     @overload
-    def __call__(self, *, fallback: Callable[[CircuitOpenError], Any]) -> Callable[[F], F]: ...
+    def __call__(self, *, fallback: Callable[[CircuitOpenError], Awaitable[T]]) -> _WithFallback[T]: ...
+    @overload
+    def __call__(self, *, fallback: Callable[[CircuitOpenError], T]) -> _WithFallback[T]: ...
 
     def __call__(self, func: Any = None, *, fallback: Any = None) -> Any:
         """Decorate func: a coroutine function, an async generator function, a function made by contextlib, or any

@@ -162,7 +162,9 @@ class CircuitBreaker(BreakerCore):
     @overload
     def __call__(self, func: F, /) -> F: ...
     @overload
-    def __call__(self, *, fallback: Callable[[CircuitOpenError], R]) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    def __call__(
+        self, *, fallback: Callable[[CircuitOpenError], T]
+    ) -> Callable[[Callable[P, R]], Callable[P, R | T]]: ...
 
     def __call__(self, func: Any = None, *, fallback: Any = None) -> Any:
         """Decorate func. Generator functions, and functions made by contextlib, keep their kind.

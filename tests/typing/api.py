@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import assert_type
 
@@ -155,6 +156,33 @@ def pages(count: int) -> Iterator[bytes]:
 assert_type(pages(2), Iterator[bytes])
 
 
+def nothing(rejected: CircuitOpenError) -> None:
+    print(rejected.retry_after)
+
+
+@breaker(fallback=nothing)
+def found(query: str) -> str:
+    return query
+
+
+@breaker(fallback=lambda rejected: [])
+def found_all(query: str) -> list[str]:
+    return [query]
+
+
+class Shop:
+    @breaker(fallback=lambda rejected: None)
+    def price(self, article: int) -> float:
+        return 1.5 * article
+
+
+assert_type(found("x"), str | None)
+all_of_them: list[str] = found_all("x")
+assert_type(Shop().price(7), float | None)
+found(1)  # type: ignore[arg-type]
+breaker(fallback=3)  # type: ignore[call-overload]
+
+
 def length(text: str, times: int = 1) -> int:
     return len(text) * times
 
@@ -289,6 +317,71 @@ async def fetch(query: str, *, limit: int = 10) -> list[str]:
 @aio
 async def stream(query: str) -> AsyncIterator[bytes]:
     yield query.encode()
+
+
+async def cached(rejected: CircuitOpenError) -> int:
+    return 1
+
+
+async def cached_chunks(rejected: CircuitOpenError) -> AsyncIterator[str]:
+    yield rejected.name
+
+
+async def cached_list(rejected: CircuitOpenError) -> list[str]:
+    return [rejected.name]
+
+
+@aio(fallback=cached)
+async def fetch_or_cached(query: str) -> bytes:
+    return query.encode()
+
+
+@aio(fallback=nothing)
+async def fetch_or_nothing(query: str) -> bytes:
+    return query.encode()
+
+
+@aio(fallback=lambda rejected: [])
+async def fetch_all(query: str) -> list[str]:
+    return [query]
+
+
+@aio(fallback=cached_chunks)
+async def stream_or_cached(query: str) -> AsyncIterator[bytes]:
+    yield query.encode()
+
+
+@aio(fallback=cached_list)
+async def stream_or_list(query: str) -> AsyncIterator[bytes]:
+    yield query.encode()
+
+
+@aio(fallback=nothing)
+@contextlib.asynccontextmanager
+async def connection(query: str) -> AsyncIterator[bytes]:
+    yield query.encode()
+
+
+class AsyncShop:
+    @aio(fallback=nothing)
+    async def price(self, article: int) -> float:
+        return 1.5 * article
+
+
+async def fallbacks() -> None:
+    assert_type(await fetch_or_cached("x"), bytes | int)
+    assert_type(await fetch_or_nothing("x"), bytes | None)
+    all_of_them: list[str] = await fetch_all("x")
+    print(all_of_them)
+    async for chunk in stream_or_cached("x"):
+        assert_type(chunk, bytes | str)
+    async for chunk in stream_or_list("x"):
+        assert_type(chunk, bytes | str)
+    async with connection("x") as connected:
+        assert_type(connected, bytes)
+    assert_type(await AsyncShop().price(7), float | None)
+    aio(fallback=nothing)(length)  # type: ignore[arg-type]
+    aio(fallback=3)  # type: ignore[call-overload]
 
 
 async def awaiting() -> None:
