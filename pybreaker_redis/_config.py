@@ -51,6 +51,11 @@ class Config:
     def __post_init__(self) -> None:
         check_options(self.lease, self.on_redis_failure, self.redis_timeout)
         host_of(self.host)
+        if not isinstance(self.redis_url, str) or not self.redis_url:
+            raise PolicyError(
+                f"redis_url must be the URL of a server, not {self.redis_url!r}: leave it out for a manager in memory,"
+                " or one that is given redis="
+            )
         if self.idle_after is not None:
             _check_seconds("idle_after", self.idle_after, 0.0, float("inf"))
         for option in ("enabled", "watch", "record_errors", "listed"):

@@ -423,6 +423,10 @@ manager.call("discovery", length, 1)  # type: ignore[arg-type]
 assert_type(manager.get_or_create("discovery"), CircuitBreaker)
 assert_type(manager.get_state("discovery"), State)
 assert_type(manager.get_all_states(), dict[str, State])
+CircuitBreakerManager.with_redis(lisnteners=[on_event])  # type: ignore[call-arg]
+CircuitBreakerManager.with_redis(failures=3)  # type: ignore[arg-type]
+CircuitBreakerManager(polcy=Policy())  # type: ignore[call-arg]
+assert_type(CircuitBreakerManager(redis="redis://localhost"), CircuitBreakerManager)
 CircuitBreakerManager("gateway.yaml")
 CircuitBreakerManager({"circuit_breaker": {}})
 CircuitBreakerManager(3)  # type: ignore[arg-type]
