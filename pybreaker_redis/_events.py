@@ -18,7 +18,9 @@ from ._view import Counter
 EventKind: TypeAlias = Literal[
     "state_change", "redis_error", "redis_restored", "success", "failure", "ignored", "rejected"
 ]
+"""The kind of an Event."""
 Listener: TypeAlias = Callable[["Event"], object]
+"""What `listeners` and `on_call` hold; on asyncio, it may be a coroutine function."""
 CALL_KINDS = frozenset({"success", "failure", "ignored", "rejected"})
 logger = logging.getLogger("pybreaker_redis")
 

@@ -186,8 +186,8 @@ class ManagerCore(Generic[B]):
 class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     """The circuit breakers of this process, one for each service that it calls.
 
-    config: a Config, the path of a file, a dict, or None for Config(). Only a file or a dict is completed by the
-        environment: REDIS_URL and CIRCUIT_BREAKER_ENABLED override it, as pybreaker_redis.config.load() describes.
+    config: a Config, the path of a file, a dict, or None for the defaults. REDIS_URL and CIRCUIT_BREAKER_ENABLED in the
+        environment override a file or a dict, but no Config, nor the defaults.
     redis: a redis-py client or a URL, to share the breakers with every other process, or None to keep them in memory.
         with_redis(config) takes the URL from the configuration.
     failures, ignore, is_failure, retry_after, listeners, on_call: as for CircuitBreaker, for every breaker.

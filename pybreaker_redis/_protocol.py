@@ -18,6 +18,7 @@ from ._policy import LONGEST_OPEN, Policy, plain, request_field
 
 T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
+"""The state of a circuit, in a Snapshot, an Event or a HistoryEntry."""
 Forced: TypeAlias = Literal["open", "closed"]
 Request: TypeAlias = dict[str, Any]
 Reply: TypeAlias = dict[str, Any]
