@@ -23,7 +23,7 @@ from ._http import UNAVAILABLE, unavailable_headers
 
 __all__ = ["CircuitBreakersConfig", "CircuitOpenMiddleware", "async_breakers", "breakers", "health"]
 
-M = TypeVar("M", CircuitBreakerManager, AsyncCircuitBreakerManager)
+_M = TypeVar("_M", CircuitBreakerManager, AsyncCircuitBreakerManager)
 
 
 class CircuitBreakersConfig(AppConfig):
@@ -48,7 +48,7 @@ class CircuitBreakersConfig(AppConfig):
         return _make(AsyncCircuitBreakerManager)
 
 
-def _make(kind: type[M]) -> M:
+def _make(kind: type[_M]) -> _M:
     config = getattr(settings, "CIRCUIT_BREAKERS", None)
     options: dict[str, Any] = getattr(settings, "CIRCUIT_BREAKERS_OPTIONS", {})
     shared = getattr(settings, "CIRCUIT_BREAKERS_SHARED", True)

@@ -7,7 +7,7 @@ import flask
 from .. import CircuitBreakerManager, CircuitOpenError
 from ._http import UNAVAILABLE, check_breakers, unavailable_headers
 
-__all__ = ["install", "unavailable"]
+__all__ = ["circuit_open_handler", "install"]
 
 
 def install(app: flask.Flask, breakers: CircuitBreakerManager, *, health: str | None = None) -> None:
@@ -20,7 +20,7 @@ def install(app: flask.Flask, breakers: CircuitBreakerManager, *, health: str | 
     """
     check_breakers(breakers, CircuitBreakerManager)
     app.extensions["circuit_breakers"] = breakers
-    app.register_error_handler(CircuitOpenError, unavailable)
+    app.register_error_handler(CircuitOpenError, circuit_open_handler)
     if health is not None:
 
         def states() -> flask.Response:
@@ -29,8 +29,11 @@ def install(app: flask.Flask, breakers: CircuitBreakerManager, *, health: str | 
         app.add_url_rule(health, "circuit_breakers", states)
 
 
-def unavailable(error: CircuitOpenError) -> flask.Response:
-    """The error handler that install() adds. Its answer does not name the service, since anyone may read it."""
+def circuit_open_handler(error: CircuitOpenError) -> flask.Response:
+    """The error handler that install() adds: for an application without a manager, register it yourself.
+
+    It answers 503 with Retry-After. The answer does not name the service, since anyone may read it.
+    """
     response = flask.jsonify(detail=UNAVAILABLE)
     response.status_code = 503
     response.headers.update(unavailable_headers(error))

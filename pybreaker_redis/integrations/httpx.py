@@ -51,8 +51,8 @@ class BreakerTransport(
     failure_statuses: the statuses that count as failures. Any other response is a success.
     failures: the exceptions that count as failures: types, or a function of the exception. Any other
         exception counts as nothing. None: httpx.TransportError.
-    ignore: exceptions in `failures` that count as nothing all the same: types, or a function. None: the caller's own
-        faults, which are PoolTimeout, UnsupportedProtocol and LocalProtocolError.
+    ignore: exceptions in `failures` that are not counted: types, or a function of the exception. None: the caller's
+        own faults, which are PoolTimeout, UnsupportedProtocol and LocalProtocolError.
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.
 
     The breakers' own options for failures do not apply. Raises PolicyError for an invalid option.

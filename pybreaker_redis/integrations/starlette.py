@@ -15,9 +15,9 @@ from starlette.websockets import WebSocket
 from .. import AsyncCircuitBreakerManager, CircuitBreakerManager, CircuitOpenError
 from ._http import UNAVAILABLE, check_breakers, unavailable_headers
 
-__all__ = ["install", "unavailable"]
+__all__ = ["circuit_open_handler", "install"]
 
-TRY_AGAIN_LATER = 1013  # a close code of WebSocket
+_TRY_AGAIN_LATER = 1013  # a close code of WebSocket
 
 
 def install(
@@ -31,7 +31,7 @@ def install(
     manager.
     """
     check_breakers(breakers, AsyncCircuitBreakerManager, CircuitBreakerManager)
-    app.add_exception_handler(CircuitOpenError, unavailable)
+    app.add_exception_handler(CircuitOpenError, circuit_open_handler)
     inner = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
@@ -56,10 +56,14 @@ def install(
         app.add_route(health, states, include_in_schema=False)
 
 
-async def unavailable(connection: Request | WebSocket, error: Exception) -> Any:
-    """The exception handler that install() adds. Its answer does not name the service, since anyone may read it."""
+async def circuit_open_handler(connection: Request | WebSocket, error: Exception) -> Any:
+    """The exception handler that install() adds: for an application without a manager, add it yourself.
+
+    It answers 503 with Retry-After, and closes a WebSocket with code 1013. The answer does not name the service, since
+    anyone may read it.
+    """
     assert isinstance(error, CircuitOpenError)
     if isinstance(connection, WebSocket):
-        await connection.close(TRY_AGAIN_LATER, UNAVAILABLE)
+        await connection.close(_TRY_AGAIN_LATER, UNAVAILABLE)
         return None
     return JSONResponse({"detail": UNAVAILABLE}, 503, unavailable_headers(error))
