@@ -23,20 +23,16 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-try:
+from ._config import DEFAULT_POLICY, Config
+from ._errors import ConfigError, PolicyError
+from ._extras import needs_extra
+from ._policy import RULES, Policy, override_request
+from .wire.url import parse
+
+with needs_extra("a configuration from a file, a dict or the environment", "config"):
     import pydantic
     import yaml
     from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "a configuration from a file, a dict or the environment needs an extra: pip install 'pybreaker_redis[config]'",
-        name=error.name,
-    ) from error
-
-from ._config import DEFAULT_POLICY, Config
-from ._errors import ConfigError, PolicyError
-from ._policy import RULES, Policy, override_request
-from .wire.url import parse
 
 __all__ = ["load"]
 

@@ -9,15 +9,17 @@ from collections.abc import Callable, Iterator, Sequence
 from os import getpid
 from typing import Any, NamedTuple, TypeAlias
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
-from prometheus_client.values import MutexValue, ValueClass
-
+from .._extras import needs_extra
 from .._process import renew
 from ..wire import exits
 from ..wire.sync import Worker
 from ._meter import DURATION_BOUNDS, STATES, BreakerReading, Meter, Reading
+
+with needs_extra(__name__, "prometheus"):
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.registry import Collector
+    from prometheus_client.values import MutexValue, ValueClass
 
 _WRITE_EVERY = 0.5  # seconds
 

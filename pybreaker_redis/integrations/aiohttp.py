@@ -7,11 +7,13 @@ import traceback
 from collections.abc import Callable, Collection
 from typing import Any
 
-import aiohttp
-
 from .. import AsyncCircuitBreaker, AsyncCircuitBreakerManager, CircuitOpenError
 from .._classify import Exceptions, RetryAfter
+from .._extras import needs_extra
 from ._http import FAILURE_STATUSES, Rules, finder, host_of, rejection, retry_after_header
+
+with needs_extra(__name__, "aiohttp"):
+    import aiohttp
 
 __all__ = ["CircuitOpenClientError", "breaker_middleware", "host_of", "is_callers_fault"]
 

@@ -14,10 +14,12 @@ import random
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from celery import Task
-from celery.exceptions import Ignore, Reject, Retry
-
 from .. import CircuitBreaker, CircuitBreakerManager, CircuitOpenError, PolicyError
+from .._extras import needs_extra
+
+with needs_extra(__name__, "celery"):
+    from celery import Task
+    from celery.exceptions import Ignore, Reject, Retry
 
 __all__ = ["BreakerTask"]
 

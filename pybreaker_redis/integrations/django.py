@@ -13,13 +13,15 @@ from __future__ import annotations
 import functools
 from typing import Any, TypeVar
 
-from django.apps import AppConfig, apps
-from django.conf import settings
-from django.http import HttpRequest, HttpResponse, JsonResponse
-from django.utils.deprecation import MiddlewareMixin
-
 from .. import AsyncCircuitBreakerManager, CircuitBreakerManager, CircuitOpenError
+from .._extras import needs_extra
 from ._http import UNAVAILABLE, unavailable_headers
+
+with needs_extra(__name__, "django"):
+    from django.apps import AppConfig, apps
+    from django.conf import settings
+    from django.http import HttpRequest, HttpResponse, JsonResponse
+    from django.utils.deprecation import MiddlewareMixin
 
 __all__ = ["CircuitBreakersConfig", "CircuitOpenMiddleware", "async_breakers", "breakers", "health"]
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import flask
-
 from .. import CircuitBreakerManager, CircuitOpenError
+from .._extras import needs_extra
 from ._http import UNAVAILABLE, check_breakers, unavailable_headers
+
+with needs_extra(__name__, "flask"):
+    import flask
 
 __all__ = ["circuit_open_handler", "install"]
 

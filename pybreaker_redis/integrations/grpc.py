@@ -12,10 +12,12 @@ import asyncio
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Generic, TypeVar
 
-import grpc
-import grpc.aio
-
 from .. import AsyncCircuitBreaker, AsyncPermit, CircuitBreaker, CircuitOpenError, Permit, PolicyError
+from .._extras import needs_extra
+
+with needs_extra(__name__, "grpc"):
+    import grpc
+    import grpc.aio
 
 __all__ = [
     "FAILURE_CODES",

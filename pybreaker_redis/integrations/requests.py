@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-import requests
-from requests.adapters import BaseAdapter, HTTPAdapter
-from urllib3.exceptions import ClosedPoolError
-
 from .. import CircuitBreaker, CircuitBreakerManager, CircuitOpenError
 from .._classify import Exceptions, RetryAfter
+from .._extras import needs_extra
 from ._http import (
     FAILURE_STATUSES,
     Rules,
@@ -21,6 +18,11 @@ from ._http import (
     rejection,
     retry_after_header,
 )
+
+with needs_extra(__name__, "requests"):
+    import requests
+    from requests.adapters import BaseAdapter, HTTPAdapter
+    from urllib3.exceptions import ClosedPoolError
 
 __all__ = ["BreakerAdapter", "CircuitOpenConnectionError", "host_of"]
 

@@ -6,14 +6,16 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.websockets import WebSocket
-
 from .. import AsyncCircuitBreakerManager, CircuitBreakerManager, CircuitOpenError
+from .._extras import needs_extra
 from ._http import UNAVAILABLE, check_breakers, unavailable_headers
+
+with needs_extra(__name__, "starlette"):
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.websockets import WebSocket
 
 __all__ = ["circuit_open_handler", "install"]
 

@@ -13,11 +13,13 @@ import random
 from collections.abc import Callable
 from typing import TypeAlias
 
-from tenacity import RetryCallState, retry_if_exception_type, wait_none
-from tenacity.retry import retry_base
-from tenacity.wait import wait_base
-
 from .. import CircuitOpenError, PolicyError
+from .._extras import needs_extra
+
+with needs_extra(__name__, "tenacity"):
+    from tenacity import RetryCallState, retry_if_exception_type, wait_none
+    from tenacity.retry import retry_base
+    from tenacity.wait import wait_base
 
 __all__ = ["retry_unless_open", "wait_until_probe"]
 
