@@ -83,6 +83,7 @@ class EmbeddedServer:
 
     def __init__(self, binary: str | None = None, *, port: int | None = None, args: Sequence[str] = ()) -> None:
         self.binary = binary or _find_binary()
+        """The server's executable."""
         self._port = port
         self._args = tuple(args)
         self._running: _Running | None = None

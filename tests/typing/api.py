@@ -70,7 +70,7 @@ from pybreaker_redis.integrations.grpc import (
 from pybreaker_redis.integrations.requests import BreakerAdapter, CircuitOpenConnectionError
 from pybreaker_redis.integrations.stamina import after_open, unless_open
 from pybreaker_redis.integrations.tenacity import retry_unless_open, wait_until_probe
-from pybreaker_redis.testing import Breakers, FakeClock, Wanted, aset_state, set_state
+from pybreaker_redis.testing import Breakers, FakeClock, SettableState, aset_state, set_state
 from pybreaker_redis.web import breakers_app
 
 State = Literal["closed", "open", "half_open"]
@@ -424,21 +424,24 @@ def a_server() -> str:
         return server.url
 
 
-def testing(breakers: Breakers, wanted: Wanted) -> None:
+def testing(breakers: Breakers, wanted: SettableState) -> None:
     clock = FakeClock(start=1_700_000_000)
     clock.advance(30)
     assert_type(breakers.clock, FakeClock)
     in_test = breakers("mail", policy=Policy(failure_threshold=1))
     assert_type(in_test, CircuitBreaker)
-    assert_type(breakers.asyncio("mail"), AsyncCircuitBreaker)
-    assert_type(breakers.manager(), CircuitBreakerManager)
+    assert_type(breakers.async_breaker("mail", lease=0.5), AsyncCircuitBreaker)
+    assert_type(breakers.manager(Config(), failures=OSError), CircuitBreakerManager)
+    assert_type(breakers.async_manager(), AsyncCircuitBreakerManager)
+    breakers("mail", polcy=Policy())  # type: ignore[call-arg]
+    breakers.async_manager(3)  # type: ignore[arg-type]
     set_state(in_test, wanted)
     set_state(in_test, "forced_open", duration=60)
     set_state(in_test, "ajar")  # type: ignore[arg-type]
 
 
 async def testing_asyncio(breakers: Breakers) -> None:
-    await aset_state(breakers.asyncio("mail"), "half_open")
+    await aset_state(breakers.async_breaker("mail"), "half_open")
 
 
 instrumented = CircuitBreaker(
