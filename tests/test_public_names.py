@@ -12,6 +12,7 @@ import inspect
 import json
 import pathlib
 import re
+import symtable
 from typing import Any
 
 import pytest
@@ -130,6 +131,20 @@ def test_public_names_of_all_modules() -> None:
     listed = {module: [line for line in lines if "." not in line] for module, lines in recorded().items()}
     assert listed.pop(PROGRAM)
     assert {module: [line.partition("(")[0] for line in lines] for module, lines in listed.items()} == names, RENEW
+
+
+def test_other_names_are_private() -> None:
+    """What a module defines beyond its __all__ begins with an underscore: type checkers take any other name as public.
+
+    Those of compat have the names of the libraries that they replace.
+    """
+    for module, path in public_modules().items():
+        if module.startswith("pybreaker_redis.compat."):
+            continue
+        table = symtable.symtable(path.read_text(encoding="utf-8"), str(path), "exec")
+        defined = {one.get_name() for one in table.get_symbols() if one.is_assigned() and not one.is_imported()}
+        unlisted = {name for name in defined if not name.startswith("_")} - set(names_of(path))
+        assert not unlisted, (module, unlisted)
 
 
 def test_ci_checks_the_other_modules() -> None:

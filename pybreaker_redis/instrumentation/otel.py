@@ -86,7 +86,7 @@ class OpenTelemetryMetrics(Meter):
         def callback(_: CallbackOptions) -> Iterable[Observation]:
             with self._sharing:
                 if self._shared is None or what in self._used:
-                    self._shared, self._used = self.read(), set()
+                    self._shared, self._used = self._read_all(), set()
                 self._used.add(what)
                 return list(what(self._shared))
 

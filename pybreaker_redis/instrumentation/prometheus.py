@@ -90,7 +90,7 @@ class PrometheusMetrics(Meter, Collector):
 
     def _write(self) -> None:
         if self._files is not None:
-            reading = self.read_here()  # in a child, this makes other files first
+            reading = self._read_here()  # in a child, this makes other files first
             self._files.write(reading)
 
     def describe(self) -> Iterator[Metric]:
@@ -100,7 +100,7 @@ class PrometheusMetrics(Meter, Collector):
     def collect(self) -> Iterator[Metric]:
         """All metrics; raises nothing when Redis is down."""
         self._write()
-        return self._families(self.read())
+        return self._families(self._read_all())
 
     def _families(self, reading: Reading) -> Iterator[Metric]:
         if self._files is not None:

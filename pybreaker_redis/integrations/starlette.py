@@ -29,7 +29,7 @@ def install(
 
     app: a Starlette or FastAPI application. breakers: its manager, which is closed after the application's own lifespan
     has ended. health: the path, like "/health", of a page with the state of every breaker as JSON; None: no such page.
-    Anyone who can read the page learns which services the application calls. Raises PolicyError if breakers is no
+    Anyone who can read the page learns which services the application calls. Raises PolicyError if breakers is not a
     manager.
     """
     check_breakers(breakers, AsyncCircuitBreakerManager, CircuitBreakerManager)
