@@ -65,6 +65,22 @@ def test_a_broken_package_is_no_missing_extra() -> None:
     assert "extra" not in raised[1]
 
 
+MANAGER = """
+from pybreaker_redis import CircuitBreakerManager
+try:
+    CircuitBreakerManager({})
+except Exception as error:
+    print(type(error).__name__, error)
+"""
+
+
+def test_a_manager_tells_them_apart() -> None:
+    """A dict without the extra is a mistake in the configuration; a broken package is none."""
+    missing, broken = (run_without([package], MANAGER).stdout for package in ("pydantic", "pydantic_core"))
+    assert missing.startswith("ConfigError a configuration from a file, a dict or the environment needs an extra: ")
+    assert broken.startswith("ModuleNotFoundError No module named 'pydantic_core'")
+
+
 @pytest.mark.parametrize("error", [ImportError("too old", name="httpx"), ModuleNotFoundError(name="httpx._urls")])
 def test_other_errors_of_an_import_stay(error: ImportError) -> None:
     """A package that is too old, or of which a part is missing, is installed: the extra would not help."""
