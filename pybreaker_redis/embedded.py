@@ -82,11 +82,15 @@ class EmbeddedServer:
     """
 
     def __init__(self, binary: str | None = None, *, port: int | None = None, args: Sequence[str] = ()) -> None:
-        self.binary = binary or _find_binary()
-        """The server's executable."""
+        self._binary = binary or _find_binary()
         self._port = port
         self._args = tuple(args)
         self._running: _Running | None = None
+
+    @property
+    def binary(self) -> str:
+        """The server's executable."""
+        return self._binary
 
     @property
     def url(self) -> str:
@@ -156,7 +160,7 @@ class EmbeddedServer:
         guard = None
         try:
             guard = self._spawn(directory, port)
-            pid = _await_server(guard, directory, self.binary)
+            pid = _await_server(guard, directory, self._binary)
         except BaseException:
             _end(guard, directory)
             raise
@@ -166,7 +170,7 @@ class EmbeddedServer:
     def _spawn(self, directory: str, port: int | None) -> subprocess.Popen[bytes]:
         # fmt: off
         server = [
-            self.binary,
+            self._binary,
             "--port", str(port or 0), "--bind", "127.0.0.1", "--unixsocket", f"{directory}/r.sock",
             "--dir", directory, "--save", "", "--appendonly", "no", "--daemonize", "no",
             *self._args,

@@ -142,7 +142,9 @@ class Breakers:
 def _check(breaker: object, kind: type, state: object, duration: float | None) -> None:
     if isinstance(breaker, (CircuitBreakerManager, AsyncCircuitBreakerManager)):
         function = "set_state" if isinstance(breaker, CircuitBreakerManager) else "await aset_state"
-        raise PolicyError(f"{breaker!r} is a manager: use {function}(manager.get_or_create(NAME), ...)")
+        raise PolicyError(
+            f"a manager has no state, but its breakers have: use {function}(manager.get_or_create(NAME), ...)"
+        )
     if not isinstance(breaker, kind):
         raise PolicyError(
             f"{breaker!r} is not a {kind.__name__}: set_state() is for CircuitBreaker, aset_state() for asyncio"

@@ -421,6 +421,7 @@ def a_server() -> str:
         assert_type(url, str)
     with EmbeddedServer(port=0, args=("--maxmemory", "1mb")) as server:
         assert_type(server.url, str)
+        assert_type(server.binary, str)
         return server.url
 
 
