@@ -66,7 +66,7 @@ class Counts:
 
     successes: all successes, including slow ones. slow_successes: successes that took slow_call_duration or longer.
     failures: those of the guarded functions. ignored: calls that counted as nothing. rejected: calls that did not run.
-    Successes, failures, ignored and rejected calls are all calls. shadow_rejected: calls that shadow mode would have
+    Successes, failures, ignored and rejected add up to all calls. shadow_rejected: calls that shadow mode would have
     rejected; they ran, and count by their outcome, too.
     """
 
