@@ -59,9 +59,6 @@ class FixedEngine:
 class Owner(Protocol):
     """A breaker, as far as its line is concerned."""
 
-    name: str
-    policy: Policy
-    host: str
     _prefix: str
     _instance: str
     _pid: int
@@ -71,6 +68,12 @@ class Owner(Protocol):
     _override: dict[str, Any] | None
     _watch: Any
 
+    @property
+    def name(self) -> str: ...
+    @property
+    def policy(self) -> Policy: ...
+    @property
+    def host(self) -> str: ...
     @property
     def keys(self) -> Keys: ...
     @property

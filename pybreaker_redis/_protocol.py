@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import msgpack
 
 from ._errors import PolicyError
-from ._policy import LONGEST_OPEN, Policy, request_field
+from ._policy import LONGEST_OPEN, Policy, plain, request_field
 
 T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
+"""The state of a circuit, in a Snapshot, an Event or a HistoryEntry."""
 Forced: TypeAlias = Literal["open", "closed"]
 Request: TypeAlias = dict[str, Any]
 Reply: TypeAlias = dict[str, Any]
@@ -107,26 +108,26 @@ def decode(reply: bytes) -> Reply:
     return msgpack.unpackb(reply)  # type: ignore[no-any-return]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """The state of a breaker at one moment.
 
-    name: the breaker's. state: "closed", "open" or "half_open". generation: 0 if nothing is stored.
+    name: the name of the breaker. state: "closed", "open" or "half_open". generation: 0 if nothing is stored.
     failure_count: failures in a row. success_count: probes that succeeded since the circuit is half open.
     last_failure_time, opened_at: unix seconds, or None. retry_after: seconds after which a rejected call should ask
     again; None while calls are admitted. forced: "open" or "closed" while an operator forces the state.
-    forced_until: when that ends, in unix seconds. trips: in a row. probes_in_flight: probes that run now, in the whole
-    fleet. calls, failures, slow: counts of the window, 0 without one. failure_rate, slow_rate: shares of the calls,
-    None without calls.
+    forced_until: when that ends, in unix seconds. trips: consecutive trips. probes_in_flight: probes that run now, in
+    the whole fleet. calls, failures, slow: counts of the window, 0 without one. failure_rate, slow_rate: shares of the
+    calls, None without calls.
     reason: of the last transition, as in HistoryEntry. changed_at: when it was, in unix seconds. error: type and
     message of the failure that opened the circuit, while it is not closed. operator, note: who carried out the last
-    action on the state, and why, until the next transition. All are None where there is none.
+    action on the state, and why, until the next transition. Each is None if not known.
     health: from 0 (open) to 100. A closed circuit starts from 100, a half-open one from 50. This is multiplied by
     1 - failures, by 1 - slow_rate / 2 and by 4 / (4 + trips). Here failures is the failure rate or, if that is greater,
     failure_count / failure_threshold.
     reporters: the last failure of each host in unix seconds; kept for a quorum.
     policy: the one in force. policy_sources: the source of each field: "default", "client" or "override".
-    override_operator, override_note: who set the policy override, and why; None where nobody said.
+    override_operator, override_note: who set the policy override, and why; None if not given.
     isolated: whether the circuit is open for this instance only, below the quorum.
     source: "redis", "memory" (redis=None) or "local" (Redis is down).
     """
@@ -161,6 +162,7 @@ class Snapshot:
     override_operator: str | None
     override_note: str | None
     isolated: bool
+    __hash__ = None  # type: ignore[assignment]  # it holds dicts
 
 
 def snapshot_from(name: str, reply: Reply, policy: Policy | None = None, isolated: bool = False) -> Snapshot:
@@ -215,19 +217,19 @@ def seconds(milliseconds: int | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryEntry:
-    """One transition, or an operator's action on the state that is not one (old and new are then the same).
+    """One transition, or an operator's action that caused none (old and new are then the same).
 
-    time: unix seconds on the server's clock. old, new: the states. generation: the one that begins. failure_count,
-    success_count: those just before the transition.
+    time: unix seconds on the server's clock. old, new: the states. generation: the generation that begins.
+    failure_count, success_count: those just before the transition.
 
     reason: "failure_threshold", "failures_in_window", "error_rate", "slow_rate", "held", "timeout",
     "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset"; of actions that are no transition "forced",
     "clear_forced" or "probe". instance: the process, as "host:pid-" and eight random hex digits.
     calls, failures, slow: of the window, None without one. error: type and message of the failure that opened the
-    circuit, as in "ConnectionError: refused"; else None. operator, note: who asked for the action, and why; None where
-    nobody said.
+    circuit, as in "ConnectionError: refused"; else None. operator, note: who asked for the action, and why; None if
+    not given.
     """
 
     time: float
@@ -392,5 +394,5 @@ def control_request(action: Action) -> Request:
     if duration is None:
         return request
     if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0.001 <= duration <= LONGEST_OPEN:
-        raise PolicyError(f"duration must be from 0.001 to {LONGEST_OPEN:g} seconds, not {duration!r}")
+        raise PolicyError(f"duration must be from 0.001 to {plain(LONGEST_OPEN)} seconds, not {duration!r}")
     return {**request, "duration_ms": round(duration * 1000)}

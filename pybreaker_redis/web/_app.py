@@ -470,7 +470,7 @@ def _count(query: Any, name: str, default: int, most: float) -> int:
     """A whole number of the query string. Raises PolicyError."""
     text = query.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= most):
-        raise PolicyError(f"{name} must be a whole number of at most {most:g}, not {text!r}")
+        raise PolicyError(f"{name} must be a whole number of at most {most}, not {text!r}")
     return int(text)
 
 

@@ -18,7 +18,7 @@ import jinja2
 
 from .._board import CONDITIONS, GROUPS, REASONS, Condition, Row, clean, next_step, outlook, select, span, why
 from .._errors import PolicyError
-from .._policy import DEFAULTS, RULES
+from .._policy import DEFAULTS, RULES, plain
 from .._processes import Known, Process, given_policies, known_fields
 from .._protocol import HistoryEntry, Keys, Snapshot, keys_of, requests_by_hand
 from .._reader import Board
@@ -257,7 +257,7 @@ def _shown(name: str, value: Any) -> str:
         return "off"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g} s" if RULES[name].kind == "seconds" else f"{value:g}"
+    return f"{plain(value)} s" if RULES[name].kind == "seconds" else plain(value)
 
 
 def redis_cli_lines(keys: Keys, generation: int, clustered: bool) -> dict[str, str]:
