@@ -267,6 +267,15 @@ def test_links_of_readme_lead_somewhere() -> None:
         assert (ROOT / link).exists(), link
 
 
+def test_links_to_examples_lead_somewhere() -> None:
+    """A page may link to an example, which is outside of the site: its path exists in the repository."""
+    pages = [page for page in PAGES if page != README]
+    found = [link for page in pages for link in re.findall(r"\]\(([./]+examples/[^)]+)\)", page.read_text("utf-8"))]
+    assert len(found) >= 3
+    for link in found:
+        assert (ROOT / "docs" / "how-to" / link).exists(), link
+
+
 def figure_in_readme(pattern: str) -> float:
     """The number that README has where the pattern has a group."""
     match = re.search(pattern, README.read_text(encoding="utf-8"))
