@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -44,6 +45,7 @@ NEEDED = {  # by page: libraries that only `make test-integrations` or `make tes
     "retries.md": ("tenacity", "stamina"),
     "grpc.md": ("grpc",),
     "web.md": ("fastapi", "jinja2", "sse_starlette"),
+    "why-open.md": ("typer", "rich"),
 }
 
 
@@ -209,7 +211,7 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def reader(tcp_server: EmbeddedServer, cluster_port: int, tmp_path: pathlib.Path) -> Iterator[Reader]:
-    """A reader with an empty server, redis-cli, and what `make bundles` writes."""
+    """A reader with an empty server, redis-cli, this package's command, and what `make bundles` writes."""
     port = int(tcp_server.url.rpartition(":")[2])
     with redis.Redis.from_url(tcp_server.url) as client:
         client.flushall()
@@ -219,11 +221,15 @@ def reader(tcp_server: EmbeddedServer, cluster_port: int, tmp_path: pathlib.Path
         (tmp_path / "build" / "lua" / f"{name}.lua").write_bytes(compose(name).encode())
     program, shell = redis_cli(), None
     if program is not None:
-        shim = tmp_path / "bin" / "redis-cli"
-        shim.parent.mkdir()
-        shim.write_text(f'#!/bin/sh\nexec "{program}" -p {port} "$@"\n')
-        shim.chmod(0o755)
-        shell = Shell(tmp_path, f"{shim.parent}{os.pathsep}{os.environ['PATH']}")
+        (tmp_path / "bin").mkdir()
+        for name, command in {
+            "redis-cli": f'exec "{program}" -p {port} "$@"',
+            "pybreaker-redis": f'REDIS_URL={tcp_server.url} exec "{sys.executable}" -m pybreaker_redis "$@"',
+        }.items():
+            shim = tmp_path / "bin" / name
+            shim.write_text(f"#!/bin/sh\n{command}\n")
+            shim.chmod(0o755)
+        shell = Shell(tmp_path, f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     with contextlib.closing(shell) if shell else contextlib.nullcontext():
         yield Reader(port, cluster_port, shell)
 
