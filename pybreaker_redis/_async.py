@@ -70,7 +70,7 @@ class AsyncPermit(BasePermit):
         await self._breaker._drive(self._settle(SUCCESS, None))
 
     async def failure(self, error: BaseException | None = None, retry_after: float | str | None = None) -> None:
-        """Count the call as a failure. error: for on_call, and for the breaker's retry_after.
+        """Count the call as a failure. error: the exception, for on_call and the breaker's retry_after.
 
         retry_after: seconds after which the service said to come back; the circuit holds for that long. Raises
         PermitError if the permit is settled, and PolicyError if retry_after is not a number.

@@ -33,8 +33,8 @@ class CircuitOpenError(CircuitBreakerError):
     name: the name of the breaker. state: "open", "half_open", or "closed" during the ramp after a recovery.
     retry_after: seconds after which to ask again. While open: until the next probe. While half open: the time for which
     the probes have been running, at least 0.1 s, at most until the next slot expires. During a ramp: until it ends.
-    reason: of the last transition, as in HistoryEntry; None while closed. error: type and message of the failure that
-    opened the circuit, as in "ConnectionError: refused", or None.
+    reason: why the state last changed, as in HistoryEntry; None while closed. error: type and message of the failure
+    that opened the circuit, as in "ConnectionError: refused", or None.
 
     A class can inherit from it and from another library's error, so that handlers of either catch a rejection.
     """

@@ -30,11 +30,15 @@ class Event(NamedTuple):
 
     kind: `listeners` receive "state_change", "redis_error" and "redis_restored"; `on_call` receives "success",
     "failure", "ignored" and "rejected".
-    breaker: its name. instance: the process that caused the event, as "host:pid-" and eight random hex digits.
-    old, new, reason, generation, counts: of a state_change. error: type and message of the failure that opened the
-    circuit, if one did.
-    retry_after: of a rejection, in seconds. enforced: False in shadow mode, where the rejected call ran all the same.
-    exception: of a failure, an ignored call or a redis_error.
+    breaker: the name of the breaker. instance: the process that caused the event, as "host:pid-" and eight random hex
+    digits.
+    old: the state before a state_change. new: the state after a state_change. reason: why the state changed, as in
+    HistoryEntry. generation: the generation that a state_change begins. counts: the counts just before a state_change:
+    failure_count, success_count and, with a window, calls, failures and slow. error: type and message of the failure
+    that opened the circuit, if one did.
+    retry_after: seconds after which a rejected call should ask again. enforced: whether a rejection took effect; False
+    in shadow mode, where the call ran anyway.
+    exception: the exception of a failure, an ignored call or a redis_error.
     slow: whether a success or failure took slow_call_duration or longer; None if the policy does not measure it.
     source: "redis", "memory" (redis=None), "local" (Redis is down), "isolated" (below the quorum, for this instance
     only) or "watch".

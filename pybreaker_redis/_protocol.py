@@ -112,22 +112,28 @@ def decode(reply: bytes) -> Reply:
 class Snapshot:
     """The state of a breaker at one moment.
 
-    name: the name of the breaker. state: "closed", "open" or "half_open". generation: 0 if nothing is stored.
-    failure_count: failures in a row. success_count: probes that succeeded since the circuit is half open.
-    last_failure_time, opened_at: unix seconds, or None. retry_after: seconds after which a rejected call should ask
-    again; None while calls are admitted. forced: "open" or "closed" while an operator forces the state.
-    forced_until: when that ends, in unix seconds. trips: consecutive trips. probes_in_flight: probes that run now, in
-    the whole fleet. calls, failures, slow: counts of the window, 0 without one. failure_rate, slow_rate: shares of the
-    calls, None without calls.
-    reason: of the last transition, as in HistoryEntry. changed_at: when it was, in unix seconds. error: type and
-    message of the failure that opened the circuit, while it is not closed. operator, note: who carried out the last
-    action on the state, and why, until the next transition. Each is None if not known.
+    name: the name of the breaker. state: "closed", "open" or "half_open". generation: the number of the current
+    generation; 0 if nothing is stored. failure_count: failures in a row. success_count: probes that succeeded since the
+    circuit is half open. last_failure_time: unix seconds of the last failure that counted, or None. opened_at: unix
+    seconds of the last trip, or None while closed.
+    retry_after: seconds after which a rejected call should ask again; None while calls are admitted.
+    forced: "open" or "closed" while an operator forces the state. forced_until: when the forced state ends, in unix
+    seconds.
+    trips: consecutive trips. probes_in_flight: probes that run now, in the whole fleet.
+    calls: the calls in the window; 0 without a window. failures: the failures in the window; 0 without a window.
+    slow: the slow calls in the window; 0 without a window. failure_rate: the share of failures among the calls in the
+    window; None without calls. slow_rate: the share of slow calls in the window; None without calls.
+    reason: the reason of the last transition, as in HistoryEntry. changed_at: when the last transition was, in unix
+    seconds. error: type and message of the failure that opened the circuit, while it is not closed.
+    operator: who carried out the last action on the state, until the next transition; None if not known. note: why the
+    operator acted, until the next transition; None if not given.
     health: from 0 (open) to 100. A closed circuit starts from 100, a half-open one from 50. This is multiplied by
     1 - failures, by 1 - slow_rate / 2 and by 4 / (4 + trips). Here failures is the failure rate or, if that is greater,
     failure_count / failure_threshold.
     reporters: the last failure of each host in unix seconds; kept for a quorum.
-    policy: the one in force. policy_sources: the source of each field: "default", "client" or "override".
-    override_operator, override_note: who set the policy override, and why; None if not given.
+    policy: the policy in force. policy_sources: the source of each field: "default", "client" or "override".
+    override_operator: who set the policy override; None if not given. override_note: why the operator set the policy
+    override; None if not given.
     isolated: whether the circuit is open for this instance only, below the quorum.
     source: "redis", "memory" (redis=None) or "local" (Redis is down).
     """
@@ -221,15 +227,18 @@ def seconds(milliseconds: int | None) -> float | None:
 class HistoryEntry:
     """One transition, or an operator's action that caused none (old and new are then the same).
 
-    time: unix seconds on the server's clock. old, new: the states. generation: the generation that begins.
-    failure_count, success_count: those just before the transition.
+    time: unix seconds on the server's clock. old: the state before the transition. new: the state after it. generation:
+    the generation that begins. failure_count: failures in a row just before the transition. success_count: successful
+    probes just before the transition.
 
     reason: "failure_threshold", "failures_in_window", "error_rate", "slow_rate", "held", "timeout",
     "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset"; of actions that are no transition "forced",
-    "clear_forced" or "probe". instance: the process, as "host:pid-" and eight random hex digits.
-    calls, failures, slow: of the window, None without one. error: type and message of the failure that opened the
-    circuit, as in "ConnectionError: refused"; else None. operator, note: who asked for the action, and why; None if
-    not given.
+    "clear_forced" or "probe". instance: the process that made the transition, as "host:pid-" and eight random hex
+    digits.
+    calls: the calls in the window; None without a window. failures: the failures in the window; None without a window.
+    slow: the slow calls in the window; None without a window. error: type and message of the failure that opened the
+    circuit, as in "ConnectionError: refused"; else None. operator: who carried out the action; None if not given.
+    note: why the operator acted; None if not given.
     """
 
     time: float

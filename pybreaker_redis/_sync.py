@@ -49,7 +49,7 @@ class Permit(BasePermit):
         self._breaker._drive(self._settle(SUCCESS, None))
 
     def failure(self, error: BaseException | None = None, retry_after: float | str | None = None) -> None:
-        """Count the call as a failure. error: for on_call, and for the breaker's retry_after.
+        """Count the call as a failure. error: the exception, for on_call and the breaker's retry_after.
 
         retry_after: seconds after which the service said to come back; the circuit holds for that long. Raises
         PermitError if the permit is settled, and PolicyError if retry_after is not a number.
@@ -350,8 +350,10 @@ class CircuitBreaker(BreakerCore):
     ) -> None:
         """Reject every call of the fleet, then probe. duration: seconds; default and maximum: 30 days.
 
-        operator, note: who asks, and why; at most 100 and 200 characters. The snapshot shows those of the last action
-        until the next transition, and the history keeps all. Longer texts are cut, non-ASCII characters escaped.
+        operator: the name of who acts, at most 100 characters. note: the reason for the action, at most 200 characters.
+
+        The snapshot shows operator and note of the last action until the next transition, and the history keeps all.
+        Longer texts are cut, non-ASCII characters escaped.
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
@@ -415,15 +417,15 @@ class CircuitBreaker(BreakerCore):
         """Set a policy override for the whole fleet: fields of Policy, added to those set before.
 
         Every instance obeys within two leases, or within milliseconds if it watches. duration: seconds until the whole
-        policy override ends; None: until clear_policy(). operator, note: who asks, and why, as for
-        force_open; they are kept with the policy override. Raises PolicyError; RedisUnavailableError.
+        policy override ends; None: until clear_policy(). operator, note: as for force_open; kept with the policy
+        override. Raises PolicyError; RedisUnavailableError.
         """
         self._drive(self._command(Action("set_policy", operator, note, duration), fields))
 
     def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
         """End the policy override: every instance follows its own policy again.
 
-        operator, note: as for force_open; they are published, but not stored. Raises RedisUnavailableError.
+        operator, note: as for force_open; published, but not stored. Raises RedisUnavailableError.
         """
         self._drive(self._command(Action("clear_policy", operator, note)))
 
