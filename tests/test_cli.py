@@ -450,6 +450,8 @@ def newest(client: redis.Redis, name: str) -> dict[str, str]:
     ("arguments", "says"),
     [
         (["policy", "set", "d", "quorum=x"], "quorum=x"),
+        (["policy", "set", "d", "quorum=off"], "quorum must be a whole number"),
+        (["policy", "set", "d", "window=soon"], "window must be a length of time"),
         (["policy", "set", "d", "quorum=0", "--create"], "from 1 to 100"),
         (["policy", "set", "d", "qorum=1"], "the fields are failure_threshold"),
         (["policy", "set", "d"], "FIELD=VALUE"),

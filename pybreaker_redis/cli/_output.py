@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import itertools
 import json
-import re
 import textwrap
 import time
 from collections.abc import Iterable, Sequence
@@ -16,14 +15,15 @@ import rich.console
 import rich.text
 import typer
 
+from .. import _typed
 from .._board import clean, span
+from .._errors import PolicyError
 from .._policy import RULES, Policy
 from .._protocol import HistoryEntry, Snapshot
 from ._fleet import Reading
 from ._table import STYLES
 
 LABEL = 25  # letters of a label
-_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class _Console(rich.console.Console):
@@ -145,11 +145,11 @@ def transition(entry: HistoryEntry, *, stamped: bool = False, brief: bool = Fals
 
 
 def seconds(text: str) -> float:
-    """A length of time as typed: 30, 0.5, 250ms, 10m, 2h, 1d."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", text.strip())
-    if found is None:
-        raise typer.BadParameter(f"{text!r} is not a length of time; write 30, 0.5, 250ms, 10m, 2h or 1d")
-    return round(float(found[1]) * _UNITS[found[2]], 3)
+    """A length of time as typed."""
+    try:
+        return _typed.seconds(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:
@@ -160,13 +160,9 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
 def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     name = {"timeout_seconds": "reset_timeout"}.get(name, name)
-    if not equals or name not in RULES:
+    if not equals:
         raise typer.BadParameter(f"{text!r} must be FIELD=VALUE; the fields are {', '.join(RULES)}")
-    words = {"none": None, "off": None, "true": True, "false": False}
-    if value.lower() in words:
-        return name, words[value.lower()]
-    kind = RULES[name].kind
     try:
-        return name, seconds(value) if kind == "seconds" else int(value) if kind == "count" else float(value)
-    except ValueError as error:
+        return name, _typed.policy_value(name, value)
+    except PolicyError as error:
         raise typer.BadParameter(f"{text!r}: {error}") from error

@@ -552,7 +552,7 @@ def test_the_policy_form_sets_the_fields_that_are_filled_in(client: redis.Redis,
     """Empty fields stay; flags, numbers, seconds and "none" are understood."""
     make(client, "api")
     page = site()
-    fields = {"failure_threshold": " 7 ", "reset_timeout": "2.5", "enforce": "false", "error_rate_threshold": "none"}
+    fields = {"failure_threshold": " 7 ", "reset_timeout": "2500ms", "enforce": "false", "error_rate_threshold": "none"}
     form = {f"policy.{name}": value for name, value in {**fields, "quorum": ""}.items()}
     asked = post(page, "/breakers/api/set-policy", {**form, "note": "why"})
     assert "until somebody ends it" in asked.text
@@ -584,6 +584,8 @@ def test_the_policy_form_sets_the_fields_that_are_filled_in(client: redis.Redis,
         ("set-policy", {"note": "x", "policy.quorum": "0"}, "quorum must be"),
         ("set-policy", {"note": "x", "policy.quorum": "two"}, "a whole number"),
         ("set-policy", {"note": "x", "policy.enforce": "maybe"}, "true or false"),
+        ("set-policy", {"note": "x", "policy.window": "soon"}, "250ms, 10m"),
+        ("set-policy", {"note": "x", "policy.window": "none"}, "window must be"),
         ("set-policy", {"note": "x", "policy.nothing": "1"}, "not a policy field"),
     ],
 )
