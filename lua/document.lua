@@ -263,7 +263,7 @@ function breaker.take_over_open(document, own, request)
   local now = document.now
   if breaker.is_integer(own.open_until_ms, 0, LARGEST) and breaker.is_integer(own.open_ms, 0, LARGEST) then
     document.open_ms = math.min(own.open_ms, 30 * DAY_MS)
-    if breaker.is_integer(own.held_generation, 1, 100 * LARGEST) then document.held_generation = own.held_generation end
+    if breaker.is_integer(own.held_generation, 1, own.generation) then document.held_generation = own.held_generation end
     -- A deadline more than twice the open period away means that the clock went back: treat it as due.
     local is_far = own.open_until_ms - now > 2 * own.open_ms
     document.open_until_ms = is_far and now or breaker.bounded_ms(document, own.open_until_ms)

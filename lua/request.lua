@@ -3,14 +3,14 @@ The request and the reply: checks the fields of the request, and finds the polic
 ]]
 
 -- Returns the checked request, or nil, an error message, and the encoder of the reply. limit_of: a function that gives
--- the greatest value of one of the script's integer fields, or nil. kinds: {field: kind} of its other fields, "text",
+-- the greatest value of one of the script's integer fields besides generation, or nil. kinds: {field: kind} of its other fields, "text",
 -- "duration" (milliseconds) or "policy".
 function breaker.request(limit_of, kinds)
   local is_json = string.byte(ARGV[1] or '') == 123
   local ok, request = pcall(is_json and cjson.decode or cmsgpack.unpack, ARGV[1] or '')
   if #KEYS ~= 3 or #ARGV ~= 1 or not ok or type(request) ~= 'table' then return nil, breaker.bad_call() end
   for field, value in next, request do
-    local limit = limit_of and limit_of(field)
+    local limit = limit_of and (field == 'generation' and 100 * LARGEST or limit_of(field))
     local kind = limit or (field == 'instance' or field == 'host') and 'text' or field == 'policy' and 'policy' or kinds and kinds[field]
     local fits = limit and type(value) == 'number' and value >= 0 and value <= limit and value % 1 == 0
       or kind == 'text' and type(value) == 'string' and #value <= 200 and string.find(value, '^[ -~]*$')
