@@ -141,6 +141,7 @@ function breaker.announce(document, request)
   if change.error then entry[#entry + 1], entry[#entry + 2] = 'error', change.error end
   if change.operator then entry[#entry + 1], entry[#entry + 2] = 'operator', change.operator end
   if change.note then entry[#entry + 1], entry[#entry + 2] = 'note', change.note end
+  if change.override then entry[#entry + 1], entry[#entry + 2] = 'override', change.override end
   local added = redis.pcall(unpack(entry))
   local wrong = type(added) == 'table' and added.err
   if wrong and (string.find(wrong, 'WRONGTYPE', 1, true) or string.find(wrong, 'exhausted', 1, true)) then

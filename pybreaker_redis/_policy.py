@@ -254,6 +254,15 @@ def override_request(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {request_field(name): RULES[name].to_request(value) for name, value in fields.items()}
 
 
+def policy_fields(override: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a policy override as in Policy. Leaves out what the scripts would not accept."""
+    names = {name: request_field(name) for name in RULES}
+    sound = [
+        (name, field) for name, field in names.items() if field in override and RULES[name].accepts(override[field])
+    ]
+    return {name: RULES[name].from_request(override[field]) for name, field in sound}
+
+
 @functools.lru_cache(maxsize=1000)
 def shared_request(policy: Policy) -> tuple[dict[str, Any], bool]:
     """The policy's to_request(), the same for all breakers, and whether any of its fields matters to a success."""

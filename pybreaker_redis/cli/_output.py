@@ -8,7 +8,7 @@ import itertools
 import json
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import rich.console
@@ -81,7 +81,7 @@ def details(reading: Reading, policy: Policy | None) -> Iterable[tuple[str, str]
     yield "trips in a row", str(seen.trips)
     yield "generation", str(seen.generation)
     if overruled := [field for field, source in seen.policy_sources.items() if source == "override"]:
-        fields = ", ".join(f"{field}={getattr(seen.policy, field)}" for field in overruled)
+        fields = assigned({field: getattr(seen.policy, field) for field in overruled})
         yield "policy override", fields + by_whom(seen)
     for host, at in seen.reporters.items():
         yield "host with a failure", f"{clean(host)} at {stamp(at)}"
@@ -102,6 +102,12 @@ def by_whom(seen: Snapshot) -> str:
     """Who set the policy override, and why, in brackets; empty where nobody said."""
     texts = filter(None, (seen.override_operator and f"by {seen.override_operator}", seen.override_note))
     return f" ({clean(': '.join(texts))})" if seen.override_operator or seen.override_note else ""
+
+
+def assigned(fields: Mapping[str, Any], until: float | None = None) -> str:
+    """Policy fields as they are typed. until: their end in unix seconds."""
+    shown = ", ".join(f"{field}={value}" for field, value in fields.items())
+    return shown if until is None else f"{shown} until {stamp(until)}"
 
 
 def _of(seen: Snapshot, policy: Policy | None, count: int, threshold: str) -> str:
@@ -138,7 +144,11 @@ def transition(entry: HistoryEntry, *, stamped: bool = False, brief: bool = Fals
         counts += f", {entry.failures} of {entry.calls} failed, {entry.slow} slow"
     by = f"  by {entry.operator or entry.instance or '?'}{f': {entry.note}' if entry.note else ''}"
     shown = f"  {entry.reason}" if brief else f"  {entry.reason:<18}{counts}"
-    return text.append(clean(f"{shown}{by}{f'  {entry.error}' if entry.error else ''}"))
+    text.append(clean(f"{shown}{by}{f'  {entry.error}' if entry.error else ''}"))
+    if entry.override:
+        ended = "" if entry.reason == "set_policy" else "ended "
+        text.append(f"  {ended}{assigned(entry.override, entry.override_until)}")
+    return text
 
 
 # Arguments
