@@ -254,7 +254,7 @@ def override_request(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {request_field(name): RULES[name].to_request(value) for name, value in fields.items()}
 
 
-def policy_fields(override: Mapping[str, Any]) -> dict[str, Any]:
+def override_fields(override: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a policy override as in Policy. Leaves out what the scripts would not accept."""
     names = {name: request_field(name) for name in RULES}
     sound = [

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import msgpack
 
 from ._errors import PolicyError
-from ._policy import LONGEST_OPEN, Policy, policy_fields, request_field
+from ._policy import LONGEST_OPEN, Policy, override_fields, request_field
 
 T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
@@ -289,7 +289,7 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
         error=fields.get("error"),
         operator=fields.get("operator"),
         note=fields.get("note"),
-        override=policy_fields(override) or None,
+        override=override_fields(override) or None,
         override_until=until_ms / 1000 if isinstance(until_ms, int) and 0 < until_ms <= EXACT else None,
         **{key: int(fields[key]) for key in COUNTS[2:] if key in fields},
     )

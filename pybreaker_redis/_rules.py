@@ -402,7 +402,7 @@ def enter(document: Document, reason: str) -> None:
 def enter_policy(document: Document, action: str) -> None:
     """Enter an action on the policy override. It stores no document: the generation is 0 where none is stored."""
     enter(document, action)
-    if document.entry is not None and document.is_new:
+    if document.entry and document.is_new:
         document.entry["generation"] = 0
 
 
