@@ -225,8 +225,8 @@ class HistoryEntry:
     present one; 0 if nothing is stored. failure_count, success_count: those just before.
 
     reason: "failure_threshold", "failures_in_window", "error_rate", "slow_rate", "held", "timeout",
-    "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset"; of actions that are no transition "forced",
-    "clear_forced", "probe", "set_policy", "clear_policy", or "reset" where only a policy override was dropped.
+    "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset". Of actions that are no transition: "forced",
+    "clear_forced", "probe", "set_policy", "clear_policy", or "reset" if it only dropped a policy override.
     instance: the process, as "host:pid-" and eight random hex digits.
     calls, failures, slow: of the window, None without one. error: type and message of the failure that opened the
     circuit, as in "ConnectionError: refused"; else None. operator, note: who asked for the action, and why; None where
