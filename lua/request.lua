@@ -3,8 +3,8 @@ The request and the reply: checks the fields of the request, and finds the polic
 ]]
 
 -- Returns the checked request, or nil, an error message, and the encoder of the reply. limit_of: a function that gives
--- the greatest value of one of the script's integer fields besides generation, or nil. kinds: {field: kind} of its other fields, "text",
--- "duration" (milliseconds) or "policy".
+-- the greatest value of one of the script's integer fields besides generation, or nil. kinds: {field: kind} of its
+-- other fields, "text", "duration" (milliseconds) or "policy".
 function breaker.request(limit_of, kinds)
   local is_json = string.byte(ARGV[1] or '') == 123
   local ok, request = pcall(is_json and cjson.decode or cmsgpack.unpack, ARGV[1] or '')
