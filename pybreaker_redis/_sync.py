@@ -413,15 +413,16 @@ class CircuitBreaker(BreakerCore):
         """Set a policy override for the whole fleet: fields of Policy, added to those set before.
 
         Every instance obeys within two leases, or within milliseconds if it watches. duration: seconds until the whole
-        policy override ends; None: until clear_policy(). operator, note: who asks, and why, as for
-        force_open; they are kept with the policy override. Raises PolicyError; RedisUnavailableError.
+        policy override ends; None: until clear_policy(). Changes nothing if the fields have these values already, and
+        the end stays the same. operator, note: who asks, and why, as for force_open; kept with the policy override and
+        in the history. Raises PolicyError; RedisUnavailableError.
         """
         self._drive(self._command(Action("set_policy", operator, note, duration), fields))
 
     def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
         """End the policy override: every instance follows its own policy again.
 
-        operator, note: as for force_open; they are published, but not stored. Raises RedisUnavailableError.
+        operator, note: who asks, and why, for the history; as for force_open. Raises RedisUnavailableError.
         """
         self._drive(self._command(Action("clear_policy", operator, note)))
 
