@@ -505,7 +505,10 @@ class AsyncCircuitBreaker(BreakerCore):
         await self._drive(self._command(Action("clear_policy", operator, note)))
 
     async def history(self, count: int = 100) -> list[HistoryEntry]:
-        """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
+        """Up to `count` transitions and operators' actions, newest first.
+
+        Raises RedisUnavailableError; PolicyError for count < 1.
+        """
         check_history_count(count)
         self._check_process()
         if self._memory is not None:

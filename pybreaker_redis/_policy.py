@@ -244,15 +244,29 @@ DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.f
 Policy.__doc__ = f"{Policy.__doc__}\n" + "\n".join(f"    {name}: {rule.meaning}" for name, rule in RULES.items())
 
 
+def rule_of(name: str) -> Rule:
+    """What the policy field called name accepts. Raises PolicyError if there is none."""
+    if name not in RULES:
+        raise PolicyError(f"{name} is not a policy field; the fields are {', '.join(RULES)}")
+    return RULES[name]
+
+
 def override_request(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Policy fields in the form that control.lua takes. Raises PolicyError for an unknown field or a bad value."""
     if not fields:
         raise PolicyError("name at least one policy field to set")
     for name, value in fields.items():
-        if name not in RULES:
-            raise PolicyError(f"{name} is not a policy field; the fields are {', '.join(RULES)}")
-        RULES[name].check(name, value)
+        rule_of(name).check(name, value)
     return {request_field(name): RULES[name].to_request(value) for name, value in fields.items()}
+
+
+def override_fields(override: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a policy override as in Policy. Leaves out what the scripts would not accept."""
+    names = {name: request_field(name) for name in RULES}
+    sound = [
+        (name, field) for name, field in names.items() if field in override and RULES[name].accepts(override[field])
+    ]
+    return {name: RULES[name].from_request(override[field]) for name, field in sound}
 
 
 @functools.lru_cache(maxsize=1000)

@@ -8,13 +8,13 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgpack
 
 from ._errors import PolicyError
-from ._policy import LONGEST_OPEN, Policy, plain, request_field
+from ._policy import LONGEST_OPEN, Policy, override_fields, plain, request_field
 
 T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
@@ -46,6 +46,8 @@ GREATEST_GENERATION = 100 * EXACT
 LONGEST_OPEN_MS = round(LONGEST_OPEN * 1000)
 LARGEST_TEXT = 65536
 LONGEST_OPERATOR, LONGEST_NOTE = 100, 200
+POLICY_ACTIONS = "set_policy", "clear_policy"  # also the reasons of their history entries
+NOTES = "clear_forced", "probe", *POLICY_ACTIONS  # reasons of history entries that are never a transition
 ABOUT_OVERRIDE = "until_ms", "operator", "note"  # stored with the fields of a policy override
 
 
@@ -228,17 +230,19 @@ class HistoryEntry:
     """One transition, or an operator's action that caused none (old and new are then the same).
 
     time: unix seconds on the server's clock. old: the state before the transition. new: the state after it. generation:
-    the generation that begins. failure_count: failures in a row just before the transition. success_count: successful
-    probes just before the transition.
+    the generation that a transition begins, or the present one; 0 if nothing is stored. failure_count: failures in a
+    row just before the transition. success_count: successful probes just before the transition.
 
     reason: "failure_threshold", "failures_in_window", "error_rate", "slow_rate", "held", "timeout",
-    "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset"; of actions that are no transition "forced",
-    "clear_forced" or "probe". instance: the process that made the transition, as "host:pid-" and eight random hex
-    digits.
+    "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset". Of actions that are no transition: "forced",
+    "clear_forced", "probe", "set_policy", "clear_policy", or "reset" if it only dropped a policy override.
+    instance: the process that made the transition, as "host:pid-" and eight random hex digits.
     calls: the calls in the window; None without a window. failures: the failures in the window; None without a window.
     slow: the slow calls in the window; None without a window. error: type and message of the failure that opened the
     circuit, as in "ConnectionError: refused"; else None. operator: who carried out the action; None if not given.
     note: why the operator acted; None if not given.
+    override: the policy fields that the action set or ended, as in Policy; None if it did neither. override_until:
+    until when it set them, in unix seconds; None for good.
     """
 
     time: float
@@ -255,6 +259,14 @@ class HistoryEntry:
     error: str | None = None
     operator: str | None = None
     note: str | None = None
+    override: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
+    override_until: float | None = None
+
+
+def override_text(fields: Mapping[str, Any], until_ms: int | None = None) -> str:
+    """Fields of a policy override in the scripts' units, with its end, as a history entry has them."""
+    end = {} if until_ms is None else {"until_ms": until_ms}
+    return json.dumps({**dict(sorted(fields.items())), **end}, separators=(",", ":"))
 
 
 def history_fields(raw: list[Any]) -> list[dict[str, Any]]:
@@ -273,6 +285,8 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
     time_ms = int(fields["time_ms"])
     if not 0 <= time_ms <= EXACT:
         raise ValueError(f"time_ms must be from 0 to {EXACT}, not {time_ms}")
+    override = read_map(str(fields.get("override", "")).encode(errors="replace")) or {}
+    until_ms = override.get("until_ms")
     return HistoryEntry(
         time=time_ms / 1000,
         old=fields["from"],
@@ -285,6 +299,8 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
         error=fields.get("error"),
         operator=fields.get("operator"),
         note=fields.get("note"),
+        override=override_fields(override) or None,
+        override_until=until_ms / 1000 if isinstance(until_ms, int) and 0 < until_ms <= EXACT else None,
         **{key: int(fields[key]) for key in COUNTS[2:] if key in fields},
     )
 

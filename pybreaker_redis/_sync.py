@@ -417,20 +417,24 @@ class CircuitBreaker(BreakerCore):
         """Set a policy override for the whole fleet: fields of Policy, added to those set before.
 
         Every instance obeys within two leases, or within milliseconds if it watches. duration: seconds until the whole
-        policy override ends; None: until clear_policy(). operator, note: as for force_open; kept with the policy
-        override. Raises PolicyError; RedisUnavailableError.
+        policy override ends; None: until clear_policy(). Changes nothing if the fields have these values already, and
+        the end stays the same. operator, note: as for force_open; kept with the policy override and in the history.
+        Raises PolicyError; RedisUnavailableError.
         """
         self._drive(self._command(Action("set_policy", operator, note, duration), fields))
 
     def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
         """End the policy override: every instance follows its own policy again.
 
-        operator, note: as for force_open; published, but not stored. Raises RedisUnavailableError.
+        operator, note: as for force_open; kept in the history. Raises RedisUnavailableError.
         """
         self._drive(self._command(Action("clear_policy", operator, note)))
 
     def history(self, count: int = 100) -> list[HistoryEntry]:
-        """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
+        """Up to `count` transitions and operators' actions, newest first.
+
+        Raises RedisUnavailableError; PolicyError for count < 1.
+        """
         check_history_count(count)
         self._check_process()
         if self._memory is not None:
