@@ -15,7 +15,7 @@ from ._events import Notices
 from ._memory import LocalEngine
 from ._policy import DEFAULTS, Policy
 from ._process import renew
-from ._protocol import ABOUT_OVERRIDE, Keys, Reply, Request, State, read_document, read_map, read_window
+from ._protocol import ABOUT_OVERRIDE, NOTES, Keys, Reply, Request, State, read_document, read_map, read_window
 from ._slow import SlowCalls
 from ._view import Seen, View
 from .wire.link import IDLE, LONGEST_PAUSE, Due, Health, Link
@@ -59,9 +59,6 @@ class FixedEngine:
 class Owner(Protocol):
     """A breaker, as far as its line is concerned."""
 
-    name: str
-    policy: Policy
-    host: str
     _prefix: str
     _instance: str
     _pid: int
@@ -71,6 +68,12 @@ class Owner(Protocol):
     _override: dict[str, Any] | None
     _watch: Any
 
+    @property
+    def name(self) -> str: ...
+    @property
+    def policy(self) -> Policy: ...
+    @property
+    def host(self) -> str: ...
     @property
     def keys(self) -> Keys: ...
     @property
@@ -319,9 +322,9 @@ class Line:
     def announce(self, history: list[dict[str, Any]]) -> None:
         change, self.news = self.news, None
         assert change is not None
-        # the oldest entry of the generation: a new end for a forced state adds entries to it
+        # the oldest entry of the generation: a new end for a forced state adds entries to it, as other actions do
         known = (entry for entry in reversed(history) if entry.get("generation") == str(change["generation"]))
-        entry = next(known, {"instance": ""})
+        entry = next((entry for entry in known if entry.get("reason") not in NOTES), {"instance": ""})
         if entry["instance"] != self._owner._instance:  # our own transition comes with the reply that it caused
             # scripts write decimal numbers
             change |= {key: int(value) if re.fullmatch("[0-9]{1,16}", value) else value for key, value in entry.items()}

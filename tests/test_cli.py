@@ -26,6 +26,7 @@ from conftest import wait_until
 from fault_proxy import proxy_to
 from fault_servers import cluster
 from test_access import greeting
+from without import run_without
 
 from pybreaker_redis import CircuitBreaker, Policy
 from pybreaker_redis._board import CHUNK, SCAN_COUNT
@@ -278,6 +279,21 @@ def test_history(run: Callable[..., Done], client: redis.Redis) -> None:
     assert [entry["reason"] for entry in run("history", "discovery", "--json", "-n", "1").json] == ["reset"]
 
 
+def test_history_of_a_policy(run: Callable[..., Done], client: redis.Redis) -> None:
+    """It shows which fields an operator set or ended, until when, by whom and why; JSON has them as in Policy."""
+    set_it = ["policy", "set", "d", "failure_threshold=9", "reset_timeout=2.5", "--operator", "ann", "-y"]
+    assert run(*set_it, "--note", "noisy", "--for", "1h", "--create").code == 0
+    assert run("policy", "clear", "d", "--operator", "bob", "-y").code == 0
+    cleared, set_ = run("history", "d").out.splitlines()
+    fields = r"failure_threshold=9, reset_timeout=2\.5"
+    assert re.search(rf"closed +set_policy +0 in a row  by ann: noisy  {fields} until \d{{4}}-\S+ \S+$", set_)
+    assert re.search(rf"closed +clear_policy +0 in a row  by bob  ended {fields}$", cleared)
+    newest, oldest = run("history", "d", "--json").json
+    assert oldest["override"] == newest["override"] == {"failure_threshold": 9, "reset_timeout": 2.5}
+    assert oldest["override_until"] == pytest.approx(oldest["time"] + 3600, abs=1)
+    assert newest["override_until"] is None
+
+
 # Steering
 
 
@@ -380,7 +396,7 @@ def test_who_acts_and_why(given: list[str], run: Callable[..., Done], client: re
     fail(client, "d")
     for command in (["force-open", "d"], ["clear", "d"], ["reset", "d"], ["policy", "set", "d", "quorum=2"]):
         assert run(*command, "-y", "--note", "a repair", *given).code == 0
-    assert [line.split("  ")[-1] for line in run("history", "d").out.splitlines()[:3]] == [f"by {who}: a repair"] * 3
+    assert [f"  by {who}: a repair" in line for line in run("history", "d").out.splitlines()[:4]] == [True] * 4
     assert re.search(rf"^operator +{who}$", run("show", "d").out, re.MULTILINE)
     assert f"policy override by {who}: a repair" in run("list").out
     seen = run("show", "d", "--json").json
@@ -450,6 +466,8 @@ def newest(client: redis.Redis, name: str) -> dict[str, str]:
     ("arguments", "says"),
     [
         (["policy", "set", "d", "quorum=x"], "quorum=x"),
+        (["policy", "set", "d", "quorum=off"], "quorum must be a whole number"),
+        (["policy", "set", "d", "window=soon"], "window must be a length of time"),
         (["policy", "set", "d", "quorum=0", "--create"], "from 1 to 100"),
         (["policy", "set", "d", "qorum=1"], "the fields are failure_threshold"),
         (["policy", "set", "d"], "FIELD=VALUE"),
@@ -939,21 +957,28 @@ def test_completion(shell: str, server: EmbeddedServer, client: redis.Redis) -> 
     assert "discovery" in done.stdout
 
 
-WITHOUT_EXTRA = """
-import sys, importlib.util
-real = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "typer" else real(name, *rest)
+PROGRAM = """
 from pybreaker_redis.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_without_the_extra() -> None:
-    """Without typer the program names the extra to install, on one line, and fails."""
-    command = [sys.executable, "-c", WITHOUT_EXTRA, "list"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+@pytest.mark.parametrize(
+    ("package", "arguments", "message"),
+    [
+        ("typer", ["list"], "the command line needs an extra: pip install 'pybreaker_redis[cli]' ("),
+        ("rich", ["list"], "the command line needs an extra: pip install 'pybreaker_redis[cli]' ("),
+        ("starlette", ["serve"], "page needs an extra: pip install 'pybreaker_redis[web]' ("),
+        ("uvicorn", ["serve"], "page needs an extra: pip install 'pybreaker_redis[web]' ("),
+    ],
+)
+def test_without_the_extra(package: str, arguments: list[str], message: str) -> None:
+    """The program names the extra to install, without a traceback, and fails."""
+    done = run_without([package], PROGRAM, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "the command line needs the extra cli: pip install 'pybreaker_redis[cli]'\n"
+    assert message in done.stderr
+    assert package in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_version(run: Callable[..., Done]) -> None:

@@ -6,12 +6,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from opentelemetry import metrics, trace
-from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
-
 from .._events import Event
+from .._extras import needs_extra
 from ..wire.options import error_kind
 from ._meter import DURATION_BOUNDS, STATES, BreakerReading, Meter, Reading
+
+with needs_extra(__name__, "otel"):
+    from opentelemetry import metrics, trace
+    from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
 __all__ = ["OpenTelemetryMetrics", "OpenTelemetrySpans"]
 
@@ -54,6 +56,12 @@ class OpenTelemetryMetrics(Meter):
         )
         counter("circuit_breaker.calls", [self._reads(_calls)], "{call}", "Calls by outcome.")
         counter(
+            "circuit_breaker.shadow.rejections",
+            [self._reads(_shadow_rejections)],
+            "{call}",
+            "Calls that shadow mode would have rejected; circuit_breaker.calls has them by their outcome.",
+        )
+        counter(
             "circuit_breaker.transitions",
             [self._reads(_transitions)],
             "{transition}",
@@ -84,7 +92,7 @@ class OpenTelemetryMetrics(Meter):
         def callback(_: CallbackOptions) -> Iterable[Observation]:
             with self._sharing:
                 if self._shared is None or what in self._used:
-                    self._shared, self._used = self.read(), set()
+                    self._shared, self._used = self._read_all(), set()
                 self._used.add(what)
                 return list(what(self._shared))
 
@@ -124,6 +132,10 @@ def _calls(reading: Reading) -> Iterator[Observation]:
     for one in reading.breakers:
         for outcome, count in one.calls.items():
             yield Observation(count, {_NAME: one.name, "circuit_breaker.outcome": outcome})
+
+
+def _shadow_rejections(reading: Reading) -> Iterator[Observation]:
+    return _each(reading, lambda one: one.shadow_rejected)
 
 
 def _transitions(reading: Reading) -> Iterator[Observation]:

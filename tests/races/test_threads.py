@@ -114,7 +114,7 @@ def test_a_success_ends_the_run_at_any_line_of_a_failure_in_memory() -> None:
             break
         fail(breaker)
         assert breaker.snapshot().failure_count in (1, 2), f"line {line}"
-        assert breaker.counts[:3] == (2, 0, 7)
+        assert (breaker.counts.successes, breaker.counts.failures) == (2, 7)
     assert line > 20
 
 
@@ -262,6 +262,20 @@ def test_a_lower_generation_is_taken_when_it_is_newer() -> None:
     adopt(view, reply("open", 8, 30_000), 100.0, 106.0)
     adopt(view, reply("closed", 7), 106.5, 107.0)
     assert (view.seen.state, view.seen.generation) == ("closed", 7)
+
+
+@pytest.mark.parametrize("order", ["refusal last", "report last"])
+def test_an_overtaken_refusal_does_not_hide_a_free_slot(order: str) -> None:
+    """A refresh is sent after the report that ends a probe, but runs before it: the next call asks for the slot."""
+    view = View(10.0)
+    adopt(view, reply("half_open", 7, 100), 90.0, 91.0)
+    report, refresh = (reply("half_open", 7), 100.0), (reply("half_open", 7, 100), 101.0)
+    first, last = (report, refresh) if order == "refusal last" else (refresh, report)
+    adopt(view, *first, 106.0)
+    adopt(view, *last, 107.0)
+    assert view.seen.verdict(107.0) is Verdict.ASK
+    adopt(view, reply("half_open", 7, 100), 107.5, 108.0)  # asked after both
+    assert view.seen.verdict(108.0) is Verdict.REJECT
 
 
 @pytest.mark.parametrize("has_global_lock", [True, False])
@@ -629,7 +643,7 @@ def test_quick_successes_never_decrease() -> None:
     read: list[int] = []
 
     def count(_: int) -> None:
-        read.append(breaker.counts.successes - breaker.counts.slow)
+        read.append(breaker.counts.successes - breaker.counts.slow_successes)
 
     def slow_call() -> None:
         breaker.call(time.sleep, 0.002)
@@ -638,7 +652,7 @@ def test_quick_successes_never_decrease() -> None:
         if not signalled_at(place, _events, slow_call, functools.partial(run_threads, 1, count)):
             break
     assert place > 2
-    assert breaker.counts[:2] == (place + 1, place + 1)
+    assert (breaker.counts.successes, breaker.counts.slow_successes) == (place + 1, place + 1)
     assert read == [0] * place
 
 
@@ -748,4 +762,4 @@ def test_two_loops_in_two_threads_share_one_asyncio_breaker(server: EmbeddedServ
     wanted = [(thread, "success", "None") for thread in threads.values()]
     wanted += [(thread, "failure", str(number)) for number, thread in threads.items()]
     assert received == dict.fromkeys(wanted, 80)
-    assert breaker.counts[:3] == (160, 0, 160)
+    assert (breaker.counts.successes, breaker.counts.failures) == (160, 160)

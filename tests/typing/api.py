@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Literal, assert_type
+from typing import assert_type
 
 import aiohttp
 import flask
+import grpc
 import httpx
 import httpx2
 import requests
@@ -37,42 +39,45 @@ from pybreaker_redis import (
     CircuitBreakerManager,
     CircuitOpenError,
     Classification,
+    Clock,
     Config,
     ConfigError,
     Counts,
     Event,
+    EventKind,
+    ForcedStateError,
     HistoryEntry,
+    Listener,
     Permit,
     PermitError,
     Policy,
     PolicyError,
     RedisUnavailableError,
     Snapshot,
+    State,
     Watch,
 )
 from pybreaker_redis.config import load
-from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, find_binary, serve
+from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, serve
 from pybreaker_redis.instrumentation.logging import LoggingListener
 from pybreaker_redis.instrumentation.otel import OpenTelemetryMetrics, OpenTelemetrySpans
 from pybreaker_redis.instrumentation.prometheus import PrometheusMetrics
 from pybreaker_redis.integrations import retry_after_header
-from pybreaker_redis.integrations.aiohttp import CircuitOpenClientError, breaker_middleware, callers_own
-from pybreaker_redis.integrations.celery import REJECTIONS, BreakerTask
+from pybreaker_redis.integrations.aiohttp import CircuitOpenClientError, breaker_middleware, is_callers_fault
+from pybreaker_redis.integrations.celery import BreakerTask
 from pybreaker_redis.integrations.grpc import (
-    FAILURES,
-    AioRpcRejected,
+    FAILURE_CODES,
     BreakerInterceptor,
-    BreakerOf,
-    RpcRejected,
+    CircuitOpenAioRpcError,
+    CircuitOpenRpcError,
+    FailedCallError,
     aio_interceptors,
 )
 from pybreaker_redis.integrations.requests import BreakerAdapter, CircuitOpenConnectionError
 from pybreaker_redis.integrations.stamina import after_open, unless_open
 from pybreaker_redis.integrations.tenacity import retry_unless_open, wait_until_probe
-from pybreaker_redis.testing import Breakers, FakeClock, Wanted, aset_state, set_state
+from pybreaker_redis.testing import Breakers, FakeClock, SettableState, aset_state, set_state
 from pybreaker_redis.web import breakers_app
-
-State = Literal["closed", "open", "half_open"]
 
 
 def on_event(event: Event) -> None:
@@ -88,8 +93,23 @@ def on_event(event: Event) -> None:
     assert_type(event.slow, bool | None)
     assert_type(event.enforced, bool | None)
     assert_type(event.error, str | None)
-    if event.kind == "state_change":
+    kind: EventKind = event.kind
+    if kind == "state_change":
         print(event.new)
+
+
+class ApiError(Exception):
+    status: int
+
+
+def is_server_error(error: ApiError) -> bool:
+    return error.status >= 500
+
+
+CircuitBreaker("discovery", failures=is_server_error, ignore=lambda error: error.status == 404)
+Classification(failures=lambda error: error.status >= 500, ignore=is_server_error)
+CircuitBreaker("discovery", failures=3)  # type: ignore[arg-type]
+listening: list[Listener] = [on_event, print]
 
 
 class Collector:
@@ -137,6 +157,33 @@ def pages(count: int) -> Iterator[bytes]:
 assert_type(pages(2), Iterator[bytes])
 
 
+def nothing(rejected: CircuitOpenError) -> None:
+    print(rejected.retry_after)
+
+
+@breaker(fallback=nothing)
+def found(query: str) -> str:
+    return query
+
+
+@breaker(fallback=lambda rejected: [])
+def found_all(query: str) -> list[str]:
+    return [query]
+
+
+class Shop:
+    @breaker(fallback=lambda rejected: None)
+    def price(self, article: int) -> float:
+        return 1.5 * article
+
+
+assert_type(found("x"), str | None)
+all_of_them: list[str] = found_all("x")
+assert_type(Shop().price(7), float | None)
+found(1)  # type: ignore[arg-type]
+breaker(fallback=3)  # type: ignore[call-overload]
+
+
 def length(text: str, times: int = 1) -> int:
     return len(text) * times
 
@@ -182,9 +229,14 @@ def two_steps() -> None:
 
 
 def looking(count: int) -> None:
-    assert_type(breaker.state, State)
+    assert_type(breaker.name, str)
+    assert_type(breaker.host, str)
+    assert_type(breaker.policy, Policy)
+    breaker.policy = Policy()  # type: ignore[misc]
+    assert_type(breaker.state, str)
     assert_type(breaker.counts, Counts)
-    assert_type(breaker.counts.slow, int)
+    assert_type(breaker.counts.slow_successes, int)
+    assert_type(breaker.counts.shadow_rejected, int)
     snapshot = breaker.snapshot()
     assert_type(snapshot, Snapshot)
     assert_type(snapshot.name, str)
@@ -205,6 +257,13 @@ def looking(count: int) -> None:
     assert_type(entries[0].new, State)
     assert_type(entries[0].time, float)
     assert_type(entries[0].reason, str)
+
+
+def following() -> None:
+    """A later state is another one, whatever an earlier assertion says; else what follows counts as unreachable."""
+    assert breaker.state == "closed"
+    breaker.force_open()
+    assert breaker.state == "open"
 
 
 def steering() -> None:
@@ -261,6 +320,71 @@ async def stream(query: str) -> AsyncIterator[bytes]:
     yield query.encode()
 
 
+async def cached(rejected: CircuitOpenError) -> int:
+    return 1
+
+
+async def cached_chunks(rejected: CircuitOpenError) -> AsyncIterator[str]:
+    yield rejected.name
+
+
+async def cached_list(rejected: CircuitOpenError) -> list[str]:
+    return [rejected.name]
+
+
+@aio(fallback=cached)
+async def fetch_or_cached(query: str) -> bytes:
+    return query.encode()
+
+
+@aio(fallback=nothing)
+async def fetch_or_nothing(query: str) -> bytes:
+    return query.encode()
+
+
+@aio(fallback=lambda rejected: [])
+async def fetch_all(query: str) -> list[str]:
+    return [query]
+
+
+@aio(fallback=cached_chunks)
+async def stream_or_cached(query: str) -> AsyncIterator[bytes]:
+    yield query.encode()
+
+
+@aio(fallback=cached_list)
+async def stream_or_list(query: str) -> AsyncIterator[bytes]:
+    yield query.encode()
+
+
+@aio(fallback=nothing)
+@contextlib.asynccontextmanager
+async def connection(query: str) -> AsyncIterator[bytes]:
+    yield query.encode()
+
+
+class AsyncShop:
+    @aio(fallback=nothing)
+    async def price(self, article: int) -> float:
+        return 1.5 * article
+
+
+async def fallbacks() -> None:
+    assert_type(await fetch_or_cached("x"), bytes | int)
+    assert_type(await fetch_or_nothing("x"), bytes | None)
+    all_of_them: list[str] = await fetch_all("x")
+    print(all_of_them)
+    async for chunk in stream_or_cached("x"):
+        assert_type(chunk, bytes | str)
+    async for chunk in stream_or_list("x"):
+        assert_type(chunk, bytes | str)
+    async with connection("x") as connected:
+        assert_type(connected, bytes)
+    assert_type(await AsyncShop().price(7), float | None)
+    aio(fallback=nothing)(length)  # type: ignore[arg-type]
+    aio(fallback=3)  # type: ignore[call-overload]
+
+
 async def awaiting() -> None:
     assert_type(await fetch("x", limit=2), list[str])
     await fetch(1)  # type: ignore[arg-type]
@@ -277,7 +401,7 @@ async def awaiting() -> None:
     assert_type(permit, AsyncPermit)
     await permit.success()
     aio.acquire().success()  # type: ignore[attr-defined]
-    assert_type(aio.state, State)
+    assert_type(aio.state, str)
     assert_type(aio.counts, Counts)
     assert_type(await aio.snapshot(), Snapshot)
     assert_type(await aio.history(count=2), list[HistoryEntry])
@@ -300,6 +424,10 @@ manager.call("discovery", length, 1)  # type: ignore[arg-type]
 assert_type(manager.get_or_create("discovery"), CircuitBreaker)
 assert_type(manager.get_state("discovery"), State)
 assert_type(manager.get_all_states(), dict[str, State])
+CircuitBreakerManager.with_redis(lisnteners=[on_event])  # type: ignore[call-arg]
+CircuitBreakerManager.with_redis(failures=3)  # type: ignore[arg-type]
+CircuitBreakerManager(polcy=Policy())  # type: ignore[call-arg]
+assert_type(CircuitBreakerManager(redis="redis://localhost"), CircuitBreakerManager)
 CircuitBreakerManager("gateway.yaml")
 CircuitBreakerManager({"circuit_breaker": {}})
 CircuitBreakerManager(3)  # type: ignore[arg-type]
@@ -391,6 +519,7 @@ class Errors:
     own: tuple[type[CircuitBreakerError], ...] = (
         CircuitOpenError,
         ConfigError,
+        ForcedStateError,
         PermitError,
         PolicyError,
         RedisUnavailableError,
@@ -401,8 +530,8 @@ class Errors:
         integrations_httpx2.CircuitOpenTransportError,
         CircuitOpenConnectionError,
         CircuitOpenClientError,
-        RpcRejected,
-        AioRpcRejected,
+        CircuitOpenRpcError,
+        CircuitOpenAioRpcError,
     )
     of_httpx: type[httpx.TransportError] = integrations_httpx.CircuitOpenTransportError
     of_requests: type[requests.ConnectionError] = CircuitOpenConnectionError
@@ -416,29 +545,34 @@ assert_type(load({"redis": {"pool_size": 5}}), Config)
 
 
 def a_server() -> str:
-    assert_type(find_binary(), str)
     with serve() as url:
         assert_type(url, str)
     with EmbeddedServer(port=0, args=("--maxmemory", "1mb")) as server:
         assert_type(server.url, str)
+        assert_type(server.binary, str)
         return server.url
 
 
-def testing(breakers: Breakers, wanted: Wanted) -> None:
+def testing(breakers: Breakers, wanted: SettableState) -> None:
     clock = FakeClock(start=1_700_000_000)
+    as_clock: Clock = clock
+    assert_type(CircuitBreaker("mail", clock=as_clock), CircuitBreaker)
     clock.advance(30)
     assert_type(breakers.clock, FakeClock)
     in_test = breakers("mail", policy=Policy(failure_threshold=1))
     assert_type(in_test, CircuitBreaker)
-    assert_type(breakers.asyncio("mail"), AsyncCircuitBreaker)
-    assert_type(breakers.manager(), CircuitBreakerManager)
+    assert_type(breakers.async_breaker("mail", lease=0.5), AsyncCircuitBreaker)
+    assert_type(breakers.manager(Config(), failures=OSError), CircuitBreakerManager)
+    assert_type(breakers.async_manager(), AsyncCircuitBreakerManager)
+    breakers("mail", polcy=Policy())  # type: ignore[call-arg]
+    breakers.async_manager(3)  # type: ignore[arg-type]
     set_state(in_test, wanted)
     set_state(in_test, "forced_open", duration=60)
     set_state(in_test, "ajar")  # type: ignore[arg-type]
 
 
 async def testing_asyncio(breakers: Breakers) -> None:
-    await aset_state(breakers.asyncio("mail"), "half_open")
+    await aset_state(breakers.async_breaker("mail"), "half_open")
 
 
 instrumented = CircuitBreaker(
@@ -461,14 +595,14 @@ integrations_httpx2.BreakerTransport(breaker, rejected=integrations_httpx2.sdk_r
 session = requests.Session()
 session.mount("https://", BreakerAdapter(manager, name=integrations_requests.host_of))
 aiohttp.ClientSession(
-    middlewares=[breaker_middleware(aio, name=integrations_aiohttp.host_of, ignore=callers_own)],
+    middlewares=[breaker_middleware(aio, name=integrations_aiohttp.host_of, ignore=is_callers_fault)],
 )
 assert_type(retry_after_header(httpx.Response(503)), float | None)
 
 integrations_flask.install(flask.Flask("app"), manager, health="/health")
-assert_type(integrations_flask.unavailable(CircuitOpenError("discovery", "open", 1.0)), flask.Response)
+assert_type(integrations_flask.circuit_open_handler(CircuitOpenError("discovery", "open", 1.0)), flask.Response)
 integrations_starlette.install(Starlette(), manager)
-Starlette(exception_handlers={CircuitOpenError: integrations_starlette.unavailable})
+Starlette(exception_handlers={CircuitOpenError: integrations_starlette.circuit_open_handler})
 
 
 async def who(request: Request) -> str | None:
@@ -481,11 +615,11 @@ assert_type(integrations_django.breakers(), CircuitBreakerManager)
 assert_type(integrations_django.async_breakers(), AsyncCircuitBreakerManager)
 django_parts = (integrations_django.CircuitBreakersConfig, integrations_django.CircuitOpenMiddleware)
 django_view: Callable[[HttpRequest], HttpResponse] = integrations_django.health
-assert_type(REJECTIONS, str)
 celery_task: type[BreakerTask] = BreakerTask
 
-of_method: BreakerOf[CircuitBreaker] = manager.get_or_create
-interceptors = (BreakerInterceptor(of_method, failures=FAILURES), *aio_interceptors(aio))
+codes = FAILURE_CODES | {grpc.StatusCode.INTERNAL}
+interceptors = (BreakerInterceptor(manager.get_or_create, failure_codes=codes), *aio_interceptors(aio))
+failed_call: type[Exception] = FailedCallError
 
 
 @stamina.retry(on=unless_open(OSError))
