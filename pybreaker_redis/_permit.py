@@ -190,7 +190,7 @@ class Innermost:
         running = _running()
         with self._lock:  # or a thread that read the clock earlier could set failed_at back
             self.failed_at = now = self._now()
-            if len(self._last) >= 1000 or self._last is _NOBODY:  # most of these threads and tasks have ended
+            if self._last is _NOBODY or len(self._last) >= 1000:  # most of these threads and tasks have ended
                 self._last = {}
             self._last[running] = now
         if error is not None:
