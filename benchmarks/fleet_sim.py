@@ -32,6 +32,7 @@ from pybreaker_redis._protocol import decode, encode
 from pybreaker_redis._rules import Document
 from pybreaker_redis._view import Verdict
 from pybreaker_redis.wire import link as link_module
+from pybreaker_redis.wire import outage
 from pybreaker_redis.wire.commands import Command
 from pybreaker_redis.wire.link import Link
 from pybreaker_redis.wire.scripts import FLEET
@@ -39,7 +40,7 @@ from pybreaker_redis.wire.scripts import FLEET
 RESULTS = pathlib.Path(__file__).parent / "results" / "fleet_sim.json"
 START_MS = 1_700_000_000_000
 ONE_WAY, JITTER, HOP, CALL = 0.0002, 0.0002, 0.00005, 0.005  # seconds
-_CLOCKED = (_core, _line, _slow, _view, link_module)  # the modules that read a clock
+_CLOCKED = (_core, _line, _slow, _view, link_module, outage)  # the modules that read a clock
 
 
 class World:
