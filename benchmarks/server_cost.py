@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import redis
 
 from pybreaker_redis._protocol import decode, encode, keys_of
-from pybreaker_redis.embedded import find_binary
+from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire.scripts import LIBRARY, SCRIPTS, joined
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -94,7 +94,7 @@ def server(folder: pathlib.Path) -> Iterator[redis.Redis]:
     """A server under valgrind; when the block has ended, folder/counted holds its instructions."""
     socket, counted = folder / "r.sock", folder / "counted"
     command = [
-        *("valgrind", "--tool=callgrind", f"--callgrind-out-file={counted}", find_binary()),
+        *("valgrind", "--tool=callgrind", f"--callgrind-out-file={counted}", EmbeddedServer().binary),
         *("--port", "0", "--unixsocket", str(socket), "--dir", str(folder), "--save", "", "--hz", "1"),
     ]
     with open(folder / "log", "wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as process:

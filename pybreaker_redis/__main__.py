@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Sequence
+
+from ._extras import MissingExtraError, needs_extra
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code (see pybreaker_redis.cli), or 2 without the extra."""
-    if not (importlib.util.find_spec("typer") and importlib.util.find_spec("rich")):
-        print("the command line needs the extra cli: pip install 'pybreaker_redis[cli]'", file=sys.stderr)
+    try:
+        with needs_extra("the command line", "cli"):
+            from .cli import main as run
+    except MissingExtraError as error:
+        print(error, file=sys.stderr)
         return 2
-    from .cli import main as run
-
     return run(arguments)
 
 

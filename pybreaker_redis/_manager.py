@@ -15,6 +15,7 @@ from ._config import Config
 from ._core import BreakerCore, check_clock
 from ._errors import ConfigError, PolicyError
 from ._events import Event
+from ._extras import MissingExtraError
 from ._policy import Policy
 from ._protocol import State, Steps
 from ._sync import CircuitBreaker, Watch
@@ -255,7 +256,7 @@ def _config_from(source: Source | None) -> Config:
         raise ConfigError("the configuration is a URL: pass it to with_redis() as redis=")
     try:
         from .config import load
-    except ModuleNotFoundError as error:
+    except MissingExtraError as error:
         raise ConfigError(f"{error}; or pass a pybreaker_redis.Config, which needs nothing else") from error
     return load(source)
 

@@ -223,10 +223,14 @@ class View:
             return False  # no call uses the view
         with self.lock:
             seen, now = self.seen, self.now()
-            # adopt a lower generation only if its request was sent after the last reply arrived
-            since = seen.arrived if generation < seen.generation else seen.sent
+            same_probes = generation == seen.generation and reply["state"] == seen.state == "half_open"
+            refuses = bool(reply.get("retry_after_ms"))
+            # adopt a lower generation or a refusal only if its request was sent after the last reply arrived
+            since = seen.arrived if generation < seen.generation or (same_probes and refuses) else seen.sent
             if sent < since <= now and generation <= seen.generation and not reply.get("isolated"):
-                return False
+                if not same_probes or refuses:
+                    return False
+                sent = seen.sent  # late, but it may be about a later moment: at worst the next call asks in vain
             if sent < self._not_before <= now:
                 return False
             counter = seen.counter if generation == seen.generation else self._next_counter(now)

@@ -23,25 +23,21 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-try:
-    import pydantic
-    import yaml
-    from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "a configuration from a file, a dict or the environment needs an extra: pip install 'pybreaker_redis[config]'",
-        name=error.name,
-    ) from error
-
 from ._config import DEFAULT_POLICY, Config
 from ._errors import ConfigError, PolicyError
+from ._extras import needs_extra
 from ._policy import RULES, Policy, override_request
 from .wire.url import parse
 
+with needs_extra("a configuration from a file, a dict or the environment", "config"):
+    import pydantic
+    import yaml
+    from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
 __all__ = ["load"]
 
-ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
-MOST_VALUES = 1_000_000
+_ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
+_MOST_VALUES = 1_000_000
 _ALIASES = {"timeout_seconds": "reset_timeout"}
 _BREAKER_OPTIONS = (
     "watch",
@@ -135,7 +131,7 @@ class _Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         assert isinstance(env_settings, EnvSettingsSource)
         # only these two: an orchestrator may set REDIS_PORT, which is not meant for us
-        known = {name.lower() for name in ENVIRONMENT}
+        known = {name.lower() for name in _ENVIRONMENT}
         env_settings.env_vars = {name: value for name, value in env_settings.env_vars.items() if name in known}
         return env_settings, init_settings
 
@@ -180,21 +176,21 @@ def _check_size(where: str, content: Any) -> None:
         if not isinstance(value, (Mapping, list)):
             return 1
         if id(value) not in sizes:
-            sizes[id(value)] = MOST_VALUES  # while it is counted: it may contain itself
+            sizes[id(value)] = _MOST_VALUES  # while it is counted: it may contain itself
             sizes[id(value)] = 1 + sum(map(size, value.values() if isinstance(value, Mapping) else value))
         return sizes[id(value)]
 
     try:
         found = size(content)
     except RecursionError:
-        found = MOST_VALUES
-    if found >= MOST_VALUES:
-        raise ConfigError(f"{where}: is nested too deeply, or has more than {MOST_VALUES:,} values")
+        found = _MOST_VALUES
+    if found >= _MOST_VALUES:
+        raise ConfigError(f"{where}: is nested too deeply, or has more than {_MOST_VALUES:,} values")
 
 
 def _message(where: str, problem: Any) -> str:
     path = tuple(str(part) for part in problem["loc"])
-    variable = next((name for name, of in ENVIRONMENT.items() if of == path and os.environ.get(name)), None)
+    variable = next((name for name, of in _ENVIRONMENT.items() if of == path and os.environ.get(name)), None)
     if problem["type"] == "extra_forbidden":
         section: Any = {"circuit_breaker": _CircuitBreaker, "redis": _Redis}.get(path[0], _Settings)
         reason = _unknown(path[-1], section.model_fields)

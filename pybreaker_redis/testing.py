@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import itertools
 import time
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Callable
+from typing import Any, Concatenate, Literal, ParamSpec, TypeAlias, TypeVar, get_args
 
 from . import (
     AsyncCircuitBreaker,
+    AsyncCircuitBreakerManager,
     CircuitBreaker,
     CircuitBreakerError,
     CircuitBreakerManager,
@@ -18,14 +20,19 @@ from . import (
     RedisUnavailableError,
 )
 
-__all__ = ["Breakers", "FakeClock", "Wanted", "aset_state", "set_state"]
+__all__ = ["Breakers", "FakeClock", "SettableState", "aset_state", "set_state"]
 
-Wanted: TypeAlias = Literal["closed", "open", "half_open", "forced_open", "forced_closed"]
+SettableState: TypeAlias = Literal["closed", "open", "half_open", "forced_open", "forced_closed"]
+"""The states that set_state() takes."""
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 _MOST_FAILURES = 10_000  # reported to open a circuit
 
 
 class FakeClock:
-    """A clock that stands still until advance(). For `clock=` of breakers and managers in memory.
+    """A clock that stands still until advance(). For `clock=` of breakers and managers in memory, which read it by
+    monotonic() and now_ms().
 
     start: Unix seconds; default: now.
 
@@ -38,7 +45,7 @@ class FakeClock:
         self._look = itertools.count(1).__next__
 
     def advance(self, seconds: float) -> None:
-        """Let so many seconds pass. Within a guarded call, the call takes that long. Raises PolicyError below zero."""
+        """Let these seconds pass. Within a guarded call, the call takes that long. Raises PolicyError below zero."""
         if not seconds >= 0:
             raise PolicyError(f"a clock advances by zero or more seconds, not by {seconds!r}")
         self._passed_ns += round(seconds * 1e9)
@@ -55,10 +62,10 @@ class FakeClock:
         return f"<FakeClock +{self._passed_ns / 1e9:g} s>"
 
 
-def set_state(breaker: CircuitBreaker, state: Wanted, *, duration: float | None = None) -> None:
+def set_state(breaker: CircuitBreaker, state: SettableState, *, duration: float | None = None) -> None:
     """Put a breaker into a state, on Redis or in memory. Its counts are dropped; its history stays.
 
-    closed: as at the start. open: tripped by failures, for as long as its policy says. half_open: the next call is a
+    closed: its initial state. open: tripped by failures, for as long as its policy says. half_open: the next call is a
     probe. forced_open, forced_closed: as by an operator, for `duration` seconds; default and maximum: 30 days.
 
     Raises PolicyError if the state takes no duration, and RedisUnavailableError if Redis does not answer. Raises
@@ -81,7 +88,7 @@ def set_state(breaker: CircuitBreaker, state: Wanted, *, duration: float | None 
         breaker.force_closed(duration)
 
 
-async def aset_state(breaker: AsyncCircuitBreaker, state: Wanted, *, duration: float | None = None) -> None:
+async def aset_state(breaker: AsyncCircuitBreaker, state: SettableState, *, duration: float | None = None) -> None:
     """set_state for an AsyncCircuitBreaker."""
     _check(breaker, AsyncCircuitBreaker, state, duration)
     await breaker.reset()
@@ -100,32 +107,50 @@ async def aset_state(breaker: AsyncCircuitBreaker, state: Wanted, *, duration: f
         await breaker.force_closed(duration)
 
 
+def _typed_as(made: Callable[_P, _T]) -> Callable[[Callable[..., _T]], Callable[Concatenate[Any, _P], _T]]:
+    """A decorator that changes only how type checkers see a method: with the parameters of what it makes."""
+    return lambda method: method
+
+
 class Breakers:
     """Breakers in memory on one fake clock, `clock`. The fixture `breakers` makes a new one for each test."""
 
     def __init__(self) -> None:
         self.clock = FakeClock()
 
+    @_typed_as(CircuitBreaker)
     def __call__(self, name: str, **options: Any) -> CircuitBreaker:
-        """A new breaker. options: those of CircuitBreaker, without redis."""
+        """A new CircuitBreaker with these options, but neither redis nor clock."""
         return CircuitBreaker(name, clock=self.clock, **options)
 
-    def asyncio(self, name: str, **options: Any) -> AsyncCircuitBreaker:
-        """A new breaker for asyncio."""
+    @_typed_as(AsyncCircuitBreaker)
+    def async_breaker(self, name: str, **options: Any) -> AsyncCircuitBreaker:
+        """A new AsyncCircuitBreaker with these options, but neither redis nor clock."""
         return AsyncCircuitBreaker(name, clock=self.clock, **options)
 
+    @_typed_as(CircuitBreakerManager)
     def manager(self, config: Any = None, **options: Any) -> CircuitBreakerManager:
-        """A new manager, from what CircuitBreakerManager takes."""
+        """A new CircuitBreakerManager with these arguments, but no clock."""
         return CircuitBreakerManager(config, clock=self.clock, **options)
+
+    @_typed_as(AsyncCircuitBreakerManager)
+    def async_manager(self, config: Any = None, **options: Any) -> AsyncCircuitBreakerManager:
+        """A new AsyncCircuitBreakerManager with these arguments, but no clock."""
+        return AsyncCircuitBreakerManager(config, clock=self.clock, **options)
 
 
 def _check(breaker: object, kind: type, state: object, duration: float | None) -> None:
+    if isinstance(breaker, (CircuitBreakerManager, AsyncCircuitBreakerManager)):
+        function = "set_state" if isinstance(breaker, CircuitBreakerManager) else "await aset_state"
+        raise PolicyError(
+            f"a manager has no state, but its breakers have: use {function}(manager.get_or_create(NAME), ...)"
+        )
     if not isinstance(breaker, kind):
         raise PolicyError(
-            f"{breaker!r} is no {kind.__name__}: set_state() is for CircuitBreaker, aset_state() for asyncio"
+            f"{breaker!r} is not a {kind.__name__}: set_state() is for CircuitBreaker, aset_state() for asyncio"
         )
-    if state not in get_args(Wanted):
-        raise PolicyError(f"state must be one of {', '.join(get_args(Wanted))}, not {state!r}")
+    if state not in get_args(SettableState):
+        raise PolicyError(f"state must be one of {', '.join(get_args(SettableState))}, not {state!r}")
     if duration is not None and state not in ("forced_open", "forced_closed"):
         raise PolicyError(f"only forced states have a duration: the policy says how long a circuit stays {state}")
 

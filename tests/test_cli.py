@@ -26,6 +26,7 @@ from conftest import wait_until
 from fault_proxy import proxy_to
 from fault_servers import cluster
 from test_access import greeting
+from without import run_without
 
 from pybreaker_redis import CircuitBreaker, Policy
 from pybreaker_redis._board import CHUNK, SCAN_COUNT
@@ -939,21 +940,28 @@ def test_completion(shell: str, server: EmbeddedServer, client: redis.Redis) -> 
     assert "discovery" in done.stdout
 
 
-WITHOUT_EXTRA = """
-import sys, importlib.util
-real = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "typer" else real(name, *rest)
+PROGRAM = """
 from pybreaker_redis.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_without_the_extra() -> None:
-    """Without typer the program names the extra to install, on one line, and fails."""
-    command = [sys.executable, "-c", WITHOUT_EXTRA, "list"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+@pytest.mark.parametrize(
+    ("package", "arguments", "message"),
+    [
+        ("typer", ["list"], "the command line needs an extra: pip install 'pybreaker_redis[cli]' ("),
+        ("rich", ["list"], "the command line needs an extra: pip install 'pybreaker_redis[cli]' ("),
+        ("starlette", ["serve"], "page needs an extra: pip install 'pybreaker_redis[web]' ("),
+        ("uvicorn", ["serve"], "page needs an extra: pip install 'pybreaker_redis[web]' ("),
+    ],
+)
+def test_without_the_extra(package: str, arguments: list[str], message: str) -> None:
+    """The program names the extra to install, without a traceback, and fails."""
+    done = run_without([package], PROGRAM, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "the command line needs the extra cli: pip install 'pybreaker_redis[cli]'\n"
+    assert message in done.stderr
+    assert package in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_version(run: Callable[..., Done]) -> None:

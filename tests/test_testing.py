@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from pybreaker_redis import (
     RedisUnavailableError,
 )
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.testing import Breakers, FakeClock, Wanted, aset_state, set_state
+from pybreaker_redis.testing import Breakers, FakeClock, SettableState, aset_state, set_state
 from pytest_pybreaker_redis import breaker_redis, breakers
 
 pytest_plugins = ["pytester"]
@@ -202,7 +203,7 @@ def test_no_clock_beside_redis(client: redis.Redis) -> None:
 
 # States ------------------------------------------------------------------------------------------
 
-EXPECTED: dict[Wanted, tuple[str, str | None]] = {
+EXPECTED: dict[SettableState, tuple[str, str | None]] = {
     "closed": ("closed", None),
     "open": ("open", None),
     "half_open": ("half_open", None),
@@ -247,13 +248,28 @@ def test_what_a_state_cannot_be(make_breaker: Callable[..., CircuitBreaker]) -> 
         set_state(breaker, "ajar")  # type: ignore[arg-type]
     with pytest.raises(PolicyError, match="duration"):
         set_state(breaker, "open", duration=5)
-    with pytest.raises(PolicyError, match="aset_state"):
+    with pytest.raises(PolicyError, match=r"is not a CircuitBreaker: .* aset_state"):
         set_state(AsyncCircuitBreaker("payments"), "open")  # type: ignore[arg-type]
     set_state(breaker, "forced_open", duration=5)
     assert 0 < rejection(breaker).retry_after <= 5
     wary = CircuitBreaker("wary", policy=Policy(failure_threshold=10**6, minimum_calls=10**6))
     with pytest.raises(CircuitBreakerError, match="forced_open"):
         set_state(wary, "open")
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (CircuitBreakerManager, "use set_state(manager.get_or_create(NAME), ...)"),
+        (AsyncCircuitBreakerManager, "use await aset_state(manager.get_or_create(NAME), ...)"),
+    ],
+)
+def test_a_manager_has_no_state(make: Callable[[], Any], remedy: str) -> None:
+    """Either function says how to reach a breaker of the manager."""
+    with pytest.raises(PolicyError, match=re.escape(remedy)):
+        set_state(make(), "open")
+    with pytest.raises(PolicyError, match=re.escape(remedy)):
+        asyncio.run(aset_state(make(), "open"))
 
 
 # Fixtures ----------------------------------------------------------------------------------------
@@ -267,7 +283,21 @@ def test_the_fixture_for_memory(breakers: Breakers) -> None:
     breakers.clock.advance(30)
     assert (breaker.state, manager.get_or_create("mail").state) == ("half_open", "half_open")
     assert breakers("payments").state == "closed"
-    assert breakers.asyncio("payments").state == "closed"
+
+
+def test_the_fixture_for_memory_on_asyncio(breakers: Breakers) -> None:
+    """Breakers and managers for asyncio follow the same clock."""
+
+    async def main() -> None:
+        breaker = breakers.async_breaker("payments", policy=POLICY)
+        mail = breakers.async_manager(Config(defaults=POLICY)).get_or_create("mail")
+        await aset_state(breaker, "open")
+        await aset_state(mail, "open")
+        breakers.clock.advance(30)
+        assert (breaker.state, mail.state) == ("half_open", "half_open")
+        assert breakers.async_manager().get_or_create("mail").state == "closed"
+
+    asyncio.run(main())
 
 
 PROJECT = """
@@ -307,6 +337,15 @@ def test_the_fixtures_are_isolated(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(PROJECT)
     result = pytester.runpytest_subprocess("-p", "pytest_pybreaker_redis", "-p", "no:cacheprovider")
     result.assert_outcomes(passed=2)
+
+
+def test_the_tests_of_the_page_pass(pytester: pytest.Pytester) -> None:
+    """docs/how-to/testing.md shows tests, with the fixtures of the plugin: all of them pass."""
+    page = (ROOT / "docs" / "how-to" / "testing.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    pytester.makepyfile("\n".join(blocks))
+    result = pytester.runpytest_subprocess("-p", "pytest_pybreaker_redis", "-p", "no:cacheprovider")
+    result.assert_outcomes(passed=page.count("\ndef test_"))
 
 
 def test_the_plugin_loads_nothing_by_itself() -> None:

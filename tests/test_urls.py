@@ -24,7 +24,7 @@ from pybreaker_redis import (
     Policy,
     PolicyError,
 )
-from pybreaker_redis.embedded import EmbeddedServer, find_binary
+from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire.url import ClusterUrl, client_from_url, parse, without_password
 
 NAME = "discovery"
@@ -42,7 +42,7 @@ def one_sentinel(folder: pathlib.Path) -> Iterator[str]:
         program = folder / "sentinel"
         (folder / "sentinel.conf").write_text(f"sentinel monitor mymaster 127.0.0.1 {port(master)} 1\n")
         # a sentinel wants its file as first argument
-        program.write_text(f'#!/bin/sh\nexec "{find_binary()}" "{program}.conf" --sentinel "$@"\n')
+        program.write_text(f'#!/bin/sh\nexec "{EmbeddedServer().binary}" "{program}.conf" --sentinel "$@"\n')
         program.chmod(0o755)
         with EmbeddedServer(str(program), port=0) as sentinel:
             yield f"redis+sentinel://127.0.0.1:1,127.0.0.1:{port(sentinel)}/mymaster/3?socket_timeout=2"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import ipaddress
 import os
 import re
@@ -15,10 +14,10 @@ from typing import Any
 import typer
 
 from .._board import clean
+from .._extras import MissingExtraError, needs_extra
 from ._output import err
 
 PASSWORD = "PYBREAKER_REDIS_WEB_PASSWORD"
-_MISSING = "the web page needs the extra web: pip install 'pybreaker_redis[web]'"
 
 
 def serve(
@@ -37,8 +36,7 @@ def serve(
 
     authorize: "module:function", or None. names: of this server, for other hosts. root: the path that a proxy strips.
     """
-    if not all(map(importlib.util.find_spec, ("starlette", "uvicorn", "jinja2", "sse_starlette", "python_multipart"))):
-        raise typer.BadParameter(_MISSING)
+    _check_extra()
     asks = _authorizer(authorize)
     if write and asks is None:
         remedy = f"name a function with --authorize module:function, or set a password in {PASSWORD}"
@@ -72,6 +70,16 @@ def _run(app: Any, listener: socket.socket, root: str) -> None:
     err.print(f"serving http://{shown}:{port}/ until Ctrl-C")
     config = uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, root_path=root)
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _check_extra() -> None:
+    """Raise a usage error if the extra is missing. It also brings the server, which the page alone does not need."""
+    try:
+        importlib.import_module("pybreaker_redis.web")
+        with needs_extra("a server for the operators' page", "web"):
+            importlib.import_module("uvicorn")
+    except MissingExtraError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -112,11 +112,11 @@ class Meter(Instrument):
         with self._counting:
             self._errors[error_kind(error)] += 1
 
-    def read(self) -> Reading:
+    def _read_all(self) -> Reading:
         """Read everything now, in one exchange of at most about one timeout. Raises no error of Redis."""
         return self._read(self._snapshots)
 
-    def read_here(self) -> Reading:
+    def _read_here(self) -> Reading:
         """Read what this process knows, without asking Redis."""
         return self._read(lambda breakers: [None] * len(breakers))
 

@@ -6,12 +6,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from opentelemetry import metrics, trace
-from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
-
 from .._events import Event
+from .._extras import needs_extra
 from ..wire.options import error_kind
 from ._meter import DURATION_BOUNDS, STATES, BreakerReading, Meter, Reading
+
+with needs_extra(__name__, "otel"):
+    from opentelemetry import metrics, trace
+    from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
 
 __all__ = ["OpenTelemetryMetrics", "OpenTelemetrySpans"]
 
@@ -84,7 +86,7 @@ class OpenTelemetryMetrics(Meter):
         def callback(_: CallbackOptions) -> Iterable[Observation]:
             with self._sharing:
                 if self._shared is None or what in self._used:
-                    self._shared, self._used = self.read(), set()
+                    self._shared, self._used = self._read_all(), set()
                 self._used.add(what)
                 return list(what(self._shared))
 

@@ -9,19 +9,21 @@ from collections.abc import Callable, Iterator, Sequence
 from os import getpid
 from typing import Any, NamedTuple, TypeAlias
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
-from prometheus_client.values import MutexValue, ValueClass
-
+from .._extras import needs_extra
 from .._process import renew
 from ..wire import exits
 from ..wire.sync import Worker
 from ._meter import DURATION_BOUNDS, STATES, BreakerReading, Meter, Reading
 
-WRITE_EVERY = 0.5  # seconds
+with needs_extra(__name__, "prometheus"):
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+    from prometheus_client.registry import Collector
+    from prometheus_client.values import MutexValue, ValueClass
 
-Samples: TypeAlias = Iterator[tuple[Sequence[str], float]]
+_WRITE_EVERY = 0.5  # seconds
+
+_Samples: TypeAlias = Iterator[tuple[Sequence[str], float]]
 
 __all__ = ["PrometheusMetrics"]
 
@@ -67,7 +69,7 @@ class PrometheusMetrics(Meter, Collector):
             "pybreaker_redis-prometheus",
             weakref.WeakMethod(self._write),
             lambda: 0.0 if self._breakers else None,
-            lambda: WRITE_EVERY,
+            lambda: _WRITE_EVERY,
         )
 
     def used(self) -> None:
@@ -88,7 +90,7 @@ class PrometheusMetrics(Meter, Collector):
 
     def _write(self) -> None:
         if self._files is not None:
-            reading = self.read_here()  # in a child, this makes other files first
+            reading = self._read_here()  # in a child, this makes other files first
             self._files.write(reading)
 
     def describe(self) -> Iterator[Metric]:
@@ -98,7 +100,7 @@ class PrometheusMetrics(Meter, Collector):
     def collect(self) -> Iterator[Metric]:
         """All metrics; raises nothing when Redis is down."""
         self._write()
-        return self._families(self.read())
+        return self._families(self._read_all())
 
     def _families(self, reading: Reading) -> Iterator[Metric]:
         if self._files is not None:
@@ -113,7 +115,7 @@ class _Metric(NamedTuple):
     name: str
     help: str
     labels: Sequence[str]
-    samples: Callable[[Reading], Samples]
+    samples: Callable[[Reading], _Samples]
 
 
 def _family(metric: _Metric, reading: Reading) -> Metric:
@@ -144,7 +146,7 @@ class _Files:
     def write(self, reading: Reading) -> None:
         """Write a reading, unless another thread does that just now."""
         # with a time-out: a signal handler may scrape amid a write of its own thread
-        if not self._lock.acquire(timeout=WRITE_EVERY):
+        if not self._lock.acquire(timeout=_WRITE_EVERY):
             return
         try:
             for metric, counter in self._counters:
@@ -163,8 +165,8 @@ class _Files:
             counter.labels(*key[1]).inc(total - (before or 0))
 
 
-def _each(value: Callable[[BreakerReading], float | None]) -> Callable[[Reading], Samples]:
-    def samples(reading: Reading) -> Samples:
+def _each(value: Callable[[BreakerReading], float | None]) -> Callable[[Reading], _Samples]:
+    def samples(reading: Reading) -> _Samples:
         for one in reading.breakers:
             if (found := value(one)) is not None:
                 yield (one.name,), found
@@ -172,19 +174,19 @@ def _each(value: Callable[[BreakerReading], float | None]) -> Callable[[Reading]
     return samples
 
 
-def _states(reading: Reading) -> Samples:
+def _states(reading: Reading) -> _Samples:
     return (((one.name, state), one.state == state) for one in reading.breakers for state in STATES)
 
 
-def _calls(reading: Reading) -> Samples:
+def _calls(reading: Reading) -> _Samples:
     return (((one.name, outcome), count) for one in reading.breakers for outcome, count in one.calls.items())
 
 
-def _transitions(reading: Reading) -> Samples:
+def _transitions(reading: Reading) -> _Samples:
     return iter(reading.transitions.items())
 
 
-def _errors(reading: Reading) -> Samples:
+def _errors(reading: Reading) -> _Samples:
     return (((kind,), count) for kind, count in reading.redis_errors.items())
 
 

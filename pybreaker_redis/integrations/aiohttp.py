@@ -7,30 +7,31 @@ import traceback
 from collections.abc import Callable, Collection
 from typing import Any
 
-import aiohttp
-
 from .. import AsyncCircuitBreaker, AsyncCircuitBreakerManager, CircuitOpenError
 from .._classify import Exceptions, RetryAfter
+from .._extras import needs_extra
 from ._http import FAILURE_STATUSES, Rules, finder, host_of, rejection, retry_after_header
 
-__all__ = ["CircuitOpenClientError", "breaker_middleware", "callers_own", "host_of"]
+with needs_extra(__name__, "aiohttp"):
+    import aiohttp
 
-FAILURES = (aiohttp.ClientConnectionError, aiohttp.ClientResponseError, aiohttp.ClientPayloadError, OSError)
+__all__ = ["CircuitOpenClientError", "breaker_middleware", "host_of", "is_callers_fault"]
+
+_FAILURES = (aiohttp.ClientConnectionError, aiohttp.ClientResponseError, aiohttp.ClientPayloadError, OSError)
+_POOL_WAIT = "_wait_for_available_connection"  # the method of aiohttp's connectors that waits for a free connection
 
 
-POOL_WAIT = "_wait_for_available_connection"  # the method of aiohttp's connectors that waits for a free connection
+def is_callers_fault(error: BaseException) -> bool:
+    """The default of `ignore`: whether the caller caused this error.
 
-
-def callers_own(error: BaseException) -> bool:
-    """The default of `ignore`: a wait for a free connection of the pool, a closed connector, a body that raised.
-
-    aiohttp has no separate exception types for these.
+    True for a wait for a free connection of the pool, a closed connector, and a body that raised. aiohttp has no
+    separate exception types for these.
     """
     if type(error) is aiohttp.ClientConnectionError and not isinstance(error.__cause__, OSError):
         return True
     cause: BaseException | None = error
     while isinstance(cause, (TimeoutError, asyncio.CancelledError)):
-        if any(frame.f_code.co_name == POOL_WAIT for frame, _ in traceback.walk_tb(cause.__traceback__)):
+        if any(frame.f_code.co_name == _POOL_WAIT for frame, _ in traceback.walk_tb(cause.__traceback__)):
             return True
         cause = cause.__cause__ or cause.__context__
     return False
@@ -45,8 +46,8 @@ def breaker_middleware(
     *,
     name: str | Callable[[Any], str | None] = host_of,
     failure_statuses: Collection[int] = FAILURE_STATUSES,
-    failures: Exceptions = FAILURES,
-    ignore: Exceptions = callers_own,
+    failures: Exceptions = _FAILURES,
+    ignore: Exceptions = is_callers_fault,
     retry_after: RetryAfter = retry_after_header,
 ) -> aiohttp.ClientMiddlewareType:
     """A middleware for ClientSession(middlewares=[...]), with aiohttp 3.12 or newer.
@@ -56,7 +57,7 @@ def breaker_middleware(
     failure_statuses: the statuses that count as failures. Any other response is a success.
     failures: the exceptions that count as failures: types, or a function of the exception. Any other
         exception counts as nothing.
-    ignore: exceptions in `failures` that count as nothing all the same: types, or a function; see callers_own().
+    ignore: exceptions in `failures` that are not counted: types, or a function of the exception.
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.
 
     A call ends with the headers of the response. To guard the body as well, read it in a block of your own. aiohttp

@@ -14,15 +14,17 @@ import random
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from celery import Task
-from celery.exceptions import Ignore, Reject, Retry
-
 from .. import CircuitBreaker, CircuitBreakerManager, CircuitOpenError, PolicyError
+from .._extras import needs_extra
 
-__all__ = ["REJECTIONS", "BreakerTask"]
+with needs_extra(__name__, "celery"):
+    from celery import Task
+    from celery.exceptions import Ignore, Reject, Retry
 
-REJECTIONS = "breaker_rejections"  # the header that counts them
-LEAST_WAIT = 0.1  # seconds
+__all__ = ["BreakerTask"]
+
+_REJECTIONS = "breaker_rejections"  # the header that counts them
+_LEAST_WAIT = 0.1  # seconds
 
 
 class BreakerTask(Task):  # type: ignore[misc]
@@ -101,12 +103,12 @@ class BreakerTask(Task):  # type: ignore[misc]
     def _send_again(self, rejected: CircuitOpenError) -> NoReturn:
         request = self.request
         headers = request.headers or {}
-        rejections = headers.get(REJECTIONS, 0)
+        rejections = headers.get(_REJECTIONS, 0)
         spent = self.max_rejections is not None and rejections >= self.max_rejections
         if spent or request.called_directly or request.is_eager:
             raise rejected
-        wait = max(rejected.retry_after, LEAST_WAIT) + random.uniform(0, self.rejection_jitter)
-        again = self.signature_from_request(request, countdown=wait, headers={**headers, REJECTIONS: rejections + 1})
+        wait = max(rejected.retry_after, _LEAST_WAIT) + random.uniform(0, self.rejection_jitter)
+        again = self.signature_from_request(request, countdown=wait, headers={**headers, _REJECTIONS: rejections + 1})
         try:
             again.apply_async()
         except Exception as error:  # as Task.retry() does

@@ -13,17 +13,19 @@ from __future__ import annotations
 import functools
 from typing import Any, TypeVar
 
-from django.apps import AppConfig, apps
-from django.conf import settings
-from django.http import HttpRequest, HttpResponse, JsonResponse
-from django.utils.deprecation import MiddlewareMixin
-
 from .. import AsyncCircuitBreakerManager, CircuitBreakerManager, CircuitOpenError
+from .._extras import needs_extra
 from ._http import UNAVAILABLE, unavailable_headers
+
+with needs_extra(__name__, "django"):
+    from django.apps import AppConfig, apps
+    from django.conf import settings
+    from django.http import HttpRequest, HttpResponse, JsonResponse
+    from django.utils.deprecation import MiddlewareMixin
 
 __all__ = ["CircuitBreakersConfig", "CircuitOpenMiddleware", "async_breakers", "breakers", "health"]
 
-M = TypeVar("M", CircuitBreakerManager, AsyncCircuitBreakerManager)
+_M = TypeVar("_M", CircuitBreakerManager, AsyncCircuitBreakerManager)
 
 
 class CircuitBreakersConfig(AppConfig):
@@ -48,7 +50,7 @@ class CircuitBreakersConfig(AppConfig):
         return _make(AsyncCircuitBreakerManager)
 
 
-def _make(kind: type[M]) -> M:
+def _make(kind: type[_M]) -> _M:
     config = getattr(settings, "CIRCUIT_BREAKERS", None)
     options: dict[str, Any] = getattr(settings, "CIRCUIT_BREAKERS_OPTIONS", {})
     shared = getattr(settings, "CIRCUIT_BREAKERS_SHARED", True)

@@ -10,22 +10,30 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from typing import Any, Generic, TypeAlias, TypeVar
-
-import grpc
-import grpc.aio
+from typing import Any, Final, Generic, TypeVar
 
 from .. import AsyncCircuitBreaker, AsyncPermit, CircuitBreaker, CircuitOpenError, Permit, PolicyError
+from .._extras import needs_extra
 
-__all__ = ["FAILURES", "AioRpcRejected", "BreakerInterceptor", "BreakerOf", "RpcRejected", "aio_interceptors"]
+with needs_extra(__name__, "grpc"):
+    import grpc
+    import grpc.aio
 
-B = TypeVar("B", CircuitBreaker, AsyncCircuitBreaker)
-BreakerOf: TypeAlias = Callable[[str], B]  # by method, as in "/package.Service/Method"
-FAILURES = (
-    grpc.StatusCode.UNAVAILABLE,
-    grpc.StatusCode.DEADLINE_EXCEEDED,
-    grpc.StatusCode.RESOURCE_EXHAUSTED,
+__all__ = [
+    "FAILURE_CODES",
+    "BreakerInterceptor",
+    "CircuitOpenAioRpcError",
+    "CircuitOpenRpcError",
+    "FailedCallError",
+    "aio_interceptors",
+]
+
+FAILURE_CODES: Final = frozenset(
+    {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.RESOURCE_EXHAUSTED}
 )
+"""The status codes that count as failures by default."""
+
+_B = TypeVar("_B", CircuitBreaker, AsyncCircuitBreaker)
 
 
 class FailedCallError(Exception):
@@ -39,8 +47,8 @@ class FailedCallError(Exception):
         self.call = call
 
 
-class RpcRejected(CircuitOpenError, grpc.RpcError):  # type: ignore[misc]
-    """The breaker rejected a call. A CircuitOpenError, and also a grpc.RpcError with the code UNAVAILABLE."""
+class CircuitOpenRpcError(CircuitOpenError, grpc.RpcError):  # type: ignore[misc]
+    """The call was rejected, and not sent. Handlers of grpc.RpcError see it, too, with the code UNAVAILABLE."""
 
     def code(self) -> grpc.StatusCode:
         """UNAVAILABLE."""
@@ -63,33 +71,34 @@ class RpcRejected(CircuitOpenError, grpc.RpcError):  # type: ignore[misc]
         return str(self)
 
 
-class AioRpcRejected(RpcRejected, grpc.aio.AioRpcError):  # type: ignore[misc]
-    """RpcRejected for grpc.aio: also an AioRpcError."""
+class CircuitOpenAioRpcError(CircuitOpenRpcError, grpc.aio.AioRpcError):  # type: ignore[misc]
+    """CircuitOpenRpcError for grpc.aio. Handlers of grpc.aio.AioRpcError see it, too."""
 
     __str__, __repr__ = CircuitOpenError.__str__, CircuitOpenError.__repr__
     __reduce__ = Exception.__reduce__
 
 
-class _Guard(Generic[B]):
+class _Guard(Generic[_B]):
     """What the blocking and the asyncio interceptors share. Raises PolicyError for an invalid option.
 
-    breaker: for all calls, or a function of the method ("/package.Service/Method") that returns one. failures: the
-    status codes that count as failures. CANCELLED counts as nothing, any other code as success: the service did answer.
+    BreakerInterceptor describes the options.
     """
 
-    _kind: type[B]
+    _kind: type[_B]
 
-    def __init__(self, breaker: B | BreakerOf[B], *, failures: Iterable[grpc.StatusCode] = FAILURES) -> None:
+    def __init__(
+        self, breaker: _B | Callable[[str], _B], *, failure_codes: Iterable[grpc.StatusCode] = FAILURE_CODES
+    ) -> None:
         own = isinstance(breaker, self._kind)
         if not own and (isinstance(breaker, (CircuitBreaker, AsyncCircuitBreaker)) or not callable(breaker)):
             raise PolicyError(
                 f"breaker must be of type {self._kind.__name__}, or a function of the method, not {breaker!r}"
             )
-        self._breaker_of: BreakerOf[Any] = (lambda _: breaker) if own else breaker
-        self._failures = frozenset(failures)
-        for code in self._failures:
+        self._breaker_of: Callable[[str], Any] = (lambda _: breaker) if own else breaker
+        self._failure_codes = frozenset(failure_codes)
+        for code in self._failure_codes:
             if not isinstance(code, grpc.StatusCode):
-                raise PolicyError(f"failures must be status codes of grpc.StatusCode, not {code!r}")
+                raise PolicyError(f"failure_codes must be of type grpc.StatusCode, not {code!r}")
 
     def _breaker(self, details: Any) -> Any:
         method = details.method
@@ -103,10 +112,10 @@ class BreakerInterceptor(
     grpc.StreamUnaryClientInterceptor,  # type: ignore[misc]
     grpc.StreamStreamClientInterceptor,  # type: ignore[misc]
 ):
-    """For grpc.intercept_channel(channel, BreakerInterceptor(breaker)). A rejected call raises RpcRejected.
+    """For grpc.intercept_channel(channel, BreakerInterceptor(breaker)). A rejected call raises CircuitOpenRpcError.
 
     breaker: a CircuitBreaker for all calls, or a function of the method ("/package.Service/Method") that returns one.
-    failures: the status codes that count as failures. CANCELLED counts as nothing, any other code as success: the
+    failure_codes: the status codes that count as failures. CANCELLED counts as nothing, any other code as success: the
         service did answer.
 
     Raises PolicyError for an invalid option.
@@ -118,7 +127,7 @@ class BreakerInterceptor(
         try:
             permit = self._breaker(details).acquire()
         except CircuitOpenError as rejected:
-            raise RpcRejected(*rejected.args) from None
+            raise CircuitOpenRpcError(*rejected.args) from None
         try:
             call = continuation(details, request)
         except BaseException:
@@ -129,7 +138,7 @@ class BreakerInterceptor(
 
     def _settle(self, permit: Permit, ended: Any) -> None:
         code = ended.code()
-        if code in self._failures:
+        if code in self._failure_codes:
             permit.failure(FailedCallError(code, ended.details(), ended))
         elif code is grpc.StatusCode.CANCELLED:
             permit.release()
@@ -152,7 +161,7 @@ class _AioGuard(_Guard[AsyncCircuitBreaker]):
         try:
             permit = await self._breaker(details).acquire()
         except CircuitOpenError as rejected:
-            raise AioRpcRejected(*rejected.args) from None
+            raise CircuitOpenAioRpcError(*rejected.args) from None
         try:
             return permit, await continuation(details, request)
         except BaseException:
@@ -172,7 +181,7 @@ class _AioGuard(_Guard[AsyncCircuitBreaker]):
 
     async def _settle(self, permit: AsyncPermit, call: Any) -> None:
         code = await call.code()
-        if code in self._failures:
+        if code in self._failure_codes:
             await permit.failure(FailedCallError(code, await call.details(), call))
         elif code is grpc.StatusCode.CANCELLED:
             await permit.release()
@@ -206,16 +215,16 @@ class _StreamStream(_AioGuard, grpc.aio.StreamStreamClientInterceptor):  # type:
 
 
 def aio_interceptors(
-    breaker: AsyncCircuitBreaker | BreakerOf[AsyncCircuitBreaker],
+    breaker: AsyncCircuitBreaker | Callable[[str], AsyncCircuitBreaker],
     *,
-    failures: Iterable[grpc.StatusCode] = FAILURES,
+    failure_codes: Iterable[grpc.StatusCode] = FAILURE_CODES,
 ) -> list[grpc.aio.ClientInterceptor]:
     """For grpc.aio.insecure_channel(target, interceptors=aio_interceptors(breaker)). Returns four interceptors, since a
-    channel of grpc.aio uses one object for one kind of call only. A rejected call raises AioRpcRejected.
+    channel of grpc.aio uses one object for one kind of call only. A rejected call raises CircuitOpenAioRpcError.
 
-    breaker, failures: as for BreakerInterceptor, with an AsyncCircuitBreaker.
+    breaker, failure_codes: as for BreakerInterceptor, with an AsyncCircuitBreaker.
 
     Raises PolicyError for an invalid option.
     """
-    codes = tuple(failures)
-    return [kind(breaker, failures=codes) for kind in (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)]
+    codes = frozenset(failure_codes)
+    return [kind(breaker, failure_codes=codes) for kind in (_UnaryUnary, _UnaryStream, _StreamUnary, _StreamStream)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-import httpx
-
 from .. import (
     AsyncCircuitBreaker,
     AsyncCircuitBreakerManager,
@@ -13,8 +11,12 @@ from .. import (
     CircuitBreakerManager,
     CircuitOpenError,
 )
+from .._extras import needs_extra
 from . import _httpx
 from ._http import host_of
+
+with needs_extra(__name__, "httpx"):
+    import httpx
 
 __all__ = ["AsyncBreakerTransport", "BreakerTransport", "CircuitOpenTransportError", "host_of", "sdk_response"]
 
@@ -51,8 +53,8 @@ class BreakerTransport(
     failure_statuses: the statuses that count as failures. Any other response is a success.
     failures: the exceptions that count as failures: types, or a function of the exception. Any other
         exception counts as nothing. None: httpx.TransportError.
-    ignore: exceptions in `failures` that count as nothing all the same: types, or a function. None: the caller's own
-        faults, which are PoolTimeout, UnsupportedProtocol and LocalProtocolError.
+    ignore: exceptions in `failures` that are not counted: types, or a function of the exception. None: the caller's
+        own faults, which are PoolTimeout, UnsupportedProtocol and LocalProtocolError.
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.
 
     The breakers' own options for failures do not apply. Raises PolicyError for an invalid option.

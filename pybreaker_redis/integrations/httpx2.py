@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TypeAlias
 
-import httpx2
-
 from .. import (
     AsyncCircuitBreaker,
     AsyncCircuitBreakerManager,
@@ -13,8 +11,12 @@ from .. import (
     CircuitBreakerManager,
     CircuitOpenError,
 )
+from .._extras import needs_extra
 from . import _httpx
 from ._http import host_of
+
+with needs_extra(__name__, "httpx2"):
+    import httpx2
 
 __all__ = ["AsyncBreakerTransport", "BreakerTransport", "CircuitOpenTransportError", "host_of", "sdk_response"]
 

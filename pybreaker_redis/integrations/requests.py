@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import Any
 
-import requests
-from requests.adapters import BaseAdapter, HTTPAdapter
-from urllib3.exceptions import ClosedPoolError
-
 from .. import CircuitBreaker, CircuitBreakerManager, CircuitOpenError
 from .._classify import Exceptions, RetryAfter
+from .._extras import needs_extra
 from ._http import (
     FAILURE_STATUSES,
     Rules,
@@ -22,9 +19,14 @@ from ._http import (
     retry_after_header,
 )
 
+with needs_extra(__name__, "requests"):
+    import requests
+    from requests.adapters import BaseAdapter, HTTPAdapter
+    from urllib3.exceptions import ClosedPoolError
+
 __all__ = ["BreakerAdapter", "CircuitOpenConnectionError", "host_of"]
 
-FAILURES = (
+_FAILURES = (
     requests.ConnectionError,
     requests.Timeout,
     requests.exceptions.ChunkedEncodingError,
@@ -52,8 +54,8 @@ class BreakerAdapter(BaseAdapter):
     failure_statuses: the statuses that count as failures. Any other response is a success.
     failures: the exceptions that count as failures: types, or a function of the exception. Any other
         exception counts as nothing: an invalid URL is the caller's own fault.
-    ignore: exceptions in `failures` that count as nothing all the same: types, or a function. None: the errors of a
-        closed pool.
+    ignore: exceptions in `failures` that are not counted: types, or a function of the exception. None: the errors of
+        a closed pool.
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.
 
     The breakers' own options for failures do not apply. Raises PolicyError for an invalid option.
@@ -67,7 +69,7 @@ class BreakerAdapter(BaseAdapter):
         name: str | Callable[[Any], str | None] = host_of,
         until: Until = "headers",
         failure_statuses: Collection[int] = FAILURE_STATUSES,
-        failures: Exceptions = FAILURES,
+        failures: Exceptions = _FAILURES,
         ignore: Exceptions | None = None,
         retry_after: RetryAfter = retry_after_header,
     ) -> None:

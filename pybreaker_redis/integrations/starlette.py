@@ -6,18 +6,20 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
-from starlette.websockets import WebSocket
-
 from .. import AsyncCircuitBreakerManager, CircuitBreakerManager, CircuitOpenError
+from .._extras import needs_extra
 from ._http import UNAVAILABLE, check_breakers, unavailable_headers
 
-__all__ = ["install", "unavailable"]
+with needs_extra(__name__, "starlette"):
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse, Response
+    from starlette.websockets import WebSocket
 
-TRY_AGAIN_LATER = 1013  # a close code of WebSocket
+__all__ = ["circuit_open_handler", "install"]
+
+_TRY_AGAIN_LATER = 1013  # a close code of WebSocket
 
 
 def install(
@@ -27,11 +29,11 @@ def install(
 
     app: a Starlette or FastAPI application. breakers: its manager, which is closed after the application's own lifespan
     has ended. health: the path, like "/health", of a page with the state of every breaker as JSON; None: no such page.
-    Anyone who can read the page learns which services the application calls. Raises PolicyError if breakers is no
+    Anyone who can read the page learns which services the application calls. Raises PolicyError if breakers is not a
     manager.
     """
     check_breakers(breakers, AsyncCircuitBreakerManager, CircuitBreakerManager)
-    app.add_exception_handler(CircuitOpenError, unavailable)
+    app.add_exception_handler(CircuitOpenError, circuit_open_handler)
     inner = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
@@ -56,10 +58,14 @@ def install(
         app.add_route(health, states, include_in_schema=False)
 
 
-async def unavailable(connection: Request | WebSocket, error: Exception) -> Any:
-    """The exception handler that install() adds. Its answer does not name the service, since anyone may read it."""
+async def circuit_open_handler(connection: Request | WebSocket, error: Exception) -> Any:
+    """The exception handler that install() adds: for an application without a manager, add it yourself.
+
+    It answers 503 with Retry-After, and closes a WebSocket with code 1013. The answer does not name the service, since
+    anyone may read it.
+    """
     assert isinstance(error, CircuitOpenError)
     if isinstance(connection, WebSocket):
-        await connection.close(TRY_AGAIN_LATER, UNAVAILABLE)
+        await connection.close(_TRY_AGAIN_LATER, UNAVAILABLE)
         return None
     return JSONResponse({"detail": UNAVAILABLE}, 503, unavailable_headers(error))

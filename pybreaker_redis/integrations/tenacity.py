@@ -13,16 +13,18 @@ import random
 from collections.abc import Callable
 from typing import TypeAlias
 
-from tenacity import RetryCallState, retry_if_exception_type, wait_none
-from tenacity.retry import retry_base
-from tenacity.wait import wait_base
-
 from .. import CircuitOpenError, PolicyError
+from .._extras import needs_extra
+
+with needs_extra(__name__, "tenacity"):
+    from tenacity import RetryCallState, retry_if_exception_type, wait_none
+    from tenacity.retry import retry_base
+    from tenacity.wait import wait_base
 
 __all__ = ["retry_unless_open", "wait_until_probe"]
 
-Retry: TypeAlias = Callable[[RetryCallState], bool]
-Wait: TypeAlias = Callable[[RetryCallState], float]
+_Retry: TypeAlias = Callable[[RetryCallState], bool]
+_Wait: TypeAlias = Callable[[RetryCallState], float]
 
 
 class retry_unless_open(retry_base):
@@ -31,7 +33,7 @@ class retry_unless_open(retry_base):
     retry: the other strategy, not a coroutine function; default: retry every Exception.
     """
 
-    def __init__(self, retry: Retry = retry_if_exception_type()) -> None:  # noqa: B008, it is immutable
+    def __init__(self, retry: _Retry = retry_if_exception_type()) -> None:  # noqa: B008, it is immutable
         self.retry = retry
 
     def __call__(self, retry_state: RetryCallState) -> bool:
@@ -50,7 +52,7 @@ class wait_until_probe(wait_base):
     Raises PolicyError for a jitter or max below zero.
     """
 
-    def __init__(self, wait: Wait = wait_none(), *, jitter: float = 1.0, max: float = 300.0) -> None:  # noqa: B008
+    def __init__(self, wait: _Wait = wait_none(), *, jitter: float = 1.0, max: float = 300.0) -> None:  # noqa: B008
         if not jitter >= 0 or not max >= 0:
             raise PolicyError(f"jitter and max must be zero or more seconds, not {jitter!r} and {max!r}")
         self.wait, self.jitter, self.max = wait, jitter, max

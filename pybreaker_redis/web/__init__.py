@@ -1,10 +1,10 @@
 """The operators' page: every breaker at a glance, one in detail, and actions on it (needs the extra `web`)."""
 
-try:
+from .._extras import needs_extra
+
+with needs_extra("the operators' page", "web"):
+    import python_multipart  # noqa: F401 - starlette imports it as late as the first form arrives
+
     from ._app import breakers_app
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        f"the operators' page needs an extra: pip install 'pybreaker_redis[web]' ({error})", name=error.name
-    ) from error
 
 __all__ = ["breakers_app"]

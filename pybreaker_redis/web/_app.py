@@ -90,13 +90,13 @@ def breakers_app(
 ) -> ASGIApp:
     """The operators' page as an ASGI application, to be served alone or mounted in another one.
 
-    redis: a redis-py client, blocking or asyncio, or a URL. prefix: of the breakers shown. read_only: False lets
+    redis: a redis-py client, blocking or asyncio, or a URL. prefix: which breakers to show. read_only: False lets
     operators force, clear, probe and reset breakers and change their policy. authorize: a function, plain or async,
     that takes a starlette Request and returns the operator's name, or None for a stranger; it is asked for every page.
     Without it everybody may read and nobody may write. health: whether /health answers everybody: 200 while Redis can
     be read, else 503.
 
-    Raises PolicyError for read_only=False without authorize, and for anything that is no client or prefix.
+    Raises PolicyError for read_only=False without authorize, and for an invalid client or prefix.
     """
     if not read_only and authorize is None:
         raise PolicyError(

@@ -23,7 +23,7 @@ from invariants import JOURNAL, journal_in
 from redis.cluster import ClusterNode
 from redis.crc import key_slot
 
-from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, find_binary
+from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError
 
 SLOTS = 16384
 PROMPT = ["--repl-diskless-sync-delay", "0"]  # a replica need not wait for others that might come
@@ -284,7 +284,7 @@ def sentinels() -> Iterator[Sentinels]:
                 "sentinel failover-timeout mymaster 3000\n"
             )
             # a sentinel wants its file as first argument
-            program.write_text(f'#!/bin/sh\nexec "{find_binary()}" "{program}.conf" --sentinel "$@"\n')
+            program.write_text(f'#!/bin/sh\nexec "{EmbeddedServer().binary}" "{program}.conf" --sentinel "$@"\n')
             program.chmod(0o755)
             watchers.append(stack.enter_context(EmbeddedServer(str(program), port=0)))
         formed = Sentinels(data, watchers)

@@ -12,7 +12,7 @@ import redis
 from fault_servers import BINARIES, binary_of, cluster, version_of
 
 from pybreaker_redis import CircuitBreaker, Policy
-from pybreaker_redis.embedded import EmbeddedServer, find_binary
+from pybreaker_redis.embedded import EmbeddedServer
 
 TESTS = Path(__file__).parent.parent
 EVERY = pytest.mark.parametrize("kind", BINARIES)
@@ -35,7 +35,7 @@ def suite_on(binary: str, *arguments: str | Path, examples: int) -> str:
 def test_contract(kind: str, examples: int) -> None:
     """Both engines agree over so many random sequences, and every rule holds, on this server."""
     binary = binary_of(kind)
-    if os.path.realpath(binary) == os.path.realpath(find_binary()):
+    if os.path.realpath(binary) == os.path.realpath(EmbeddedServer().binary):
         pytest.skip("the server of all other tests, which run this suite anyway")
     with EmbeddedServer(binary) as server, redis.Redis.from_url(server.url) as client:
         version = version_of(client)

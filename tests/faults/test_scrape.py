@@ -27,10 +27,10 @@ def test_a_scrape_of_a_cluster() -> None:
         assert len(owners) > 1
 
         def healthy() -> int:
-            return sum(one.health == 100 for one in metrics.read().breakers)
+            return sum(one.health == 100 for one in metrics._read_all().breakers)
 
         assert healthy() == len(NAMES)
-        assert metrics.read().redis_errors == {}
+        assert metrics._read_all().redis_errors == {}
         os.kill(formed.nodes[owners.pop()].pid, signal.SIGKILL)
         assert 0 < healthy() < len(NAMES)
         wait_until(lambda: healthy() == len(NAMES), timeout=60)

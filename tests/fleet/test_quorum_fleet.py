@@ -262,7 +262,7 @@ def server_ms(client: redis.Redis) -> float:
 def test_processes(real: RealFleet, own_server: EmbeddedServer) -> None:
     """A hundred instances in four processes: closed at 1 %, one sick host isolates itself, and 60 % opens for all."""
     with redis.Redis.from_url(own_server.url) as client:
-        wait_until(more(real, 40))
+        wait_until(more(real, 40), 60)
         assert real.watcher.history() == []
         assert real.watcher.snapshot().failures > 0
         healthy = real.reports()
@@ -271,7 +271,7 @@ def test_processes(real: RealFleet, own_server: EmbeddedServer) -> None:
 
         real.say({SICK: 100})
         wait_until(lambda: real.reports()[SICK].get("rejected", 0) >= 5)
-        wait_until(more(real, 20, skipped=SICK))
+        wait_until(more(real, 20, skipped=SICK), 60)
         reports = real.reports()
         assert [number for number, one in reports.items() if one["isolated"]] == [SICK]
         assert [number for number, one in reports.items() if one.get("rejected")] == [SICK]

@@ -13,7 +13,7 @@ import celery
 from celery.exceptions import Ignore
 
 from pybreaker_redis import CircuitBreaker, CircuitBreakerManager, Config, Policy
-from pybreaker_redis.integrations.celery import REJECTIONS, BreakerTask
+from pybreaker_redis.integrations.celery import BreakerTask
 
 BROKER, SERVICE = os.environ.get("BROKER", "redis://127.0.0.1:1"), os.environ.get("SERVICE", "http://127.0.0.1:1")
 THRESHOLD, RESET_TIMEOUT = 3, 1.0
@@ -54,14 +54,14 @@ def ask(path: str = "/") -> str:
 def guarded(self: Any) -> tuple[int, int]:
     """Returns how often it was retried and rejected."""
     ask()
-    return self.request.retries, (self.request.headers or {}).get(REJECTIONS, 0)
+    return self.request.retries, (self.request.headers or {}).get("breaker_rejections", 0)
 
 
 @task(bind=True, base=Named, breaker="named", acks_late=True, **RETRIES)
 def named(self: Any) -> tuple[int, int]:
     """The same, acknowledged late."""
     ask()
-    return self.request.retries, (self.request.headers or {}).get(REJECTIONS, 0)
+    return self.request.retries, (self.request.headers or {}).get("breaker_rejections", 0)
 
 
 @task(bind=True, base=Named, breaker="patient", autoretry_for=(OSError,), max_retries=2, default_retry_delay=0.1)
@@ -73,7 +73,7 @@ def failing(self: Any) -> None:
 @task(bind=True, base=Named, breaker="once", max_retries=0)
 def once(self: Any) -> int:
     """Has no retries of its own."""
-    return (self.request.headers or {}).get(REJECTIONS, 0)
+    return (self.request.headers or {}).get("breaker_rejections", 0)
 
 
 @task(base=Named, breaker="impatient", max_rejections=2, rejection_jitter=0.0)

@@ -12,8 +12,15 @@ import httpx
 import pytest
 from werkzeug.serving import make_server
 
-from pybreaker_redis import AsyncCircuitBreakerManager, CircuitBreaker, CircuitBreakerManager, PolicyError
-from pybreaker_redis.integrations.flask import install
+from pybreaker_redis import (
+    AsyncCircuitBreakerManager,
+    CircuitBreaker,
+    CircuitBreakerManager,
+    CircuitOpenError,
+    PolicyError,
+)
+from pybreaker_redis.integrations.flask import circuit_open_handler, install
+from pybreaker_redis.testing import set_state
 
 
 @contextlib.contextmanager
@@ -78,3 +85,15 @@ def test_health(state: str) -> None:
     getattr(breakers.get_or_create("search"), f"force_{state}")()
     with served(app) as browser:
         assert browser.get("/health").json() == {"search": state}
+
+
+def test_the_handler_without_a_manager() -> None:
+    """An application with a single breaker registers it itself."""
+    app, breaker = flask.Flask("shop"), CircuitBreaker("search")
+    app.register_error_handler(CircuitOpenError, circuit_open_handler)
+    app.add_url_rule("/search", view_func=lambda: breaker.call(str))
+    with served(app) as browser:
+        assert browser.get("/search").status_code == 200
+        set_state(breaker, "open")
+        answer = browser.get("/search")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "30")

@@ -19,9 +19,10 @@ from pybreaker_redis.testing import aset_state, set_state
 grpc = pytest.importorskip("grpc")
 
 from pybreaker_redis.integrations.grpc import (  # noqa: E402
-    AioRpcRejected,
+    FAILURE_CODES,
     BreakerInterceptor,
-    RpcRejected,
+    CircuitOpenAioRpcError,
+    CircuitOpenRpcError,
     aio_interceptors,
 )
 
@@ -180,16 +181,16 @@ def test_futures_and_streams_that_the_client_leaves(echo: Server) -> None:
         wait_until(lambda: breaker.counts.ignored == 2)
         set_state(breaker, "open")
         rejected = method.future(b"fine")
-        assert isinstance(rejected.exception(), RpcRejected)
-        with pytest.raises(RpcRejected):
+        assert isinstance(rejected.exception(), CircuitOpenRpcError)
+        with pytest.raises(CircuitOpenRpcError):
             next(channel.unary_stream("/test.Echo/unary_stream")(b"fine"))
 
 
 def test_a_breaker_for_each_service_and_other_codes(echo: Server) -> None:
-    """A function of the method chooses the breaker; failures= names the codes."""
+    """A function of the method chooses the breaker; failure_codes= names the codes."""
     breakers = {name: CircuitBreaker(name, policy=POLICY) for name in ("test.Echo", "test.Other")}
     chosen = lambda method: breakers[method.split("/")[1]]  # noqa: E731
-    with guarded(echo, chosen, failures=[grpc.StatusCode.INTERNAL]) as channel:
+    with guarded(echo, chosen, failure_codes=[grpc.StatusCode.INTERNAL]) as channel:
         for _ in range(3):
             with pytest.raises(grpc.RpcError):
                 caller(channel, "unary_unary")(b"INTERNAL")
@@ -230,6 +231,18 @@ def test_the_service_says_when_to_come_back(echo: Server) -> None:
     assert breaker.snapshot().reason == "held"
 
 
+def test_the_codes_by_default(echo: Server) -> None:
+    """Each of FAILURE_CODES is a failure; every other code but OK and CANCELLED counts as success."""
+    breaker = CircuitBreaker("echo", policy=Policy(failure_threshold=100))
+    with guarded(echo, breaker) as channel:
+        for code in set(grpc.StatusCode) - {grpc.StatusCode.OK, grpc.StatusCode.CANCELLED}:
+            before = breaker.counts
+            with pytest.raises(grpc.RpcError):
+                caller(channel, "unary_unary")(code.name.encode())
+            after, failed = breaker.counts, code in FAILURE_CODES
+            assert (after.failures - before.failures, after.successes - before.successes) == (failed, not failed), code
+
+
 def test_options_that_cannot_be() -> None:
     """A breaker of the other kind, and codes that are none."""
     for make, other in ((BreakerInterceptor, AsyncCircuitBreaker("a")), (aio_interceptors, CircuitBreaker("a"))):
@@ -237,13 +250,13 @@ def test_options_that_cannot_be() -> None:
             make(other)
         with pytest.raises(PolicyError):
             make("payments")
-        with pytest.raises(PolicyError):
-            make(lambda method: None, failures=[14])
+        with pytest.raises(PolicyError, match=r"failure_codes must be of type grpc\.StatusCode, not 14"):
+            make(lambda method: None, failure_codes=[14])
 
 
 def test_rejections_can_be_pickled() -> None:
     """They keep name, state and retry_after."""
-    for kind in (RpcRejected, AioRpcRejected):
+    for kind in (CircuitOpenRpcError, CircuitOpenAioRpcError):
         copy = pickle.loads(pickle.dumps(kind("echo", "open", 1.5)))
         assert (type(copy), copy.name, copy.state, copy.retry_after) == (kind, "echo", "open", 1.5)
         assert copy.code() is grpc.StatusCode.UNAVAILABLE

@@ -29,7 +29,8 @@ from pybreaker_redis import (
     PolicyError,
 )
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.integrations.starlette import install
+from pybreaker_redis.integrations.starlette import circuit_open_handler, install
+from pybreaker_redis.testing import aset_state
 
 Make = Callable[..., AsyncCircuitBreakerManager]
 
@@ -219,3 +220,21 @@ def test_websockets(accept: bool) -> None:
     accepted = ["websocket.accept"] if accept else []
     assert [message["type"] for message in sent] == [*accepted, "websocket.close"]
     assert sent[-1]["code"] == 1013
+
+
+@pytest.mark.parametrize("make_app", [make_starlette, make_fastapi])
+def test_the_handler_without_a_manager(make_app: Callable[..., Starlette]) -> None:
+    """An application with a single breaker adds it itself."""
+    breaker = AsyncCircuitBreaker("search")
+
+    async def search(request: Request) -> Response:
+        await breaker.call(asyncio.sleep, 0)
+        await aset_state(breaker, "open")
+        return JSONResponse("found")
+
+    app = make_app(exception_handlers={CircuitOpenError: circuit_open_handler})
+    app.add_route("/search", search)
+    with TestClient(app) as browser:
+        assert browser.get("/search").status_code == 200
+        answer = browser.get("/search")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "30")

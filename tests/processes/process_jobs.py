@@ -314,7 +314,7 @@ def made_in_child(url: str, how: str) -> object:
     breaker, meter = CircuitBreaker("parent", redis=client, lease=0, **FIRM), Meter(redis=client)
     meter.attach(breaker)
     breaker.call(fine)
-    meter.read()
+    meter._read_all()
 
     def sockets(server: Any) -> list[int]:
         return [os.fstat(pipe._socket.fileno()).st_ino for pipe in server._node(None)._idle]
@@ -325,7 +325,7 @@ def made_in_child(url: str, how: str) -> object:
         return sockets(made._redis)
 
     def reads() -> object:
-        meter.read()
+        meter._read_all()
         return sockets(meter._server)
 
     children = Children(how)

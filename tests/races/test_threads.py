@@ -223,6 +223,20 @@ def test_a_lower_generation_is_taken_when_it_is_newer() -> None:
     assert (view.seen.state, view.seen.generation) == ("closed", 7)
 
 
+@pytest.mark.parametrize("order", ["refusal last", "report last"])
+def test_an_overtaken_refusal_does_not_hide_a_free_slot(order: str) -> None:
+    """A refresh is sent after the report that ends a probe, but runs before it: the next call asks for the slot."""
+    view = View(10.0)
+    adopt(view, reply("half_open", 7, 100), 90.0, 91.0)
+    report, refresh = (reply("half_open", 7), 100.0), (reply("half_open", 7, 100), 101.0)
+    first, last = (report, refresh) if order == "refusal last" else (refresh, report)
+    adopt(view, *first, 106.0)
+    adopt(view, *last, 107.0)
+    assert view.seen.verdict(107.0) is Verdict.ASK
+    adopt(view, reply("half_open", 7, 100), 107.5, 108.0)  # asked after both
+    assert view.seen.verdict(108.0) is Verdict.REJECT
+
+
 @pytest.mark.parametrize("has_global_lock", [True, False])
 def test_gathering_loses_nothing(monkeypatch: pytest.MonkeyPatch, has_global_lock: bool) -> None:
     """What 32 threads gather while another takes is taken whole, also as it is counted without a global lock."""

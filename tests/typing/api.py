@@ -7,6 +7,7 @@ from typing import Literal, assert_type
 
 import aiohttp
 import flask
+import grpc
 import httpx
 import httpx2
 import requests
@@ -51,25 +52,25 @@ from pybreaker_redis import (
     Watch,
 )
 from pybreaker_redis.config import load
-from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, find_binary, serve
+from pybreaker_redis.embedded import EmbeddedServer, EmbeddedServerError, serve
 from pybreaker_redis.instrumentation.logging import LoggingListener
 from pybreaker_redis.instrumentation.otel import OpenTelemetryMetrics, OpenTelemetrySpans
 from pybreaker_redis.instrumentation.prometheus import PrometheusMetrics
 from pybreaker_redis.integrations import retry_after_header
-from pybreaker_redis.integrations.aiohttp import CircuitOpenClientError, breaker_middleware, callers_own
-from pybreaker_redis.integrations.celery import REJECTIONS, BreakerTask
+from pybreaker_redis.integrations.aiohttp import CircuitOpenClientError, breaker_middleware, is_callers_fault
+from pybreaker_redis.integrations.celery import BreakerTask
 from pybreaker_redis.integrations.grpc import (
-    FAILURES,
-    AioRpcRejected,
+    FAILURE_CODES,
     BreakerInterceptor,
-    BreakerOf,
-    RpcRejected,
+    CircuitOpenAioRpcError,
+    CircuitOpenRpcError,
+    FailedCallError,
     aio_interceptors,
 )
 from pybreaker_redis.integrations.requests import BreakerAdapter, CircuitOpenConnectionError
 from pybreaker_redis.integrations.stamina import after_open, unless_open
 from pybreaker_redis.integrations.tenacity import retry_unless_open, wait_until_probe
-from pybreaker_redis.testing import Breakers, FakeClock, Wanted, aset_state, set_state
+from pybreaker_redis.testing import Breakers, FakeClock, SettableState, aset_state, set_state
 from pybreaker_redis.web import breakers_app
 
 State = Literal["closed", "open", "half_open"]
@@ -401,8 +402,8 @@ class Errors:
         integrations_httpx2.CircuitOpenTransportError,
         CircuitOpenConnectionError,
         CircuitOpenClientError,
-        RpcRejected,
-        AioRpcRejected,
+        CircuitOpenRpcError,
+        CircuitOpenAioRpcError,
     )
     of_httpx: type[httpx.TransportError] = integrations_httpx.CircuitOpenTransportError
     of_requests: type[requests.ConnectionError] = CircuitOpenConnectionError
@@ -416,29 +417,32 @@ assert_type(load({"redis": {"pool_size": 5}}), Config)
 
 
 def a_server() -> str:
-    assert_type(find_binary(), str)
     with serve() as url:
         assert_type(url, str)
     with EmbeddedServer(port=0, args=("--maxmemory", "1mb")) as server:
         assert_type(server.url, str)
+        assert_type(server.binary, str)
         return server.url
 
 
-def testing(breakers: Breakers, wanted: Wanted) -> None:
+def testing(breakers: Breakers, wanted: SettableState) -> None:
     clock = FakeClock(start=1_700_000_000)
     clock.advance(30)
     assert_type(breakers.clock, FakeClock)
     in_test = breakers("mail", policy=Policy(failure_threshold=1))
     assert_type(in_test, CircuitBreaker)
-    assert_type(breakers.asyncio("mail"), AsyncCircuitBreaker)
-    assert_type(breakers.manager(), CircuitBreakerManager)
+    assert_type(breakers.async_breaker("mail", lease=0.5), AsyncCircuitBreaker)
+    assert_type(breakers.manager(Config(), failures=OSError), CircuitBreakerManager)
+    assert_type(breakers.async_manager(), AsyncCircuitBreakerManager)
+    breakers("mail", polcy=Policy())  # type: ignore[call-arg]
+    breakers.async_manager(3)  # type: ignore[arg-type]
     set_state(in_test, wanted)
     set_state(in_test, "forced_open", duration=60)
     set_state(in_test, "ajar")  # type: ignore[arg-type]
 
 
 async def testing_asyncio(breakers: Breakers) -> None:
-    await aset_state(breakers.asyncio("mail"), "half_open")
+    await aset_state(breakers.async_breaker("mail"), "half_open")
 
 
 instrumented = CircuitBreaker(
@@ -461,14 +465,14 @@ integrations_httpx2.BreakerTransport(breaker, rejected=integrations_httpx2.sdk_r
 session = requests.Session()
 session.mount("https://", BreakerAdapter(manager, name=integrations_requests.host_of))
 aiohttp.ClientSession(
-    middlewares=[breaker_middleware(aio, name=integrations_aiohttp.host_of, ignore=callers_own)],
+    middlewares=[breaker_middleware(aio, name=integrations_aiohttp.host_of, ignore=is_callers_fault)],
 )
 assert_type(retry_after_header(httpx.Response(503)), float | None)
 
 integrations_flask.install(flask.Flask("app"), manager, health="/health")
-assert_type(integrations_flask.unavailable(CircuitOpenError("discovery", "open", 1.0)), flask.Response)
+assert_type(integrations_flask.circuit_open_handler(CircuitOpenError("discovery", "open", 1.0)), flask.Response)
 integrations_starlette.install(Starlette(), manager)
-Starlette(exception_handlers={CircuitOpenError: integrations_starlette.unavailable})
+Starlette(exception_handlers={CircuitOpenError: integrations_starlette.circuit_open_handler})
 
 
 async def who(request: Request) -> str | None:
@@ -481,11 +485,11 @@ assert_type(integrations_django.breakers(), CircuitBreakerManager)
 assert_type(integrations_django.async_breakers(), AsyncCircuitBreakerManager)
 django_parts = (integrations_django.CircuitBreakersConfig, integrations_django.CircuitOpenMiddleware)
 django_view: Callable[[HttpRequest], HttpResponse] = integrations_django.health
-assert_type(REJECTIONS, str)
 celery_task: type[BreakerTask] = BreakerTask
 
-of_method: BreakerOf[CircuitBreaker] = manager.get_or_create
-interceptors = (BreakerInterceptor(of_method, failures=FAILURES), *aio_interceptors(aio))
+codes = FAILURE_CODES | {grpc.StatusCode.INTERNAL}
+interceptors = (BreakerInterceptor(manager.get_or_create, failure_codes=codes), *aio_interceptors(aio))
+failed_call: type[Exception] = FailedCallError
 
 
 @stamina.retry(on=unless_open(OSError))
