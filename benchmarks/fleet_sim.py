@@ -163,11 +163,16 @@ class Process:
         self._running = self._scheduled = False
         self._waiting: list[Callable[[], None]] = []
 
-    def soon(self, member: Any, hinted: bool = False, urgent: bool = False) -> None:
-        self.link.use(member, hinted)
-        if hinted or urgent or not self.link.is_busy():
+    def soon(self, line: Any, urgent: bool = False) -> None:
+        self.link.use(line)
+        if urgent or not self.link.is_busy():
             self.link.wanted = True
             self._schedule(HOP)
+
+    def hint(self, line: Any) -> None:
+        self.link.hint(line)
+        self.link.wanted = True
+        self._schedule(HOP)
 
     def refreshed(self, then: Callable[[], None]) -> None:
         self._waiting.append(then)

@@ -124,7 +124,7 @@ class BreakerCore:
         self._watch: BaseWatch | None = None
         self._asked_for_at = NEVER  # when a manager last gave it to somebody
         self._shares: BreakerCore | None = None  # whose view and engine this breaker uses
-        # one of the two: the state machine in this process, or the breaker's part in the link to Redis
+        # one of the two: the state machine in this process, or the breaker's line, which the link makes and calls
         now_ms = clock_ms if clock is None else clock.now_ms
         self._memory = MemoryEngine(now_ms, quorum_of_one=True) if redis is None else None
         self._line: Any = None if self._redis is None else self._redis.link.line_of(self, on_redis_failure, listed)
@@ -644,7 +644,7 @@ class BreakerCore:
     def _hinted(self) -> None:
         """Read the state now: something was published about this breaker, or may have been missed."""
         self._view.hinted()
-        self._redis.soon(self._line, hinted=True)
+        self._redis.hint(self._line)
 
     # State and operator actions
 

@@ -61,7 +61,7 @@ class Link:
         self._read_at_once = READ_AT_ONCE if home is None else 1  # two breakers have different slots in a cluster
         self._outages: dict[Address | None, Outage] = {}  # by node
         self._used: weakref.WeakKeyDictionary[Line, None] = weakref.WeakKeyDictionary()
-        self._hinted: weakref.WeakKeyDictionary[Line, None] = weakref.WeakKeyDictionary()
+        self._hinted: weakref.WeakKeyDictionary[Line, bool] = weakref.WeakKeyDictionary()
         self._held: collections.deque[Line] = collections.deque()  # of freed breakers, with reports that matter
         self._reporting: set[Line] = set()
         self._listing = Listing()
@@ -147,17 +147,19 @@ class Link:
             self.use(line)
             line.renewed()
 
-    def use(self, line: Line, hinted: bool = False) -> None:
-        """Refresh this breaker until it is idle. hinted: only read it in the next exchange, even if it is fresh."""
+    def use(self, line: Line) -> None:
+        """Refresh this breaker until it is idle."""
         exits.begin()
         if self.ended:
             line.gathered(ends=True)
-        if hinted:
-            self._hinted[line] = None
-        else:
-            line.used_at = monotonic()
-            self._used[line] = None
-            self._empty_since = float("inf")
+        line.used_at = monotonic()
+        self._used[line] = None
+        self._empty_since = float("inf")
+
+    def hint(self, line: Line) -> None:
+        """Read the keys of this breaker in the next exchange, even if its view is fresh."""
+        exits.begin()
+        self._hinted[line] = True
 
     def leave(self, line: Line) -> None:
         """Stop refreshing this breaker until it is used again."""
@@ -187,7 +189,8 @@ class Link:
         try:
             if self._held:
                 yield from self._report_held()
-            hinted = {line for line in _alive(self._hinted) if self._hinted.pop(line, self) is None}
+            # another event loop may take some of them
+            hinted = {line for line in _alive(self._hinted) if self._hinted.pop(line, False)}
             lines = [*dict.fromkeys([*_alive(self._used), *hinted])]
             if self._outages or any(line.refusal for line in lines):
                 lines = yield from self._retry(lines)
@@ -198,7 +201,7 @@ class Link:
                 self._reporting.difference_update(lines)
             for line in hinted:
                 if self.outage(line) is not None:
-                    self._hinted[line] = None  # read it after the outage
+                    self._hinted[line] = True  # read it after the outage
         finally:
             self.busy_since = NEVER
 

@@ -64,13 +64,18 @@ class BaseServer:
         for line in used:
             renew(line.breaker)
 
-    def soon(self, line: Line, hinted: bool = False, urgent: bool = False) -> None:
-        """Refresh a breaker in the background. hinted: even if its view is fresh. urgent: it has a report to send."""
-        link = self.link
-        link.use(line, hinted)
-        if hinted or urgent or not link.is_busy():
-            link.wanted = True
+    def soon(self, line: Line, urgent: bool = False) -> None:
+        """Refresh a breaker in the background. urgent: it has a report to send."""
+        self.link.use(line)
+        if urgent or not self.link.is_busy():
+            self.link.wanted = True
             self._start()
+
+    def hint(self, line: Line) -> None:
+        """Read a breaker's keys in the background, even if its view is fresh."""
+        self.link.hint(line)
+        self.link.wanted = True
+        self._start()
 
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""

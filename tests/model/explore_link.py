@@ -647,11 +647,16 @@ class Process:
             if setup.watch:
                 breaker._watch = Watching()  # type: ignore[assignment]
 
-    def soon(self, member: Any, hinted: bool = False, urgent: bool = False) -> None:
-        self.link.use(member, hinted)
-        if hinted or urgent or not self.link.is_busy():
+    def soon(self, line: Any, urgent: bool = False) -> None:
+        self.link.use(line)
+        if urgent or not self.link.is_busy():
             self.link.wanted = True
             self.worker.awake = True
+
+    def hint(self, line: Any) -> None:
+        self.link.hint(line)
+        self.link.wanted = True
+        self.worker.awake = True
 
     def actors(self) -> list[Any]:
         return [self.worker, *self.callers]
