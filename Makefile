@@ -69,7 +69,7 @@ build/circuitbreaker-$(CIRCUITBREAKER): | $(BIN)/python
 	@tar -xzf $@.tar.gz -C build
 
 test-web: $(VENV)/webtests.stamp ## run the tests of the operators' page, in Debian's chromium if it is there, and of the command line (four minutes)
-	@$(BIN)/python -m pytest $(SCREENS) tests/test_docs.py -k 'web or cli or terminal' $(ARGS)
+	@$(BIN)/python -m pytest $(SCREENS) tests/test_docs.py -k 'web or cli or terminal or why-open' $(ARGS)
 
 pictures: $(VENV)/webtests.stamp ## take the pictures of the operators' page and of watch in docs/images anew, from real runs
 	@PYTHONPATH=tests $(BIN)/python -m tests.web.pictures

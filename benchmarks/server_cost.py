@@ -57,7 +57,8 @@ CASES = {
     "control, reset": Case("control", {"action": "reset"}),
     "control, force_open": Case("control", {"action": "force_open", "duration_ms": 600_000}),
     "control, force_closed": Case("control", {"action": "force_closed", "duration_ms": 600_000}),
-    "control, set_policy": Case("control", {"action": "set_policy", "override": PATIENT}),
+    "control, set_policy": Case("control", {"action": "set_policy", "override": PATIENT, "duration_ms": 600_000}),
+    "control, set_policy again": Case("control", {"action": "set_policy", "override": PATIENT}),
     "snapshot, closed": Case("snapshot", {}),
 }
 

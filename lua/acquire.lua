@@ -40,7 +40,6 @@ Writes     a new document, a probe, gathered counts that apply, or a correction 
     '{circuit_breaker:discovery:state}:policy' '{"instance":"me"}'
 ]]
 local function limit_of(field)
-  if field == 'generation' then return 100 * LARGEST end
   if field == 'seen_failure' then return LARGEST end
   if field == 'successes' or field == 'slow' or field == 'pending' then return 1e9 end
   if field == 'age_ms' then return 365 * DAY_MS end

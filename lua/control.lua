@@ -11,13 +11,14 @@ ARGV[1]  the request, in JSON or msgpack; the reply has the same form.
                                     policy override ends (default: never)
            override     (map)       for set_policy: fields as in policy, added to the policy override
            operator    (text)       who asks for the action, 1 to 100 characters. With note, it is stored with the
-                                    document or the policy override, and goes into history and message.
+                                    document or the policy override, and goes into the history entry.
            note        (text)       why
            policy, instance, host   as for acquire
 Reply      changed    (bool)
            state, generation, failure_count, failure_number, success_count, retry_after_ms, reason, error,
            ramp_left_ms, forced, forced_left_ms, override, override_left_ms, warning, window_ms, transition  as acquire replies
 Errors     BADREQUEST field: problem. Nothing was changed.
+Publishes  the history entry of each action that changes anything
 
   redis-cli EVALSHA $CONTROL 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"action":"force_open","duration_ms":600000,"operator":"ann","note":"maintenance"}'
@@ -44,43 +45,24 @@ elseif request.note == '' then
 end
 if problem then return redis.error_reply(problem) end
 
-local dropped = action == 'reset' and redis.call('DEL', KEYS[3]) == 1 -- a reset replaces everything but the history
+local drops_policy = action == 'reset' or clears_policy -- a reset replaces everything but the history
+if drops_policy then request.dropped = {} end
 local document = breaker.load(request)
 document.now = document.now or breaker.now_ms()
 
-local changed = true
+local policy_changed, fields = false, nil
 if sets_policy then
-  -- Stores the policy override with the new fields. Every instance obeys it once it has read it.
-  local override, fields, expiry = request.override_in_force or {}, {}, {}
-  for field, value in pairs(request.override) do override[field] = value end
-  for field, value in pairs(override) do
-    local text = tostring(value) -- 14 digits, as in cjson: too few for a third
-    if type(value) == 'number' and tonumber(text) ~= value then text = string.format('%.17g', value) end
-    fields[#fields + 1] = string.format('"%s":%s', field, text)
-  end
-  if request.duration_ms then
-    fields[#fields + 1] = string.format('"until_ms":%.0f', document.now + request.duration_ms)
-    expiry = {'PX', request.duration_ms}
-  end
-  if request.operator then fields[#fields + 1] = '"operator":"' .. breaker.escaped(request.operator) .. '"' end
-  if request.note then fields[#fields + 1] = '"note":"' .. breaker.escaped(request.note) .. '"' end
-  redis.call('SET', KEYS[3], '{' .. table.concat(fields, ',') .. '}', unpack(expiry))
-  request.override_in_force, request.override_left_ms = override, request.duration_ms
-elseif clears_policy then
-  changed = redis.call('DEL', KEYS[3]) == 1
-  request.override_in_force = nil
-else
-  changed = breaker.control(document, action, request.duration_ms or 30 * DAY_MS)
-  if changed then
-    breaker.sign(document, request)
-    breaker.save(document, request)
-  end
-  changed = changed or dropped
+  policy_changed, fields = breaker.set_override(request, document.now)
+elseif drops_policy then
+  policy_changed = redis.call('DEL', KEYS[3]) == 1
+  fields = request.dropped.override_in_force and breaker.override_text(request.dropped.override_in_force)
 end
-if changed and not (document.change or document.entry) then -- which save() publishes
-  redis.pcall('PUBLISH', KEYS[1], cjson.encode({policy = action, instance = request.instance,
-    operator = request.operator, note = request.note, time_ms = document.now}))
-end
+local state_changed = not sets_policy and not clears_policy
+  and breaker.control(document, action, request.duration_ms or 30 * DAY_MS)
+
+if policy_changed and not state_changed then breaker.enter_policy(document, action) end
+if policy_changed or state_changed then breaker.sign(document, request, fields) end
+if state_changed then breaker.save(document, request) elseif policy_changed then breaker.announce(document, request) end
 local reply = breaker.reply(document, request)
-reply.changed = changed
+reply.changed = state_changed or policy_changed
 return encode(reply)

@@ -141,6 +141,7 @@ function breaker.announce(document, request)
   if change.error then entry[#entry + 1], entry[#entry + 2] = 'error', change.error end
   if change.operator then entry[#entry + 1], entry[#entry + 2] = 'operator', change.operator end
   if change.note then entry[#entry + 1], entry[#entry + 2] = 'note', change.note end
+  if change.override then entry[#entry + 1], entry[#entry + 2] = 'override', change.override end
   local added = redis.pcall(unpack(entry))
   local wrong = type(added) == 'table' and added.err
   if wrong and (string.find(wrong, 'WRONGTYPE', 1, true) or string.find(wrong, 'exhausted', 1, true)) then
@@ -263,7 +264,7 @@ function breaker.take_over_open(document, own, request)
   local now = document.now
   if breaker.is_integer(own.open_until_ms, 0, LARGEST) and breaker.is_integer(own.open_ms, 0, LARGEST) then
     document.open_ms = math.min(own.open_ms, 30 * DAY_MS)
-    if breaker.is_integer(own.held_generation, 1, 100 * LARGEST) then document.held_generation = own.held_generation end
+    if breaker.is_integer(own.held_generation, 1, own.generation) then document.held_generation = own.held_generation end
     -- A deadline more than twice the open period away means that the clock went back: treat it as due.
     local is_far = own.open_until_ms - now > 2 * own.open_ms
     document.open_until_ms = is_far and now or breaker.bounded_ms(document, own.open_until_ms)

@@ -58,9 +58,8 @@ Another key of the prefix, circuit_breaker:fleet, lists the processes: see fleet
 
 Messages on the channel KEYS[1] tell watchers to read the document. Watchers do not read the messages themselves:
   a history entry    {from, to, reason, generation, failure_count, success_count, instance, time_ms, ...}: a transition,
-                     or an operator's action on the state that is not one, with the same state twice
+                     or an operator's action that is not one, with the same state twice
   a hint             {failure_count, instance, time_ms}: the run of failures has reached half of its threshold
-  a policy           {policy, instance, operator, note, time_ms}: a policy override was set or cleared
 
 The policy override under KEYS[3] is a map of policy fields, with its end (until_ms) and the operator and note of the
 action that set it last.

@@ -33,7 +33,6 @@ Publishes  the transition, or {failure_count, instance, time_ms} when a run of a
     '{circuit_breaker:discovery:state}:policy' '{"generation":1733500795000000,"failures":1}'
 ]]
 local function limit_of(field)
-  if field == 'generation' then return 100 * LARGEST end
   if field == 'seen_failure' or field == 'probe' or field == 'hold_ms' then return LARGEST end
   if field == 'successes' or field == 'failures' or field == 'slow' or field == 'pending' or field == 'counted' then
     return 1e9

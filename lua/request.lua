@@ -3,14 +3,14 @@ The request and the reply: checks the fields of the request, and finds the polic
 ]]
 
 -- Returns the checked request, or nil, an error message, and the encoder of the reply. limit_of: a function that gives
--- the greatest value of one of the script's integer fields, or nil. kinds: {field: kind} of its other fields, "text",
--- "duration" (milliseconds) or "policy".
+-- the greatest value of one of the script's integer fields besides generation, or nil. kinds: {field: kind} of its
+-- other fields, "text", "duration" (milliseconds) or "policy".
 function breaker.request(limit_of, kinds)
   local is_json = string.byte(ARGV[1] or '') == 123
   local ok, request = pcall(is_json and cjson.decode or cmsgpack.unpack, ARGV[1] or '')
   if #KEYS ~= 3 or #ARGV ~= 1 or not ok or type(request) ~= 'table' then return nil, breaker.bad_call() end
   for field, value in next, request do
-    local limit = limit_of and limit_of(field)
+    local limit = limit_of and (field == 'generation' and 100 * LARGEST or limit_of(field))
     local kind = limit or (field == 'instance' or field == 'host') and 'text' or field == 'policy' and 'policy' or kinds and kinds[field]
     local fits = limit and type(value) == 'number' and value >= 0 and value <= limit and value % 1 == 0
       or kind == 'text' and type(value) == 'string' and #value <= 200 and string.find(value, '^[ -~]*$')
@@ -123,8 +123,10 @@ function breaker.policy_misfit(name, field, value)
 end
 
 -- Applies the policy override, which an operator stored for the fleet, to the caller's policy. Its text carries its
--- end, until_ms, so that processes can tell one that was prolonged from one that was not.
+-- end, until_ms, so that processes can tell one that was prolonged from one that was not. If this request drops it,
+-- only request.dropped has it.
 function breaker.take_override(request, text)
+  request = request.dropped or request
   local override = breaker.decode(text)
   local until_ms, operator, note = override and override.until_ms, override and override.operator, override and override.note
   if until_ms or operator or note then override.until_ms, override.operator, override.note = nil, nil, nil end
@@ -139,6 +141,36 @@ function breaker.take_override(request, text)
   request.override_operator = breaker.is_text(operator, 100) and operator or nil
   request.override_note = breaker.is_text(note, 200) and note or nil
   for field, value in pairs(override) do request.policy[field] = value end
+end
+
+-- Adds fields to the policy override; the request's end, operator and note replace those before. Every instance obeys
+-- once it has read it. Returns whether a field or the end changes, and the given fields with their end for the history.
+function breaker.set_override(request, now)
+  local override, changes = request.override_in_force or {}, request.override_left_ms ~= request.duration_ms
+  for field, value in pairs(request.override) do
+    if override[field] ~= value then override[field], changes = value, true end
+  end
+  if not changes then return false end
+  local until_ms = request.duration_ms and now + request.duration_ms
+  redis.call('SET', KEYS[3], breaker.override_text(override, until_ms, request.operator, request.note),
+    unpack(until_ms and {'PX', request.duration_ms} or {}))
+  request.override_in_force, request.override_left_ms = override, request.duration_ms
+  return true, breaker.override_text(request.override, until_ms)
+end
+
+-- Fields of a policy override in JSON, with its end, operator and note if they are given.
+function breaker.override_text(fields, until_ms, operator, note)
+  local texts = {}
+  for field, value in pairs(fields) do
+    local text = tostring(value) -- 14 digits, as in cjson: too few for a third
+    if type(value) == 'number' and tonumber(text) ~= value then text = string.format('%.17g', value) end
+    texts[#texts + 1] = string.format('"%s":%s', field, text)
+  end
+  table.sort(texts)
+  if until_ms then texts[#texts + 1] = string.format('"until_ms":%.0f', until_ms) end
+  if operator then texts[#texts + 1] = '"operator":"' .. breaker.escaped(operator) .. '"' end
+  if note then texts[#texts + 1] = '"note":"' .. breaker.escaped(note) .. '"' end
+  return '{' .. table.concat(texts, ',') .. '}'
 end
 
 -- The policy in force as a map of all fields.

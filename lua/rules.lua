@@ -288,6 +288,12 @@ function breaker.enter(document, reason)
     failure_count = document.failure_count, success_count = document.success_count}
 end
 
+-- Enters an action on the policy override. It stores no document: the generation is 0 where none is stored.
+function breaker.enter_policy(document, action)
+  breaker.enter(document, action)
+  if document.is_new then document.entry.generation = 0 end
+end
+
 -- Lets the next caller of an open circuit probe. Returns whether it changed anything.
 function breaker.probe_now(document)
   if document.forced or document.state ~= 'open' then return false end
@@ -340,11 +346,13 @@ function breaker.control(document, action, duration_ms)
   return true
 end
 
--- Notes who carried out an operator's action, and why, in the document and its history entry.
-function breaker.sign(document, request)
+-- Notes who carried out an operator's action, and why, in the document and its history entry. override: the fields of
+-- the policy override that the action set or ended, as JSON, or nil.
+function breaker.sign(document, request, override)
   local entry, operator, note = document.change or document.entry, request.operator, request.note
   if operator or document.operator then document.operator, entry.operator = operator, operator end
   if note or document.note then document.note, entry.note = note, note end
+  if override then entry.override = override end
 end
 
 -- From 0 (open) to 100: what the state allows, less the share of failures, half the share of slow calls, and the

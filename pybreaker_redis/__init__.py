@@ -2,12 +2,21 @@
 
 from ._async import AsyncCircuitBreaker, AsyncPermit, AsyncWatch
 from ._classify import Classification
+from ._clock import Clock
 from ._config import Config
-from ._errors import CircuitBreakerError, CircuitOpenError, ConfigError, PermitError, PolicyError, RedisUnavailableError
-from ._events import Counts, Event
+from ._errors import (
+    CircuitBreakerError,
+    CircuitOpenError,
+    ConfigError,
+    ForcedStateError,
+    PermitError,
+    PolicyError,
+    RedisUnavailableError,
+)
+from ._events import Counts, Event, EventKind, Listener
 from ._manager import AsyncCircuitBreakerManager, CircuitBreakerManager
 from ._policy import Policy
-from ._protocol import HistoryEntry, Snapshot
+from ._protocol import HistoryEntry, Snapshot, State
 from ._sync import CircuitBreaker, Permit, Watch
 
 __all__ = [
@@ -20,16 +29,21 @@ __all__ = [
     "CircuitBreakerManager",
     "CircuitOpenError",
     "Classification",
+    "Clock",
     "Config",
     "ConfigError",
     "Counts",
     "Event",
+    "EventKind",
+    "ForcedStateError",
     "HistoryEntry",
+    "Listener",
     "Permit",
     "PermitError",
     "Policy",
     "PolicyError",
     "RedisUnavailableError",
     "Snapshot",
+    "State",
     "Watch",
 ]

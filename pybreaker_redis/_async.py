@@ -7,10 +7,20 @@ import contextlib
 import functools
 import inspect
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Generator, Iterator
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+)
 from os import getpid
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Self, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeAlias, TypeVar, cast, overload
 
 from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore, Fallback
@@ -28,10 +38,26 @@ P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
+S = TypeVar("S")
+T_co = TypeVar("T_co", covariant=True)
+M = TypeVar("M", bound=contextlib.AbstractAsyncContextManager[Any])
 _IfLost: TypeAlias = Callable[[T], Coroutine[Any, Any, None]]
 # By process and loop: a loop keeps only weak references. A child keeps its parent's tasks alive, and leaves them alone.
 _tasks: dict[int, weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]] = {}
 _USE_SYNC = "cannot be awaited, so AsyncCircuitBreaker cannot guard it: use CircuitBreaker"
+
+
+class _WithFallback(Protocol[T_co]):
+    """The decorator that AsyncCircuitBreaker makes of a fallback whose result, once awaited, is a T_co."""
+
+    @overload
+    def __call__(self, func: Callable[P, Awaitable[R]], /) -> Callable[P, Coroutine[Any, Any, R | T_co]]: ...
+    @overload
+    def __call__(
+        self: _WithFallback[Iterable[S] | AsyncIterable[S]], func: Callable[P, AsyncIterator[R]], /
+    ) -> Callable[P, AsyncGenerator[R | S, Any]]: ...
+    @overload
+    def __call__(self, func: Callable[P, M], /) -> Callable[P, M]: ...
 
 
 class AsyncPermit(BasePermit):
@@ -44,10 +70,10 @@ class AsyncPermit(BasePermit):
         await self._breaker._drive(self._settle(SUCCESS, None))
 
     async def failure(self, error: BaseException | None = None, retry_after: float | str | None = None) -> None:
-        """Count the call as a failure. error: for on_call, and for the breaker's retry_after.
+        """Count the call as a failure. error: the exception, for on_call and the breaker's retry_after.
 
         retry_after: seconds after which the service said to come back; the circuit holds for that long. Raises
-        PermitError if the permit is settled, and PolicyError if retry_after is no number.
+        PermitError if the permit is settled, and PolicyError if retry_after is not a number.
         """
         await self._breaker._drive(self._settle(FAILURE, error, retry_after))
 
@@ -82,6 +108,9 @@ class Acquiring:
     def __init__(self, breaker: AsyncCircuitBreaker) -> None:
         self._breaker = breaker
         self._used = False
+
+    def __repr__(self) -> str:
+        return f"<acquire() of circuit breaker {self._breaker.name!r}: await it, or use it as an `async with` block>"
 
     def __await__(self) -> Generator[Any, Any, AsyncPermit]:
         if self._used:  # two tasks that share one would settle each other's call
@@ -160,14 +189,16 @@ class AsyncCircuitBreaker(BreakerCore):
     @overload
     def __call__(self, func: F, /) -> F: ...
     @overload
-    def __call__(self, *, fallback: Callable[[CircuitOpenError], Any]) -> Callable[[F], F]: ...
+    def __call__(self, *, fallback: Callable[[CircuitOpenError], Awaitable[T]]) -> _WithFallback[T]: ...
+    @overload
+    def __call__(self, *, fallback: Callable[[CircuitOpenError], T]) -> _WithFallback[T]: ...
 
     def __call__(self, func: Any = None, *, fallback: Any = None) -> Any:
-        """Decorate func, which keeps its kind: a coroutine function, an async generator function, one that contextlib
-        made, or any other callable whose result can be awaited.
+        """Decorate func: a coroutine function, an async generator function, a function made by contextlib, or any
+        other callable whose result can be awaited. It keeps its kind.
 
         The decorated function has the breaker as `.breaker`. fallback: see CircuitBreaker; for this function only.
-        Raises TypeError for a function that is none of these, and PolicyError for a fallback that is no function.
+        Raises TypeError for a function that is none of these, and PolicyError for a fallback that is not a function.
         """
         return self._decorator(func, fallback)
 
@@ -235,7 +266,7 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             if seen.sent <= now < seen.open_until and not self._notices.on_call:
                 self._notices.count("rejected")
-                raise CircuitOpenError(self.name, "open", seen.retry_at - now, seen.reason, seen.error)
+                raise CircuitOpenError(self._name, "open", seen.retry_at - now, seen.reason, seen.error)
             watched = seen.sent <= now < seen.watched_until
             permit = self._admitted(seen.generation) if watched else await self._admit(now)
         except CircuitOpenError as rejected:
@@ -475,7 +506,10 @@ class AsyncCircuitBreaker(BreakerCore):
         await self._drive(self._command(Action("clear_policy", operator, note)))
 
     async def history(self, count: int = 100) -> list[HistoryEntry]:
-        """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
+        """Up to `count` transitions and operators' actions, newest first.
+
+        Raises RedisUnavailableError; PolicyError for count < 1.
+        """
         check_history_count(count)
         self._check_process()
         if self._memory is not None:

@@ -93,6 +93,8 @@ REASONS = {
     "reset": "reset",
     "clear_forced": "forced state ended",
     "probe": "probe allowed",
+    "set_policy": "policy override set",
+    "clear_policy": "policy override ended",
 }
 """The reason of a history entry in words."""
 

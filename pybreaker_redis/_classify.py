@@ -16,8 +16,8 @@ from ._policy import LONGEST_OPEN
 from ._protocol import printable
 
 Exceptions: TypeAlias = (
-    type[BaseException] | Iterable[type[BaseException]] | Callable[[BaseException], object]
-)  # types, or a predicate
+    type[BaseException] | Iterable[type[BaseException]] | Callable[[Any], object]
+)  # types, or a predicate, which may take a narrower type than BaseException
 RetryAfter: TypeAlias = Callable[[Any], float | str | None]
 CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError, KeyboardInterrupt, GeneratorExit)
 _ANY = (Exception,)  # shared by most breakers
@@ -31,9 +31,9 @@ FAILURE: Final = "failure"
 IGNORED: Final = "ignored"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Classification:
-    """How a manager classifies the calls of one service. None: as the manager's own options say.
+    """How a manager classifies the calls of one service. None: the manager's option applies.
 
     failures, ignore, is_failure, retry_after: as for CircuitBreaker.
     """
@@ -42,6 +42,7 @@ class Classification:
     ignore: Exceptions | None = None
     is_failure: Callable[[Any], object] | None = None
     retry_after: RetryAfter | None = None
+    __hash__ = None  # type: ignore[assignment]  # it may hold lists
 
 
 class Classifier:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 from ._errors import PolicyError
-from ._policy import Policy
+from ._policy import Policy, plain
 from ._protocol import keys_of
 
 DEFAULT_POLICY = Policy(failure_threshold=10, reset_timeout=2.0, error_rate_threshold=0.5)
@@ -18,7 +18,7 @@ LONGEST_LEASE = 3600.0
 OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The configuration of a manager. pybreaker_redis.config reads one from a file, a dict and the environment.
 
@@ -26,7 +26,7 @@ class Config:
     services: the policy of each service, by name. redis_url: the server through which with_redis() shares the state.
     redis_options: options of redis.Redis for its client; those in the URL win. watch: whether the breakers
     subscribe to messages, so that their views follow changes within milliseconds. idle_after: seconds after which a
-    manager forgets a breaker that nobody asked it for; what Redis stores of it stays until its TTL ends. None: never.
+    manager drops a breaker that has not been requested; what Redis stores of it stays until its TTL ends. None: never.
     lease, on_redis_failure, redis_timeout, prefix, host, record_errors, listed: as for CircuitBreaker.
 
     Raises PolicyError for an invalid value.
@@ -46,10 +46,16 @@ class Config:
     record_errors: bool = True
     listed: bool = True
     idle_after: float | None = 3600.0
+    __hash__ = None  # type: ignore[assignment]  # it holds dicts
 
     def __post_init__(self) -> None:
         check_options(self.lease, self.on_redis_failure, self.redis_timeout)
         host_of(self.host)
+        if not isinstance(self.redis_url, str) or not self.redis_url:
+            raise PolicyError(
+                f"redis_url must be the URL of a server, not {self.redis_url!r}: leave it out for a manager in memory,"
+                " or one that is given redis="
+            )
         if self.idle_after is not None:
             _check_seconds("idle_after", self.idle_after, 0.0, float("inf"))
         for option in ("enabled", "watch", "record_errors", "listed"):
@@ -89,4 +95,4 @@ def host_of(host: object) -> str:
 
 def _check_seconds(option: str, value: object, least: float, most: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise PolicyError(f"{option} must be from {least:g} to {most:g} seconds, not {value!r}")
+        raise PolicyError(f"{option} must be from {plain(least)} to {plain(most)} seconds, not {value!r}")

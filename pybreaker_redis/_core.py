@@ -15,7 +15,7 @@ from . import _protocol
 from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, RetryAfter, described
 from ._clock import NEVER, Clock, age, machine
 from ._config import OnRedisFailure, check_flag, check_options, host_of
-from ._errors import CircuitBreakerError, CircuitOpenError, PolicyError, RedisUnavailableError
+from ._errors import CircuitOpenError, ForcedStateError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices, logger
 from ._isolation import Isolation
 from ._memory import FixedEngine, LocalEngine, MemoryEngine, clock_ms, document_for
@@ -46,7 +46,7 @@ class BreakerCore:
     """
 
     __slots__ = (
-        *("name", "host", "policy", "corrupt_documents", "_state_key", "_prefix", "_classifier", "_notices"),
+        *("_name", "_host", "_policy", "corrupt_documents", "_state_key", "_prefix", "_classifier", "_notices"),
         *("_fallback", "_record_errors", "_every_result_succeeds", "_only_counts", "_client", "_redis", "_now"),
         *("_innermost", "_permit", "_view", "_slow_calls", "_override", "_override_end", "_obeyed", "_isolation"),
         *("_warned", "_warned_of_window", "_watch", "_memory", "_line", "_pid", "_instance", "_given"),
@@ -92,14 +92,14 @@ class BreakerCore:
         if fallback is not None:
             check_fallback(fallback)
         self._fallback, self._record_errors = fallback, record_errors
-        self.name, self.host = name, host_of(host)
-        self.policy = policy or Policy()
+        self._name, self._host = name, host_of(host)
+        self._policy = policy or Policy()
         self._state_key = _protocol.keys_of(name, prefix).state
         self.corrupt_documents = 0
         self._prefix = prefix
         self._now = machine if clock is None else clock.monotonic
         # clock= needs a lease of 0: then no call takes the fast path, which reads the machine's clock
-        self._view = View(float(lease) if clock is None else 0.0, self.policy, self._now)
+        self._view = View(float(lease) if clock is None else 0.0, self._policy, self._now)
         self._classifier = Classifier(name, failures, ignore, is_failure, retry_after)
         self._notices = Notices(name, listeners, on_call)
         for listener in (*self._notices.listeners, *self._notices.on_call):
@@ -136,15 +136,15 @@ class BreakerCore:
     def _start_process(self) -> None:
         # The random digits tell apart the breakers of one process, and containers that share host name and process id,
         # so that each knows its own transitions. A script takes 200 characters.
-        self._instance = f"{self.host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
+        self._instance = f"{self._host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
         self._notices.start_process(self._instance, self._view.lock)
-        self._given, self._judges_successes = shared_request(self.policy)
+        self._given, self._judges_successes = shared_request(self._policy)
         self._warned_of_window = False
         self._asking: tuple[object, ...] = ()  # one token for each call that asks for a permit now
 
     def _follow(self, policy: Policy) -> None:
         """Follow another policy of this process from now on."""
-        self.policy = policy
+        self._policy = policy
         self._view.policy = policy.with_override(self._override)
         self._given, self._judges_successes = shared_request(policy)
 
@@ -182,6 +182,21 @@ class BreakerCore:
         return f"<{type(self).__name__} {self.name!r}>"
 
     @property
+    def name(self) -> str:
+        """The name of the guarded service."""
+        return self._name
+
+    @property
+    def host(self) -> str:
+        """The name of this host, which counts once in the quorum."""
+        return self._host
+
+    @property
+    def policy(self) -> Policy:
+        """The policy that this breaker was given. To change it for the whole fleet, use set_policy()."""
+        return self._policy
+
+    @property
     def keys(self) -> _protocol.Keys:
         """The keys of this breaker in Redis."""
         return _protocol.keys_with(self._state_key)
@@ -193,8 +208,8 @@ class BreakerCore:
         return self._instance
 
     @property
-    def state(self) -> State:
-        """The state as this process last read it. Asks Redis nothing; snapshot() does.
+    def state(self) -> str:  # no Literal: a type checker would take it for constant between two assertions
+        """The state as this process last read it: "closed", "open" or "half_open". Asks Redis nothing; snapshot() does.
 
         An open circuit is reported as half open once its open period is over. Before the first call, it is closed.
         """
@@ -309,7 +324,7 @@ class BreakerCore:
         enforced = self._view.policy.enforce
         self._notices.rejected(retry_after, enforced)
         if enforced:
-            raise CircuitOpenError(self.name, state, retry_after, reason, error)
+            raise CircuitOpenError(self._name, state, retry_after, reason, error)
         return self._permit(self, None, self._now())
 
     # Reports
@@ -434,7 +449,7 @@ class BreakerCore:
         """Classify the end of a call or block, and count it. error: the exception that ended it, if any."""
         if error is None:  # a success, unless a nested guard has counted a failure
             return self._report(permit, IGNORED if self._innermost.has_failed(permit.started) else SUCCESS)
-        if isinstance(error, CircuitOpenError) and error.name == self.name:
+        if isinstance(error, CircuitOpenError) and error.name == self._name:
             return self._report(permit, IGNORED, error)  # a nested rejection says nothing about the service
         innermost, began = self._innermost, permit.started
         if began < innermost.failed_at and (innermost.has_counted(error, began) or innermost.has_failed(began)):
@@ -581,7 +596,7 @@ class BreakerCore:
 
     def _put_in_force(self, override: dict[str, Any] | None) -> None:
         self._override = override
-        self._view.policy = self.policy.with_override(override)
+        self._view.policy = self._policy.with_override(override)
         self._isolation.obey(override)
 
     def _override_left(self) -> float:
@@ -689,7 +704,7 @@ class BreakerCore:
         else:
             self._check(reply)
         if action.name == "probe" and (forced := reply.get("forced")):
-            raise CircuitBreakerError(f"circuit breaker {self.name!r} is forced {forced}: end that by clear_forced()")
+            raise ForcedStateError(f"circuit breaker {self.name!r} is forced {forced}: call clear_forced() first")
         if not changed:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
             self._view.drop()
 

@@ -20,17 +20,21 @@ class PermitError(CircuitBreakerError, RuntimeError):
 
 
 class RedisUnavailableError(CircuitBreakerError):
-    """An operator's action or history() could not reach Redis. Nothing was done locally instead."""
+    """An operator's action or history() could not reach Redis. Nothing was changed locally."""
+
+
+class ForcedStateError(CircuitBreakerError):
+    """probe() was called while a state is forced. Nothing was changed: call clear_forced() first."""
 
 
 class CircuitOpenError(CircuitBreakerError):
     """The call was rejected, and the guarded function did not run.
 
-    name: the breaker's. state: "open", "half_open", or "closed" during the ramp after a recovery. retry_after: seconds
-    after which to ask again. While open: until the next probe. While half open: the time for which the probes have been
-    running, at least 0.1 s, at most until the next slot expires. During a ramp: until it ends. reason: of the last
-    transition, as in HistoryEntry; None while closed. error: type and message of the failure that opened the circuit,
-    as in "ConnectionError: refused", or None.
+    name: the name of the breaker. state: "open", "half_open", or "closed" during the ramp after a recovery.
+    retry_after: seconds after which to ask again. While open: until the next probe. While half open: the time for which
+    the probes have been running, at least 0.1 s, at most until the next slot expires. During a ramp: until it ends.
+    reason: why the state last changed, as in HistoryEntry; None while closed. error: type and message of the failure
+    that opened the circuit, as in "ConnectionError: refused", or None.
 
     A class can inherit from it and from another library's error, so that handlers of either catch a rejection.
     """
@@ -48,5 +52,14 @@ class CircuitOpenError(CircuitBreakerError):
         self.error = error
 
     def __str__(self) -> str:
-        cause = f" ({self.error})" if self.error else ""
-        return f"circuit breaker {self.name!r} is {self.state}; retry after {self.retry_after:.3f} s{cause}"
+        cause = ": ".join(filter(None, (self.reason, self.error)))
+        why = f" ({cause})" if cause else ""
+        return f"circuit breaker {self.name!r} is {self.state}{why}; retry after {self.retry_after:.3f} s"
+
+
+# The name of a class in pickles and tracebacks is a public one, too.
+for _error in (
+    *(CircuitBreakerError, CircuitOpenError, ConfigError, ForcedStateError, PermitError, PolicyError),
+    RedisUnavailableError,
+):
+    _error.__module__ = "pybreaker_redis"

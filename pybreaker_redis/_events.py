@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Iterable
@@ -17,7 +18,9 @@ from ._view import Counter
 EventKind: TypeAlias = Literal[
     "state_change", "redis_error", "redis_restored", "success", "failure", "ignored", "rejected"
 ]
+"""The kind of an Event."""
 Listener: TypeAlias = Callable[["Event"], object]
+"""What `listeners` and `on_call` hold; on asyncio, it may be a coroutine function."""
 CALL_KINDS = frozenset({"success", "failure", "ignored", "rejected"})
 logger = logging.getLogger("pybreaker_redis")
 
@@ -27,11 +30,15 @@ class Event(NamedTuple):
 
     kind: `listeners` receive "state_change", "redis_error" and "redis_restored"; `on_call` receives "success",
     "failure", "ignored" and "rejected".
-    breaker: its name. instance: the process that caused the event, as "host:pid-" and eight random hex digits.
-    old, new, reason, generation, counts: of a state_change. error: type and message of the failure that opened the
-    circuit, if one did.
-    retry_after: of a rejection, in seconds. enforced: False in shadow mode, where the rejected call ran all the same.
-    exception: of a failure, an ignored call or a redis_error.
+    breaker: the name of the breaker. instance: the process that caused the event, as "host:pid-" and eight random hex
+    digits.
+    old: the state before a state_change. new: the state after a state_change. reason: why the state changed, as in
+    HistoryEntry. generation: the generation that a state_change begins. counts: the counts just before a state_change:
+    failure_count, success_count and, with a window, calls, failures and slow. error: type and message of the failure
+    that opened the circuit, if one did.
+    retry_after: seconds after which a rejected call should ask again. enforced: whether a rejection took effect; False
+    in shadow mode, where the call ran anyway.
+    exception: the exception of a failure, an ignored call or a redis_error.
     slow: whether a success or failure took slow_call_duration or longer; None if the policy does not measure it.
     source: "redis", "memory" (redis=None), "local" (Redis is down), "isolated" (below the quorum, for this instance
     only) or "watch".
@@ -57,19 +64,22 @@ class Event(NamedTuple):
     error: str | None = None
 
 
-class Counts(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
     """The calls of one breaker in this process, by outcome; they only grow.
 
-    successes: all of them, the slow ones too. slow: successes that took slow_call_duration or longer. failures: those
-    of the guarded functions. ignored: calls that counted as nothing. rejected: calls that did not run, and in shadow
-    mode those that would not have run.
+    successes: all successes, including slow ones. slow_successes: successes that took slow_call_duration or longer.
+    failures: those of the guarded functions. ignored: calls that counted as nothing. rejected: calls that did not run.
+    Successes, failures, ignored and rejected add up to all calls. shadow_rejected: calls that shadow mode would have
+    rejected; they ran, and count by their outcome, too.
     """
 
     successes: int
-    slow: int
+    slow_successes: int
     failures: int
     ignored: int
     rejected: int
+    shadow_rejected: int
 
 
 class Instrument:
@@ -105,6 +115,9 @@ class Notices:
         self.name = name
         self.listeners, self.on_call = _checked("listeners", listeners), _checked("on_call", on_call)
         self.instruments = tuple(one for one in self.listeners if isinstance(one, Instrument))
+        for one in self.on_call:
+            if isinstance(one, Instrument):
+                raise PolicyError(f"{type(one).__name__} belongs in listeners=: it reads the calls from breaker.counts")
 
     def start_process(self, instance: str, lock: threading.RLock) -> None:
         """Start empty, also in a forked child: the parent delivers its own events and counts its own calls.
@@ -136,7 +149,7 @@ class Notices:
 
     def rejected(self, retry_after: float, enforced: bool) -> None:
         """Count a rejection, and notify on_call. enforced: False in shadow mode."""
-        self.count("rejected")
+        self.count("rejected" if enforced else "shadow_rejected")
         if self.on_call:
             self._put(Event("rejected", self.name, self.instance, retry_after=retry_after, enforced=enforced))
 
@@ -223,6 +236,12 @@ class Notices:
     def counts(self, gathered: int) -> Counts:
         """All calls so far. gathered: the successes that the view has counted."""
         with self._lock:
-            found = {kind: counter.total() for kind, counter in list(self._counters.items())}
-        success, slow, *others = (found.get(kind, 0) for kind in ("success", "slow", "failure", "ignored", "rejected"))
-        return Counts(success + slow + gathered, slow, *others)
+            found = collections.Counter({kind: counter.total() for kind, counter in list(self._counters.items())})
+        return Counts(
+            successes=gathered + found["success"] + found["slow"],
+            slow_successes=found["slow"],
+            failures=found["failure"],
+            ignored=found["ignored"],
+            rejected=found["rejected"],
+            shadow_rejected=found["shadow_rejected"],
+        )

@@ -13,7 +13,7 @@ from ._config import OnRedisFailure
 from ._core import BreakerCore
 from ._memory import FixedEngine, LocalEngine
 from ._policy import DEFAULTS
-from ._protocol import ABOUT_OVERRIDE, Reply, Request, read_document, read_map, read_window
+from ._protocol import ABOUT_OVERRIDE, NOTES, Reply, Request, read_document, read_map, read_window
 from ._view import Seen
 from .wire.outage import LONGEST_PAUSE, Outage
 
@@ -255,9 +255,9 @@ class Line:
         """Notify the listeners of the news. history: the newest transitions, newest first."""
         change, self.news = self.news, None
         assert change is not None
-        # the oldest entry of the generation: a new end for a forced state adds entries to it
+        # the oldest entry of the generation: a new end for a forced state adds entries to it, as other actions do
         known = (entry for entry in reversed(history) if entry.get("generation") == str(change["generation"]))
-        entry = next(known, {"instance": ""})
+        entry = next((entry for entry in known if entry.get("reason") not in NOTES), {"instance": ""})
         if entry["instance"] != self.breaker._instance:  # our own transition comes with the reply that it caused
             # scripts write decimal numbers
             change |= {key: int(value) if re.fullmatch("[0-9]{1,16}", value) else value for key, value in entry.items()}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import weakref
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from time import monotonic
-from typing import Any, Generic, ParamSpec, Self, TypeAlias, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeAlias, TypedDict, TypeVar, Unpack
 
 from ._async import AsyncCircuitBreaker, AsyncWatch
 from ._classify import Classification, Exceptions, RetryAfter
@@ -14,7 +16,7 @@ from ._clock import Clock
 from ._config import Config
 from ._core import BreakerCore, check_clock
 from ._errors import ConfigError, PolicyError
-from ._events import Event
+from ._events import Listener, Notices
 from ._extras import MissingExtraError
 from ._policy import Policy
 from ._protocol import State, Steps
@@ -34,6 +36,33 @@ _PASSING = Policy(failure_threshold=10**9, enforce=False)
 Source: TypeAlias = Config | Mapping[str, Any] | str | os.PathLike[str]
 
 
+class ManagerOptions(TypedDict, total=False):
+    """The keywords of a manager, but for redis; with_redis() takes the same. See CircuitBreakerManager."""
+
+    failures: Exceptions
+    ignore: Exceptions
+    is_failure: Callable[[Any], object] | None
+    retry_after: RetryAfter | None
+    classify: Mapping[str, Classification] | None
+    listeners: Iterable[Listener]
+    on_call: Iterable[Listener]
+    clock: Clock | None
+
+
+def _names_the_manager(construct: Callable[P, None]) -> Callable[P, None]:
+    """Name the manager in the error of an unknown keyword, and not the class that defines its constructor."""
+    known = list(inspect.signature(construct).parameters)[1:]
+
+    @functools.wraps(construct)
+    def checked(*args: P.args, **options: P.kwargs) -> None:
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{type(args[0]).__name__} takes {', '.join(known)}, and no {name!r}")
+        construct(*args, **options)
+
+    return checked
+
+
 class ManagerCore(Generic[B]):
     """The configuration and breakers of a manager; the shells add the I/O."""
 
@@ -41,54 +70,53 @@ class ManagerCore(Generic[B]):
     _watch_type: type[BaseWatch]
     _kind: Kind
 
+    @_names_the_manager
     def __init__(
         self,
         config: Source | None = None,
         *,
+        redis: Any = None,
         failures: Exceptions = Exception,
         ignore: Exceptions = (),
         is_failure: Callable[[Any], object] | None = None,
         retry_after: RetryAfter | None = None,
         classify: Mapping[str, Classification] | None = None,
-        listeners: Iterable[Callable[[Event], object]] = (),
-        on_call: Iterable[Callable[[Event], object]] = (),
+        listeners: Iterable[Listener] = (),
+        on_call: Iterable[Listener] = (),
         clock: Clock | None = None,
     ) -> None:
-        check_clock(clock, None)
+        check_clock(clock, redis)
         self.config = _config_from(config)
+        self._client: Any = None if redis is None else client_of(redis, self._kind)
+        notices = Notices("", listeners, on_call)  # checked now, not when the first breaker is made
         self._hooks: dict[str, Any] = {
             "failures": failures,
             "ignore": ignore,
             "is_failure": is_failure,
             "retry_after": retry_after,
-            "listeners": tuple(listeners),
-            "on_call": tuple(on_call),
+            "listeners": notices.listeners,
+            "on_call": notices.on_call,
             "clock": clock,
         }
         self._classify = dict(classify or {})
         for service, own in self._classify.items():
             if not isinstance(own, Classification):
                 raise PolicyError(f"the classification of {service!r} must be a Classification, not {own!r}")
-        self._client: Any = None
         self._breakers: dict[str, B] = {}
         self._forgotten: weakref.WeakValueDictionary[str, B] = weakref.WeakValueDictionary()
         self._forgot_at = monotonic()
 
     @classmethod
-    def with_redis(cls, config: Source | None = None, *, redis: Any = None, **hooks: Any) -> Self:
+    def with_redis(cls, config: Source | None = None, *, redis: Any = None, **options: Unpack[ManagerOptions]) -> Self:
         """Create a manager that shares its breakers through Redis.
 
-        redis: a redis-py client (redis.asyncio for the asyncio manager); None connects to the configuration's
-        redis_url. hooks: as for the constructor. Raises ConfigError; PolicyError.
+        redis: a redis-py client (redis.asyncio for the asyncio manager), or a URL. None: the configuration's redis_url
+        with its redis_options. options: as for the constructor. Raises ConfigError; PolicyError.
         """
-        manager = cls(config, **hooks)
-        manager._share(redis)
-        return manager
-
-    def _share(self, client: Any) -> None:
-        check_clock(self._hooks["clock"], self.config.redis_url)
-        url, options = self.config.redis_url, self.config.redis_options
-        self._client = client_from_url(url, self._kind, **options) if client is None else client_of(client, self._kind)
+        given = _config_from(config)
+        if redis is None:
+            redis = client_from_url(given.redis_url, cls._kind, **given.redis_options)
+        return cls(given, redis=redis, **options)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {sorted(self._breakers)}>"
@@ -159,10 +187,12 @@ class ManagerCore(Generic[B]):
 class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     """The circuit breakers of this process, one for each service that it calls.
 
-    CircuitBreakerManager(config) keeps them in memory; with_redis(config) shares them with every other process.
-    config: a Config, or what pybreaker_redis.config.load() takes (a path, a dict), or None for the defaults.
+    config: a Config, the path of a file, a dict, or None for the defaults. REDIS_URL and CIRCUIT_BREAKER_ENABLED in the
+        environment override a file or a dict, but no Config, nor the defaults.
+    redis: a redis-py client or a URL, to share the breakers with every other process, or None to keep them in memory.
+        with_redis(config) takes the URL from the configuration.
     failures, ignore, is_failure, retry_after, listeners, on_call: as for CircuitBreaker, for every breaker.
-    classify: a Classification by service, for those whose failures are of another kind.
+    classify: a Classification by service, for services that need different rules.
     clock: for tests in memory, as for CircuitBreaker.
 
     Construction needs no server. While Redis is down, one warning is logged, and each breaker applies the same rules in
@@ -253,7 +283,7 @@ def _config_from(source: Source | None) -> Config:
     if not isinstance(source, (Mapping, str, os.PathLike)):
         raise ConfigError(f"the configuration must be a path, a dict or a Config, not {source!r}")
     if isinstance(source, str) and "://" in source:
-        raise ConfigError("the configuration is a URL: pass it to with_redis() as redis=")
+        raise ConfigError("the configuration is a URL: pass it as redis=")
     try:
         from .config import load
     except MissingExtraError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from . import _rules
 from ._policy import default_request
-from ._protocol import LONGEST_OPEN_MS, Forced, Reply, Request, State
+from ._protocol import LONGEST_OPEN_MS, POLICY_ACTIONS, Forced, Reply, Request, State, override_text
 from ._rules import Document
 from ._window import Sums, bucket_ms, sums, window_at
 
@@ -77,7 +77,7 @@ class MemoryEngine:
         self._override = override
         self._override_until_ms = override_until_ms
         self._override_by: dict[str, Any] = {}  # its operator and note, as in the reply of the snapshot
-        self._dropped = False  # whether the present request, a reset, has ended a policy override
+        self._dropped: dict[str, Any] | None = None  # the policy override that the present request has ended
         self._latest_ms = 0  # what the clock said last
         self._made_of = _UNSET  # the inputs of _policy, which is never changed in place
         self._policy: dict[str, Any] = {}
@@ -111,14 +111,15 @@ class MemoryEngine:
             self._turn_back(self._latest_ms - now)
         self._latest_ms = now
         expired = self._override_until_ms is not None and self._override_until_ms <= now
-        self._dropped = self._override is not None and not expired and request.get("action") == "reset"
-        if expired or self._dropped:  # a reset replaces everything but the history
+        drops = self._override is not None and not expired and request.get("action") in ("reset", "clear_policy")
+        self._dropped = self._override if drops else None
+        if expired or drops:  # a reset replaces everything but the history
             self._forget_override()
         policy = self._policy_of(request.get("policy"))
         document = self._load(policy, now)
         reply = _SCRIPTS[name](self, document, request, policy)
         document.reported_error = None  # it must not outlive the call
-        self._announce(document, request, reply)
+        self._announce(document, request)
         return self._reply(document, policy, reply)
 
     def _policy_of(self, given: dict[str, Any] | None) -> dict[str, Any]:
@@ -130,7 +131,7 @@ class MemoryEngine:
         return self._policy
 
     def history(self, count: int) -> list[dict[str, Any]]:
-        """The newest transitions, newest first, with the fields of the history stream."""
+        """The newest entries, newest first, with the fields of the history stream."""
         with self._lock:
             return list(self._history or ())[::-1][:count]
 
@@ -141,6 +142,17 @@ class MemoryEngine:
 
     def _forget_override(self) -> None:
         self._override, self._override_until_ms, self._override_by = None, None, {}
+
+    def _set_override(self, request: Request, now: int) -> str | None:
+        """Add fields to the policy override. Returns them with their end, or None if neither would change."""
+        before, duration_ms = self._override, request.get("duration_ms")
+        override = {**(before or {}), **request["override"]}
+        until_ms = None if duration_ms is None else now + duration_ms
+        if (override, until_ms) == (before, self._override_until_ms):
+            return None
+        self._override, self._override_until_ms = override, until_ms
+        self._override_by = {f"override_{field}": request.get(field) for field in ("operator", "note")}
+        return override_text(request["override"], until_ms)
 
     def _turn_back(self, by_ms: int) -> None:
         """Follow a clock that was turned back: what is left of each time stays."""
@@ -184,21 +196,20 @@ class MemoryEngine:
         return {"applied": applied}
 
     def _control(self, document: Document, request: Request, policy: dict[str, Any]) -> Reply:
-        action, duration_ms = request["action"], request.get("duration_ms")
+        action = request["action"]
+        fields = override_text(self._dropped) if self._dropped is not None else None
         if action == "set_policy":
-            self._override = {**(self._override or {}), **request["override"]}
-            self._override_until_ms = None if duration_ms is None else document.now + duration_ms
-            self._override_by = {f"override_{field}": request.get(field) for field in ("operator", "note")}
-            return {"changed": True}
-        if action == "clear_policy":
-            changed = self._override is not None
-            self._forget_override()
-            return {"changed": changed}
-        changed = _rules.control(document, action, duration_ms or LONGEST_OPEN_MS)
+            fields = self._set_override(request, document.now)
+        changed = action not in POLICY_ACTIONS and _rules.control(
+            document, action, request.get("duration_ms") or LONGEST_OPEN_MS
+        )
+        if fields is not None and not changed:
+            _rules.enter_policy(document, action)
+        if fields is not None or changed:
+            _rules.sign(document, request, fields)
         if changed:
-            _rules.sign(document, request)
             self._document = document
-        return {"changed": changed or self._dropped}
+        return {"changed": changed or fields is not None}
 
     def _snapshot(self, document: Document, request: Request, policy: dict[str, Any]) -> Reply:
         counts = sums(document.window) if document.window else Sums(0, 0, 0)
@@ -225,8 +236,8 @@ class MemoryEngine:
 
     # Reply
 
-    def _announce(self, document: Document, request: Request, reply: Reply) -> None:
-        """Add a transition to the history, and publish what a script would."""
+    def _announce(self, document: Document, request: Request) -> None:
+        """Add a transition or an operator's action to the history, and publish what a script would."""
         change = document.change or document.entry
         message: dict[str, Any] | None = None
         if change is not None:
@@ -237,8 +248,6 @@ class MemoryEngine:
             message = {**change, "retry_after_ms": open_ms}
         elif document.hint:
             message = {"failure_count": document.failure_count}
-        elif reply.get("changed"):
-            message = {"policy": request["action"], "operator": request.get("operator"), "note": request.get("note")}
         if self._publish is not None and message is not None:
             message |= {"instance": request.get("instance"), "time_ms": document.now}
             self._publish({field: value for field, value in message.items() if value is not None})

@@ -16,6 +16,11 @@ LONGEST_PROBE = 86400.0
 _KINDS = {"count": "an integer", "seconds": "a number of seconds", "number": "a number", "flag": "true or false"}
 
 
+def plain(number: float) -> str:
+    """A number as people write it, without an exponent."""
+    return f"{number:.9f}".rstrip("0").rstrip(".")
+
+
 class Rule(NamedTuple):
     """What a policy field accepts and means.
 
@@ -41,7 +46,7 @@ class Rule(NamedTuple):
             # NaN fails both comparisons
             fits = isinstance(value, types) and not isinstance(value, bool) and self.least <= value <= self.most
         if not fits:
-            bounds = "" if self.kind == "flag" else f" from {self.least:g} to {self.most:g}"
+            bounds = "" if self.kind == "flag" else f" from {plain(self.least)} to {plain(self.most)}"
             none = " or None" if self.optional else ""
             raise PolicyError(f"{name} must be {_KINDS[self.kind]}{bounds}{none}, not {value!r}")
 
@@ -76,7 +81,7 @@ def _field(kind: str, default: Any, least: float, most: float, meaning: str, *, 
     return dataclasses.field(default=default, metadata={"rule": rule})
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """When a breaker trips and how it recovers. Immutable. Durations are in seconds, exact to a millisecond.
 
@@ -95,7 +100,8 @@ class Policy:
         1,
         1,
         10**9,
-        "Failed probes that open the circuit again. With more than 1, one sick host behind a balancer does not.",
+        "Failed probes that open the circuit again. Above 1, a single bad host behind a load balancer cannot reopen"
+        " it.",
         on_success=False,
     )
     half_open_max_calls: int = _field(
@@ -207,8 +213,8 @@ class Policy:
         if self.slow_call_rate_threshold is not None and self.slow_call_duration is None:
             raise PolicyError("slow_call_rate_threshold needs slow_call_duration: without it no call counts as slow")
         if self.max_reset_timeout is not None and self.max_reset_timeout < self.reset_timeout:
-            most, first = self.max_reset_timeout, self.reset_timeout
-            raise PolicyError(f"max_reset_timeout must be at least reset_timeout ({first:g} s), not {most:g} s")
+            most, first = plain(self.max_reset_timeout), plain(self.reset_timeout)
+            raise PolicyError(f"max_reset_timeout must be at least reset_timeout ({first} s), not {most} s")
 
     @property
     def keeps_window(self) -> bool:
@@ -238,15 +244,29 @@ DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.f
 Policy.__doc__ = f"{Policy.__doc__}\n" + "\n".join(f"    {name}: {rule.meaning}" for name, rule in RULES.items())
 
 
+def rule_of(name: str) -> Rule:
+    """What the policy field called name accepts. Raises PolicyError if there is none."""
+    if name not in RULES:
+        raise PolicyError(f"{name} is not a policy field; the fields are {', '.join(RULES)}")
+    return RULES[name]
+
+
 def override_request(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Policy fields in the form that control.lua takes. Raises PolicyError for an unknown field or a bad value."""
     if not fields:
         raise PolicyError("name at least one policy field to set")
     for name, value in fields.items():
-        if name not in RULES:
-            raise PolicyError(f"{name} is not a policy field; the fields are {', '.join(RULES)}")
-        RULES[name].check(name, value)
+        rule_of(name).check(name, value)
     return {request_field(name): RULES[name].to_request(value) for name, value in fields.items()}
+
+
+def override_fields(override: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a policy override as in Policy. Leaves out what the scripts would not accept."""
+    names = {name: request_field(name) for name in RULES}
+    sound = [
+        (name, field) for name, field in names.items() if field in override and RULES[name].accepts(override[field])
+    ]
+    return {name: RULES[name].from_request(override[field]) for name, field in sound}
 
 
 @functools.lru_cache(maxsize=1000)

@@ -8,16 +8,17 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgpack
 
 from ._errors import PolicyError
-from ._policy import LONGEST_OPEN, Policy, request_field
+from ._policy import LONGEST_OPEN, Policy, override_fields, plain, request_field
 
 T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
+"""The state of a circuit, in a Snapshot, an Event or a HistoryEntry."""
 Forced: TypeAlias = Literal["open", "closed"]
 Request: TypeAlias = dict[str, Any]
 Reply: TypeAlias = dict[str, Any]
@@ -45,6 +46,8 @@ GREATEST_GENERATION = 100 * EXACT
 LONGEST_OPEN_MS = round(LONGEST_OPEN * 1000)
 LARGEST_TEXT = 65536
 LONGEST_OPERATOR, LONGEST_NOTE = 100, 200
+POLICY_ACTIONS = "set_policy", "clear_policy"  # also the reasons of their history entries
+NOTES = "clear_forced", "probe", *POLICY_ACTIONS  # reasons of history entries that are never a transition
 ABOUT_OVERRIDE = "until_ms", "operator", "note"  # stored with the fields of a policy override
 
 
@@ -107,26 +110,32 @@ def decode(reply: bytes) -> Reply:
     return msgpack.unpackb(reply)  # type: ignore[no-any-return]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """The state of a breaker at one moment.
 
-    name: the breaker's. state: "closed", "open" or "half_open". generation: 0 if nothing is stored.
-    failure_count: failures in a row. success_count: probes that succeeded since the circuit is half open.
-    last_failure_time, opened_at: unix seconds, or None. retry_after: seconds after which a rejected call should ask
-    again; None while calls are admitted. forced: "open" or "closed" while an operator forces the state.
-    forced_until: when that ends, in unix seconds. trips: in a row. probes_in_flight: probes that run now, in the whole
-    fleet. calls, failures, slow: counts of the window, 0 without one. failure_rate, slow_rate: shares of the calls,
-    None without calls.
-    reason: of the last transition, as in HistoryEntry. changed_at: when it was, in unix seconds. error: type and
-    message of the failure that opened the circuit, while it is not closed. operator, note: who carried out the last
-    action on the state, and why, until the next transition. All are None where there is none.
+    name: the name of the breaker. state: "closed", "open" or "half_open". generation: the number of the current
+    generation; 0 if nothing is stored. failure_count: failures in a row. success_count: probes that succeeded since the
+    circuit is half open. last_failure_time: unix seconds of the last failure that counted, or None. opened_at: unix
+    seconds of the last trip, or None while closed.
+    retry_after: seconds after which a rejected call should ask again; None while calls are admitted.
+    forced: "open" or "closed" while an operator forces the state. forced_until: when the forced state ends, in unix
+    seconds.
+    trips: consecutive trips. probes_in_flight: probes that run now, in the whole fleet.
+    calls: the calls in the window; 0 without a window. failures: the failures in the window; 0 without a window.
+    slow: the slow calls in the window; 0 without a window. failure_rate: the share of failures among the calls in the
+    window; None without calls. slow_rate: the share of slow calls in the window; None without calls.
+    reason: the reason of the last transition, as in HistoryEntry. changed_at: when the last transition was, in unix
+    seconds. error: type and message of the failure that opened the circuit, while it is not closed.
+    operator: who carried out the last action on the state, until the next transition; None if not known. note: why the
+    operator acted, until the next transition; None if not given.
     health: from 0 (open) to 100. A closed circuit starts from 100, a half-open one from 50. This is multiplied by
     1 - failures, by 1 - slow_rate / 2 and by 4 / (4 + trips). Here failures is the failure rate or, if that is greater,
     failure_count / failure_threshold.
     reporters: the last failure of each host in unix seconds; kept for a quorum.
-    policy: the one in force. policy_sources: the source of each field: "default", "client" or "override".
-    override_operator, override_note: who set the policy override, and why; None where nobody said.
+    policy: the policy in force. policy_sources: the source of each field: "default", "client" or "override".
+    override_operator: who set the policy override; None if not given. override_note: why the operator set the policy
+    override; None if not given.
     isolated: whether the circuit is open for this instance only, below the quorum.
     source: "redis", "memory" (redis=None) or "local" (Redis is down).
     """
@@ -161,6 +170,7 @@ class Snapshot:
     override_operator: str | None
     override_note: str | None
     isolated: bool
+    __hash__ = None  # type: ignore[assignment]  # it holds dicts
 
 
 def snapshot_from(name: str, reply: Reply, policy: Policy | None = None, isolated: bool = False) -> Snapshot:
@@ -215,19 +225,24 @@ def seconds(milliseconds: int | None) -> float | None:
     return None if milliseconds is None else milliseconds / 1000
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HistoryEntry:
-    """One transition, or an operator's action on the state that is not one (old and new are then the same).
+    """One transition, or an operator's action that caused none (old and new are then the same).
 
-    time: unix seconds on the server's clock. old, new: the states. generation: the one that begins. failure_count,
-    success_count: those just before the transition.
+    time: unix seconds on the server's clock. old: the state before the transition. new: the state after it. generation:
+    the generation that a transition begins, or the present one; 0 if nothing is stored. failure_count: failures in a
+    row just before the transition. success_count: successful probes just before the transition.
 
     reason: "failure_threshold", "failures_in_window", "error_rate", "slow_rate", "held", "timeout",
-    "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset"; of actions that are no transition "forced",
-    "clear_forced" or "probe". instance: the process, as "host:pid-" and eight random hex digits.
-    calls, failures, slow: of the window, None without one. error: type and message of the failure that opened the
-    circuit, as in "ConnectionError: refused"; else None. operator, note: who asked for the action, and why; None where
-    nobody said.
+    "probe_failed", "probe_slow", "probe_succeeded", "forced" or "reset". Of actions that are no transition: "forced",
+    "clear_forced", "probe", "set_policy", "clear_policy", or "reset" if it only dropped a policy override.
+    instance: the process that made the transition, as "host:pid-" and eight random hex digits.
+    calls: the calls in the window; None without a window. failures: the failures in the window; None without a window.
+    slow: the slow calls in the window; None without a window. error: type and message of the failure that opened the
+    circuit, as in "ConnectionError: refused"; else None. operator: who carried out the action; None if not given.
+    note: why the operator acted; None if not given.
+    override: the policy fields that the action set or ended, as in Policy; None if it did neither. override_until:
+    until when it set them, in unix seconds; None for good.
     """
 
     time: float
@@ -244,6 +259,14 @@ class HistoryEntry:
     error: str | None = None
     operator: str | None = None
     note: str | None = None
+    override: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
+    override_until: float | None = None
+
+
+def override_text(fields: Mapping[str, Any], until_ms: int | None = None) -> str:
+    """Fields of a policy override in the scripts' units, with its end, as a history entry has them."""
+    end = {} if until_ms is None else {"until_ms": until_ms}
+    return json.dumps({**dict(sorted(fields.items())), **end}, separators=(",", ":"))
 
 
 def history_fields(raw: list[Any]) -> list[dict[str, Any]]:
@@ -262,6 +285,8 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
     time_ms = int(fields["time_ms"])
     if not 0 <= time_ms <= EXACT:
         raise ValueError(f"time_ms must be from 0 to {EXACT}, not {time_ms}")
+    override = read_map(str(fields.get("override", "")).encode(errors="replace")) or {}
+    until_ms = override.get("until_ms")
     return HistoryEntry(
         time=time_ms / 1000,
         old=fields["from"],
@@ -274,6 +299,8 @@ def history_entry(fields: dict[str, Any]) -> HistoryEntry:
         error=fields.get("error"),
         operator=fields.get("operator"),
         note=fields.get("note"),
+        override=override_fields(override) or None,
+        override_until=until_ms / 1000 if isinstance(until_ms, int) and 0 < until_ms <= EXACT else None,
         **{key: int(fields[key]) for key in COUNTS[2:] if key in fields},
     )
 
@@ -392,5 +419,5 @@ def control_request(action: Action) -> Request:
     if duration is None:
         return request
     if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0.001 <= duration <= LONGEST_OPEN:
-        raise PolicyError(f"duration must be from 0.001 to {LONGEST_OPEN:g} seconds, not {duration!r}")
+        raise PolicyError(f"duration must be from 0.001 to {plain(LONGEST_OPEN)} seconds, not {duration!r}")
     return {**request, "duration_ms": round(duration * 1000)}

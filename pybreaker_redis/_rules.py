@@ -399,6 +399,13 @@ def enter(document: Document, reason: str) -> None:
     }
 
 
+def enter_policy(document: Document, action: str) -> None:
+    """Enter an action on the policy override. It stores no document: the generation is 0 where none is stored."""
+    enter(document, action)
+    if document.entry and document.is_new:
+        document.entry["generation"] = 0
+
+
 def probe_now(document: Document) -> bool:
     """Let the next caller of an open circuit probe. Returns whether it changed anything."""
     if document.forced or document.state != "open":
@@ -468,12 +475,17 @@ def control(document: Document, action: str, duration_ms: int) -> bool:
     return True
 
 
-def sign(document: Document, request: Request) -> None:
-    """Note who carried out an operator's action, and why, in the document and its history entry."""
+def sign(document: Document, request: Request, override: str | None) -> None:
+    """Note who carried out an operator's action, and why, in the document and its history entry.
+
+    override: the fields of the policy override that the action set or ended, as JSON.
+    """
     document.operator, document.note = request.get("operator"), request.get("note")
     entry = document.change or document.entry
     assert entry is not None  # every action that changes something makes one
     entry.update({field: request[field] for field in ("operator", "note") if field in request})
+    if override is not None:
+        entry["override"] = override
 
 
 def health(document: Document, policy: Policy, sums: Sums) -> int:

@@ -38,9 +38,9 @@ _USE_ASYNC = "is a coroutine function, which CircuitBreaker cannot await: use As
 class Permit(BasePermit):
     """The right to one call, and the `with` block of that call.
 
-    A `with breaker.acquire() as permit:` block counts as a success, or by its exception as the breaker's options say.
-    Call permit.failure(error) or permit.release() inside to overrule that. For callbacks, use no block, and call
-    success(), failure(error) or release() once; a second call raises PermitError.
+    A `with breaker.acquire() as permit:` block counts as a success or, if it raises, as the breaker's options classify
+    the exception. Call permit.failure(error) or permit.release() inside to overrule that. For callbacks, use no block,
+    and call success(), failure(error) or release() once; a second call raises PermitError.
     """
 
     __slots__ = ()
@@ -50,10 +50,10 @@ class Permit(BasePermit):
         self._breaker._drive(self._settle(SUCCESS, None))
 
     def failure(self, error: BaseException | None = None, retry_after: float | str | None = None) -> None:
-        """Count the call as a failure. error: for on_call, and for the breaker's retry_after.
+        """Count the call as a failure. error: the exception, for on_call and the breaker's retry_after.
 
         retry_after: seconds after which the service said to come back; the circuit holds for that long. Raises
-        PermitError if the permit is settled, and PolicyError if retry_after is no number.
+        PermitError if the permit is settled, and PolicyError if retry_after is not a number.
         """
         self._breaker._drive(self._settle(FAILURE, error, retry_after))
 
@@ -125,8 +125,8 @@ class CircuitBreaker(BreakerCore):
     redis_timeout: seconds to wait for a connection to Redis, and for each reply.
     host: the name of this host, which counts once in the quorum and which the history shows. None: the machine's host
         name.
-    clock: for tests in memory, a pybreaker_redis.testing.FakeClock. With a clock there is no lease: each call is
-        decided anew.
+    clock: for tests in memory, a pybreaker_redis.testing.FakeClock. A clock disables the lease: each call is
+        decided on the current state.
     record_errors: whether Redis, history and CircuitOpenError show the message of the failure that opened the circuit.
         False: its type only.
     listed: whether `pybreaker-redis fleet` shows this breaker and its policy: the process writes them to Redis once a
@@ -164,13 +164,15 @@ class CircuitBreaker(BreakerCore):
     @overload
     def __call__(self, func: F, /) -> F: ...
     @overload
-    def __call__(self, *, fallback: Callable[[CircuitOpenError], R]) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+    def __call__(
+        self, *, fallback: Callable[[CircuitOpenError], T]
+    ) -> Callable[[Callable[P, R]], Callable[P, R | T]]: ...
 
     def __call__(self, func: Any = None, *, fallback: Any = None) -> Any:
-        """Decorate func, which keeps its kind: a function, a generator function, or one that contextlib made.
+        """Decorate func. Generator functions, and functions made by contextlib, keep their kind.
 
         The decorated function has the breaker as `.breaker`. fallback: see CircuitBreaker; for this function only.
-        Raises TypeError for a coroutine function, and PolicyError for a fallback that is no function.
+        Raises TypeError for a coroutine function, and PolicyError for a fallback that is not a function.
         """
         return self._decorator(func, fallback)
 
@@ -215,7 +217,7 @@ class CircuitBreaker(BreakerCore):
         try:
             if seen.sent <= now < seen.open_until and not self._notices.on_call:
                 self._notices.count("rejected")
-                raise CircuitOpenError(self.name, "open", seen.retry_at - now, seen.reason, seen.error)
+                raise CircuitOpenError(self._name, "open", seen.retry_at - now, seen.reason, seen.error)
             watched = seen.sent <= now < seen.watched_until
             permit = self._admitted(seen.generation) if watched else self._admit(now)
         except CircuitOpenError as rejected:
@@ -350,8 +352,10 @@ class CircuitBreaker(BreakerCore):
     ) -> None:
         """Reject every call of the fleet, then probe. duration: seconds; default and maximum: 30 days.
 
-        operator, note: who asks, and why; at most 100 and 200 characters. The snapshot shows those of the last action
-        until the next transition, and the history keeps all. Longer texts are cut, other letters than ASCII escaped.
+        operator: the name of who acts, at most 100 characters. note: the reason for the action, at most 200 characters.
+
+        The snapshot shows operator and note of the last action until the next transition, and the history keeps all.
+        Longer texts are cut, non-ASCII characters escaped.
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
@@ -378,8 +382,8 @@ class CircuitBreaker(BreakerCore):
     def probe(self, *, operator: str | None = None, note: str | None = None) -> None:
         """Let the next call probe now, whatever is left of an open period or a hold.
 
-        Unlike a reset, this admits one call, not the full load. In any other state than open it changes nothing.
-        operator, note: as for force_open. Raises CircuitBreakerError while a state is forced; RedisUnavailableError.
+        Unlike a reset, this admits one call, not the full load. In any state other than open it does nothing.
+        operator, note: as for force_open. Raises ForcedStateError while a state is forced; RedisUnavailableError.
         """
         self._drive(self._command(Action("probe", operator, note)))
 
@@ -415,20 +419,24 @@ class CircuitBreaker(BreakerCore):
         """Set a policy override for the whole fleet: fields of Policy, added to those set before.
 
         Every instance obeys within two leases, or within milliseconds if it watches. duration: seconds until the whole
-        policy override ends; None: until clear_policy(). operator, note: who asks, and why, as for
-        force_open; they are kept with the policy override. Raises PolicyError; RedisUnavailableError.
+        policy override ends; None: until clear_policy(). Changes nothing if the fields have these values already, and
+        the end stays the same. operator, note: as for force_open; kept with the policy override and in the history.
+        Raises PolicyError; RedisUnavailableError.
         """
         self._drive(self._command(Action("set_policy", operator, note, duration), fields))
 
     def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
         """End the policy override: every instance follows its own policy again.
 
-        operator, note: as for force_open; they are published, but not stored. Raises RedisUnavailableError.
+        operator, note: as for force_open; kept in the history. Raises RedisUnavailableError.
         """
         self._drive(self._command(Action("clear_policy", operator, note)))
 
     def history(self, count: int = 100) -> list[HistoryEntry]:
-        """Up to `count` transitions, newest first. Raises RedisUnavailableError; PolicyError for count < 1."""
+        """Up to `count` transitions and operators' actions, newest first.
+
+        Raises RedisUnavailableError; PolicyError for count < 1.
+        """
         check_history_count(count)
         self._check_process()
         if self._memory is not None:

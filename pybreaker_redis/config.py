@@ -216,7 +216,14 @@ def _config(where: str, settings: _Settings) -> Config:
     }
     others = {name: getattr(given, name) for name in _BREAKER_OPTIONS}
     try:
-        return Config(given.enabled, defaults, services, redis.url, options, **others)
+        return Config(
+            enabled=given.enabled,
+            defaults=defaults,
+            services=services,
+            redis_url=redis.url,
+            redis_options=options,
+            **others,
+        )
     except PolicyError as error:
         raise ConfigError(f"{where}: circuit_breaker: {error}") from error
 

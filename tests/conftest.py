@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
@@ -19,7 +20,7 @@ import redis
 from hypothesis import Phase, settings
 from redis.exceptions import NoScriptError
 
-from pybreaker_redis import CircuitBreaker
+from pybreaker_redis import CircuitBreaker, Counts
 from pybreaker_redis._memory import MemoryEngine
 from pybreaker_redis._protocol import Keys, decode, encode, keys_of
 from pybreaker_redis.embedded import EmbeddedServer
@@ -31,6 +32,11 @@ FROZEN_CLOCK = (pathlib.Path(__file__).parent / "lua" / "frozen_clock.lua").read
 
 # a mutant is killed by any failure: no smallest one is looked for, and every run tries the same examples
 settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate], derandomize=True, database=None)
+
+
+def nonzero(counts: Counts) -> dict[str, int]:
+    """The calls that a breaker has counted, by outcome."""
+    return {name: value for name, value in dataclasses.asdict(counts).items() if value}
 
 
 @pytest.fixture(autouse=True)

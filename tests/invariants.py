@@ -22,27 +22,35 @@ REASONS = {
     ("half_open", "open"): {"probe_failed", "probe_slow", "held"},
 }
 OPERATOR = {"forced": {"open", "closed"}, "reset": {"closed"}}  # from anywhere
-NOTES = {"forced", "clear_forced", "probe"}  # reasons of entries that are no transition
+ON_POLICY = {"reset", "set_policy", "clear_policy"}  # actions that may store no document
+NOTES = {"forced", "clear_forced", "probe"} | ON_POLICY  # reasons of entries that are no transition
 TRIMMED_FROM = 1000  # entries on which Redis may drop the oldest ones
 Fields = dict[str, Any]
 
 
 def check_transition(entry: Fields) -> None:
     """The reason of the entry leads from its one state to its other one."""
+    assert entry["generation"] > 0 or entry["reason"] in ON_POLICY, f"without a generation: {entry}"
     legal = entry["to"] in OPERATOR.get(entry["reason"], ()) or is_note(entry["generation"], entry)
     assert legal or entry["reason"] in REASONS.get((entry["from"], entry["to"]), ()), f"illegal: {entry}"
 
 
 def is_note(generation: int, entry: Fields) -> bool:
     """Whether the entry is no transition: an operator's action that changed neither state nor generation."""
-    return bool(entry["reason"] in NOTES and entry["from"] == entry["to"] and entry["generation"] == generation)
+    stays = entry["from"] == entry["to"] and entry["generation"] == generation
+    return bool(stays and entry["reason"] in NOTES and (entry["reason"] != "reset" or entry["to"] == "closed"))
+
+
+def with_document(entries: list[Fields]) -> list[Fields]:
+    """The entries without those of actions on a policy override where no document was stored."""
+    return [entry for entry in entries if entry["generation"] > 0]
 
 
 def check_path(entries: list[Fields]) -> None:
     """Each transition is legal, begins where the one before it ended, and has a greater generation."""
     for entry in entries:
         check_transition(entry)
-    for before, after in itertools.pairwise(entries):
+    for before, after in itertools.pairwise(with_document(entries)):
         assert after["from"] == before["to"], f"torn: {after} after {before}"
         grows = after["generation"] > before["generation"] or is_note(before["generation"], after)
         assert grows, f"generations do not grow: {after} after {before}"
@@ -55,7 +63,8 @@ def check_history(document: Fields | None, entries: list[Fields], now_ms: int, s
     FLUSHALL, begins anew, as that of a new breaker does: at closed.
     """
     check_path(entries)
-    if entries and len(entries) < TRIMMED_FROM:
+    is_whole, entries = len(entries) < TRIMMED_FROM, with_document(entries)
+    if entries and is_whole:
         assert entries[0]["from"] == "closed", f"does not begin at closed: {entries[0]}"
     if document is None:
         return
@@ -157,7 +166,8 @@ def check_journal(journal: bytes, slots: int = 1) -> int:
                 first = next(n for n, word in enumerate(words) if re.fullmatch(rb"\d+-\d+", word)) + 1
                 entry = entry_of(dict(zip(words[first::2], words[first + 1 :: 2], strict=True)))
                 entries.setdefault(words[0][1:-9], []).append(entry)
-        assert entries.keys() <= stored.keys(), f"told without being stored: {entries}"
+        for key in entries.keys() - stored.keys():
+            check_unstored(documents.get(key), entries[key])
         for key, document in stored.items():
             try:
                 check_step(documents.get(key), document, entries.get(key, []), slots)
@@ -166,6 +176,16 @@ def check_journal(journal: bytes, slots: int = 1) -> int:
             documents[key] = document
             found += 1
     return found
+
+
+def check_unstored(document: Fields | None, entries: list[Fields]) -> None:
+    """Only an action on the policy override has an entry without storing a document: with the state as it is."""
+    [entry] = entries
+    present = (document["state"], document["generation"]) if document else ("closed", 0)
+    assert entry["reason"] in ON_POLICY, f"told without being stored: {entry}"
+    assert (entry["from"], entry["to"], entry["generation"]) == (present[0], *present), (
+        f"told without being stored: {entry} at {document}"
+    )
 
 
 def check_step(before: Fields | None, after: Fields, entries: list[Fields], slots: int) -> None:

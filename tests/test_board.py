@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import redis
-from conftest import wait_until
+from conftest import lua_machine, wait_until
 
 from pybreaker_redis import CircuitBreaker, Policy, _reader
 from pybreaker_redis._board import (
@@ -205,6 +205,21 @@ def test_a_value_that_is_no_document_is_unreadable(client: redis.Redis, reader: 
     assert rows(reader)["odd"].condition == "unreadable"
     seen = make(client, "odd").snapshot()
     assert (seen.state, seen.generation) == ("closed", 0)
+
+
+CONTRACT = {"state": "open", "failure_count": 2, "success_count": 0, "last_failure_time": 1, "opened_at": 1}
+ODD_VALUES = (None, 0, 2.0, 9e10, 9e10 + 1, 1.5, -1, float("nan"), "1", "closed", "ajar", True, [], {})
+
+
+@pytest.mark.parametrize("field", CONTRACT)
+@pytest.mark.parametrize("value", ODD_VALUES, ids=repr)
+def test_what_is_unreadable_is_so_for_the_scripts(
+    client: redis.Redis, reader: Server, field: str, value: object
+) -> None:
+    """The board and the scripts have one rule for the contract fields: what one refuses, the other refuses, too."""
+    client.set(keys_of("odd").state, json.dumps({**CONTRACT, field: value}))
+    refused = lua_machine(client, "odd").run("snapshot").get("warning") == "corrupt_document"
+    assert (rows(reader)["odd"].condition == "unreadable") is refused
 
 
 def test_text_that_is_not_utf_8_is_shown(client: redis.Redis, reader: Server) -> None:

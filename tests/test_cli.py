@@ -279,6 +279,21 @@ def test_history(run: Callable[..., Done], client: redis.Redis) -> None:
     assert [entry["reason"] for entry in run("history", "discovery", "--json", "-n", "1").json] == ["reset"]
 
 
+def test_history_of_a_policy(run: Callable[..., Done], client: redis.Redis) -> None:
+    """It shows which fields an operator set or ended, until when, by whom and why; JSON has them as in Policy."""
+    set_it = ["policy", "set", "d", "failure_threshold=9", "reset_timeout=2.5", "--operator", "ann", "-y"]
+    assert run(*set_it, "--note", "noisy", "--for", "1h", "--create").code == 0
+    assert run("policy", "clear", "d", "--operator", "bob", "-y").code == 0
+    cleared, set_ = run("history", "d").out.splitlines()
+    fields = r"failure_threshold=9, reset_timeout=2\.5"
+    assert re.search(rf"closed +set_policy +0 in a row  by ann: noisy  {fields} until \d{{4}}-\S+ \S+$", set_)
+    assert re.search(rf"closed +clear_policy +0 in a row  by bob  ended {fields}$", cleared)
+    newest, oldest = run("history", "d", "--json").json
+    assert oldest["override"] == newest["override"] == {"failure_threshold": 9, "reset_timeout": 2.5}
+    assert oldest["override_until"] == pytest.approx(oldest["time"] + 3600, abs=1)
+    assert newest["override_until"] is None
+
+
 # Steering
 
 
@@ -381,7 +396,7 @@ def test_who_acts_and_why(given: list[str], run: Callable[..., Done], client: re
     fail(client, "d")
     for command in (["force-open", "d"], ["clear", "d"], ["reset", "d"], ["policy", "set", "d", "quorum=2"]):
         assert run(*command, "-y", "--note", "a repair", *given).code == 0
-    assert [line.split("  ")[-1] for line in run("history", "d").out.splitlines()[:3]] == [f"by {who}: a repair"] * 3
+    assert [f"  by {who}: a repair" in line for line in run("history", "d").out.splitlines()[:4]] == [True] * 4
     assert re.search(rf"^operator +{who}$", run("show", "d").out, re.MULTILINE)
     assert f"policy override by {who}: a repair" in run("list").out
     seen = run("show", "d", "--json").json
@@ -451,6 +466,8 @@ def newest(client: redis.Redis, name: str) -> dict[str, str]:
     ("arguments", "says"),
     [
         (["policy", "set", "d", "quorum=x"], "quorum=x"),
+        (["policy", "set", "d", "quorum=off"], "quorum must be a whole number"),
+        (["policy", "set", "d", "window=soon"], "window must be a length of time"),
         (["policy", "set", "d", "quorum=0", "--create"], "from 1 to 100"),
         (["policy", "set", "d", "qorum=1"], "the fields are failure_threshold"),
         (["policy", "set", "d"], "FIELD=VALUE"),

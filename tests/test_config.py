@@ -151,7 +151,11 @@ def test_a_bad_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Pa
     ("source", "path", "reason"),
     [
         (services(failure_treshold=3), "services.discovery.failure_treshold", "did you mean failure_threshold?"),
-        (services(failure_threshold=0), "services.discovery.failure_threshold", "an integer from 1 to 1e+09, not 0"),
+        (
+            services(failure_threshold=0),
+            "services.discovery.failure_threshold",
+            "an integer from 1 to 1000000000, not 0",
+        ),
         (services(failure_threshold="5"), "services.discovery.failure_threshold", "not '5'"),
         (services(timeout_seconds="3s"), "services.discovery.timeout_seconds", "a number of seconds"),
         (services(timeout_seconds=1, reset_timeout=1), "services.discovery.timeout_seconds", "given too"),

@@ -254,7 +254,12 @@ class Figures:
             ),
             "shared": Run(self.hits["shared"], self._tallies(probes=self.probes, transitions=self._shared()), BEGAN),
         }
-        history = [HistoryEntry(0.0, old, new, "", 1 + n, 0, 0, "") for n, (old, new) in enumerate(self.moves)]
+        history = [
+            HistoryEntry(
+                time=0.0, old=old, new=new, reason="", generation=1 + n, failure_count=0, success_count=0, instance=""
+            )
+            for n, (old, new) in enumerate(self.moves)
+        ]
         return [promise.held for promise in promises(runs, history, self.state)]
 
     def _tallies(self, probes: int = 0, transitions: list[Any] | None = None) -> tuple[Tally, ...]:

@@ -16,6 +16,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -44,6 +45,7 @@ NEEDED = {  # by page: libraries that only `make test-integrations` or `make tes
     "retries.md": ("tenacity", "stamina"),
     "grpc.md": ("grpc",),
     "web.md": ("fastapi", "jinja2", "sse_starlette"),
+    "why-open.md": ("typer", "rich"),
 }
 
 
@@ -209,7 +211,7 @@ def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def reader(tcp_server: EmbeddedServer, cluster_port: int, tmp_path: pathlib.Path) -> Iterator[Reader]:
-    """A reader with an empty server, redis-cli, and what `make bundles` writes."""
+    """A reader with an empty server, redis-cli, this package's command, and what `make bundles` writes."""
     port = int(tcp_server.url.rpartition(":")[2])
     with redis.Redis.from_url(tcp_server.url) as client:
         client.flushall()
@@ -219,11 +221,15 @@ def reader(tcp_server: EmbeddedServer, cluster_port: int, tmp_path: pathlib.Path
         (tmp_path / "build" / "lua" / f"{name}.lua").write_bytes(compose(name).encode())
     program, shell = redis_cli(), None
     if program is not None:
-        shim = tmp_path / "bin" / "redis-cli"
-        shim.parent.mkdir()
-        shim.write_text(f'#!/bin/sh\nexec "{program}" -p {port} "$@"\n')
-        shim.chmod(0o755)
-        shell = Shell(tmp_path, f"{shim.parent}{os.pathsep}{os.environ['PATH']}")
+        (tmp_path / "bin").mkdir()
+        for name, command in {
+            "redis-cli": f'exec "{program}" -p {port} "$@"',
+            "pybreaker-redis": f'REDIS_URL={tcp_server.url} exec "{sys.executable}" -m pybreaker_redis "$@"',
+        }.items():
+            shim = tmp_path / "bin" / name
+            shim.write_text(f"#!/bin/sh\n{command}\n")
+            shim.chmod(0o755)
+        shell = Shell(tmp_path, f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
     with contextlib.closing(shell) if shell else contextlib.nullcontext():
         yield Reader(port, cluster_port, shell)
 
@@ -267,6 +273,15 @@ def test_links_of_readme_lead_somewhere() -> None:
         assert (ROOT / link).exists(), link
 
 
+def test_links_to_examples_lead_somewhere() -> None:
+    """A page may link to an example, which is outside of the site: its path exists in the repository."""
+    pages = [page for page in PAGES if page != README]
+    found = [link for page in pages for link in re.findall(r"\]\(([./]+examples/[^)]+)\)", page.read_text("utf-8"))]
+    assert len(found) >= 3
+    for link in found:
+        assert (ROOT / "docs" / "how-to" / link).exists(), link
+
+
 def figure_in_readme(pattern: str) -> float:
     """The number that README has where the pattern has a group."""
     match = re.search(pattern, README.read_text(encoding="utf-8"))
@@ -280,9 +295,9 @@ def test_figures_of_readme_are_those_of_the_benchmarks() -> None:
     targets = {target["measure"]: target["value"] for target in bench["targets"]}
     for pattern, found in (
         (r"call adds ([\d.]+) µs", overheads("sync, 1 thread, closed success")[tables.OURS]),
-        (r"([\d.]+) times what circuitbreaker", targets["decorator / circuitbreaker's, overhead"]),
-        (r"1/([\d,]+) of what pybreaker", targets["pybreaker's decorator with Redis / ours, overhead"]),
-        (r"makes ([\d.]+) exchanges", bench["healthy_commands_per_second"]),
+        (r"circuitbreaker adds ([\d.]+) times", 1 / targets["decorator / circuitbreaker's, overhead"]),
+        (r"pybreaker with Redis ([\d,]+) times", targets["pybreaker's decorator with Redis / ours, overhead"]),
+        (r"makes ([\d.]+) round trips", bench["healthy_commands_per_second"]),
         (r"every process within ([\d.]+) ms", watch["lease 30 s, watched"]["max_ms"]),
     ):
         assert figure_in_readme(pattern) == pytest.approx(found, rel=0.25), pattern

@@ -30,7 +30,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy
+from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy, PolicyError
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.instrumentation.logging import LoggingListener
 from pybreaker_redis.instrumentation.otel import OpenTelemetryMetrics, OpenTelemetrySpans
@@ -137,18 +137,12 @@ def test_an_observer_of_calls_receives_every_success(client: redis.Redis) -> Non
     assert scrape()["calls_total", ("discovery", "success")] == 5
 
 
-def test_an_instrument_as_an_observer_of_calls_counts_nothing_twice(client: redis.Redis) -> None:
-    """Metrics that are given as `on_call` too export the same numbers."""
-    metrics, scrape = prometheus()
-    breaker = CircuitBreaker(
-        "discovery", redis=client, lease=60, policy=ONE, listeners=[metrics], on_call=[metrics], **PATIENT
-    )
-    breaker.call(int)
-    fail(breaker)
-    found = scrape()
-    assert found["calls_total", ("discovery", "success")] == 1
-    assert found["calls_total", ("discovery", "failure")] == 1
-    assert found["transitions_total", ("discovery", "closed", "open", "failure_threshold", "redis")] == 1
+def test_an_instrument_is_no_observer_of_calls() -> None:
+    """Metrics that are given as `on_call`, where they would export nothing, are refused with where they belong."""
+    metrics, _ = prometheus()
+    for kind in (CircuitBreaker, AsyncCircuitBreaker):
+        with pytest.raises(PolicyError, match="PrometheusMetrics belongs in listeners="):
+            kind("discovery", listeners=[metrics], on_call=[print, metrics])
 
 
 @pytest.mark.parametrize("lease", [0, 0.02, 60])
@@ -207,6 +201,7 @@ def by_prometheus_names(samples: Samples) -> Samples:
     """OpenTelemetry's names as those of Prometheus."""
     names = {
         "calls": "calls_total",
+        "shadow.rejections": "shadow_rejections_total",
         "transitions": "transitions_total",
         "redis.errors": "redis_errors_total",
         "health": "health_score",
@@ -252,6 +247,23 @@ def test_a_breakers_life(client: redis.Redis, meter: Any) -> None:
     assert not [name for name, _ in found if name == "redis_errors_total"]
     probe.success()
     assert by_prometheus_names(scrape())["state", ("discovery", "closed")] == 1
+
+
+def test_shadow_mode(client: redis.Redis, meter: Any) -> None:
+    """Each call is one of the calls by outcome, also one that an enforcing breaker would have rejected."""
+    metrics, scrape = meter(redis=client)
+    policy = Policy(failure_threshold=2, reset_timeout=3600, enforce=False)
+    breaker = CircuitBreaker("discovery", redis=client, policy=policy, listeners=[metrics], **PATIENT)
+    for _ in range(5):
+        fail(breaker)
+    breaker.call(int)
+    breaker.set_policy(enforce=True)
+    with pytest.raises(CircuitOpenError):
+        breaker.call(int)
+    found = by_prometheus_names(scrape())
+    calls = {labels[1]: value for (name, labels), value in found.items() if name == "calls_total"}
+    assert calls == {"success": 1, "slow": 0, "failure": 5, "ignored": 0, "rejected": 1}
+    assert found["shadow_rejections_total", ("discovery",)] == 4
 
 
 def test_asyncio(client: redis.Redis, server: EmbeddedServer, meter: Any) -> None:

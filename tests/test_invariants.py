@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import redis
 from conftest import wait_until
-from invariants import JOURNAL, check_histories, check_history, check_journal, commands, journal_in
+from invariants import JOURNAL, ON_POLICY, check_histories, check_history, check_journal, commands, journal_in
 
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Policy
 from pybreaker_redis.embedded import EmbeddedServer
@@ -41,6 +41,9 @@ HALF_OPEN = {"state": "half_open", "generation": 6, "probes": {"1": 2000, "2": 9
         (None, [TRIPPED, PROBING, entry("half_open", "open", "probe_slow", 8)]),
         (None, [TRIPPED, PROBING, entry("half_open", "open", "forced", 9), entry("open", "open", "forced", 10)]),
         (None, [entry("closed", "closed", "reset", 1), entry("closed", "open", "slow_rate", 2)]),
+        (OPEN, [TRIPPED, entry("open", "open", "set_policy", 5), entry("open", "open", "clear_policy", 5)]),
+        ({"state": "closed", "generation": 5}, [entry("closed", "closed", reason, 0) for reason in ON_POLICY]),
+        (None, [entry("closed", "closed", "reset", 1), entry("closed", "closed", "reset", 1)]),
     ],
 )
 def test_what_is_right(document: Any, entries: list[dict[str, Any]]) -> None:
@@ -55,6 +58,10 @@ def test_what_is_right(document: Any, entries: list[dict[str, Any]]) -> None:
         ("illegal", None, [TRIPPED, entry("open", "half_open", "failure_threshold", 6)]),
         ("illegal", None, [entry("closed", "half_open", "timeout", 5)]),
         ("illegal", None, [TRIPPED, entry("open", "open", "reset", 6)]),
+        ("illegal", None, [TRIPPED, entry("open", "closed", "set_policy", 5)]),
+        ("without a generation", None, [entry("closed", "closed", "probe", 0)]),
+        ("do not grow", None, [TRIPPED, entry("open", "open", "set_policy", 4)]),
+        ("torn", None, [TRIPPED, entry("closed", "closed", "set_policy", 5)]),
         ("torn", None, [TRIPPED, entry("half_open", "closed", "probe_succeeded", 6)]),
         ("do not grow", None, [TRIPPED, entry("open", "half_open", "timeout", 5)]),
         ("do not grow", None, [TRIPPED, entry("open", "half_open", "timeout", 4)]),
@@ -78,6 +85,7 @@ def test_what_is_wrong(says: str, document: Any, entries: list[dict[str, Any]]) 
 def use(client: redis.Redis, **options: Any) -> CircuitBreaker:
     """A breaker that has tripped, has recovered, has tripped again and now has two probes."""
     breaker = CircuitBreaker("used", redis=client, policy=POLICY, lease=0, redis_timeout=20, **options)
+    breaker.set_policy(jitter=0.1)
     for _ in range(2):
         breaker.acquire().failure()
         with contextlib.suppress(CircuitOpenError):
@@ -85,6 +93,7 @@ def use(client: redis.Redis, **options: Any) -> CircuitBreaker:
         wait_until(lambda: breaker.snapshot().retry_after == 0 or breaker.state == "half_open")
         breaker.acquire().success()
     breaker.acquire().failure()
+    breaker.clear_policy()
     wait_until(lambda: breaker.snapshot().retry_after == 0)
     for _ in range(2):
         breaker.acquire()
@@ -97,8 +106,8 @@ def test_a_real_server() -> None:
         use(client)
         journal = journal_in(server.directory).read_bytes()
         transitions = check_histories(client, 2)
-        assert transitions == 8
-        assert check_journal(journal, 2) > transitions
+        assert transitions == 10
+        assert check_journal(journal, 2) > transitions - 2  # an action on the policy override stores no document
         with pytest.raises(AssertionError, match="circuit_breaker:used:state: 2 live probes for 1 slots"):
             check_histories(client)
         with pytest.raises(AssertionError, match="circuit_breaker:used:state: 2 live probes for 1 slots"):

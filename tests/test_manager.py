@@ -9,6 +9,7 @@ import gc
 import inspect
 import logging
 import os
+import pathlib
 import subprocess
 import sys
 import threading
@@ -36,6 +37,9 @@ from pybreaker_redis import (
     PolicyError,
     _manager,
 )
+from pybreaker_redis._events import Instrument
+from pybreaker_redis._manager import ManagerOptions
+from pybreaker_redis._protocol import keys_of
 from pybreaker_redis.embedded import EmbeddedServer
 
 ONE = Policy(failure_threshold=1, reset_timeout=60)
@@ -415,6 +419,73 @@ def test_breakers_are_of_the_manager_s_kind() -> None:
     assert type(AsyncCircuitBreakerManager().get_or_create("a")) is AsyncCircuitBreaker
 
 
+MANAGERS = pytest.mark.parametrize("kind", [CircuitBreakerManager, AsyncCircuitBreakerManager])
+
+
+@MANAGERS
+def test_a_manager_takes_a_server_as_a_breaker_does(kind: Any, client: redis.Redis, server: EmbeddedServer) -> None:
+    """redis= shares the breakers, and None keeps them in memory; with_redis() takes the configuration's URL."""
+    here, elsewhere = Config(redis_url=server.url, redis_timeout=20), Config(redis_timeout=20)
+    managers = {
+        "memory": kind(here),
+        "url": kind(elsewhere, redis=server.url),
+        "with_redis": kind.with_redis(here),
+        "with_redis of a url": kind.with_redis(elsewhere, redis=server.url),
+    }
+
+    async def main() -> None:
+        for name, manager in managers.items():
+            forcing = manager.get_or_create(name).force_open()
+            if forcing is not None:
+                await forcing
+            await closed(manager)
+
+    asyncio.run(main())
+    stored = {name for name in managers if client.exists(keys_of(name).state)}
+    assert stored == {"url", "with_redis", "with_redis of a url"}
+
+
+@MANAGERS
+def test_an_unknown_keyword_of_a_manager(kind: Any) -> None:
+    """It is refused with the name of the manager, and with the keywords that there are."""
+    for make in (kind, kind.with_redis):
+        with pytest.raises(TypeError, match=f"^{kind.__name__} takes config, redis, failures.* no 'polcy'"):
+            make(polcy=ONE)
+
+
+def test_with_redis_takes_the_same_options() -> None:
+    """The options that type checkers see at with_redis() are those of the constructor."""
+    keywords = {*inspect.signature(CircuitBreakerManager).parameters} - {"config", "redis"}
+    assert keywords == set(ManagerOptions.__annotations__)
+
+
+@pytest.mark.parametrize("url", [None, "", 6379])
+def test_a_configuration_without_a_server(url: Any) -> None:
+    """It is refused with what to do: a manager in memory needs none."""
+    with pytest.raises(PolicyError, match=f"redis_url must be .* not {url!r}: leave it out"):
+        Config(redis_url=url)
+
+
+@MANAGERS
+def test_listeners_of_a_manager_are_checked_at_once(kind: Any) -> None:
+    """A mistake is reported where it is made, and not when the first breaker is made."""
+    for hooks, message in (({"listeners": print}, "listeners must be"), ({"on_call": [Instrument()]}, "belongs in")):
+        with pytest.raises(PolicyError, match=message):
+            kind(**hooks)
+
+
+def test_when_the_environment_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+    """It overrides a file and a dict. A Config is taken as it is, and so is none."""
+    pytest.importorskip("pydantic_settings")
+    (tmp_path / "gateway.json").write_text("{}")
+    monkeypatch.setenv("REDIS_URL", "redis://elsewhere:7000")
+    for make in (CircuitBreakerManager, CircuitBreakerManager.with_redis, AsyncCircuitBreakerManager.with_redis):
+        for source in ({}, str(tmp_path / "gateway.json"), tmp_path / "gateway.json"):
+            assert make(source).config.redis_url == "redis://elsewhere:7000"
+        for source in (None, Config()):
+            assert make(source).config.redis_url == "redis://localhost:6379"
+
+
 WITHOUT_EXTRA = """
 import sys
 sys.modules["pydantic"] = None
@@ -438,7 +509,7 @@ def test_without_the_extra() -> None:
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("redis://:secret@localhost:6379", r"is a URL: pass it to with_redis\(\) as redis="),
+        ("redis://:secret@localhost:6379", r"is a URL: pass it as redis="),
         (3, "must be a path, a dict or a Config, not 3"),
         (Policy(), "must be a path, a dict or a Config, not Policy"),
     ],

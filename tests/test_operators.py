@@ -117,3 +117,110 @@ def test_every_action_asks_who(action: str) -> None:
         given = inspect.signature(getattr(kind, action)).parameters
         for name in WHO:
             assert (given[name].kind, given[name].default) == (inspect.Parameter.KEYWORD_ONLY, None)
+
+
+# The policy override in the history -----------------------------------------------------------------
+
+
+def told(breaker: Any) -> list[tuple[Any, ...]]:
+    """The actions on the policy override in the history, the oldest first: what, who, and which fields."""
+    on_policy = (entry for entry in breaker.history()[::-1] if entry.old == entry.new)
+    return [(entry.reason, entry.operator, entry.override) for entry in on_policy]
+
+
+def test_who_set_and_who_cleared_it(make_any: Make) -> None:
+    """Each action on the policy override has an entry: who, why, which fields, until when. It is no transition."""
+    breaker = make_any(policy=Policy(failure_threshold=1, reset_timeout=LONG), **STRICT)
+    fail(breaker)
+    before, trip = breaker.snapshot(), breaker.history()[0]
+    breaker.set_policy(reset_timeout=7.5, jitter=1 / 3, duration=60, **WHO)
+    breaker.set_policy(error_rate_threshold=None, operator="bob")
+    breaker.clear_policy(note="done")
+    after = breaker.snapshot()
+    assert (after.generation, after.changed_at, after.reason) == (before.generation, before.changed_at, before.reason)
+    assert (after.operator, after.note) == (None, None)
+    cleared, added, first, oldest = breaker.history()
+    assert oldest == trip
+    for entry, reason in ((first, "set_policy"), (added, "set_policy"), (cleared, "clear_policy")):
+        assert (entry.old, entry.new, entry.generation, entry.reason) == ("open", "open", before.generation, reason)
+        assert (entry.failure_count, entry.instance) == (1, trip.instance)
+    assert (who(first), first.override) == (WHO, {"reset_timeout": 7.5, "jitter": 1 / 3})
+    assert first.override_until == pytest.approx(first.time + 60)
+    assert (added.operator, added.note, added.override) == ("bob", None, {"error_rate_threshold": None})
+    assert (added.override_until, cleared.override_until) == (None, None)
+    assert (cleared.operator, cleared.note) == (None, "done")
+    assert cleared.override == {"reset_timeout": 7.5, "jitter": 1 / 3, "error_rate_threshold": None}
+    assert list(cleared.override) == ["reset_timeout", "error_rate_threshold", "jitter"]  # in the order of Policy
+
+
+def test_an_action_that_changes_no_policy(make_any: Make) -> None:
+    """Fields that are in force already, with the same end, and a policy override that is not there: no entry."""
+    breaker = make_any(**STRICT)
+    breaker.clear_policy(operator="eve")
+    breaker.set_policy(quorum=2, jitter=0.5, operator="ann")
+    breaker.set_policy(jitter=0.5, operator="eve")
+    assert (told(breaker), breaker.snapshot().override_operator) == (
+        [("set_policy", "ann", {"quorum": 2, "jitter": 0.5})],
+        "ann",
+    )
+    breaker.set_policy(jitter=0.5, duration=60, operator="bob")
+    breaker.clear_policy(operator="cem")
+    breaker.clear_policy(operator="eve")
+    assert told(breaker)[1:] == [
+        ("set_policy", "bob", {"jitter": 0.5}),
+        ("clear_policy", "cem", {"quorum": 2, "jitter": 0.5}),
+    ]
+
+
+def test_a_policy_before_the_first_call(make_any: Make) -> None:
+    """Where nothing is stored, the entry has generation 0, and the first call begins a generation of its own."""
+    breaker = make_any(**STRICT)
+    breaker.set_policy(quorum=2, **WHO)
+    assert (breaker.snapshot().generation, [entry.generation for entry in breaker.history()]) == (0, [0])
+    breaker.call(fine)
+    breaker.clear_policy()
+    assert [entry.generation for entry in breaker.history()] == [breaker.snapshot().generation, 0]
+    assert {(entry.old, entry.new) for entry in breaker.history()} == {("closed", "closed")}
+
+
+@pytest.mark.parametrize("tripped", [False, True])
+def test_a_reset_names_the_policy_that_it_drops(make_any: Make, tripped: bool) -> None:
+    """It has one entry, whether it drops the policy override alone or changes the state, too."""
+    breaker = make_any(policy=Policy(failure_threshold=1, reset_timeout=LONG), **STRICT)
+    breaker.call(fine)
+    breaker.set_policy(probe_timeout=9)
+    if tripped:
+        fail(breaker)
+    before = breaker.snapshot()
+    breaker.reset(**WHO)
+    newest, *_ = breaker.history()
+    assert (newest.old, newest.new, newest.reason) == (before.state, "closed", "reset")
+    assert (who(newest), newest.override) == (WHO, {"probe_timeout": 9.0})
+    assert (newest.generation > before.generation) is tripped
+    assert who(breaker.snapshot()) == (WHO if tripped else {"operator": None, "note": None})
+    breaker.reset(operator="eve")
+    assert breaker.history()[0] == newest or tripped
+
+
+def test_listeners_are_not_told_of_a_policy(make_any: Make) -> None:
+    """An action on the policy override notifies no listener: it is no transition."""
+    events: list[Any] = []
+    breaker = make_any(listeners=[events.append], **STRICT)
+    breaker.call(fine)
+    breaker.set_policy(quorum=2)
+    breaker.clear_policy()
+    breaker.set_policy(quorum=3)
+    breaker.reset()
+    assert (len(breaker.history()), events) == (4, [])
+
+
+def test_a_strange_policy_in_the_history(make: Make, client: redis.Redis) -> None:
+    """What another program wrote as the fields of a policy override is left out; the entry is there."""
+    breaker = make(**STRICT)
+    breaker.set_policy(quorum=2)
+    ((_, entry),) = client.xrange(breaker.keys.history)
+    for odd in ("", "x", "[]", '{"quorum":', '{"quorum":0,"nothing":1,"until_ms":"x"}', "[" * 60_000, b"\xff"):
+        client.xadd(breaker.keys.history, {**entry, b"override": odd})
+    assert {(found.override is None, found.override_until) for found in breaker.history()[:-1]} == {(True, None)}
+    assert len(breaker.history()) == 8
+    assert len(set(breaker.history())) > 0  # an entry can be a member of a set

@@ -7,17 +7,20 @@ so it needs what `make lint` installs.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import json
 import pathlib
 import re
 import symtable
+from collections.abc import Hashable
 from typing import Any
 
 import pytest
 import typer.main
 
+from pybreaker_redis import CircuitBreaker, Classification, Config, Counts, HistoryEntry, Policy, Snapshot
 from pybreaker_redis.cli import app
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -184,6 +187,21 @@ def test_public_names_are_typed() -> None:
     wanted = {(module, name) for module, path in public_modules().items() for name in names_of(path)}
     wanted = {(module, name) for module, name in wanted if module != PLUGIN}
     assert wanted <= typed, sorted(wanted - typed)
+
+
+@pytest.mark.parametrize("kind", [Classification, Config, Counts, HistoryEntry, Policy, Snapshot])
+def test_values_take_keywords(kind: type) -> None:
+    """A field may be added to a value anywhere, since none is given by its position."""
+    with pytest.raises(TypeError, match="positional"):
+        kind(1)
+
+
+def test_values_tell_whether_they_can_be_hashed() -> None:
+    """What holds dicts or lists says so itself; all other values are equal by what they hold, and so hash."""
+    policy, snapshot = Policy(ttl=60), CircuitBreaker("discovery").snapshot()
+    assert not any(isinstance(one, Hashable) for one in (Config(), snapshot, Classification(failures=[OSError])))
+    assert hash(policy) == hash(dataclasses.replace(policy))
+    assert hash(CircuitBreaker("a").counts) == hash(CircuitBreaker("b").counts)
 
 
 if __name__ == "__main__":

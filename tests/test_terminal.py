@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -141,7 +142,7 @@ def test_watch_follows(terminal: Callable[..., Terminal], client: redis.Redis) -
     wait_until(lambda: shown.shows("51 breakers: 1 open, 50 closed"))
     wait_until(lambda: any(re.search(r"discovery  closed -> open  failure_threshold", line) for line in shown.frame))
     make(client, "discovery").set_policy(quorum=2, operator="ann", note="two hosts")
-    wait_until(lambda: shown.shows("set_policy by ann: two hosts"))
+    wait_until(lambda: shown.shows("set_policy  by ann: two hosts  quorum=2"))
     assert re.match(r"> discovery +open +\d+ s", shown.frame[3])
 
 
@@ -317,9 +318,11 @@ def test_hostile_texts_on_a_terminal(terminal: Callable[..., Terminal], client: 
         fail(client, name).force_open(600, operator=name, note=name)
     shown = terminal("watch", size=(80, 40))
     wait_until(lambda: shown.shows(f"{len(HOSTILE)} breakers"))
-    client.publish("circuit_breaker:x:state", '{"policy":"at no time","instance":"x","time_ms":1e20}')
-    client.publish("circuit_breaker:\x1b[2J:state", '{"policy":"\\u001b[31m","instance":"\\u202e","time_ms":1}')
-    wait_until(lambda: shown.shows(r"\x1b[31m by \x202e"))
+    entry = {"from": "closed", "to": "closed", "generation": 1, "failure_count": 0, "success_count": 0}
+    entry |= {"reason": "\x1b[31m", "instance": "\u202e"}
+    client.publish("circuit_breaker:x:state", json.dumps({**entry, "time_ms": 1e20}))
+    client.publish("circuit_breaker:\x1b[2J:state", json.dumps({**entry, "time_ms": 1}))
+    wait_until(lambda: shown.shows(r"\x1b[31m  by \x202e"))
     for _ in HOSTILE:
         shown.type("\r")
         wait_until(lambda: shown.shows("esc back"))

@@ -21,6 +21,7 @@ from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenErro
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire import subscription
 from pybreaker_redis.wire.link import BURST, BURST_TIME
+from pybreaker_redis.wire.scripts import compose
 
 POLICY = Policy(failure_threshold=2, reset_timeout=60)
 
@@ -153,6 +154,49 @@ def test_listeners_receive_the_latest_of_several(client: redis.Redis, watched: C
     generations = [event.generation for event in received]
     assert generations == sorted(set(generations))
     assert len(breaker.history()) == 20
+
+
+def at_once(
+    client: redis.Redis, breaker: CircuitBreaker, *steps: tuple[str, dict[str, Any]], lost: bool = False
+) -> None:
+    """Run these scripts as another instance, so that nobody reads in between. lost: the document is gone before."""
+    with client.pipeline(transaction=True) as pipeline:
+        if lost:
+            pipeline.delete(breaker.keys.state)
+        for script, request in steps:
+            pipeline.eval(compose(script), 3, *breaker.keys, json.dumps({"instance": "other:1", **request}))
+        pipeline.execute()
+
+
+SET = "control", {"action": "set_policy", "override": {"quorum": 3}}
+CLEAR = "control", {"action": "clear_policy"}
+
+
+def test_a_policy_hides_no_transition(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """Listeners receive the transition of a generation, not the actions on the policy override that follow it."""
+    received: list[Event] = []
+    breaker = watched(listeners=[received.append])
+    breaker.call(int)
+    at_once(client, breaker, SET, ("control", {"action": "force_open"}), CLEAR, SET, CLEAR)
+    wait_until(lambda: received)
+    at_once(client, breaker, SET)
+    wait_until(lambda: breaker.snapshot().policy.quorum == 3)
+    at_once(client, breaker, ("control", {"action": "reset"}))
+    wait_until(lambda: len(received) == 2)
+    assert [(e.old, e.new, e.reason, e.instance) for e in received] == [
+        ("closed", "open", "forced", "other:1"),
+        ("open", "closed", "reset", "other:1"),
+    ]
+
+
+def test_a_policy_is_no_reason(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """A document that was lost begins a generation without a transition; an action on it is not told as one."""
+    received: list[Event] = []
+    breaker = watched(listeners=[received.append])
+    breaker.call(int)
+    at_once(client, breaker, ("acquire", {}), SET, CLEAR, lost=True)
+    wait_until(lambda: received)
+    assert [(e.old, e.new, e.reason) for e in received] == [("closed", "closed", None)]
 
 
 def test_nothing_that_was_before_is_notified(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:

@@ -11,6 +11,7 @@ from conftest import stopped
 from test_holds import TooManyError, make, make_any, shell
 from test_policies import LONG, PATIENT, STRICT, Make, fail, fine, rejects
 
+import pybreaker_redis
 from pybreaker_redis import CircuitBreaker, CircuitBreakerManager, CircuitOpenError, Config, Event, Policy, PolicyError
 from pybreaker_redis._protocol import keys_of
 from pybreaker_redis.cli import main
@@ -39,7 +40,7 @@ def test_the_error_that_tripped_it(make_any: Make, lease: float) -> None:
     fails_with(breaker, ConnectionError("refused"))
     error, seen, entry = rejects(breaker), breaker.snapshot(), breaker.history()[0]
     assert (error.reason, error.error) == ("failure_threshold", "ConnectionError: refused")
-    assert str(error).endswith(" s (ConnectionError: refused)")
+    assert " is open (failure_threshold: ConnectionError: refused); retry after " in str(error)
     assert (seen.reason, seen.error) == (error.reason, error.error)
     assert (entry.reason, entry.error, entry.time) == (error.reason, error.error, seen.changed_at)
     assert [event.error for event in events if event.kind == "state_change"] == [error.error]
@@ -82,6 +83,7 @@ def test_a_hold_and_an_operator(make_any: Make) -> None:
     breaker.force_open(60)
     error = rejects(breaker)
     assert (error.reason, error.error) == ("forced", None)
+    assert " is open (forced); retry after 60.000 s" in str(CircuitOpenError(error.name, error.state, 60, error.reason))
     breaker.reset()
     breaker.call(fine)
     assert (rejects(breaker).reason, rejects(breaker).error) == ("failure_threshold", None)
@@ -166,6 +168,15 @@ def test_the_error_travels() -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.name, copy.state, copy.retry_after, copy.reason, copy.error) == error.args == copy.args
     assert CircuitOpenError("payments", "open", 2.5).error is None
+    assert b"pybreaker_redis._" not in pickle.dumps(error)
+
+
+@pytest.mark.parametrize("name", [name for name in pybreaker_redis.__all__ if name.endswith("Error")])
+def test_errors_are_called_as_they_are_imported(name: str) -> None:
+    """A traceback and a pickle name the public module of an error, which stays, and not the one that defines it."""
+    error = getattr(pybreaker_redis, name)
+    assert f"{error.__module__}.{error.__qualname__}" == f"pybreaker_redis.{name}"
+    assert pickle.loads(pickle.dumps(error)) is error
 
 
 def test_the_command_line(client: redis.Redis, server: EmbeddedServer, capsys: pytest.CaptureFixture[str]) -> None:

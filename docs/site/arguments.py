@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import griffe
 
 from pybreaker_redis._policy import DEFAULTS, RULES, Rule
 
+Meanings: TypeAlias = dict[tuple[str, str], str]  # by the class or function, and the argument or field
+
+AS_FOR = re.compile(r"As for (\w+)[.,;]? ?(.*)")
 END_OF_ARGUMENTS = re.compile(r"(?:^|(?<=[.:] ))(?=Raises |Returns |Reads )", re.MULTILINE)
 
 
@@ -24,39 +27,65 @@ class Arguments(griffe.Extension):
         """Rewrite every docstring, and spell out the types and defaults that only this package has names for."""
         found = list(_members(pkg))
         named = {one.path: one.value for one in found if one.is_attribute and one.parent.is_module and one.value}
+        owners = [one for one in found if (one.is_class or one.is_function) and one.docstring]
+        owners.sort(key=lambda one: one.path.count("."))  # compat has classes of the same names, further down
+        meanings: Meanings = {}
+        for one in owners:
+            for name, meaning in described(one.docstring.value, set.union(*_described(one)))[1]:
+                meanings.setdefault((one.name, name), meaning)
+        for one in owners:
+            if one.path != "pybreaker_redis._policy.Policy":
+                arguments, fields = _described(one)
+                one.docstring.value = rewritten(one.docstring.value, arguments, "Args", meanings)
+                one.docstring.value = rewritten(one.docstring.value, fields, "Attributes", meanings)
         for one in found:
             if one.path == "pybreaker_redis._policy.Policy":
                 _describe_policy(one)
-            elif (one.is_class or one.is_function) and one.docstring:
-                arguments, fields = _described(one)
-                one.docstring.value = rewritten(one.docstring.value, arguments, "Args")
-                one.docstring.value = rewritten(one.docstring.value, fields, "Attributes")
             for parameter in one.parameters if one.is_function else []:
-                parameter.annotation = _spelled_out(parameter.annotation, named)
+                annotation = _spelled_out(parameter.annotation, named)
+                parameter.annotation = None if str(annotation) == "Any" else annotation  # the meaning says more
                 parameter.default = _spelled_out(parameter.default, named)
             if one.is_attribute and one.parent.is_class:
                 one.annotation, one.value = _spelled_out(one.annotation, named), _spelled_out(one.value, named)
 
 
-def rewritten(docstring: str, names: set[str], section: str) -> str:
+def rewritten(docstring: str, names: set[str], section: str, meanings: Meanings) -> str:
     """The docstring with a section of mkdocstrings in place of the descriptions of these names."""
+    prose, rows = described(docstring, names)
+    lines = [f"    {name}: {in_full(name, meaning, meanings)}" for name, meaning in rows]
+    return "\n\n".join([*prose, "\n".join([f"{section}:", *lines])] if lines else prose)
+
+
+def described(docstring: str, names: set[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """The paragraphs of a docstring without its descriptions of these names, and these: name and meaning."""
     if not names:
-        return docstring
+        return [docstring], []
     known = "|".join(sorted(map(re.escape, names), key=len, reverse=True))
     begins = re.compile(rf"(?:^ *|(?<=[.;] ))((?:{known})(?:,\s+(?:{known}))*):\s", re.MULTILINE)
     prose: list[str] = []
-    rows: list[str] = []
+    rows: list[tuple[str, str]] = []
     for paragraph in re.split(r"\n\s*\n", docstring):
-        before, *described = begins.split(paragraph)
+        before, *found = begins.split(paragraph)
         prose.append(before)
-        if described:
-            described[-1], *after = END_OF_ARGUMENTS.split(described[-1], maxsplit=1)
+        if found:
+            found[-1], *after = END_OF_ARGUMENTS.split(found[-1], maxsplit=1)
             prose += after
-        for written, meaning in zip(described[::2], described[1::2], strict=True):
-            text = " ".join(meaning.split())
-            rows += [f"    {name}: {text[0].upper()}{text[1:]}" for name in re.split(r",\s+", written)]
-    kept = [paragraph for paragraph in prose if paragraph.strip()]
-    return "\n\n".join([*kept, "\n".join([f"{section}:", *rows])] if rows else kept)
+        for written, meaning in zip(found[::2], found[1::2], strict=True):
+            rows += [(name, sentence(" ".join(meaning.split()))) for name in re.split(r",\s+", written)]
+    return [paragraph for paragraph in prose if paragraph.strip()], rows
+
+
+def in_full(name: str, meaning: str, meanings: Meanings) -> str:
+    """The meaning, with the text of the class or function that it refers to: each cell of a table stands alone."""
+    refers = AS_FOR.fullmatch(meaning)
+    if refers is None or (refers[1], name) not in meanings:
+        return meaning
+    return f"{meanings[refers[1], name]} {sentence(refers[2])}".rstrip()
+
+
+def sentence(text: str) -> str:
+    """The text with a capital letter."""
+    return f"{text[:1].upper()}{text[1:]}"
 
 
 def _members(owner: griffe.Module | griffe.Class) -> Iterator[griffe.Object]:

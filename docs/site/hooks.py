@@ -9,6 +9,7 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 PROJECT_FILE = re.compile(r"<!-- file: ([\w.]+) -->")
+EXAMPLE = re.compile(r"\[([^\]]+)\]\((?:\.\./)+(examples/[\w./]+)\)")
 PICTURE = re.compile(r'<img alt="[^"]*" src="(?:\.\./)*(pictures/\w+\.svg)"\s*/?>')
 
 
@@ -23,10 +24,12 @@ def on_config(config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill in a file of the project that a page is; its links to pages of docs/how-to become those of a neighbour."""
-    return PROJECT_FILE.sub(
+    """Fill in a file of the project that a page is; its links to pages of docs/how-to become those of a neighbour. The
+    examples are not part of the site: instead of a link, it names their place in the repository."""
+    markdown = PROJECT_FILE.sub(
         lambda found: (ROOT / found[1]).read_text(encoding="utf-8").replace("](docs/how-to/", "]("), markdown
     )
+    return EXAMPLE.sub(r"\1 (`\2`)", markdown)
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -307,10 +307,10 @@ def history(
     name: Name,
     url: Url = None,
     prefix: Prefix = None,
-    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Number of transitions.")] = 20,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="Number of entries.")] = 20,
     use_json: Json = False,
 ) -> int | None:
-    """Show the last transitions of a breaker, newest first."""
+    """Show the last transitions of a breaker, and what operators did, newest first."""
     entries = _fleet(url, None, prefix).breaker(name).history(count)
     if use_json:
         put_json([dataclasses.asdict(entry) for entry in entries])

@@ -6,24 +6,24 @@ import dataclasses
 import datetime
 import itertools
 import json
-import re
 import textwrap
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import rich.console
 import rich.text
 import typer
 
+from .. import _typed
 from .._board import clean, span
+from .._errors import PolicyError
 from .._policy import RULES, Policy
 from .._protocol import HistoryEntry, Snapshot
 from ._fleet import Reading
 from ._table import STYLES
 
 LABEL = 25  # letters of a label
-_UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
 class _Console(rich.console.Console):
@@ -81,7 +81,7 @@ def details(reading: Reading, policy: Policy | None) -> Iterable[tuple[str, str]
     yield "trips in a row", str(seen.trips)
     yield "generation", str(seen.generation)
     if overruled := [field for field, source in seen.policy_sources.items() if source == "override"]:
-        fields = ", ".join(f"{field}={getattr(seen.policy, field)}" for field in overruled)
+        fields = assigned({field: getattr(seen.policy, field) for field in overruled})
         yield "policy override", fields + by_whom(seen)
     for host, at in seen.reporters.items():
         yield "host with a failure", f"{clean(host)} at {stamp(at)}"
@@ -102,6 +102,12 @@ def by_whom(seen: Snapshot) -> str:
     """Who set the policy override, and why, in brackets; empty where nobody said."""
     texts = filter(None, (seen.override_operator and f"by {seen.override_operator}", seen.override_note))
     return f" ({clean(': '.join(texts))})" if seen.override_operator or seen.override_note else ""
+
+
+def assigned(fields: Mapping[str, Any], until: float | None = None) -> str:
+    """Policy fields as they are typed. until: their end in unix seconds."""
+    shown = ", ".join(f"{field}={value}" for field, value in fields.items())
+    return shown if until is None else f"{shown} until {stamp(until)}"
 
 
 def _of(seen: Snapshot, policy: Policy | None, count: int, threshold: str) -> str:
@@ -138,18 +144,22 @@ def transition(entry: HistoryEntry, *, stamped: bool = False, brief: bool = Fals
         counts += f", {entry.failures} of {entry.calls} failed, {entry.slow} slow"
     by = f"  by {entry.operator or entry.instance or '?'}{f': {entry.note}' if entry.note else ''}"
     shown = f"  {entry.reason}" if brief else f"  {entry.reason:<18}{counts}"
-    return text.append(clean(f"{shown}{by}{f'  {entry.error}' if entry.error else ''}"))
+    text.append(clean(f"{shown}{by}{f'  {entry.error}' if entry.error else ''}"))
+    if entry.override:
+        ended = "" if entry.reason == "set_policy" else "ended "
+        text.append(f"  {ended}{assigned(entry.override, entry.override_until)}")
+    return text
 
 
 # Arguments
 
 
 def seconds(text: str) -> float:
-    """A length of time as typed: 30, 0.5, 250ms, 10m, 2h, 1d."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d|)", text.strip())
-    if found is None:
-        raise typer.BadParameter(f"{text!r} is not a length of time; write 30, 0.5, 250ms, 10m, 2h or 1d")
-    return round(float(found[1]) * _UNITS[found[2]], 3)
+    """A length of time as typed."""
+    try:
+        return _typed.seconds(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def assignments(texts: Iterable[str]) -> dict[str, Any]:
@@ -160,13 +170,9 @@ def assignments(texts: Iterable[str]) -> dict[str, Any]:
 def _assignment(text: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     name = {"timeout_seconds": "reset_timeout"}.get(name, name)
-    if not equals or name not in RULES:
+    if not equals:
         raise typer.BadParameter(f"{text!r} must be FIELD=VALUE; the fields are {', '.join(RULES)}")
-    words = {"none": None, "off": None, "true": True, "false": False}
-    if value.lower() in words:
-        return name, words[value.lower()]
-    kind = RULES[name].kind
     try:
-        return name, seconds(value) if kind == "seconds" else int(value) if kind == "count" else float(value)
-    except ValueError as error:
+        return name, _typed.policy_value(name, value)
+    except PolicyError as error:
         raise typer.BadParameter(f"{text!r}: {error}") from error

@@ -108,16 +108,12 @@ def _change(fleet: Fleet, channel: bytes, content: bytes) -> dict[str, Any] | No
 
 
 def change_line(change: dict[str, Any], width: int | None = None) -> rich.text.Text:
-    """A change of the state or of the policy override on one line. width: of the terminal; None: as long as needed."""
+    """A transition or an operator's action on one line. width: of the terminal; None: as long as needed."""
     name, at = clean(str(change["breaker"])), float(change["time_ms"]) / 1000
     shown = padded(name, NAME_WIDTH) if width is None else cut(name, width // 4, middle=True)
     when = stamp(at) if width is None else stamp(at)[11:19]
     text = rich.text.Text(f"{when}  ").append(f"{shown}  ", "bold")
-    if "policy" not in change:
-        text.append_text(transition(history_entry(change), brief=width is not None))
-    else:
-        by, note = change.get("operator") or change["instance"], change.get("note")
-        text.append(clean(f"{change['policy']} by {by}{f': {note}' if note else ''}"))
+    text.append_text(transition(history_entry(change), brief=width is not None))
     if width is not None:
         text.truncate(width, overflow="ellipsis")
     return text

@@ -24,7 +24,7 @@ from ..wire.sync import Server
 CallOutcome: TypeAlias = Literal["success", "slow", "failure", "ignored", "rejected"]
 OUTCOMES: tuple[CallOutcome, ...] = get_args(CallOutcome)
 STATES: tuple[State, ...] = get_args(State)
-NO_CALLS = Counts(0, 0, 0, 0, 0)
+_COUNTS = tuple(field.name for field in dataclasses.fields(Counts))
 DURATION_BOUNDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
@@ -43,6 +43,7 @@ class BreakerReading:
     """One breaker at one moment. health, probes_in_flight: None if neither Redis nor a local engine can tell them.
 
     view_age: seconds; None before the first reply, and for a breaker in memory. calls: of this process, by outcome.
+    shadow_rejected: calls of this process that ran although an enforcing breaker would have rejected them.
     """
 
     name: str
@@ -52,6 +53,7 @@ class BreakerReading:
     fallback: bool
     view_age: float | None
     calls: dict[CallOutcome, int]
+    shadow_rejected: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -170,7 +172,10 @@ def _local_snapshot(breaker: BreakerCore) -> Snapshot | None:
 
 
 def _sum(counts: list[Counts]) -> Counts:
-    return Counts(*map(sum, zip(*counts, strict=True)))
+    return Counts(**{field: sum(getattr(one, field) for one in counts) for field in _COUNTS})
+
+
+NO_CALLS = _sum([])
 
 
 def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None, ended: Counts) -> BreakerReading:
@@ -178,16 +183,17 @@ def _read_one(name: str, breakers: list[BreakerCore], snapshot: Snapshot | None,
     counts = _sum([ended, *(breaker.counts for breaker in breakers)])
     return BreakerReading(
         name,
-        state=snapshot.state if snapshot else breakers[0].state,
+        state=snapshot.state if snapshot else breakers[0]._view.state,
         health=snapshot.health if snapshot else None,
         probes_in_flight=snapshot.probes_in_flight if snapshot else None,
         fallback=any(breaker._line is not None and breaker._line.local is not None for breaker in breakers),
         view_age=max((now - sent for sent in ages if sent != NEVER), default=None),
         calls={
-            "success": counts.successes - counts.slow,
-            "slow": counts.slow,
+            "success": counts.successes - counts.slow_successes,
+            "slow": counts.slow_successes,
             "failure": counts.failures,
             "ignored": counts.ignored,
             "rejected": counts.rejected,
         },
+        shadow_rejected=counts.shadow_rejected,
     )

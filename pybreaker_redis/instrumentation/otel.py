@@ -56,6 +56,12 @@ class OpenTelemetryMetrics(Meter):
         )
         counter("circuit_breaker.calls", [self._reads(_calls)], "{call}", "Calls by outcome.")
         counter(
+            "circuit_breaker.shadow.rejections",
+            [self._reads(_shadow_rejections)],
+            "{call}",
+            "Calls that shadow mode would have rejected; circuit_breaker.calls has them by their outcome.",
+        )
+        counter(
             "circuit_breaker.transitions",
             [self._reads(_transitions)],
             "{transition}",
@@ -126,6 +132,10 @@ def _calls(reading: Reading) -> Iterator[Observation]:
     for one in reading.breakers:
         for outcome, count in one.calls.items():
             yield Observation(count, {_NAME: one.name, "circuit_breaker.outcome": outcome})
+
+
+def _shadow_rejections(reading: Reading) -> Iterator[Observation]:
+    return _each(reading, lambda one: one.shadow_rejected)
 
 
 def _transitions(reading: Reading) -> Iterator[Observation]:

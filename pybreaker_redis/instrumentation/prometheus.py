@@ -216,6 +216,13 @@ _OF_PROCESS = (
         _calls,
     ),
     _Metric(
+        Counter,
+        "circuit_breaker_shadow_rejections",
+        "Calls that shadow mode would have rejected; circuit_breaker_calls has them by their outcome.",
+        ["breaker"],
+        _each(lambda one: one.shadow_rejected),
+    ),
+    _Metric(
         Gauge,
         "circuit_breaker_fallback_active",
         "1 while this process continues without Redis.",

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from .._errors import PolicyError
-from .._policy import RULES, Rule, override_request
+from .._policy import override_request
 from .._protocol import LONGEST_NOTE, printable
 from .._sync import CircuitBreaker
+from .._typed import policy_value
 
 UNITS = {"minutes": 60, "hours": 3600, "days": 86400, "seconds": 1}
 POLICY_FIELD = "policy."  # before the name of a policy field in a form
-_FLAGS = {"true": True, "false": False}
-_NONE = ("none", "off")
 
 
 class Order(NamedTuple):
@@ -104,7 +103,7 @@ _MISSING = {
 def order_from_form(action: str, form: Mapping[str, str], operator: str | None) -> Order:
     """The order that a form gives. Raises PolicyError, in words for the page."""
     fields = {
-        name.removeprefix(POLICY_FIELD): _policy_value(name.removeprefix(POLICY_FIELD), text.strip())
+        name.removeprefix(POLICY_FIELD): policy_value(name.removeprefix(POLICY_FIELD), text)
         for name, text in form.items()
         if name.startswith(POLICY_FIELD) and text.strip()
     }
@@ -155,26 +154,3 @@ def _duration(amount: str, unit: str) -> float | None:
     if not 0 < duration < math.inf:
         raise PolicyError(f"{amount!r} {unit} is no length of time.")
     return duration
-
-
-def _policy_value(name: str, text: str) -> Any:
-    rule = RULES.get(name)
-    if rule is None:
-        raise PolicyError(f"{name} is not a policy field.")
-    try:
-        return _parsed(rule, text.lower())
-    except (ValueError, KeyError):
-        raise PolicyError(f"{name} must be {_wanted(rule)}, not {text!r}.") from None
-
-
-def _parsed(rule: Rule, text: str) -> Any:
-    if rule.optional and text in _NONE:
-        return None
-    if rule.kind == "flag":
-        return _FLAGS[text]
-    return int(text) if rule.kind == "count" else float(text)
-
-
-def _wanted(rule: Rule) -> str:
-    kinds = {"flag": "true or false", "count": "a whole number", "seconds": "a number of seconds", "number": "a number"}
-    return kinds[rule.kind] + (" or none" if rule.optional else "")

@@ -34,7 +34,7 @@ from . import _access, _pages
 from ._access import Authorize
 from ._actions import ACTIONS, Order, kept_fields, order_from_form, order_from_json
 from ._openapi import description
-from ._pages import TIMELINE, View, row_json
+from ._pages import View, row_json
 from ._screens import Screen, Screens, part
 
 HISTORY = 50  # entries on a breaker's page
@@ -172,7 +172,7 @@ class Site:
     def _about(self, name: str, stored: Details) -> dict[str, Any]:
         """What the page of one breaker shows."""
         row, seen, history, processes, now = stored
-        segments = _pages.timeline(history[:TIMELINE], row, now)
+        segments = _pages.timeline(history, row, now)
         return {
             "name": name,
             "row": row,
@@ -470,7 +470,7 @@ def _count(query: Any, name: str, default: int, most: float) -> int:
     """A whole number of the query string. Raises PolicyError."""
     text = query.get(name, str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 10 and int(text) <= most):
-        raise PolicyError(f"{name} must be a whole number of at most {most:g}, not {text!r}")
+        raise PolicyError(f"{name} must be a whole number of at most {most}, not {text!r}")
     return int(text)
 
 

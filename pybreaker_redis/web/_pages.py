@@ -18,9 +18,9 @@ import jinja2
 
 from .._board import CONDITIONS, GROUPS, REASONS, Condition, Row, clean, next_step, outlook, select, span, why
 from .._errors import PolicyError
-from .._policy import DEFAULTS, RULES
+from .._policy import DEFAULTS, RULES, plain
 from .._processes import Known, Process, given_policies, known_fields
-from .._protocol import HistoryEntry, Keys, Snapshot, keys_of, requests_by_hand
+from .._protocol import POLICY_ACTIONS, HistoryEntry, Keys, Snapshot, keys_of, requests_by_hand
 from .._reader import Board
 from ..wire.scripts import sha1
 from ._actions import ACTIONS, POLICY_FIELD, UNITS
@@ -163,8 +163,9 @@ class Segment(NamedTuple):
 
 
 def timeline(history: Sequence[HistoryEntry], row: Row, now: float) -> list[Segment]:
-    """The conditions of the last TIMELINE transitions. history: the newest first."""
-    entries = [entry for entry in list(history)[TIMELINE::-1] if entry.time <= now]
+    """The conditions of the last TIMELINE transitions. history: the newest first; it may have more."""
+    known = [entry for entry in history if entry.time <= now and entry.reason not in POLICY_ACTIONS]
+    entries = known[:TIMELINE][::-1]
     times = [entry.time for entry in entries]
     first = min([*times, now - 60, row.since or now])
     begin = first - (now - first) * 0.05
@@ -247,17 +248,18 @@ def policy_fields(seen: Snapshot, processes: list[Process]) -> list[Field]:
 
 
 def _field(name: str, known: Known) -> Field:
-    values = [(_shown(name, value), len({one.name for one in who})) for value, who in known.values]
-    rule, default = RULES[name], f"default: {_shown(name, DEFAULTS[name])}"
+    values = [(shown(name, value), len({one.name for one in who})) for value, who in known.values]
+    rule, default = RULES[name], f"default: {shown(name, DEFAULTS[name])}"
     return Field(name, known.source, values, rule.meaning, rule.kind, default)
 
 
-def _shown(name: str, value: Any) -> str:
+def shown(name: str, value: Any) -> str:
+    """The value of a policy field in words."""
     if value is None:
         return "off"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return f"{value:g} s" if RULES[name].kind == "seconds" else f"{value:g}"
+    return f"{plain(value)} s" if RULES[name].kind == "seconds" else plain(value)
 
 
 def redis_cli_lines(keys: Keys, generation: int, clustered: bool) -> dict[str, str]:
@@ -316,6 +318,7 @@ def templates() -> jinja2.Environment:
         "ACTIONS": ACTIONS,
         "CONDITIONS": CONDITIONS,
         "GROUPS": GROUPS,
+        "POLICY_ACTIONS": POLICY_ACTIONS,
         "POLICY_FIELD": POLICY_FIELD,
         "REASONS": REASONS,
         "SORTS": SORTS,
@@ -325,6 +328,7 @@ def templates() -> jinja2.Environment:
         "link_of": link_of,
         "next_step": next_step,
         "row_id": row_id,
+        "shown_value": shown,
         "outlook": outlook,
         "why": why,
     }

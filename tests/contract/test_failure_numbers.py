@@ -9,7 +9,7 @@ import redis
 from conftest import START_MS, Machine, lua_machine, published
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_state_machine import POLICIES, STEPS, play
+from test_state_machine import POLICIES, STEPS, parsed, play
 
 from pybreaker_redis._memory import MemoryEngine, document_for
 from pybreaker_redis._protocol import keys_of
@@ -271,10 +271,10 @@ def told(engine: str, client: redis.Redis, play_it: Any) -> list[dict[str, Any]]
         clock = [START_MS]
         engine_in_memory = MemoryEngine(now_ms=lambda: clock[0], publish=heard.append)
         play_it(Machine(engine_in_memory, lambda now: clock.__setitem__(0, now)))
-        return heard
-    with published(client, keys_of("m").state) as heard:
-        play_it(lua_machine(client))
-    return heard
+    else:
+        with published(client, keys_of("m").state) as heard:
+            play_it(lua_machine(client))
+    return [parsed(message) for message in heard]
 
 
 EACH_ENGINE = pytest.mark.parametrize("engine", ["lua", "memory"])

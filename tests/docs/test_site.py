@@ -176,6 +176,21 @@ def test_reference_has_every_option(site: pathlib.Path) -> None:
         assert sorted(rows) == sorted(inspect.signature(kind).parameters), kind.__name__
 
 
+def test_cells_of_the_reference_stand_alone(site: pathlib.Path) -> None:
+    """A description that refers to another class or function is written out, and no type is just "Any"."""
+    tables = "".join(path.read_text(encoding="utf-8") for path in (site / "reference").rglob("*.html"))
+    assert tables.count("Seconds to wait for a connection to Redis") == 2  # of a breaker, and of a configuration
+    assert not re.findall(r"<p>As for \w+[A-Z_]\w*.*", tables)
+    assert not re.findall(r"<td>\s*<code>(?:<[^>]*>)*Any(?:<[^>]*>)*</code>", tables)
+
+
+def test_examples_are_named_by_their_place(pages: dict[pathlib.Path, Page]) -> None:
+    """The site has no examples: a page names the folder of the repository instead of linking to it."""
+    text = " ".join(word for page in pages.values() for word in page.words)
+    assert "examples/fastapi_httpx" in text
+    assert not [link for page in pages.values() for link in page.links if "examples/" in link]
+
+
 def test_reference_has_no_internal_names(site: pathlib.Path, pages: dict[pathlib.Path, Page]) -> None:
     """Nothing that begins with an underscore, and no base class that only this package knows."""
     for name, text in text_of(site, pages).items():

@@ -12,12 +12,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from pybreaker_redis import CircuitOpenError, Counts
-
-
-def nonzero(counts: Counts) -> dict[str, int]:
-    """The outcomes that a breaker has counted."""
-    return {name: value for name, value in counts._asdict().items() if value}
+from pybreaker_redis import CircuitOpenError
 
 
 async def running_probe(service: Service, path: str, send: Callable[[], Coroutine[Any, Any, Any]]) -> asyncio.Task[Any]:

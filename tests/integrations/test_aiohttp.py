@@ -11,11 +11,12 @@ from typing import Any
 
 import aiohttp
 import pytest
+from conftest import nonzero
 
 from pybreaker_redis import AsyncCircuitBreaker, AsyncCircuitBreakerManager, CircuitOpenError
 from pybreaker_redis.integrations.aiohttp import CircuitOpenClientError, breaker_middleware
 
-from .service import Service, nonzero, running_probe
+from .service import Service, running_probe
 
 Make = Callable[..., AsyncCircuitBreakerManager]
 Use = Callable[[aiohttp.ClientSession, AsyncCircuitBreaker], Awaitable[None]]

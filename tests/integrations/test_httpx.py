@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import wait_until
+from conftest import nonzero, wait_until
 
 from pybreaker_redis import (
     AsyncCircuitBreakerManager,
@@ -23,7 +23,7 @@ from pybreaker_redis import (
 )
 from pybreaker_redis.integrations import httpx as for_httpx
 
-from .service import Service, nonzero, running_probe
+from .service import Service, running_probe
 
 
 class Library:
@@ -344,7 +344,7 @@ def test_the_error_can_be_copied_and_pickled(call: Callable[..., Caller]) -> Non
             error.retry_after,
         )
         assert same.request.url == error.request.url
-    assert "is open; retry after" in str(error)
+    assert "is open (forced); retry after" in str(error)
 
 
 def test_closing_the_client_closes_the_inner_transport(library: Library) -> None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import requests
+from conftest import nonzero
 from requests.adapters import HTTPAdapter
 from urllib3.util import Retry
 
 from pybreaker_redis import CircuitBreaker, CircuitBreakerManager, CircuitOpenError
 from pybreaker_redis.integrations.requests import BreakerAdapter, CircuitOpenConnectionError
 
-from .service import Service, nonzero
+from .service import Service
 
 
 def session_of(breakers: Any, adapter: HTTPAdapter | None = None, **options: Any) -> requests.Session:

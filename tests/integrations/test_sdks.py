@@ -10,11 +10,12 @@ import anthropic
 import httpx2
 import openai
 import pytest
+from conftest import nonzero
 
 from pybreaker_redis import AsyncCircuitBreakerManager, CircuitBreakerManager, CircuitOpenError
 from pybreaker_redis.integrations.httpx2 import AsyncBreakerTransport, BreakerTransport, sdk_response
 
-from .service import Service, nonzero
+from .service import Service
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 

@@ -144,6 +144,7 @@ def test_every_scrape_has_the_calls_of_all_workers(web: Web, client: redis.Redis
         assert found['circuit_breaker_state{breaker="discovery",state="open"}'] == 1
         assert found['circuit_breaker_health_score{breaker="discovery"}'] == 0
         assert found['circuit_breaker_fallback_active{breaker="discovery"}'] == 0
+        assert found['circuit_breaker_shadow_rejections_total{breaker="discovery"}'] == 0
         assert found['circuit_breaker_script_duration_seconds_count{script="record"}'] > 0
 
 

@@ -180,7 +180,7 @@ def test_page_names_messages_and_history() -> None:
         assert all(f"`{name}`" in section for entry in entries for name in entry)
         if kind == "history":
             noted = {entry["reason"] for entry in entries if entry["from"] == entry["to"]}
-            assert noted == NOTES | {"reset"}
+            assert noted == NOTES
 
 
 DECLARED = """

@@ -184,11 +184,9 @@ def test_who_set_the_policy(client: redis.Redis) -> None:
     assert (seen["override_operator"], seen["override_note"]) == tuple(SIGNED.values())
     assert (last["override_operator"], last.get("override_note")) == ("bob", None)
     assert last["override"] == {"quorum": 2, "failure_threshold": 2}
-    assert [(message["policy"], message["operator"]) for message in heard] == [
-        ("set_policy", "ann"),
-        ("set_policy", "bob"),
-        ("clear_policy", "eve"),
-    ]
+    told = [("set_policy", "ann"), ("set_policy", "bob"), ("clear_policy", "eve")]
+    assert [(message["reason"], message["operator"]) for message in heard] == told
+    assert [(entry["reason"], entry["operator"]) for entry in history(client)] == told
     assert not ask(client, "snapshot").keys() & {"override", "override_operator"}
 
 
@@ -202,10 +200,12 @@ def test_odd_operator_of_a_policy(client: redis.Redis, odd: object) -> None:
 
 
 def test_a_reset_that_only_ends_a_policy(client: redis.Redis) -> None:
-    """Who ended a policy override by a reset is in the message; there is no state that they changed."""
+    """Who ended a policy override by a reset is in the history; there is no state that they changed."""
     ask(client, "acquire")
     ask(client, "control", action="set_policy", override={"quorum": 2})
     with messages(client) as heard:
         assert ask(client, "control", action="reset", **SIGNED)["changed"] is True
-    assert [{**SIGNED, "policy": "reset"}.items() <= message.items() for message in heard] == [True]
+    told = {**SIGNED, "reason": "reset", "from": "closed", "to": "closed", "override": '{"quorum":2}'}
+    assert [told.items() <= message.items() for message in (history(client)[-1], *heard)] == [True, True]
+    assert int(history(client)[-1]["generation"]) == heard[0]["generation"] == document(client)["generation"]
     assert not document(client).keys() & SIGNED.keys()

@@ -189,15 +189,16 @@ def test_a_refusal_leaves_the_override(client: redis.Redis) -> None:
     assert 0 < client.pttl(KEYS.policy) <= 50_000
 
 
-def test_set_policy_stores_one_key(client: redis.Redis) -> None:
-    """It writes a map in JSON under the policy key, which does not expire, and makes no state."""
+def test_set_policy_stores_no_document(client: redis.Redis) -> None:
+    """It writes a map in JSON under the policy key, which does not expire, and a history entry; it makes no state."""
     reply = set_policy(client, {"failure_threshold": 2, "enforce": False})
     assert reply["changed"] is True
-    assert client.keys() == [KEYS.policy.encode()]
+    assert set(client.keys()) == {KEYS.policy.encode(), KEYS.history.encode()}
     assert json.loads(client.get(KEYS.policy)) == {"failure_threshold": 2, "enforce": False}
     assert client.ttl(KEYS.policy) == -1
     assert ask(client, "control", action="clear_policy")["changed"] is True
-    assert client.keys() == []
+    assert client.keys() == [KEYS.history.encode()]
+    assert 86_000_000 < client.pttl(KEYS.history) <= 86_400_000
 
 
 @pytest.mark.parametrize("value", [1 / 3, 0.1 + 0.2, 1e-9, 0.07, 1 - 2**-53])
@@ -233,7 +234,7 @@ def test_a_message_for_each_policy(client: redis.Redis) -> None:
         set_policy(client, {"quorum": 2}, instance="me")
         ask(client, "control", action="clear_policy", instance="me")
         ask(client, "control", action="clear_policy", instance="me")
-    assert [(one["policy"], one["instance"]) for one in heard] == [("set_policy", "me"), ("clear_policy", "me")]
+    assert [(one["reason"], one["instance"]) for one in heard] == [("set_policy", "me"), ("clear_policy", "me")]
 
 
 @pytest.mark.parametrize("value", GARBAGE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Literal, assert_type
+from typing import assert_type
 
 import aiohttp
 import flask
@@ -38,17 +39,22 @@ from pybreaker_redis import (
     CircuitBreakerManager,
     CircuitOpenError,
     Classification,
+    Clock,
     Config,
     ConfigError,
     Counts,
     Event,
+    EventKind,
+    ForcedStateError,
     HistoryEntry,
+    Listener,
     Permit,
     PermitError,
     Policy,
     PolicyError,
     RedisUnavailableError,
     Snapshot,
+    State,
     Watch,
 )
 from pybreaker_redis.config import load
@@ -73,8 +79,6 @@ from pybreaker_redis.integrations.tenacity import retry_unless_open, wait_until_
 from pybreaker_redis.testing import Breakers, FakeClock, SettableState, aset_state, set_state
 from pybreaker_redis.web import breakers_app
 
-State = Literal["closed", "open", "half_open"]
-
 
 def on_event(event: Event) -> None:
     assert_type(event.breaker, str)
@@ -89,8 +93,23 @@ def on_event(event: Event) -> None:
     assert_type(event.slow, bool | None)
     assert_type(event.enforced, bool | None)
     assert_type(event.error, str | None)
-    if event.kind == "state_change":
+    kind: EventKind = event.kind
+    if kind == "state_change":
         print(event.new)
+
+
+class ApiError(Exception):
+    status: int
+
+
+def is_server_error(error: ApiError) -> bool:
+    return error.status >= 500
+
+
+CircuitBreaker("discovery", failures=is_server_error, ignore=lambda error: error.status == 404)
+Classification(failures=lambda error: error.status >= 500, ignore=is_server_error)
+CircuitBreaker("discovery", failures=3)  # type: ignore[arg-type]
+listening: list[Listener] = [on_event, print]
 
 
 class Collector:
@@ -138,6 +157,33 @@ def pages(count: int) -> Iterator[bytes]:
 assert_type(pages(2), Iterator[bytes])
 
 
+def nothing(rejected: CircuitOpenError) -> None:
+    print(rejected.retry_after)
+
+
+@breaker(fallback=nothing)
+def found(query: str) -> str:
+    return query
+
+
+@breaker(fallback=lambda rejected: [])
+def found_all(query: str) -> list[str]:
+    return [query]
+
+
+class Shop:
+    @breaker(fallback=lambda rejected: None)
+    def price(self, article: int) -> float:
+        return 1.5 * article
+
+
+assert_type(found("x"), str | None)
+all_of_them: list[str] = found_all("x")
+assert_type(Shop().price(7), float | None)
+found(1)  # type: ignore[arg-type]
+breaker(fallback=3)  # type: ignore[call-overload]
+
+
 def length(text: str, times: int = 1) -> int:
     return len(text) * times
 
@@ -183,9 +229,14 @@ def two_steps() -> None:
 
 
 def looking(count: int) -> None:
-    assert_type(breaker.state, State)
+    assert_type(breaker.name, str)
+    assert_type(breaker.host, str)
+    assert_type(breaker.policy, Policy)
+    breaker.policy = Policy()  # type: ignore[misc]
+    assert_type(breaker.state, str)
     assert_type(breaker.counts, Counts)
-    assert_type(breaker.counts.slow, int)
+    assert_type(breaker.counts.slow_successes, int)
+    assert_type(breaker.counts.shadow_rejected, int)
     snapshot = breaker.snapshot()
     assert_type(snapshot, Snapshot)
     assert_type(snapshot.name, str)
@@ -206,6 +257,13 @@ def looking(count: int) -> None:
     assert_type(entries[0].new, State)
     assert_type(entries[0].time, float)
     assert_type(entries[0].reason, str)
+
+
+def following() -> None:
+    """A later state is another one, whatever an earlier assertion says; else what follows counts as unreachable."""
+    assert breaker.state == "closed"
+    breaker.force_open()
+    assert breaker.state == "open"
 
 
 def steering() -> None:
@@ -262,6 +320,71 @@ async def stream(query: str) -> AsyncIterator[bytes]:
     yield query.encode()
 
 
+async def cached(rejected: CircuitOpenError) -> int:
+    return 1
+
+
+async def cached_chunks(rejected: CircuitOpenError) -> AsyncIterator[str]:
+    yield rejected.name
+
+
+async def cached_list(rejected: CircuitOpenError) -> list[str]:
+    return [rejected.name]
+
+
+@aio(fallback=cached)
+async def fetch_or_cached(query: str) -> bytes:
+    return query.encode()
+
+
+@aio(fallback=nothing)
+async def fetch_or_nothing(query: str) -> bytes:
+    return query.encode()
+
+
+@aio(fallback=lambda rejected: [])
+async def fetch_all(query: str) -> list[str]:
+    return [query]
+
+
+@aio(fallback=cached_chunks)
+async def stream_or_cached(query: str) -> AsyncIterator[bytes]:
+    yield query.encode()
+
+
+@aio(fallback=cached_list)
+async def stream_or_list(query: str) -> AsyncIterator[bytes]:
+    yield query.encode()
+
+
+@aio(fallback=nothing)
+@contextlib.asynccontextmanager
+async def connection(query: str) -> AsyncIterator[bytes]:
+    yield query.encode()
+
+
+class AsyncShop:
+    @aio(fallback=nothing)
+    async def price(self, article: int) -> float:
+        return 1.5 * article
+
+
+async def fallbacks() -> None:
+    assert_type(await fetch_or_cached("x"), bytes | int)
+    assert_type(await fetch_or_nothing("x"), bytes | None)
+    all_of_them: list[str] = await fetch_all("x")
+    print(all_of_them)
+    async for chunk in stream_or_cached("x"):
+        assert_type(chunk, bytes | str)
+    async for chunk in stream_or_list("x"):
+        assert_type(chunk, bytes | str)
+    async with connection("x") as connected:
+        assert_type(connected, bytes)
+    assert_type(await AsyncShop().price(7), float | None)
+    aio(fallback=nothing)(length)  # type: ignore[arg-type]
+    aio(fallback=3)  # type: ignore[call-overload]
+
+
 async def awaiting() -> None:
     assert_type(await fetch("x", limit=2), list[str])
     await fetch(1)  # type: ignore[arg-type]
@@ -278,7 +401,7 @@ async def awaiting() -> None:
     assert_type(permit, AsyncPermit)
     await permit.success()
     aio.acquire().success()  # type: ignore[attr-defined]
-    assert_type(aio.state, State)
+    assert_type(aio.state, str)
     assert_type(aio.counts, Counts)
     assert_type(await aio.snapshot(), Snapshot)
     assert_type(await aio.history(count=2), list[HistoryEntry])
@@ -301,6 +424,10 @@ manager.call("discovery", length, 1)  # type: ignore[arg-type]
 assert_type(manager.get_or_create("discovery"), CircuitBreaker)
 assert_type(manager.get_state("discovery"), State)
 assert_type(manager.get_all_states(), dict[str, State])
+CircuitBreakerManager.with_redis(lisnteners=[on_event])  # type: ignore[call-arg]
+CircuitBreakerManager.with_redis(failures=3)  # type: ignore[arg-type]
+CircuitBreakerManager(polcy=Policy())  # type: ignore[call-arg]
+assert_type(CircuitBreakerManager(redis="redis://localhost"), CircuitBreakerManager)
 CircuitBreakerManager("gateway.yaml")
 CircuitBreakerManager({"circuit_breaker": {}})
 CircuitBreakerManager(3)  # type: ignore[arg-type]
@@ -392,6 +519,7 @@ class Errors:
     own: tuple[type[CircuitBreakerError], ...] = (
         CircuitOpenError,
         ConfigError,
+        ForcedStateError,
         PermitError,
         PolicyError,
         RedisUnavailableError,
@@ -427,6 +555,8 @@ def a_server() -> str:
 
 def testing(breakers: Breakers, wanted: SettableState) -> None:
     clock = FakeClock(start=1_700_000_000)
+    as_clock: Clock = clock
+    assert_type(CircuitBreaker("mail", clock=as_clock), CircuitBreaker)
     clock.advance(30)
     assert_type(breakers.clock, FakeClock)
     in_test = breakers("mail", policy=Policy(failure_threshold=1))

@@ -129,8 +129,37 @@ def test_the_page_of_a_breaker_tells_its_story(client: redis.Redis, site: Site) 
     text = html.unescape(re.sub(r"<[^>]+>", "", answer.text))
     for wanted in ("forced open", "by ann: deploy", "by bob: noisy", "failure_threshold", "ends in 10 m", "EVALSHA"):
         assert wanted in text, wanted
+    assert re.search(r"policy override set\s+failure_threshold 50 until \d{4}-\S+ \S+ UTC, by bob: noisy", text)
     assert "Actions" not in text
     assert 'role="img" aria-label="State over time: closed for' in answer.text
+
+
+def test_the_history_tells_of_policies(client: redis.Redis, site: Site) -> None:
+    """Who set and who ended a policy override is shown with its fields; the picture shows the states as they were."""
+    one = make(client, "api")
+    one.force_closed(600, operator="ann")
+    one.set_policy(reset_timeout=2.5, enforce=False, operator="bob", note="<i>")
+    one.clear_policy(operator="cem")
+    one.set_policy(error_rate_threshold=None)
+    one.reset(note="all of it")
+    answer = site(read_only=True).get("/breakers/api").text
+    text = re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]+>", "", answer)))
+    for wanted in (
+        "policy override set reset_timeout 2.5 s, enforce no, by bob: <i> 0 in a row",
+        "policy override ended reset_timeout 2.5 s, enforce no, by cem 0 in a row",
+        "policy override set error_rate_threshold off 0 in a row",
+        "closed reset, policy override ended: error_rate_threshold off, all of it 0 in a row",
+    ):
+        assert wanted in text, wanted
+    assert len(re.findall(r"<rect class=\"(closed|forced_closed)\"", answer)) == 3
+    answer = site(read_only=True).get("/api/breakers/api").json()
+    assert [entry["override"] for entry in answer["history"]] == [
+        {"error_rate_threshold": None},
+        {"error_rate_threshold": None},
+        {"reset_timeout": 2.5, "enforce": False},
+        {"reset_timeout": 2.5, "enforce": False},
+        None,
+    ]
 
 
 def test_a_policy_that_nobody_can_know_is_not_shown_as_a_fact(client: redis.Redis, site: Site) -> None:
@@ -547,14 +576,20 @@ def test_every_action_does_what_it_says(client: redis.Redis, site: Site) -> None
     assert done("probe", note="fixed")["until"] <= time.time() + 1
     assert one.acquire().release() is None
     assert done("reset")["condition"] == "closed"
-    assert {entry.operator for entry in one.history() if entry.reason in ("forced", "reset", "probe")} == {"ann"}
+    by_ann = [entry.reason for entry in one.history() if entry.operator == "ann"][::-1]
+    assert by_ann == [
+        *("forced", "forced", "clear_forced"),
+        *("set_policy", "set_policy", "clear_policy"),
+        "probe",
+        "reset",
+    ]
 
 
 def test_the_policy_form_sets_the_fields_that_are_filled_in(client: redis.Redis, site: Site) -> None:
     """Empty fields stay; flags, numbers, seconds and "none" are understood."""
     make(client, "api")
     page = site()
-    fields = {"failure_threshold": " 7 ", "reset_timeout": "2.5", "enforce": "false", "error_rate_threshold": "none"}
+    fields = {"failure_threshold": " 7 ", "reset_timeout": "2500ms", "enforce": "false", "error_rate_threshold": "none"}
     form = {f"policy.{name}": value for name, value in {**fields, "quorum": ""}.items()}
     asked = post(page, "/breakers/api/set-policy", {**form, "note": "why"})
     assert "until somebody ends it" in asked.text
@@ -579,13 +614,15 @@ def test_the_policy_form_sets_the_fields_that_are_filled_in(client: redis.Redis,
         ("force-open", {**FORCE, "amount": "-1"}, "length of time"),
         ("force-open", {**FORCE, "amount": "nan"}, "length of time"),
         ("force-open", {**FORCE, "amount": "1e999"}, "length of time"),
-        ("force-open", {**FORCE, "amount": "40", "unit": "days"}, "2.592e+06"),
+        ("force-open", {**FORCE, "amount": "40", "unit": "days"}, "from 0.001 to 2592000 seconds"),
         ("force-open", {**FORCE, "unit": "weeks"}, "length of time"),
         ("force-open", {**FORCE, "note": "n" * 201}, "200"),
         ("set-policy", {"note": "x"}, "at least one field"),
         ("set-policy", {"note": "x", "policy.quorum": "0"}, "quorum must be"),
         ("set-policy", {"note": "x", "policy.quorum": "two"}, "a whole number"),
         ("set-policy", {"note": "x", "policy.enforce": "maybe"}, "true or false"),
+        ("set-policy", {"note": "x", "policy.window": "soon"}, "250ms, 10m"),
+        ("set-policy", {"note": "x", "policy.window": "none"}, "window must be"),
         ("set-policy", {"note": "x", "policy.nothing": "1"}, "not a policy field"),
     ],
 )
@@ -688,6 +725,17 @@ def test_a_strange_history_and_document_are_shown(client: redis.Redis, site: Sit
     keys = keys_of("api")
     odd = {"time_ms": 1, "from": "<i>", "to": "nowhere", "reason": "<u>", "generation": 1}
     client.xadd(keys.history, {**odd, "failure_count": 1, "success_count": 1, "instance": "<s>\u202e"})
+    client.xadd(
+        keys.history,
+        {
+            **odd,
+            "reason": "set_policy",
+            "override": '{"quorum":"<s>"}',
+            "failure_count": 1,
+            "success_count": 1,
+            "instance": "",
+        },
+    )
     client.xadd(keys.history, {**odd, "time_ms": 10**15, "failure_count": 1, "success_count": 1, "instance": ""})
     client.set(keys_of("odd").state, b"no document")
     client.set(keys_of("foreign").state, json.dumps({"state": "open", "failure_count": 3, "opened_at": 1}))
