@@ -258,7 +258,7 @@ class Line:
         # the oldest entry of the generation: a new end for a forced state adds entries to it, as other actions do
         known = (entry for entry in reversed(history) if entry.get("generation") == str(change["generation"]))
         entry = next((entry for entry in known if entry.get("reason") not in NOTES), {"instance": ""})
-        if entry["instance"] != self.breaker._instance:  # our own transition comes with the reply that it caused
+        if entry["instance"] != self.notices.instance:  # our own transition comes with the reply that it caused
             # scripts write decimal numbers
             change |= {key: int(value) if re.fullmatch("[0-9]{1,16}", value) else value for key, value in entry.items()}
             self.notices.changed(change, "watch", entry["instance"])
