@@ -69,7 +69,9 @@ def simulate(pipe: Connection, url: str, name: str, lease: float, numbers: range
             continue
         sent = monotonic()
         late.append(sent - due[0][0])
-        connection.send_packed_command([commands.packed([commands.read([keys])] * len(due), asking=False)])
+        connection.send_packed_command(
+            [commands.packed([commands.read([keys.state.encode()])] * len(due), asking=False)]
+        )
         for _, one in due:
             known = one.learned
             one.adopt(connection.read_response(), monotonic())
@@ -113,7 +115,7 @@ def cost_of_own_connections(server: EmbeddedServer, seconds: float) -> float:
     before, end = server_work(control), monotonic() + seconds
     while monotonic() < end:
         for _, connection in fleet:
-            connection.send_command(*commands.read([keys]).words)
+            connection.send_command(*commands.read([keys.state.encode()]).words)
         for one, connection in fleet:
             one.adopt(connection.read_response(), monotonic())
     after = server_work(control)
@@ -134,7 +136,7 @@ def trip(control: redis.Redis, name: str) -> float:
     keys = _protocol.keys_of(name)
 
     def run(script: str, request: dict[str, Any]) -> dict[str, Any]:
-        return _protocol.decode(control.execute_command(*commands.run(script, keys, request).words))
+        return _protocol.decode(control.execute_command(*commands.run(script, keys.state.encode(), request).words))
 
     reply = run("record", {"generation": run("acquire", {})["generation"], "failures": 5})
     assert reply["state"] == "open", reply

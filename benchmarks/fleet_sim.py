@@ -23,7 +23,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pybreaker_redis import CircuitOpenError, Policy, _core, _line, _slow, _view
+from pybreaker_redis import CircuitOpenError, Policy, _clock, _core, _line, _slow, _view
 from pybreaker_redis._classify import FAILURE
 from pybreaker_redis._core import BreakerCore
 from pybreaker_redis._memory import MemoryEngine
@@ -32,6 +32,7 @@ from pybreaker_redis._protocol import decode, encode
 from pybreaker_redis._rules import Document
 from pybreaker_redis._view import Verdict
 from pybreaker_redis.wire import link as link_module
+from pybreaker_redis.wire import outage
 from pybreaker_redis.wire.commands import Command
 from pybreaker_redis.wire.link import Link
 from pybreaker_redis.wire.scripts import FLEET
@@ -39,7 +40,7 @@ from pybreaker_redis.wire.scripts import FLEET
 RESULTS = pathlib.Path(__file__).parent / "results" / "fleet_sim.json"
 START_MS = 1_700_000_000_000
 ONE_WAY, JITTER, HOP, CALL = 0.0002, 0.0002, 0.00005, 0.005  # seconds
-_CLOCKED = (_core, _line, _slow, _view, link_module)  # the modules that read a clock
+_CLOCKED = (_clock, _core, _line, _slow, _view, link_module, outage)  # the modules that read a clock
 
 
 class World:
@@ -53,6 +54,7 @@ class World:
         self._order = itertools.count()
         for module in _CLOCKED:
             module.monotonic = lambda: self.now  # type: ignore[attr-defined]
+        _core.address_of = id  # a process is its own client
 
     def after(self, seconds: float, action: Callable[[], None]) -> None:
         heapq.heappush(self._queue, (self.now + seconds, next(self._order), action))
@@ -162,11 +164,16 @@ class Process:
         self._running = self._scheduled = False
         self._waiting: list[Callable[[], None]] = []
 
-    def soon(self, member: Any, hinted: bool = False, urgent: bool = False) -> None:
-        self.link.use(member, hinted)
-        if hinted or urgent or not self.link.is_busy():
+    def soon(self, line: Any, urgent: bool = False) -> None:
+        self.link.use(line)
+        if urgent or not self.link.is_busy():
             self.link.wanted = True
             self._schedule(HOP)
+
+    def hint(self, line: Any) -> None:
+        self.link.hint(line)
+        self.link.wanted = True
+        self._schedule(HOP)
 
     def refreshed(self, then: Callable[[], None]) -> None:
         self._waiting.append(then)

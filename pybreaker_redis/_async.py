@@ -30,9 +30,9 @@ from ._permit import SETTLED, BasePermit, warns_if_lost
 from ._process import renew
 from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
+from ._watch import BaseWatch
 from .wire.aio import AsyncServer, carry_out, forget_ended
 from .wire.options import ASYNCIO, REDIS_ERRORS
-from .wire.subscription import BaseWatch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -163,6 +163,7 @@ class AsyncCircuitBreaker(BreakerCore):
     _permit_type: type[AsyncPermit] = AsyncPermit
     _warning_permit = warns_if_lost(AsyncPermit)
     _kind, _server_of = ASYNCIO, AsyncServer.of
+    _redis: AsyncServer
 
     # Calls
 
@@ -419,9 +420,9 @@ class AsyncCircuitBreaker(BreakerCore):
     async def _run_script(self, ask: Ask) -> Reply:
         if "failures" in ask.request and self._redis.link.is_reporting(self._line):
             await self._redis.wait_for_reports()
-            if (error := self._redis.link.error(self._line)) is not None:  # the server was lost
-                raise error
-        return await self._redis.run(ask.name, self.keys, ask.request)  # type: ignore[no-any-return]
+            if (outage := self._redis.link.outage(self._line)) is not None:  # the server was lost
+                raise outage.error
+        return await self._redis.run(ask.name, self.keys, ask.request)
 
     async def _give_back(self, permit: BasePermit) -> None:
         """Free the slot of a probe whose caller was cancelled before it had the permit."""

@@ -27,7 +27,7 @@ from ._protocol import (
     state_pattern,
 )
 from ._window import Sums, Window, sums, window_at
-from .wire.commands import Command, checked, keys_at, read_at
+from .wire.commands import Command, checked, read
 from .wire.options import connecting
 from .wire.sync import Connections, Server
 
@@ -255,7 +255,7 @@ def _read(server: Server, keys: list[bytes]) -> list[Stored]:
     size = 1 if server.clustered else len(keys)  # two breakers have different slots in a cluster
     groups = [keys[start : start + size] for start in range(0, len(keys), size)]
     clock = Command(keys[0], (b"TIME",))
-    reads = [read_at([keys_at(key) for key in group]) for group in groups]
+    reads = [read(group) for group in groups]
     (seconds, microseconds), *replies = checked(server.exchange([clock, *reads]))
     now_ms = int(seconds) * 1000 + int(microseconds) // 1000
     values = [value for reply in replies for value in reply]

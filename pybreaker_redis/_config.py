@@ -7,15 +7,15 @@ import re
 import socket
 import sys
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from ._errors import PolicyError
-from ._line import OnRedisFailure
 from ._policy import Policy, plain
 from ._protocol import keys_of
 
 DEFAULT_POLICY = Policy(failure_threshold=10, reset_timeout=2.0, error_rate_threshold=0.5)
 LONGEST_LEASE = 3600.0
+OnRedisFailure: TypeAlias = Literal["local", "open", "closed"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

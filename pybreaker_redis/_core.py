@@ -14,21 +14,19 @@ from typing import Any, TypeAlias, TypeVar
 from . import _protocol
 from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, RetryAfter, described
 from ._clock import NEVER, Clock, age, machine
-from ._config import check_flag, check_options, host_of
+from ._config import OnRedisFailure, check_flag, check_options, host_of
 from ._errors import CircuitOpenError, ForcedStateError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices, logger
 from ._isolation import Isolation
-from ._line import FixedEngine, Line, OnRedisFailure
-from ._memory import LocalEngine, MemoryEngine, clock_ms, document_for
+from ._memory import FixedEngine, LocalEngine, MemoryEngine, clock_ms, document_for
 from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
 from ._policy import Policy, override_request, shared_request
 from ._process import renew
 from ._protocol import Action, Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
-from ._rules import Document
 from ._slow import SlowCalls
 from ._view import Verdict, View
+from ._watch import BaseWatch
 from .wire.options import BLOCKING, REDIS_ERRORS, Kind, address_of, client_of
-from .wire.subscription import BaseWatch
 
 W = TypeVar("W", bound=BaseWatch)
 Fallback: TypeAlias = Callable[[CircuitOpenError], Any]
@@ -120,15 +118,15 @@ class BreakerCore:
         self._override: dict[str, Any] | None = None  # the policy override, as last read
         self._override_end = _NO_OVERRIDE  # when it was read, and how many seconds it then had left
         self._obeyed = NEVER  # when the request of the last obeyed reply was sent
-        self._isolation = Isolation(self)
+        self._isolation = Isolation(self._view, self._notices)
         self._warned: str | None = None
         self._watch: BaseWatch | None = None
         self._asked_for_at = NEVER  # when a manager last gave it to somebody
         self._shares: BreakerCore | None = None  # whose view and engine this breaker uses
-        # one of the two: the state machine in this process, or the breaker's part in the link to Redis
+        # one of the two: the state machine in this process, or the breaker's line, which the link makes and calls
         now_ms = clock_ms if clock is None else clock.now_ms
         self._memory = MemoryEngine(now_ms, quorum_of_one=True, lock=self._view.lock) if redis is None else None
-        self._line = None if redis is None else Line(self, self._redis, on_redis_failure, listed)
+        self._line: Any = None if self._redis is None else self._redis.link.line_of(self, on_redis_failure, listed)
         self._pid = getpid()
         self._start_process()
         for instrument in self._notices.instruments:
@@ -169,7 +167,7 @@ class BreakerCore:
         if self._memory is not None:
             self._memory.after_fork(self._view.lock)
         if self._line is not None:
-            self._line.after_fork()
+            self._line.start_process()
         if self._watch is not None:
             self._watch.after_fork()
 
@@ -273,7 +271,7 @@ class BreakerCore:
         lease = self._view.lease
         self._notices.used()
         if self._own_engine() is not None:
-            if self._line is not None and self._line.must_wait_for_retry() and not refreshed:
+            if self._line is not None and self._redis.link.must_wait_for_retry(self._line) and not refreshed:
                 return True
             if lease > 0:
                 for report in self._reports():
@@ -458,7 +456,12 @@ class BreakerCore:
 
     def _own_engine(self) -> Engine | None:
         """The engine that decides in this process: in memory, or while Redis is down. None while Redis decides."""
-        return self._memory if self._line is None else self._line.engine()
+        if self._line is None:
+            return self._memory
+        engine: Engine | None = self._redis.link.engine(self._line)
+        if engine is not None and self._redis.link.retry_is_due(self._line):
+            self._redis.soon(self._line)
+        return engine
 
     @property
     def _with_policy(self) -> Request:
@@ -525,7 +528,7 @@ class BreakerCore:
             raise
         self._notices.script_ran(name, monotonic() - began, None)
         if self._line is not None:
-            self._line.asked()
+            self._redis.link.asked(self._line)
         reply["source"] = "redis"
         self._obey(reply, began)
         return reply
@@ -606,10 +609,6 @@ class BreakerCore:
                 policy.window,
             )
 
-    def _isolation_changed(self, change: dict[str, Any]) -> None:
-        logger.warning("circuit breaker %r: %s for this instance only (%s)", self.name, change["to"], change["reason"])
-        self._notices.changed(change, "isolated")
-
     # Engines of this process
 
     def _last_known(self) -> LocalEngine:
@@ -619,17 +618,13 @@ class BreakerCore:
         forced_for = seen.left(seen.forced_until, now)
         forced = seen.forced if forced_for > 0 else None
         left = self._override_left()
-        return self._local_engine(
-            document_for(
+        return LocalEngine(
+            document=document_for(
                 seen.state, seen.generation, seen.failure_count, open_for, forced, forced_for, seen.reason, seen.error
             ),
-            None if left == float("inf") else clock_ms() + round(max(left, 0.0) * 1000),
-        )
-
-    def _local_engine(self, document: Document | None = None, override_until_ms: int | None = None) -> LocalEngine:
-        document = document or document_for("closed")
-        return LocalEngine(
-            document=document, override=self._override, override_until_ms=override_until_ms, quorum_of_one=True
+            override=self._override,
+            override_until_ms=None if left == float("inf") else clock_ms() + round(max(left, 0.0) * 1000),
+            quorum_of_one=True,
         )
 
     # Watching
@@ -647,7 +642,7 @@ class BreakerCore:
     def _hinted(self) -> None:
         """Read the state now: something was published about this breaker, or may have been missed."""
         self._view.hinted()
-        self._redis.soon(self._line, hinted=True)
+        self._redis.hint(self._line)
 
     # State and operator actions
 

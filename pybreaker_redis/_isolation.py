@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
-from ._memory import LocalEngine
+from ._events import Notices, logger
+from ._memory import LocalEngine, document_for
 from ._protocol import Reply, Request, State
 from ._view import View
-
-
-class Owner(Protocol):
-    """A breaker, as far as its isolation is concerned."""
-
-    _view: View
-
-    def _local_engine(self) -> LocalEngine: ...
-    def _isolation_changed(self, change: dict[str, Any]) -> None: ...
 
 
 class Isolation:
@@ -24,10 +16,11 @@ class Isolation:
     It decides while the fleet's circuit is closed. Any other state of the fleet overrules and discards it.
     """
 
-    __slots__ = ("_own", "_owner")
+    __slots__ = ("_notices", "_override", "_own", "_view")
 
-    def __init__(self, owner: Owner) -> None:
-        self._owner = owner
+    def __init__(self, view: View, notices: Notices) -> None:
+        self._view, self._notices = view, notices
+        self._override: dict[str, Any] | None = None
         self._own: LocalEngine | None = None
 
     def forget(self) -> None:
@@ -36,6 +29,7 @@ class Isolation:
 
     def obey(self, override: dict[str, Any] | None) -> None:
         """Apply a policy override to this instance's state."""
+        self._override = override
         if self._own is not None:
             self._own.obey(override)
 
@@ -83,7 +77,9 @@ class Isolation:
     def _ask_own(self, own: LocalEngine, name: str, request: Request) -> Reply:
         mine = own.run(name, request)
         if change := mine.get("transition"):
-            self._owner._isolation_changed(change)
+            about = self._notices.name, change["to"], change["reason"]
+            logger.warning("circuit breaker %r: %s for this instance only (%s)", *about)
+            self._notices.changed(change, "isolated")
         return mine
 
     def _own_engine(self, fleet: Reply) -> LocalEngine | None:
@@ -91,10 +87,10 @@ class Isolation:
 
         Each generation of the fleet starts a new one: a transition or reset of the fleet applies to this instance too.
         """
-        if self._owner._view.policy.quorum == 1 or _decides(fleet):
+        if self._view.policy.quorum == 1 or _decides(fleet):
             self._own = None
         elif self._own is None or self._own.fleet_generation < fleet["generation"]:
-            self._own = self._owner._local_engine()
+            self._own = LocalEngine(document=document_for("closed"), override=self._override, quorum_of_one=True)
             self._own.fleet_generation = fleet["generation"]
         return self._own
 

@@ -22,8 +22,8 @@ from ._policy import Policy
 from ._protocol import State, Steps
 from ._sync import CircuitBreaker, Watch
 from ._view import Verdict
+from ._watch import BaseWatch
 from .wire.options import ASYNCIO, BLOCKING, Kind, client_of
-from .wire.subscription import BaseWatch
 from .wire.url import client_from_url
 
 P = ParamSpec("P")

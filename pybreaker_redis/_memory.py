@@ -318,6 +318,29 @@ class LocalEngine(MemoryEngine):
         return self._document.generation if self._document else 0
 
 
+class FixedEngine:
+    """Admits every call or rejects every call while Redis is down, and counts nothing."""
+
+    source = "local"
+
+    def __init__(self, state: State, retry_after_ms: int) -> None:
+        self._state, self._retry_after_ms = state, retry_after_ms
+
+    def run(self, name: str, request: Request) -> Reply:
+        """The same reply to every script call."""
+        return {
+            "admitted": self._state == "closed",
+            "applied": False,
+            "state": self._state,
+            "generation": -1,
+            "failure_count": 0,
+            "failure_number": 0,
+            "success_count": 0,
+            "retry_after_ms": self._retry_after_ms if self._state == "open" else None,
+            "source": self.source,
+        }
+
+
 def document_for(
     state: State,
     generation: int = 0,

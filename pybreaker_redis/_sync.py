@@ -18,9 +18,10 @@ from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
 from ._process import renew
 from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
+from ._watch import BaseWatch
 from .wire.options import BLOCKING, REDIS_ERRORS
-from .wire.subscription import BaseWatch
-from .wire.sync import Server, carry_out
+from .wire.server import carry_out
+from .wire.sync import Server
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -138,6 +139,7 @@ class CircuitBreaker(BreakerCore):
     _permit_type: type[Permit] = Permit
     _warning_permit = warns_if_lost(Permit)
     _kind, _server_of = BLOCKING, Server.of
+    _redis: Server
 
     # Calls
 
@@ -319,9 +321,9 @@ class CircuitBreaker(BreakerCore):
     def _run_script(self, ask: Ask) -> Reply:
         if "failures" in ask.request and self._redis.link.is_reporting(self._line):
             self._redis.wait_for_reports()
-            if (error := self._redis.link.error(self._line)) is not None:  # the server was lost
-                raise error
-        return self._redis.run(ask.name, self.keys, ask.request)  # type: ignore[no-any-return]
+            if (outage := self._redis.link.outage(self._line)) is not None:  # the server was lost
+                raise outage.error
+        return self._redis.run(ask.name, self.keys, ask.request)
 
     def _deliver(self, events: Iterable[Event] | None = None) -> None:
         notices = self._notices

@@ -487,6 +487,11 @@ def test_an_outage_keeps_nothing_of_its_callers(
     assert breaker.snapshot().source == "local"
 
 
+def refusal_of(breaker: Any) -> Any:
+    """Why Redis refuses the commands of this breaker, once it does."""
+    return wait_until(lambda: breaker._line.refusal)
+
+
 def test_trouble_ends_with_its_breaker(own_server: EmbeddedServer) -> None:
     """The error of a breaker that nobody holds any more is freed, and costs the other breakers of its link nothing."""
     own_client = redis.Redis.from_url(own_server.url)
@@ -495,13 +500,13 @@ def test_trouble_ends_with_its_breaker(own_server: EmbeddedServer) -> None:
     good, refused = (CircuitBreaker(name, redis=own_server.url) for name in ("good", "refused"))
     for breaker in (good, refused):
         breaker.call(fine)
-    link = good._redis.link
-    assert wait_until(lambda: [type(health.error) for health in link.failing]) == [redis.exceptions.NoPermissionError]
+    refusal = weakref.ref(refusal_of(refused))
+    assert isinstance(refusal().error, redis.exceptions.NoPermissionError)
     del breaker, refused
 
     def is_freed() -> bool:
         gc.collect()
-        return not link.failing
+        return refusal() is None
 
     wait_until(is_freed)
     assert good.snapshot().source == "redis"

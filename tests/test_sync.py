@@ -1309,7 +1309,7 @@ def test_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
     breaker = CircuitBreaker("threads", redis="redis://127.0.0.1:1")
     for _ in range(3):
         assert breaker.call(int, "5") == 5
-        breaker._redis.link.health(breaker._line).give_up()  # a retry is due
+        breaker._redis.link.outage(breaker._line).give_up()  # a retry is due
         with pytest.raises(Boom):
             breaker.call(boom)
     assert breaker.snapshot().source == "local"

@@ -445,12 +445,12 @@ def test_many_messages_are_few_reads(client: redis.Redis, watched: Callable[...,
 
 def test_breakers_that_are_gone_leave_nothing(client: redis.Redis) -> None:
     """However many breakers of one name have joined a subscription, and left it."""
-    audience = subscription.Audience()
+    one = subscription.Subscription()
     for _ in range(100):
         breaker = CircuitBreaker("discovery", redis=client)
-        audience.join(breaker)
-        audience.leave(breaker)
-    assert not audience
+        one.join(breaker)
+        one.leave(breaker)
+    assert not one.is_needed()
 
 
 def test_bad_watches(client: redis.Redis) -> None:

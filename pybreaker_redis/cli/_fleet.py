@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from .._policy import Policy
 from .._processes import given_policies, read_processes
 from .._protocol import HistoryEntry, Snapshot, keys_of, state_pattern
 from .._sync import CircuitBreaker
-from ..wire.commands import Command, checked, history_at, keys_at, run_at
+from ..wire.commands import Command, checked, history, run
 from ..wire.options import REDIS_ERRORS, Endpoint, connecting, endpoint, error_kind, is_cluster
 from ..wire.sync import Connections, Server
 
@@ -137,20 +136,19 @@ class Fleet:
     def read_key(self, key: bytes) -> Reading:
         """The breaker with this state key, by its snapshot script. Raises redis.RedisError or OSError."""
         name, read_at = self.name_of(key), time.monotonic()
-        (reply,) = checked(self.server.exchange([run_at("snapshot", keys_at(key), _request(self.policy_of(name)))]))
+        (reply,) = checked(self.server.exchange([run("snapshot", key, _request(self.policy_of(name)))]))
         content = {**_protocol.decode(reply), "source": "redis"}
         return Reading(_protocol.snapshot_from(name, content, self.policy_of(name)), content["exists"], read_at)
 
     def history(self, key: bytes, count: int) -> list[HistoryEntry]:
         """The last entries in the history of the breaker with this state key. Raises redis.RedisError or OSError."""
-        (raw,) = checked(self.server.exchange([history_at(keys_at(key), count)]))
+        (raw,) = checked(self.server.exchange([history(key, count)]))
         return _protocol.history_entries(_protocol.history_fields(raw))
 
 
-@functools.lru_cache
-def _request(policy: Policy | None) -> bytes:
+def _request(policy: Policy | None) -> _protocol.Request:
     given = policy.to_request() if policy else {}
-    return _protocol.encode({"policy": given} if given else {})
+    return {"policy": given} if given else {}
 
 
 def command(*words: str | bytes, key: str | bytes = b"") -> Command:

@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import redis
 
 from .._clock import NEVER
+from .._line import Line
 from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import sync
 from .commands import PING, Command, packed
-from .link import Member
 from .options import (
     ASYNCIO,
     PROOF_AFTER,
@@ -34,7 +34,7 @@ from .options import (
     none_free,
     patience_after,
 )
-from .route import Leg, exchange
+from .route import Leg
 from .server import BaseServer
 from .subscription import AsyncSubscription
 
@@ -73,9 +73,9 @@ class AsyncServer(BaseServer):
         if (task := self._here().task) is not None:
             await asyncio.wait({task}, timeout=self.link.timeout)
 
-    async def report(self, members: list[Member]) -> None:
+    async def report(self, lines: list[Line]) -> None:
         """Report all that these breakers have gathered. Raises no error of Redis."""
-        await carry_out(self.link.report(members), self.exchange)
+        await carry_out(self.link.report(lines), self.exchange)
         self.link.deliver()
 
     def end(self) -> None:
@@ -85,7 +85,7 @@ class AsyncServer(BaseServer):
         def node(address: Address | None) -> sync.Connections:
             return sync.Connections(blocking(self._pool_of(address)), self._timeout)
 
-        sync.end(self.link, self._routes, node, ends)
+        self._end_over(node, ends)
 
     def _start(self) -> None:
         """Begin an exchange in the background, now or soon."""
@@ -110,11 +110,11 @@ class AsyncServer(BaseServer):
 
     async def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
-        return decode(await self._one(build.run(name, keys, request)))
+        return decode(await self._one(build.run(name, keys.state.encode(), request)))
 
     async def history(self, keys: Keys, count: int) -> list[dict[str, Any]]:
         """The newest transitions, newest first. Raises redis.RedisError or OSError."""
-        return history_fields(await self._one(build.history(keys, count)))
+        return history_fields(await self._one(build.history(keys.state.encode(), count)))
 
     def subscription(self) -> AsyncSubscription:
         """The subscription that all breakers of the running loop share."""
@@ -136,7 +136,7 @@ class AsyncServer(BaseServer):
 
         Raises redis.RedisError or OSError when the server is lost.
         """
-        return await carry_out(exchange(self._routes, commands), self._send)
+        return await carry_out(self._exchange(commands), self._send)
 
     async def _send(self, leg: Leg) -> list[Any]:
         return await self._node(leg.address).send(leg.commands, leg.asking)

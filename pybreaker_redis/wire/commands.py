@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import hiredis
 
-from .._protocol import Keys, Request, encode, fleet_key
+from .._protocol import Request, encode, fleet_key
 from .scripts import FLEET, compose, sha1
 
 PING = b"*1\r\n$4\r\nPING\r\n"
@@ -27,52 +27,31 @@ class Command(NamedTuple):
         return Command(self.key, (b"EVAL", compose(self.script).encode(), *self.words[2:]), self.script)
 
 
-class RawKeys(NamedTuple):
-    """Keys as bytes."""
-
+class _Keys(NamedTuple):
     state: bytes
     history: bytes
     policy: bytes
 
 
-def keys_at(state: bytes) -> RawKeys:
-    """The keys of the breaker with this state key. Another program may have written it, so it need not be UTF-8."""
-    return RawKeys(state, b"{%b}:history" % state, b"{%b}:policy" % state)
-
-
 @functools.lru_cache(maxsize=1000)
-def _encoded(keys: Keys) -> RawKeys:
-    return keys_at(keys.state.encode())
+def _keys_of(state: bytes) -> _Keys:
+    """The keys of the breaker with this state key. Another program may have written it, so it need not be UTF-8."""
+    return _Keys(state, b"{%b}:history" % state, b"{%b}:policy" % state)
 
 
-def run(name: str, keys: Keys, request: Request) -> Command:
-    """A call of the script called name."""
-    return run_at(name, _encoded(keys), encode(request))
+def run(name: str, key: bytes, request: Request) -> Command:
+    """A call of the script called name. key: the breaker's state key."""
+    return Command(key, (b"EVALSHA", sha1(name).encode(), b"3", *_keys_of(key), encode(request)), name)
 
 
-def run_at(name: str, keys: RawKeys, request: bytes) -> Command:
-    """A call of the script called name. request: encoded."""
-    return Command(keys.state, (b"EVALSHA", sha1(name).encode(), b"3", *keys, request), name)
+def history(key: bytes, count: int) -> Command:
+    """Read the newest transitions. key: the breaker's state key."""
+    return Command(key, (b"XREVRANGE", _keys_of(key).history, b"+", b"-", b"COUNT", b"%d" % count))
 
 
-def history(keys: Keys, count: int) -> Command:
-    """Read the newest transitions."""
-    return history_at(_encoded(keys), count)
-
-
-def history_at(keys: RawKeys, count: int) -> Command:
-    """Read the newest transitions."""
-    return Command(keys.state, (b"XREVRANGE", keys.history, b"+", b"-", b"COUNT", b"%d" % count))
-
-
-def read(keys: Sequence[Keys]) -> Command:
+def read(keys: Sequence[bytes]) -> Command:
     """Read the stored document and policy override of each breaker. In a cluster: of breakers of one slot."""
-    return read_at([_encoded(one) for one in keys])
-
-
-def read_at(keys: Sequence[RawKeys]) -> Command:
-    """Read the stored document and policy override of each breaker. In a cluster: of breakers of one slot."""
-    return Command(keys[0].state, (b"MGET", *(key for one in keys for key in (one.state, one.policy))))
+    return Command(keys[0], (b"MGET", *(one for key in keys for one in (key, _keys_of(key).policy))))
 
 
 def checked(replies: list[Any]) -> list[Any]:

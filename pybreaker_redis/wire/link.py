@@ -9,26 +9,29 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import logging
-import random
-import threading
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from time import monotonic
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 from redis.exceptions import ResponseError
 
 from .._clock import NEVER, age
-from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
+from .._config import OnRedisFailure
+from .._core import BreakerCore
+from .._events import Event
+from .._line import IDLE, Line, Texts
+from .._memory import FixedEngine, LocalEngine
+from .._protocol import NotSent, Request, decode, history_fields
 from . import commands as build
 from . import exits
 from .commands import Command
-from .listing import Given, Listing
+from .listing import Listing
 from .options import REDIS_ERRORS, Address, concerns_server
+from .outage import LONGEST_PAUSE, Outage
 
-IDLE = 10.0  # seconds after its last call for which a breaker is refreshed
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0  # seconds between two retries
 SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
 LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins held
 READ_AT_ONCE = 250  # breakers in one MGET
@@ -39,212 +42,94 @@ logger = logging.getLogger("pybreaker_redis")
 Pipelines: TypeAlias = Generator[Sequence[Command], list[Any], Any]
 
 
-class Health:
-    """Whether a server, a node of a cluster or a single breaker can be used. error: why not; None while it can.
-
-    The error is kept without its tracebacks: they would keep what the callers had in hand for as long as the outage.
-    patience: seconds after which a retry that has not ended may be claimed again. failing: the set to which it belongs
-    while it has an error.
-    """
-
-    def __init__(self, patience: float, failing: weakref.WeakSet[Health]) -> None:
-        self.error: BaseException | None = None
-        self._failing = failing
-        self.abandoned = False  # the last retry has not ended
-        self._patience = patience
-        self._waits_since, self._waits_for = NEVER, 0.0
-        self._pause = FIRST_PAUSE
-        self._lock = threading.RLock()
-
-    def fail(self, error: BaseException) -> bool:
-        """Note that it cannot be used. Returns whether it could be used before."""
-        error.__traceback__ = error.__cause__ = error.__context__ = None
-        with self._lock:
-            new = self.error is None
-            if new:
-                self.error, self._pause = error, FIRST_PAUSE
-                self._failing.add(self)
-                self._wait()
-            return new
-
-    def is_due(self) -> bool:
-        """Whether it is time for a retry."""
-        return self.error is not None and age(self._waits_since, monotonic()) >= self._waits_for
-
-    def claim(self) -> bool:
-        """Whether the caller should retry. If that retry never ends, another caller may claim it later."""
-        with self._lock:
-            due = self.is_due()
-            if due:
-                self.abandoned, self._waits_since, self._waits_for = True, monotonic(), self._patience
-            return due
-
-    def retried(self, failed: bool) -> None:
-        """Note the end of a retry."""
-        with self._lock:
-            self.abandoned = False
-            if failed:
-                self._wait()
-            else:
-                self.error = None
-                self._failing.discard(self)
-
-    def give_up(self) -> None:
-        """Note that a retry was cancelled: the next caller may claim it."""
-        self._waits_for = 0.0
-
-    def _wait(self) -> None:
-        self._waits_since, self._waits_for = monotonic(), self._pause * random.uniform(0.75, 1.25)
-        self._pause = min(self._pause * 2, LONGEST_PAUSE)
-
-
-class Due(NamedTuple):
-    """What a breaker needs from an exchange.
-
-    reports: requests for record.lua. reads: whether to read its keys. idle: whether to refresh it no more, because it
-    has not been called for IDLE.
-    """
-
-    reports: list[Request]
-    reads: bool
-    idle: bool
-
-
-class Member(Protocol):
-    """What a link needs of a breaker.
-
-    trouble: the health of this breaker alone; the link's `fine` until it first fails. used_at: when it last asked for a
-    refresh. notices: its events. news: a transition by another instance, of which the listeners must still be notified,
-    or None. given: what it lists in the fleet, or None.
-    """
-
-    trouble: Health
-    used_at: float
-    news: Any
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def keys(self) -> Keys: ...
-    @property
-    def notices(self) -> Any: ...
-    @property
-    def given(self) -> Given | None: ...
-
-    def own_health(self) -> Health:
-        """trouble, once it is not shared with other breakers any more."""
-
-    def renew(self) -> None:
-        """In a child: start anew."""
-
-    def pause(self) -> float:
-        """Seconds between two checks for due reports."""
-
-    def due(self, now: float, wanted: bool, hinted: bool) -> Due:
-        """Take the reports that are due. wanted: a refresh is needed, so join it. hinted: read the keys in any case."""
-
-    def gathered(self, ends: bool = False) -> list[Request]:
-        """Take all that is gathered as reports. ends: the process ends: take only what matters, and stop gathering."""
-
-    def give_back(self, request: Request) -> None:
-        """Keep the outcomes of a report that no server has executed."""
-
-    def refresh_request(self, proves: bool = False) -> Request:
-        """The request for record.lua that asks for the state. proves: it also proves that the server takes writes."""
-
-    def read(self, document: bytes | None, policy: bytes | None, sent: float) -> bool:
-        """Adopt what is stored. Returns False if a script must read it."""
-
-    def replied(self, request: Request, reply: Reply, sent: float, read: bool = False) -> None:
-        """Adopt the reply to a report. read: whether the report was sent because read() returned False."""
-
-    def restored(self, reply: Reply, sent: float) -> None:
-        """Return to Redis: it has accepted a write."""
-
-    def announce(self, history: list[dict[str, Any]]) -> None:
-        """Notify the listeners."""
-
-    def deliver(self, events: list[Any]) -> None:
-        """Call the listeners; on asyncio, in a task."""
-
-
 class Link:
     """The breakers of a process that use one Redis, and whether that Redis can be used.
 
     timeout: the longest time in seconds that one exchange with a server takes. home: returns the node that serves a
-    key; None if there is only one server. failing: the healths of what cannot be used now. undelivered: events of
-    exchanges, with their breakers. held: the lines of breakers that were freed with reports that matter. ended: whether
-    the process is ending, so that nothing will look at what its breakers gather. fine: the health of the breakers that
-    have not failed.
+    key; None if there is only one server. undelivered: events of exchanges, with their breakers. ended: whether the
+    process is ending, so that nothing will look at what its breakers gather.
     """
 
     def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
         self.timeout = timeout
         self.patience = LONGEST_PAUSE + 10 * timeout  # seconds after which any exchange has ended, connecting included
         self.ended = False
-        self.held: collections.deque[Member] = collections.deque()
         self.wanted = False  # a breaker waits for an exchange
         self.busy_since = NEVER  # when the exchange that is under way began
-        self.failing: weakref.WeakSet[Health] = weakref.WeakSet()  # a breaker that nobody holds takes its own along
-        self.fine = self.new_health()
-        self.undelivered: collections.deque[tuple[Any, list[Any]]] = collections.deque()
-        self._home = home
-        self._healths: dict[Address | None, Health] = {}
-        self._used: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
-        self._hinted: weakref.WeakKeyDictionary[Member, None] = weakref.WeakKeyDictionary()
-        self._reporting: set[Member] = set()
+        self.undelivered: collections.deque[tuple[BreakerCore, list[Event]]] = collections.deque()
+        self._home = home or (lambda key: None)
+        self._read_at_once = READ_AT_ONCE if home is None else 1  # two breakers have different slots in a cluster
+        self._outages: dict[Address | None, Outage] = {}  # by node
+        self._used: weakref.WeakKeyDictionary[Line, None] = weakref.WeakKeyDictionary()
+        self._hinted: weakref.WeakKeyDictionary[Line, bool] = weakref.WeakKeyDictionary()
+        self._held: collections.deque[Line] = collections.deque()  # of freed breakers, with reports that matter
+        self._reporting: set[Line] = set()
         self._listing = Listing()
         self._empty_since = float("inf")  # when a check first found no breaker
         self._turn = 0
         self._burst = 0, NEVER  # exchanges since when
 
-    def after_fork(self) -> list[Member]:
-        """In a child: start empty, with new healths, since a thread of the parent may hold the locks of the old ones.
+    def line_of(self, breaker: BreakerCore, mode: OnRedisFailure, listed: bool) -> Line:
+        """A new line. mode: the breaker's on_redis_failure. listed: whether to list it in the fleet."""
+        return Line(breaker, mode, listed, self._held)
+
+    def after_fork(self) -> list[Line]:
+        """In a child: start empty, without the outages, since a thread of the parent may hold their locks.
 
         Returns the recently used breakers: calls on the fast path do not check the process id, so renew them now.
         """
         used = _alive(self._used)
         self.wanted, self.busy_since = False, NEVER
-        for held in (self.failing, self.undelivered, self.held, self._used, self._hinted, self._reporting):
-            held.clear()
-        self._healths, self.fine = {}, self.new_health()
+        for kept in (self._outages, self._used, self._hinted, self._held, self._reporting):
+            kept.clear()
+        self.undelivered.clear()
         self._listing.start_process()
         return used
 
-    # Health
+    # Outages
 
-    def health(self, member: Member) -> Health:
-        """The health of the server that serves this breaker."""
-        address = None if self._home is None else self._home(member.keys.state.encode())
-        return self._healths.get(address) or self._healths.setdefault(address, self.new_health())
+    def outage(self, line: Line) -> Outage | None:
+        """Why this breaker cannot use Redis now: an outage of its server, or a refusal of its own. None if it can."""
+        of_server = self._outages.get(self._node_of(line)) if self._outages else None
+        return of_server or line.refusal
 
-    def new_health(self) -> Health:
-        """The health of a server, node or breaker that has not failed yet."""
-        return Health(self.patience, self.failing)
-
-    def error(self, member: Member) -> BaseException | None:
-        """Why this breaker cannot use Redis now; None if it can."""
-        return member.trouble.error or self.health(member).error
-
-    def failed(self, member: Member, error: BaseException) -> None:
+    def failed(self, line: Line, error: BaseException) -> None:
         """Note a failed command: an outage of the breaker's server, or an error that concerns only this breaker."""
         if not concerns_server(error):
-            self._trouble(member, error)
-        elif self.health(member).fail(error) and not self.ended:
+            self._refused(line, error)
+            return
+        outage = Outage(error, self.patience)
+        if self._outages.setdefault(self._node_of(line), outage) is outage and not self.ended:
             logger.warning("Redis does not answer; the breakers of this process continue on their own: %s", error)
 
-    def _trouble(self, member: Member, error: BaseException) -> None:
-        if member.own_health().fail(error) and not self.ended:
+    def _refused(self, line: Line, error: BaseException) -> None:
+        if line.refuse(Outage(error, self.patience)) and not self.ended:
             message = "circuit breaker %r: Redis refuses its commands; this process continues on its own: %s"
-            logger.warning(message, member.name, error)
+            logger.warning(message, line.breaker.name, error)
 
-    def retry_is_due(self, member: Member) -> bool:
+    def _node_of(self, line: Line) -> Address | None:
+        return self._home(line.key)
+
+    def engine(self, line: Line) -> LocalEngine | FixedEngine | None:
+        """The engine that decides in this process while Redis is down; None while Redis decides."""
+        if line.local is None and line.refusal is None and not self._outages:  # the usual case
+            return None
+        with line.view.lock:
+            outage = self.outage(line)
+            return line.engine(None if outage is None else outage.error)
+
+    def retry_is_due(self, line: Line) -> bool:
         """Whether the breaker or its server is down, and should be retried now."""
-        return member.trouble.is_due() or self.health(member).is_due()
+        outage = self.outage(line)
+        return outage is not None and outage.is_due()
 
-    def retry_was_abandoned(self, member: Member) -> bool:
-        """Whether the last retry never ended. A short-lived event loop may end before its background retry does."""
-        return member.trouble.abandoned or self.health(member).abandoned
+    def must_wait_for_retry(self, line: Line) -> bool:
+        """Whether a call must wait for the retry that is due, because the last one did not end.
+
+        A short-lived event loop may end before its background retry does.
+        """
+        outage = self.outage(line)
+        return outage is not None and outage.is_due() and outage.abandoned
 
     # Exchanges
 
@@ -252,30 +137,38 @@ class Link:
         """Whether an exchange is under way that is not overdue."""
         return age(self.busy_since, monotonic()) < self.patience
 
-    def is_reporting(self, member: Member) -> bool:
+    def is_reporting(self, line: Line) -> bool:
         """Whether a report of this breaker is under way. A later failure must be counted after it."""
-        return member in self._reporting
+        return line in self._reporting
 
-    def use(self, member: Member, hinted: bool = False) -> None:
-        """Refresh this breaker until it is idle. hinted: only read it in the next exchange, even if it is fresh."""
+    def asked(self, line: Line) -> None:
+        """Note that a caller has run a script."""
+        if line.view.lease > 0:
+            self.use(line)
+            line.renewed()
+
+    def use(self, line: Line) -> None:
+        """Refresh this breaker until it is idle."""
         exits.begin()
         if self.ended:
-            member.gathered(ends=True)
-        if hinted:
-            self._hinted[member] = None
-        else:
-            member.used_at = monotonic()
-            self._used[member] = None
-            self._empty_since = float("inf")
+            line.gathered(ends=True)
+        line.used_at = monotonic()
+        self._used[line] = None
+        self._empty_since = float("inf")
 
-    def leave(self, member: Member) -> None:
+    def hint(self, line: Line) -> None:
+        """Read the keys of this breaker in the next exchange, even if its view is fresh."""
+        exits.begin()
+        self._hinted[line] = True
+
+    def leave(self, line: Line) -> None:
         """Stop refreshing this breaker until it is used again."""
-        self._used.pop(member, None)
-        self._listing.left(member)
+        self._used.pop(line, None)
+        self._listing.left(line)
 
     def pause(self) -> float | None:
         """Seconds until the next check for due reports; None if no breaker is in use."""
-        pauses = [member.pause() for member in [*_alive(self._used), *self.held]]
+        pauses = [line.pause() for line in [*_alive(self._used), *self._held]]
         if pauses:
             self._empty_since = float("inf")
             return max(min(*pauses, IDLE), SHORTEST_PAUSE)
@@ -294,25 +187,21 @@ class Link:
         wanted, self.wanted = self.wanted, False
         self.busy_since = monotonic()
         try:
-            if self.held:
+            if self._held:
                 yield from self._report_held()
-            hinted = {member for member in _alive(self._hinted) if self._hinted.pop(member, self) is None}
-            members = [*dict.fromkeys([*_alive(self._used), *hinted])]
-            if self.failing:
-                yield from self._retry(members)
-                down = {member for member in members if self.error(member) is not None}
-                members = [member for member in members if member not in down]
-                for member in down:
-                    if age(member.used_at, monotonic()) > IDLE:
-                        self.leave(member)
-            self._reporting.update(members)  # before outcomes are taken: a failure must not overtake them
+            # another event loop may take some of them
+            hinted = {line for line in _alive(self._hinted) if self._hinted.pop(line, False)}
+            lines = [*dict.fromkeys([*_alive(self._used), *hinted])]
+            if self._outages or any(line.refusal for line in lines):
+                lines = yield from self._retry(lines)
+            self._reporting.update(lines)  # before outcomes are taken: a failure must not overtake them
             try:
-                yield from self._refresh(members, hinted, wanted)
+                yield from self._refresh(lines, hinted, wanted)
             finally:
-                self._reporting.difference_update(members)
-            for member in hinted:
-                if self.error(member) is not None:
-                    self._hinted[member] = None  # read it after the outage
+                self._reporting.difference_update(lines)
+            for line in hinted:
+                if self.outage(line) is not None:
+                    self._hinted[line] = True  # read it after the outage
         finally:
             self.busy_since = NEVER
 
@@ -325,67 +214,63 @@ class Link:
     def _report_held(self) -> Pipelines:
         held = []
         with contextlib.suppress(IndexError):  # another event loop may take them, too
-            while self.held:
-                held.append(self.held.popleft())
+            while self._held:
+                held.append(self._held.popleft())
         try:
             yield from self.report(held)
         except NotSent:
-            self.held.extend(held)
+            self._held.extend(held)
             raise
 
-    def report(self, members: list[Member]) -> Pipelines:
+    def report(self, lines: list[Line]) -> Pipelines:
         """Report all that these breakers have gathered, in one exchange."""
-        members, sent = [member for member in members if self.error(member) is None], monotonic()
-        reports = [(member, request) for member in members for request in member.gathered(self.ended)]
+        lines, sent = [line for line in lines if self.outage(line) is None], monotonic()
+        reports = [(line, request) for line in lines for request in line.gathered(self.ended)]
         replies = (yield from self._report(reports, [])) if reports else []
-        for (member, request), reply in zip(reports, replies, strict=True):
-            self._receive(member, request, reply, sent)
-        self._collect(members)
+        for (line, request), reply in zip(reports, replies, strict=True):
+            self._receive(line, request, reply, sent)
+        self._collect(lines)
 
-    def _refresh(self, members: list[Member], hinted: set[Member], wanted: bool) -> Pipelines:
+    def _refresh(self, lines: list[Line], hinted: set[Line], wanted: bool) -> Pipelines:
         sent = monotonic()
-        due = {member: member.due(sent, wanted, member in hinted) for member in members}
-        for member in [member for member, what in due.items() if what.idle]:
-            self.leave(member)
-        reports = [(member, request) for member, what in due.items() for request in what.reports]
-        self._reporting.difference_update({*members} - {member for member, _ in reports})
-        size = READ_AT_ONCE if self._home is None else 1  # two breakers have different slots in a cluster
-        read = [member for member, what in due.items() if what.reads]
+        due = {line: line.due(sent, wanted, line in hinted) for line in lines}
+        for line in [line for line, what in due.items() if what.idle]:
+            self.leave(line)
+        reports = [(line, request) for line, what in due.items() for request in what.reports]
+        self._reporting.difference_update({*lines} - {line for line, _ in reports})
+        size = self._read_at_once
+        read = [line for line, what in due.items() if what.reads]
         chunks = [read[first : first + size] for first in range(0, len(read), size)]
         if reports or chunks:
-            listed = self._to_list(sent)
-            reads = [build.read([one.keys for one in chunk]) for chunk in chunks]
+            listed = self._to_list(sent) if self._listing.is_due(sent) else []
+            reads = [build.read([line.key for line in chunk]) for chunk in chunks]
             replies = yield from self._report(reports, [*reads, *listed])
-            self._listing.replied(replies[len(replies) - len(listed) :], monotonic())
-            for (member, request), reply in zip(reports, replies, strict=False):
-                self._receive(member, request, reply, sent)
+            if listed:
+                self._listing.replied(replies[-len(listed) :], monotonic())
+            for (line, request), reply in zip(reports, replies, strict=False):
+                self._receive(line, request, reply, sent)
             undecided = self._take_reads(chunks, replies[len(reports) : len(reports) + len(chunks)], sent)
             if undecided:
-                yield from self._decide(members, undecided)
-            if news := [member for member in members if member.news]:
-                yield from self._announce(members, news)
-            self._collect(members)
+                yield from self._decide(lines, undecided)
+            if news := [line for line in lines if line.news]:
+                yield from self._announce(lines, news)
+            self._collect(lines)
 
     def _to_list(self, now: float) -> list[Command]:
-        """The commands that list this process in its fleet, if that is due, but not to nodes that are down."""
-        if not self._listing.is_due(now):
-            return []
+        """The commands that list this process in its fleet, but not to nodes that are down."""
         commands = self._listing.commands(_alive(self._used), now)
-        if self._home is None or not self.failing:
-            return commands
-        healths = [self._healths.get(self._home(command.key)) for command in commands]
-        return [one for one, health in zip(commands, healths, strict=True) if health is None or health.error is None]
+        return [command for command in commands if self._home(command.key) not in self._outages]
 
-    def _report(self, reports: list[tuple[Member, Request]], reads: list[Command]) -> Pipelines:
+    def _report(self, reports: list[tuple[Line, Request]], reads: list[Command]) -> Pipelines:
         """Send reports and reads. Returns their replies."""
-        calls = [build.run("record", member.keys, request) for member, request in reports]
+        calls = [build.run("record", line.key, request) for line, request in reports]
         try:
             replies = yield from self._send([*calls, *reads])
         except NotSent:
-            for member, request in reports:
-                member.give_back(request)
+            for line, request in reports:
+                line.give_back(request)
             raise
-        self._reporting.difference_update(member for member, _ in reports)
+        self._reporting.difference_update(line for line, _ in reports)
         return replies
 
     def _send(self, commands: Sequence[Command]) -> Pipelines:
@@ -395,108 +280,116 @@ class Link:
         except REDIS_ERRORS as error:
             return [error] * len(commands)
 
-    def _receive(self, member: Member, request: Request, reply: Any, sent: float, read: bool = False) -> None:
+    def _receive(self, line: Line, request: Request, reply: Any, sent: float, texts: Texts | None = None) -> None:
         error = reply if isinstance(reply, Exception) else None
-        member.notices.script_ran("record", monotonic() - sent, error)
+        line.notices.script_ran("record", monotonic() - sent, error)
         if error is None:
-            member.replied(request, decode(reply), sent, read)
+            line.replied(request, decode(reply), sent, texts)
             return
-        self.failed(member, error)
+        self.failed(line, error)
         if isinstance(error, ResponseError):  # refused: the script has changed nothing
-            member.give_back(request)
+            line.give_back(request)
 
-    def _take_reads(self, chunks: list[list[Member]], replies: list[Any], sent: float) -> list[Member]:
-        """Let the breakers read what is stored. Returns the breakers that need a script to read it."""
+    def _take_reads(self, chunks: list[list[Line]], replies: list[Any], sent: float) -> list[tuple[Line, Texts]]:
+        """Let the breakers read what is stored. Returns what a script must read."""
         undecided = []
         for chunk, reply in zip(chunks, replies, strict=True):
-            for place, member in enumerate(chunk):
+            for place, line in enumerate(chunk):
                 if isinstance(reply, Exception):
-                    self.failed(member, reply)
-                elif not member.read(reply[2 * place], reply[2 * place + 1], sent):
-                    undecided.append(member)
+                    self.failed(line, reply)
+                elif texts := line.read(reply[2 * place], reply[2 * place + 1], sent):
+                    undecided.append((line, texts))
         return undecided
 
-    def _decide(self, members: list[Member], undecided: list[Member]) -> Pipelines:
+    def _decide(self, lines: list[Line], undecided: list[tuple[Line, Texts]]) -> Pipelines:
         """Let the script read the documents that the breakers could not."""
-        self._collect(members)
-        sent, requests = monotonic(), [member.refresh_request() for member in undecided]
-        pairs = list(zip(undecided, requests, strict=True))
-        replies = yield from self._send([build.run("record", member.keys, request) for member, request in pairs])
-        for (member, request), reply in zip(pairs, replies, strict=True):
-            self._receive(member, request, reply, sent, read=True)
+        self._collect(lines)
+        sent, requests = monotonic(), [line.refresh_request() for line, _ in undecided]
+        calls = [build.run("record", line.key, request) for (line, _), request in zip(undecided, requests, strict=True)]
+        replies = yield from self._send(calls)
+        for (line, texts), request, reply in zip(undecided, requests, replies, strict=True):
+            self._receive(line, request, reply, sent, texts)
 
-    def _announce(self, members: list[Member], news: list[Member]) -> Pipelines:
+    def _announce(self, lines: list[Line], news: list[Line]) -> Pipelines:
         """Read the history, and notify listeners of transitions by other instances."""
-        self._collect(members)
-        replies = yield from self._send([build.history(member.keys, 10) for member in news])
-        for member, reply in zip(news, replies, strict=True):
+        self._collect(lines)
+        replies = yield from self._send([build.history(line.key, 10) for line in news])
+        for line, reply in zip(news, replies, strict=True):
             if not isinstance(reply, REDIS_ERRORS):  # else the next exchange asks again
-                member.announce(history_fields(reply))
+                line.announce(history_fields(reply))
 
-    def _collect(self, members: list[Member]) -> None:
+    def _collect(self, lines: list[Line]) -> None:
         """Take the new events of the breakers, before another task of this thread does."""
-        for member in members:
-            if events := member.notices.take():
-                self.undelivered.append((member, events))
+        for line in lines:
+            if events := line.notices.take():
+                self.undelivered.append((line.breaker, events))
 
     def deliver(self) -> None:
         """Deliver the events of exchanges, in order."""
         while True:
             try:
-                member, events = self.undelivered.popleft()
+                breaker, events = self.undelivered.popleft()
             except IndexError:  # several threads may deliver at once
                 return
             try:
-                member.deliver(events)
+                breaker._deliver_events(events)
             except BaseException:  # such as a listener's SystemExit
                 logger.exception("a listener ended its thread")
 
     # Retries
 
-    def _retry(self, members: list[Member]) -> Pipelines:
-        """Retry each server that is down until one of its breakers gets an answer, then all its other breakers.
+    def _retry(self, lines: list[Line]) -> Pipelines:
+        """Retry what is down and due. Returns the breakers that can use Redis."""
+        down: dict[Outage, list[Line]] = {}
+        for line in lines:
+            if (outage := self.outage(line)) is not None:
+                down.setdefault(outage, []).append(line)
+        for outage, concerned in down.items():
+            if outage.claim():
+                try:
+                    yield from self._retry_one(outage, concerned)
+                except BaseException:
+                    outage.give_up()
+                    raise
+        for line in itertools.chain(*down.values()):
+            if self.outage(line) is not None and age(line.used_at, monotonic()) > IDLE:
+                self.leave(line)
+        return [line for line in lines if self.outage(line) is None]
+
+    def _retry_one(self, outage: Outage, lines: list[Line]) -> Pipelines:
+        """Retry a server until one of its breakers gets an answer, then all its other breakers.
 
         Each breaker is asked alone, by a script that writes: a server that is full still answers reads, and one huge
         value must not starve the others. Each retry begins with another breaker.
         """
-        down: dict[Health, list[Member]] = {}
-        for member in members:
-            health = self.health(member)
-            health = member.trouble if health.error is None else health
-            if health.error is not None:
-                down.setdefault(health, []).append(member)
-        for health, concerned in down.items():
-            if not health.claim():
-                continue
-            try:
-                yield from self._retry_one(health, concerned)
-            except BaseException:
-                health.give_up()
-                raise
-
-    def _retry_one(self, health: Health, members: list[Member]) -> Pipelines:
         self._turn += 1
-        first = self._turn % len(members)
-        for member in [*members[first:], *members[:first]]:
+        first = self._turn % len(lines)
+        node = self._node_of(lines[0])
+        for line in [*lines[first:], *lines[:first]]:
             sent = monotonic()
-            (reply,) = yield from self._send([build.run("record", member.keys, member.refresh_request(proves=True))])
+            (reply,) = yield from self._send([build.run("record", line.key, line.refresh_request(proves=True))])
             error = reply if isinstance(reply, Exception) else None
-            member.notices.script_ran("record", monotonic() - sent, error)
+            line.notices.script_ran("record", monotonic() - sent, error)
             if error is None:
-                if health.error is not None:
-                    health.retried(failed=False)
-                    logger.warning("Redis answers again")
-                member.trouble.retried(failed=False)
-                member.restored(decode(reply), sent)
-                self._collect(members)
-            elif health.error is None or not concerns_server(error):
-                self._trouble(member, error)
-            else:
+                self._answered(line, node, outage)
+                line.restored(decode(reply), sent)
+                self._collect(lines)
+            elif node in self._outages and concerns_server(error):
                 break
-        if health.error is not None:
-            health.retried(failed=True)
+            else:  # the server has answered another breaker: the error concerns this one
+                self._refused(line, error)
+        for failed in {outage, self._outages.get(node, outage)}:  # another one may have begun after an answer
+            failed.failed_again()
+
+    def _answered(self, line: Line, node: Address | None, outage: Outage) -> None:
+        """Note the end of an outage, of this node or this breaker alone: Redis has accepted a write."""
+        if outage in (self._outages.get(node), line.refusal):
+            logger.warning("Redis answers again")
+        if self._outages.get(node) is outage:
+            del self._outages[node]
+        line.refusal = None
 
 
-def _alive(members: weakref.WeakKeyDictionary[Member, Any]) -> list[Member]:
-    """The members of a dictionary that other threads may change meanwhile."""
-    return [member for reference in members.keyrefs() if (member := reference()) is not None]
+def _alive(lines: weakref.WeakKeyDictionary[Line, Any]) -> list[Line]:
+    """The lines of a dictionary that other threads may change meanwhile."""
+    return [line for reference in lines.keyrefs() if (line := reference()) is not None]

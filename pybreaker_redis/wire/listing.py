@@ -6,6 +6,7 @@ entry once a minute at most, in the pipeline of an exchange that takes place any
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib.metadata
 import json
@@ -15,9 +16,11 @@ import random
 import secrets
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from .._clock import NEVER, age
+from .._line import Line
+from .._policy import DEFAULTS, Policy
 from . import commands as build
 from .commands import Command
 from .options import concerns_server
@@ -31,23 +34,6 @@ _AROUND = 50  # bytes around a policy
 logger = logging.getLogger("pybreaker_redis")
 
 
-class Given(NamedTuple):
-    """What a breaker lists. prefix: names the hash. policy: the fields that differ from the defaults, as JSON."""
-
-    prefix: str
-    host: str
-    policy: str
-
-
-class Listed(Protocol):
-    """A breaker, as far as its listing is concerned. given: None if it is not to be listed."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def given(self) -> Given | None: ...
-
-
 class Listing:
     """The entries of this process, and when to renew them."""
 
@@ -59,11 +45,11 @@ class Listing:
         self._since, self._wait = NEVER, 0.0
         self._digits = secrets.token_hex(4)
         self._refused = False
-        self._idle: weakref.WeakKeyDictionary[Listed, None] = weakref.WeakKeyDictionary()
+        self._idle: weakref.WeakKeyDictionary[Line, None] = weakref.WeakKeyDictionary()
 
-    def left(self, member: Listed) -> None:
+    def left(self, line: Line) -> None:
         """Go on listing a breaker that is refreshed no more, as long as it exists."""
-        self._idle[member] = None
+        self._idle[line] = None
 
     def is_due(self, now: float) -> bool:
         """Whether it is time to renew the entries. The first time comes a little after the first exchange."""
@@ -71,16 +57,16 @@ class Listing:
             self._put_off(now, FIRST)
         return age(self._since, now) >= self._wait
 
-    def commands(self, used: Iterable[Listed], now: float) -> list[Command]:
+    def commands(self, used: Iterable[Line], now: float) -> list[Command]:
         """The commands that renew the entries. used: the breakers that are refreshed."""
         # by prefix and host, and then by policy: the names
-        named: dict[tuple[str, str], dict[str, dict[str, None]]] = {}
-        idle = (reference() for reference in self._idle.keyrefs())
-        for member in dict.fromkeys([*used, *idle]):
-            if member is not None and (given := member.given) is not None:
-                by_policy = named.get(given[:2]) or named.setdefault(given[:2], {})
-                names = by_policy.get(given.policy) or by_policy.setdefault(given.policy, {})
-                names[member.name] = None
+        named: dict[tuple[str, str], dict[Policy, dict[str, None]]] = {}
+        idle = (line for reference in self._idle.keyrefs() if (line := reference()) is not None)
+        for line in dict.fromkeys([*used, *idle]):
+            if line.listed:
+                breaker = line.breaker
+                by_policy = named.setdefault((breaker._prefix, breaker.host), {})
+                by_policy.setdefault(breaker.policy, {})[breaker.name] = None
         if not named:
             self._put_off(now, EVERY)
         some = list(named.items())[:MOST_ENTRIES]
@@ -88,8 +74,6 @@ class Listing:
 
     def replied(self, replies: Sequence[Any], now: float) -> None:
         """Note that the commands were sent. An error is no outage: the reports of the same exchange tell those."""
-        if not replies:
-            return
         self._put_off(now, EVERY)
         for error in replies:
             if isinstance(error, Exception) and not concerns_server(error) and not self._refused:
@@ -99,30 +83,34 @@ class Listing:
     def _put_off(self, now: float, by: tuple[float, float]) -> None:
         self._since, self._wait = now, random.uniform(*by)
 
-    def _entry(self, host: str, named: dict[str, dict[str, None]]) -> tuple[str, str]:
+    def _entry(self, host: str, named: dict[Policy, dict[str, None]]) -> tuple[str, str]:
         """The name of this process, and what it says of its breakers. named: their names by their policies."""
         pid, breakers = os.getpid(), len(set().union(*named.values()))
         head = {"host": host, "pid": pid, "version": _version(), "breakers": breakers}
-        entry = json.dumps({**head, "policies": _policies(named)}, separators=(",", ":"))
-        return f"{host[:180]}:{pid}-{self._digits}", entry
+        return f"{host[:180]}:{pid}-{self._digits}", _json({**head, "policies": _policies(named)})
 
 
-def _policies(named: dict[str, dict[str, None]]) -> list[dict[str, Any]]:
+def _policies(named: dict[Policy, dict[str, None]]) -> list[dict[str, Any]]:
     """The policies and the names of their breakers, as far as there is room."""
     room = ROOM - _HEAD
     found: list[tuple[dict[str, Any], Iterable[str]]] = []
     for policy, names in sorted(named.items(), key=lambda one: -len(one[1])):
-        room -= len(policy) + _AROUND
+        given = {name: value for name, value in dataclasses.asdict(policy).items() if value != DEFAULTS[name]}
+        room -= len(_json(given)) + _AROUND
         if room < 0:
             break
-        found.append(({"policy": json.loads(policy), "breakers": len(names), "names": []}, names))
+        found.append(({"policy": given, "breakers": len(names), "names": []}, names))
     for shown, names in reversed(found):  # the exceptions first: they are what people look for
         for name in names:
-            room -= len(json.dumps(name)) + 1
+            room -= len(_json(name)) + 1
             if room < 0:
                 break
             shown["names"].append(name)
     return [shown for shown, _ in found]
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 @functools.cache

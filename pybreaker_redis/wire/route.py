@@ -37,21 +37,16 @@ class Leg(NamedTuple):
 Exchange: TypeAlias = Generator[Leg, list[Any], list[Any]]
 
 
-def to_one_server(leg: Leg) -> Exchange:
-    """The replies of one node. A script that it does not know is loaded by its first call."""
-    replies = yield leg
+def to_one_server(commands: Sequence[Command], address: Address | None = None, asking: bool = False) -> Exchange:
+    """The exchange with one node. A script that it does not know is loaded by its first call."""
+    replies = yield Leg(address, commands, asking)
     missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
     if missing:
-        first = {leg.commands[place].script: place for place in reversed(missing)}
-        again = [leg.commands[place].loading() if place in first.values() else leg.commands[place] for place in missing]
-        for place, reply in zip(missing, (yield leg._replace(commands=again)), strict=True):
+        first = {commands[place].script: place for place in reversed(missing)}
+        again = [commands[place].loading() if place in first.values() else commands[place] for place in missing]
+        for place, reply in zip(missing, (yield Leg(address, again, asking)), strict=True):
             replies[place] = reply
     return replies
-
-
-def exchange(routes: Routes | None, commands: Sequence[Command]) -> Exchange:
-    """The exchange of these commands with the only server, or with a cluster."""
-    return to_one_server(Leg(None, commands)) if routes is None else routes.exchange(commands)
 
 
 class Routes:
@@ -80,7 +75,7 @@ class Routes:
             waiting = []
             for (address, asking), places in legs.items():
                 try:
-                    found = yield from to_one_server(Leg(address, [commands[place] for place in places], asking))
+                    found = yield from to_one_server([commands[place] for place in places], address, asking)
                 except BaseException as error:
                     self._lost(address)
                     if not isinstance(error, REDIS_ERRORS):

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import weakref
-from collections.abc import Callable
-from typing import Any, Self
+from collections.abc import Callable, Generator
+from time import monotonic
+from typing import Any, Self, TypeVar
 
+from .._line import Line
 from .._process import renew, renew_at_forks
 from . import exits
-from .link import Link, Member
+from .link import Link
 from .options import Address, Kind, pools_of
-from .route import Routes
+from .route import Leg, Routes, to_one_server
+
+T = TypeVar("T")
 
 _shared: weakref.WeakKeyDictionary[Any, dict[tuple[type[BaseServer], float], Any]] = weakref.WeakKeyDictionary()
 
@@ -30,6 +35,7 @@ class BaseServer:
     def __init__(self, client: Any, timeout: float) -> None:
         self._pool_of, clustered = pools_of(client, self._kind, timeout)
         self._routes = Routes(client) if clustered else None
+        self._exchange = self._routes.exchange if self._routes else to_one_server
         self._timeout = timeout
         self.link = Link(timeout, self._routes.home if self._routes else None)
         self._start_process()
@@ -55,17 +61,49 @@ class BaseServer:
     def _after_fork(self) -> None:
         used = self.link.after_fork()
         self._start_process()
-        for member in used:
-            member.renew()
+        for line in used:
+            renew(line.breaker)
 
-    def soon(self, member: Member, hinted: bool = False, urgent: bool = False) -> None:
-        """Refresh a breaker in the background. hinted: even if its view is fresh. urgent: it has a report to send."""
-        link = self.link
-        link.use(member, hinted)
-        if hinted or urgent or not link.is_busy():
-            link.wanted = True
+    def soon(self, line: Line, urgent: bool = False) -> None:
+        """Refresh a breaker in the background. urgent: it has a report to send."""
+        self.link.use(line)
+        if urgent or not self.link.is_busy():
+            self.link.wanted = True
             self._start()
+
+    def hint(self, line: Line) -> None:
+        """Read a breaker's keys in the background, even if its view is fresh."""
+        self.link.hint(line)
+        self.link.wanted = True
+        self._start()
 
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
         return self._node(None if self._routes is None else self._routes.any_node()).connection(protocol=2)
+
+    def _end_over(self, node: Callable[[Address | None], Any], ends: float) -> None:
+        """Report what is gathered, over blocking connections. Raises nothing.
+
+        node: returns the connections to a node. ends: until when, on the monotonic clock.
+        """
+
+        def send(leg: Leg) -> list[Any]:
+            return node(leg.address).send(leg.commands, leg.asking, ends - monotonic())  # type: ignore[no-any-return]
+
+        with contextlib.suppress(Exception):
+            carry_out(self.link.end(), lambda commands: carry_out(self._exchange(commands), send))
+
+
+def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Any]) -> T:
+    """Perform each step that the generator yields: send it the result, or throw it the error. Returns its result."""
+    try:
+        step = next(steps)
+        while True:
+            try:
+                result = perform(step)
+            except BaseException as error:
+                step = steps.throw(error)
+            else:
+                step = steps.send(result)
+    except StopIteration as end:
+        return end.value  # type: ignore[no-any-return]

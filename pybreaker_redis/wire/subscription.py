@@ -9,10 +9,11 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from redis.exceptions import ConnectionError, ResponseError
 
+from .._core import BreakerCore
 from .._protocol import state_pattern
 
 PING_EVERY = 1.0  # seconds of silence before a PING; after as many without an answer the connection is lost
@@ -20,43 +21,37 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
 logger = logging.getLogger("pybreaker_redis")
 
 
-class Watcher(Protocol):
-    """What a subscription needs of a breaker."""
+class BaseSubscription:
+    """One subscription and its breakers; decides what to send and takes what was received. The subclasses add the I/O.
 
-    _redis: Any
-    _prefix: str
-    _state_key: str
-
-    def _hinted(self) -> None: ...
-    def _check_process(self) -> None: ...
-
-
-class Audience:
-    """The breakers of one subscription; decides what to send and takes what was received. No I/O.
-
-    connected: whether the server has confirmed a subscription. A message is only a hint to read a breaker's keys again.
+    connected: whether the server has confirmed it. A message is only a hint to read a breaker's keys again.
     """
 
     def __init__(self) -> None:
         self.connected = False
         self._running = False  # a thread or task holds the subscription, or tries to
         self._warned = True  # of its loss; a subscription that never was connected cannot be lost
-        self._members: weakref.WeakValueDictionary[str, Watcher] = weakref.WeakValueDictionary()  # by state key
-        self._namesakes: weakref.WeakSet[Watcher] = weakref.WeakSet()  # breakers whose key another member has, too
+        self._members: weakref.WeakValueDictionary[str, BreakerCore] = weakref.WeakValueDictionary()  # by state key
+        self._namesakes: weakref.WeakSet[BreakerCore] = weakref.WeakSet()  # breakers whose key another member has, too
         self._patterns: set[str] = set()  # of their channels
         self._lock = threading.RLock()
         self.opened()
 
-    def __bool__(self) -> bool:
+    def _start(self, connect: Callable[[], Any]) -> None:
+        """Listen in the background. connect: returns a connection, not yet open."""
+        raise NotImplementedError
+
+    def is_needed(self) -> bool:
+        """Whether it has a breaker."""
         return bool(self._members or self._namesakes)
 
-    def __contains__(self, breaker: Watcher) -> bool:
+    def __contains__(self, breaker: BreakerCore) -> bool:
         return self._members.get(breaker._state_key) is breaker or breaker in self._namesakes
 
-    def join(self, breaker: Watcher) -> bool:
-        """Add a breaker. Returns whether the caller must start the subscription."""
+    def join(self, breaker: BreakerCore) -> None:
+        """Add a breaker, and start the subscription if it does not run."""
         if breaker in self and self._running:  # the usual case, without the lock
-            return False
+            return
         with self._lock:
             is_new = breaker not in self
             if is_new:
@@ -66,9 +61,10 @@ class Audience:
             starts, self._running = not self._running, True
         if is_new and self.connected:
             breaker._hinted()
-        return starts
+        if starts:
+            self._start(breaker._redis.subscriber)
 
-    def leave(self, breaker: Watcher) -> None:
+    def leave(self, breaker: BreakerCore) -> None:
         """Remove a breaker."""
         with self._lock:
             self._namesakes.discard(breaker)
@@ -78,7 +74,7 @@ class Audience:
     def stop(self, only_if_empty: bool = False) -> bool:
         """End the subscription; the next join() starts another. Returns False if it is still needed, and goes on."""
         with self._lock:
-            if only_if_empty and self:
+            if only_if_empty and self.is_needed():
                 return False
             self._running = self.connected = False
             return True
@@ -94,7 +90,7 @@ class Audience:
         stood, self.connected = self.connected, False
         if stood:
             self._warned = False
-        elif not self._warned and self:  # the first attempt to open it again has failed
+        elif not self._warned and self.is_needed():  # the first attempt to open it again has failed
             self._warned = True
             logger.warning("circuit breakers: the subscription is lost: %r", error)
         return stood
@@ -130,81 +126,67 @@ class Audience:
             references = self._members.valuerefs()
             self._hint([one for reference in references if (one := reference()) is not None] + self._others())
 
-    def _others(self) -> list[Watcher]:
+    def _others(self) -> list[BreakerCore]:
         with self._lock:
             return list(self._namesakes)
 
-    def _hint(self, concerned: list[Watcher]) -> None:
+    def _hint(self, concerned: list[BreakerCore]) -> None:
         for breaker in concerned:  # messages concern them, or may have been missed
             breaker._hinted()
 
 
-class Subscription:
+class Subscription(BaseSubscription):
     """The subscription of a link, kept by a thread until it has no breaker any more."""
 
-    def __init__(self) -> None:
-        self.audience = Audience()
-
-    def join(self, breaker: Watcher) -> None:
-        """Add a breaker, and start the subscription if it does not run."""
-        if self.audience.join(breaker):
-            thread = threading.Thread(
-                target=self._run, args=(breaker._redis.subscriber,), name="pybreaker_redis-watch", daemon=True
-            )
-            try:
-                thread.start()
-            except RuntimeError:  # the interpreter exits, or a limit is reached: the next call tries again
-                self.audience.stop()
+    def _start(self, connect: Callable[[], Any]) -> None:
+        thread = threading.Thread(target=self._run, args=(connect,), name="pybreaker_redis-watch", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter exits, or a limit is reached: the next call tries again
+            self.stop()
 
     def _run(self, connect: Callable[[], Any]) -> None:
         pauses = _pauses()
-        while not self.audience.stop(only_if_empty=True):
+        while not self.stop(only_if_empty=True):
             try:
                 self._listen(connect())
             except Exception as error:
-                pauses = _pauses() if self.audience.lost(error) else pauses
+                pauses = _pauses() if self.lost(error) else pauses
                 time.sleep(next(pauses))
 
     def _listen(self, connection: Any) -> None:
         try:
             connection.connect()  # only connect() asks a Sentinel for the master
-            self.audience.opened()
+            self.opened()
             silent = False
-            while self.audience:
-                if command := self.audience.to_send(silent):
+            while self.is_needed():
+                if command := self.to_send(silent):
                     connection.send_command(*command)
                 silent = not connection.can_read(PING_EVERY)
                 if not silent:
-                    self.audience.receive(connection.read_response)
+                    self.receive(connection.read_response)
         finally:
             connection.disconnect()
 
 
-class AsyncSubscription:
+class AsyncSubscription(BaseSubscription):
     """The subscription of one event loop, kept by a task."""
 
-    def __init__(self) -> None:
-        self.audience = Audience()
-
-    def join(self, breaker: Watcher) -> None:
-        """Add a breaker, and start the subscription if it does not run."""
-        if self.audience.join(breaker):
-            # keep a reference: the loop has only a weak one
-            self._task = asyncio.get_running_loop().create_task(
-                self._run(breaker._redis.subscriber), name="pybreaker_redis-watch"
-            )
+    def _start(self, connect: Callable[[], Any]) -> None:
+        # keep a reference: the loop has only a weak one
+        self._task = asyncio.get_running_loop().create_task(self._run(connect), name="pybreaker_redis-watch")
 
     async def _run(self, connect: Callable[[], Any]) -> None:
         pauses = _pauses()
         try:
-            while not self.audience.stop(only_if_empty=True):
+            while not self.stop(only_if_empty=True):
                 try:
                     await self._listen(connect())
                 except Exception as error:
-                    pauses = _pauses() if self.audience.lost(error) else pauses
+                    pauses = _pauses() if self.lost(error) else pauses
                     await asyncio.sleep(next(pauses))
         except BaseException:  # cancelled
-            self.audience.stop()
+            self.stop()
             raise
 
     async def _listen(self, connection: Any) -> None:
@@ -212,16 +194,16 @@ class AsyncSubscription:
         try:
             async with asyncio.timeout(2 * PING_EVERY):
                 await connection.connect()
-            self.audience.opened()
+            self.opened()
             silent = False
-            while self.audience:
-                if command := self.audience.to_send(silent):
+            while self.is_needed():
+                if command := self.to_send(silent):
                     await connection.send_command(*command)
                 reader = reader or asyncio.ensure_future(connection.read_response())
                 await asyncio.wait({reader}, timeout=PING_EVERY)
                 silent = not reader.done()
                 if not silent:
-                    self.audience.receive(reader.result)
+                    self.receive(reader.result)
                     reader = None
         except GeneratorExit:  # collected while it ran: its loop is gone, and so are the sockets
             raise
@@ -235,45 +217,6 @@ class AsyncSubscription:
             reader.cancel()
             await asyncio.wait({reader})
         await connection.disconnect(nowait=True)
-
-
-class BaseWatch:
-    """A breaker's membership in the subscription of its link; on asyncio, of each event loop that calls it."""
-
-    __slots__ = ("_breaker", "_closed", "_joined")
-
-    def __init__(self, breaker: Any) -> None:
-        self._breaker: Watcher = breaker
-        self._closed = False
-        self._joined: tuple[weakref.ref[Any], ...] = ()  # subscriptions
-
-    @property
-    def active(self) -> bool:
-        """Whether the subscription is connected now."""
-        self._breaker._check_process()
-        return any(joined.audience.connected for joined in self._subscriptions())
-
-    def _subscriptions(self) -> list[Any]:
-        return [joined for one in self._joined if (joined := one()) is not None]
-
-    def join(self) -> None:
-        """Join the subscription, unless the breaker has joined it already. The first breaker to join starts it."""
-        if not self._closed:
-            subscription = self._breaker._redis.subscription()
-            if subscription not in (joined := self._subscriptions()):
-                self._joined = (*map(weakref.ref, joined), weakref.ref(subscription))
-            subscription.join(self._breaker)
-
-    def _leave(self) -> None:
-        self._closed = True
-        self._breaker._check_process()
-        for subscription in self._subscriptions():
-            subscription.audience.leave(self._breaker)
-        self._joined = ()
-
-    def after_fork(self) -> None:
-        """In a child: the parent has the subscription; the next call joins one of this process."""
-        self._joined = ()
 
 
 def _pauses() -> Iterator[float]:

@@ -10,18 +10,18 @@ import select
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any
 
 import redis
 from redis.exceptions import NoScriptError
 
 from .._clock import NEVER
+from .._line import Line
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import PING, Command, packed
-from .link import Link, Member
 from .options import (
     BLOCKING,
     NO_REPLY,
@@ -37,11 +37,10 @@ from .options import (
     patience_after,
     socket_of,
 )
-from .route import Leg, Routes, exchange
-from .server import BaseServer
+from .route import Leg
+from .server import BaseServer, carry_out
 from .subscription import Subscription
 
-T = TypeVar("T")
 logger = logging.getLogger("pybreaker_redis")
 _CHUNK = 65536  # bytes
 _PER_COMMAND = 0.001  # seconds by which each command of a pipeline extends the deadline
@@ -78,9 +77,9 @@ class Server(BaseServer):
         if lock.acquire(timeout=self.link.timeout):
             lock.release()
 
-    def report(self, members: list[Member]) -> None:
+    def report(self, lines: list[Line]) -> None:
         """Report all that these breakers have gathered. Raises no error of Redis."""
-        carry_out(self.link.report(members), self.exchange)
+        carry_out(self.link.report(lines), self.exchange)
         if self.link.undelivered:
             self._messenger.wake()
 
@@ -90,7 +89,7 @@ class Server(BaseServer):
         lock = self._refreshing
         if lock.acquire(timeout=self._timeout):
             try:
-                end(self.link, self._routes, self._node, ends)
+                self._end_over(self._node, ends)
             finally:
                 lock.release()
         self.close()
@@ -114,18 +113,18 @@ class Server(BaseServer):
 
     def run(self, name: str, keys: Keys, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
-        return decode(self._one(build.run(name, keys, request)))
+        return decode(self._one(build.run(name, keys.state.encode(), request)))
 
     def history(self, keys: Keys, count: int) -> list[dict[str, Any]]:
         """The newest transitions, newest first. Raises redis.RedisError or OSError."""
-        return history_fields(self._one(build.history(keys, count)))
+        return history_fields(self._one(build.history(keys.state.encode(), count)))
 
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """The replies, in order; that of a failed command, or of one whose cluster node is lost, is the error.
 
         Raises redis.RedisError or OSError when the server is lost.
         """
-        return carry_out(exchange(self._routes, commands), self._send)
+        return carry_out(self._exchange(commands), self._send)
 
     def masters(self) -> list[Connections]:
         """The connections to each node that serves keys."""
@@ -163,34 +162,6 @@ class Server(BaseServer):
     def _node(self, address: Address | None) -> Connections:
         found = self._nodes.get(address)
         return found or self._nodes.setdefault(address, Connections(self._pool_of(address), self._timeout))
-
-
-def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Any]) -> T:
-    """Perform each step that the generator yields: send it the result, or throw it the error. Returns its result."""
-    try:
-        step = next(steps)
-        while True:
-            try:
-                result = perform(step)
-            except BaseException as error:
-                step = steps.throw(error)
-            else:
-                step = steps.send(result)
-    except StopIteration as end:
-        return end.value  # type: ignore[no-any-return]
-
-
-def end(link: Link, routes: Routes | None, node: Callable[[Address | None], Connections], ends: float) -> None:
-    """Carry out a link's last exchange, over the connections to its nodes. Raises nothing.
-
-    ends: until when, on the monotonic clock.
-    """
-
-    def send(leg: Leg) -> list[Any]:
-        return node(leg.address).send(leg.commands, leg.asking, ends - monotonic())
-
-    with contextlib.suppress(Exception):
-        carry_out(link.end(), lambda commands: carry_out(exchange(routes, commands), send))
 
 
 class Worker:

@@ -422,9 +422,9 @@ def test_no_connection_in_time_is_no_outage_of_the_server(target: Restartable, s
         assert len(errors) == 2
         assert all("all 1 connections that max_connections allows were in use" in text for text in errors.values())
         link = breakers[0]._redis.link
-        assert link.health(breakers[0]._line).error is None
+        assert not link._outages
         proxy.fine()
-        wait_until(lambda: made.call_of(breakers) and not link.failing)
+        wait_until(lambda: made.call_of(breakers) and not any(one._line.refusal for one in breakers))
         made.do(breakers[0].close)
 
 

@@ -226,13 +226,6 @@ def test_many_breakers(server: EmbeddedServer, client: redis.Redis, often: None)
     assert client.hstrlen(KEY, client.hkeys(KEY)[0]) <= listing.ROOM + len('"seen_ms":1700000000000,')
 
 
-class Stand:
-    """A breaker, as far as its listing is concerned."""
-
-    def __init__(self, name: str, policy: str) -> None:
-        self.name, self.given = name, listing.Given("circuit_breaker", "\\" * 200, policy)
-
-
 def test_many_prefixes_and_hosts(server: EmbeddedServer, client: redis.Redis, often: None) -> None:
     """A process has an entry for each prefix and host, but no more than ten."""
 
@@ -258,12 +251,12 @@ def test_many_prefixes_and_hosts(server: EmbeddedServer, client: redis.Redis, of
 @pytest.mark.parametrize("policies", [1, 30, 20_000])
 def test_twenty_thousand_breakers(client: redis.Redis, policies: int) -> None:
     """Whatever their policies, Redis takes the entry: names, and then policies, are left out."""
-    made = listing.Listing()
-    members = [
-        Stand(f'té"nant-{number}' * 20, json.dumps({"failure_threshold": number % policies}))
+    given = [Policy(failure_threshold=10 + number) for number in range(policies)]
+    breakers = [
+        CircuitBreaker(f'té"nant-{number}' * 20, redis=client, policy=given[number % policies], host="\\" * 200)
         for number in range(20_000)
     ]
-    (command,) = made.commands(members, time.monotonic())
+    (command,) = listing.Listing().commands([breaker._line for breaker in breakers], time.monotonic())
     assert client.execute_command("EVAL", *command.loading().words[1:]) == 1
     (entry,) = entries(client)
     assert entry["breakers"] == 20_000

@@ -48,8 +48,10 @@ from pybreaker_redis._view import JUST_NOW, Seen, Successes, Verdict, View
 from pybreaker_redis.wire import commands as build
 from pybreaker_redis.wire import link as link_module
 from pybreaker_redis.wire import listing
+from pybreaker_redis.wire import outage as outage_module
 from pybreaker_redis.wire.commands import Command
-from pybreaker_redis.wire.link import FIRST_PAUSE, IDLE, Health, Link
+from pybreaker_redis.wire.link import IDLE, Link
+from pybreaker_redis.wire.outage import FIRST_PAUSE, Outage
 from pybreaker_redis.wire.scripts import FLEET
 
 START_MS = 1_700_000_000_000
@@ -57,7 +59,7 @@ LEASE, TIMEOUT = 0.125, 0.25  # binary fractions: sums of times are exact
 STEPS_OF_CLOCK = 1024  # in a second
 INSTANT = 2.0**-30  # seconds
 NEVER = float("-inf")
-_CLOCKED = (_clock, _core, _line, _view, link_module)
+_CLOCKED = (_clock, _core, _line, _view, link_module, outage_module)
 LEGAL = {
     ("closed", "open"): {"failure_threshold", "error_rate", "slow_rate"},
     ("open", "half_open"): {"timeout"},
@@ -115,14 +117,14 @@ _world: World
 def virtual_time() -> Iterator[None]:
     """The clock and the chance of the client are those of the world that was made last."""
     kept = [(module, "monotonic", module.monotonic) for module in _CLOCKED]
-    kept += [(module, "random", module.random) for module in (_line, _view, link_module, listing)]
+    kept += [(module, "random", module.random) for module in (_line, _view, outage_module, listing)]
     kept += [(_memory, "clock_ms", _memory.clock_ms), (_core, "clock_ms", _core.clock_ms), (_core, "View", _core.View)]
     kept += [(_rules, "_local_generations", _rules._local_generations), (_core, "address_of", _core.address_of)]
     level = logging.getLogger("pybreaker_redis").level
     try:
         for module in _CLOCKED:
             module.monotonic = lambda: getattr(_world, "now", 0.0)  # type: ignore[attr-defined]
-        for module in (_line, _view, link_module, listing):
+        for module in (_line, _view, outage_module, listing):
             module.random = Still  # type: ignore[attr-defined]
         _memory.clock_ms = _core.clock_ms = lambda: _world.now_ms()
         _core.View = TrueView  # type: ignore[misc]
@@ -572,7 +574,7 @@ class Caller(Actor):
     def send_ask(self, ask: Any) -> None:
         assert self.breaker is not None
         failure = self.failure if "failures" in ask.request else None
-        self.send([build.run(ask.name, self.breaker.keys, ask.request)], failure)
+        self.send([build.run(ask.name, self.breaker._state_key.encode(), ask.request)], failure)
         assert self.message is not None
         self.message.view = self.breaker._view.seen.sent
 
@@ -580,7 +582,8 @@ class Caller(Actor):
         before, self.before = self.before, None
         if self.ask is not None:  # wait_for_reports
             ask, self.ask = self.ask, None
-            error = self.process.link.error(self.breaker._line)
+            outage = self.process.link.outage(self.breaker._line)
+            error = outage and outage.error
             if error is None:
                 self.send_ask(ask)
             else:
@@ -642,24 +645,29 @@ class Process:
             if setup.watch:
                 breaker._watch = Watching()  # type: ignore[assignment]
 
-    def soon(self, member: Any, hinted: bool = False, urgent: bool = False) -> None:
-        self.link.use(member, hinted)
-        if hinted or urgent or not self.link.is_busy():
+    def soon(self, line: Any, urgent: bool = False) -> None:
+        self.link.use(line)
+        if urgent or not self.link.is_busy():
             self.link.wanted = True
             self.worker.awake = True
+
+    def hint(self, line: Any) -> None:
+        self.link.hint(line)
+        self.link.wanted = True
+        self.worker.awake = True
 
     def actors(self) -> list[Any]:
         return [self.worker, *self.callers]
 
     def check_sending(self, message: Message, by_link: bool) -> None:
         """While Redis is down only the link sends, and only retries: one script at a time."""
-        if not self.link.failing or self.world.interrupting:  # an outage may have begun since this was decided
+        if not outages_of(self) or self.world.interrupting:  # an outage may have begun since this was decided
             return
         if by_link and {"_decide", "_announce"} & set(_where(self.exchange)):  # of an exchange that began before
             return
         for command in message.commands:
             for breaker in self.breakers:
-                if breaker.keys.state.encode() != command.key or self.link.error(breaker._line) is None:
+                if breaker.keys.state.encode() != command.key or self.link.outage(breaker._line) is None:
                     continue
                 if not by_link:
                     raise Broken(f"a call asks Redis while it is down: {command.words[-1]!r}")
@@ -670,6 +678,12 @@ class Process:
                     raise Broken("a retry comes too soon after the last one")
                 if {"successes", "failures"} & decode(command.words[-1]).keys():
                     raise Broken("a retry carries outcomes")
+
+
+def outages_of(process: Process) -> list[Outage]:
+    """Why this process cannot use Redis, or cannot use it for one of its breakers."""
+    refusals = [breaker._line.refusal for breaker in process.breakers if breaker._line.refusal]
+    return [*process.link._outages.values(), *refusals]
 
 
 class Watching:
@@ -712,8 +726,8 @@ class Breaker(BreakerCore):
     def _deliver_events(self, events: list[Any]) -> None:
         events.clear()
 
-    def _local_engine(self, *given: Any, **options: Any) -> Any:
-        engine = super()._local_engine(*given, **options)
+    def _last_known(self) -> Any:
+        engine: Any = super()._last_known()
         engine._now_ms = self.process.world.now_ms
         return engine
 
@@ -734,11 +748,11 @@ class Breaker(BreakerCore):
         assert line is not None
         world.decisions += 1
         if line.local is not None:
-            if link.error(line) is None and world.now - seen.sent >= LEASE:
+            if link.outage(line) is None and world.now - seen.sent >= LEASE:
                 raise Broken("an engine of this process decides although Redis does not count as down")
             world.local_decisions += 1
             return
-        if link.error(line) is not None and world.now - seen.sent >= LEASE:
+        if link.outage(line) is not None and world.now - seen.sent >= LEASE:
             raise Broken("a view decides although Redis counts as down")
         most = 2 * LEASE + (TIMEOUT if self.process.holder is not None else 0.0)
         waited = world.now - began >= TIMEOUT
@@ -806,7 +820,7 @@ class World:
                 message = Message(process.number, [], self.now, 0)
                 reply = self.redis.run(key, "record", dict(breaker._with_policy), message)
                 assert breaker._line is not None
-                breaker._line.asked()
+                breaker.process.link.asked(breaker._line)
                 breaker._adopt({**reply, "source": "redis"}, self.now)
             process.worker.at = self.now + LEASE
         if self.setup.begins_open:
@@ -908,10 +922,10 @@ class World:
         kind, *given = choice
         self.arrived = None
         self.now += INSTANT  # no two things happen at the same time
-        before = {health for process in self.processes for health in process.link.failing}
+        before = {outage for process in self.processes for outage in outages_of(process)}
         views = self._views()
         self._take(kind, given)
-        self._check_health(before)
+        self._check_outage_ends(before)
         for (generation, sent), (later, sent_later) in zip(views, self._views(), strict=True):
             if 0 < later < generation:
                 raise Broken(f"a view goes back to an earlier generation: from {generation} to {later}")
@@ -921,7 +935,7 @@ class World:
     def _views(self) -> list[tuple[int, float]]:
         """Generation and age of each view; zeros while an engine of its process decides, which keeps its generation."""
         lines = [breaker._line for process in self.processes for breaker in process.breakers]
-        views = [None if line is None or line.local else line._owner._view.seen for line in lines]
+        views = [None if line is None or line.local else line.view.seen for line in lines]
         return [(0, NEVER) if seen is None else (seen.generation, seen.sent) for seen in views]
 
     def _take(self, kind: str, given: list[Any]) -> None:
@@ -1008,10 +1022,10 @@ class World:
                 self.hints.append((process.number, key))
             self.hints.sort()
 
-    def _check_health(self, before: set[Health]) -> None:
+    def _check_outage_ends(self, before: set[Outage]) -> None:
         """An outage begins with an error, and ends only with the answer of a script."""
         arrived = self.arrived
-        now = {health for process in self.processes for health in process.link.failing}
+        now = {outage for process in self.processes for outage in outages_of(process)}
         self.outages += len(now - before)
         if ended := before - now:
             self.recoveries += len(ended)
@@ -1038,8 +1052,8 @@ class World:
                     yield actor.message.sent + TIMEOUT
                 if actor.waits():
                     yield actor.until
-            for health in process.link.failing:
-                yield health._waits_since + health._waits_for
+            for outage in outages_of(process):
+                yield outage._waits_since + outage._waits_for
             for breaker in process.breakers:
                 view, seen = breaker._view, breaker._view.seen
                 yield from (seen.sent + LEASE, seen.sent + 2 * LEASE, seen.retry_at)
@@ -1072,7 +1086,7 @@ class World:
             for member in process.link._used
             if self.now - member.used_at < IDLE / 2
         }
-        self._run_for(4.0 if any(process.link.failing for process in self.processes) else 0.0)
+        self._run_for(4.0 if any(outages_of(process) for process in self.processes) else 0.0)
         self._check_outages(retried)
         self._check_outcomes()
         if not silence:
@@ -1118,7 +1132,7 @@ class World:
                 key = breaker.keys.state.encode()
                 document, seen = self.redis.document(key), breaker._view.seen
                 assert breaker._line is not None
-                if breaker._line.local is not None or process.link.error(breaker._line) or seen.generation == 0:
+                if breaker._line.local is not None or process.link.outage(breaker._line) or seen.generation == 0:
                     continue
                 if document is None or not process.hint_due.get(key) or breaker._watch is None:
                     continue
@@ -1130,9 +1144,9 @@ class World:
             for breaker in process.breakers:
                 line = breaker._line
                 assert line is not None
-                if process.link.error(line) is not None and line in retried:
+                if process.link.outage(line) is not None and line in retried:
                     raise Broken("an outage does not end although Redis answers")
-                if process.link.error(line) is None and line.engine() is not None:
+                if process.link.outage(line) is None and process.link.engine(line) is not None:
                     raise Broken("an outage is over, and a breaker has not returned")
 
     def _check_outcomes(self) -> None:
@@ -1244,7 +1258,7 @@ class _Fingerprint:
             moments |= {breaker._view.seen.sent, breaker._view.seen.arrived, breaker._view._not_before}
         self.order = {moment: rank for rank, moment in enumerate(sorted(moments))}
         members = [breaker._line for breaker in process.breakers]
-        health = link._healths.get(None)
+        outage = link._outages.get(None)
         events = [
             (key, number, self.ranks.get(one.counted), self.ranks.get(one.ended), one.process == process.number)
             for (key, number), one in sorted(self._live().items())
@@ -1253,7 +1267,7 @@ class _Fingerprint:
         used = tuple(member in link._used for member in members)
         hinted = tuple(member in link._hinted for member in members)
         return (
-            *(link.wanted, self.time(link.busy_since, link.patience), used, hinted, self.health(health)),
+            *(link.wanted, self.time(link.busy_since, link.patience), used, hinted, self.outage(outage)),
             *(tuple(member in link._reporting for member in members), link._turn % len(members)),
             *(hints, tuple(events)),
             *(process.worker.awake, None if process.worker.at is None else self.time(process.worker.at, 0.0)),
@@ -1261,10 +1275,10 @@ class _Fingerprint:
             (self.actor(process.worker), *sorted((self.actor(one) for one in process.callers), key=repr)),
         )
 
-    def health(self, health: Health | None) -> Any:
-        if health is None or health.error is None:
+    def outage(self, outage: Outage | None) -> Any:
+        if outage is None:
             return None
-        return health.abandoned, self.future(health._waits_since + health._waits_for), health._pause
+        return outage.abandoned, self.future(outage._waits_since + outage._waits_for), outage._pause
 
     def breaker(self, breaker: Breaker) -> Any:
         view, line = breaker._view, breaker._line
@@ -1293,7 +1307,7 @@ class _Fingerprint:
             ),
             *(self.time(view._ended_at, JUST_NOW), view._ended_at > view._reported_at),
             *(view._base[0], self.time(view._base[1], 1.0), len(breaker._asking)),
-            *(known, local, bool(line.news), line._texts is None, self.health(line.trouble)),
+            *(known, local, bool(line.news), self.outage(line.refusal)),
         )
 
     def actor(self, actor: Any) -> Any:

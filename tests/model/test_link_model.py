@@ -16,8 +16,9 @@ from pybreaker_redis import _view
 from pybreaker_redis._core import BreakerCore
 from pybreaker_redis._line import Line
 from pybreaker_redis._view import Seen, Successes, View
-from pybreaker_redis.wire.link import Health, Link
+from pybreaker_redis.wire.link import Link
 from pybreaker_redis.wire.options import REDIS_ERRORS
+from pybreaker_redis.wire.outage import Outage
 
 
 def setup(base: Setup = WALK, /, policy: dict[str, Any] | None = None, **changed: Any) -> Setup:
@@ -168,7 +169,7 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
     ),
     "lets a read end an outage": (
         *("although Redis has executed no script", WALK, Link, "_take_reads"),
-        (("elif not member.read(", "elif self.health(member).retried(failed=False) or not member.read("),),
+        (("undecided = []", "undecided = []; self._outages.clear()"),),
     ),
     "repeats the report of an exchange": (
         *("successes are counted twice", WALK, Link, "_receive"),
@@ -183,16 +184,16 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
         *("never reported", WALK, Link, "_receive"),
         (("if isinstance(error, ResponseError):", "if False:"),),
     ),
-    "never decides for itself": ("while it is down|although Redis counts", WALK, Line, "engine", lambda _: None),
+    "never decides for itself": ("while it is down|although Redis counts", WALK, Link, "engine", lambda *_: None),
     "does not return": ("does not count as down|has not returned", WALK, Line, "_return", lambda *_: None),
-    "retries all the time": ("too soon", WALK, Health, "is_due", lambda health: health.error is not None),
+    "retries all the time": ("too soon", WALK, Outage, "is_due", lambda _: True),
     "tells its own transitions again": ("notified twice", WALK, Line, "announce", announces_all),
     "retries with all breakers at once": (
-        *("too soon|one retry", setup(breakers=2), Health, "claim"),
-        (("due = self.is_due()", "due = self.error is not None"),),
+        *("too soon|one retry", setup(breakers=2), Outage, "claim"),
+        (("due = self.is_due()", "due = True"),),
     ),
     "never rests": ("thread does not end", WALK, Line, "due", (("unused > IDLE", "False"),)),
-    "ignores hints": ("disagrees", WALK, Link, "use", (("self._hinted[member] = None", "pass"),)),
+    "ignores hints": ("disagrees", WALK, Link, "hint", (("self._hinted[line] = True", "pass"),)),
 }
 
 

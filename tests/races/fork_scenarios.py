@@ -121,16 +121,19 @@ def held(url: str, which: str) -> object:
     line: Any = breaker._line
     isolated: Any = breaker._isolation._own
     server = breaker._redis
+    server.link.failed(line, redis.ConnectionError("lost")) if which == "outage" else None
+    server.link.failed(line, redis.ResponseError("refused")) if which == "refusal" else None
+    outage = server.link.outage(line)
     locks = {
         "isolated": isolated and isolated._lock,
         "breaker": breaker._view.lock,
         "nested": breaker._innermost._lock,
         "refreshing": server._refreshing,
-        "health": server.link.health(line)._lock,
-        "trouble": line.trouble._lock,
+        "outage": outage and outage._lock,
+        "refusal": outage and outage._lock,
         "worker": server._worker._lock,
         "messenger": server._messenger._lock,
-        "subscription": server.subscription().audience._lock,
+        "subscription": server.subscription()._lock,
     }
     inside, done = threading.Event(), threading.Event()
 
@@ -188,7 +191,7 @@ def watched(url: str) -> object:
     """Forked while a thread holds the lock of the subscription; the child only ends its watch."""
     breaker = CircuitBreaker("fork-watched", redis=url, **FIRM)
     watch = breaker.watch()
-    lock = breaker._redis.subscription().audience._lock
+    lock = breaker._redis.subscription()._lock
     holds, goes_on = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -240,7 +243,7 @@ def outage(url: str, server_pid: str) -> object:
     try:
         breaker.call(fine)
         deadline = time.monotonic() + PATIENCE
-        while not breaker._redis.link.retry_was_abandoned(breaker._line):  # it is under way
+        while not breaker._redis.link.outage(breaker._line).abandoned:  # the retry is under way
             assert time.monotonic() < deadline
             breaker.call(fine)
             time.sleep(0.01)

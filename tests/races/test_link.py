@@ -131,7 +131,7 @@ def test_a_first_call_and_a_hint_at_once(server: EmbeddedServer, client: redis.R
     breaker._hinted()
     wait_until(lambda: not breaker._redis.link.is_busy() and not breaker._redis.link.wanted)
     assert not client.exists(breaker.keys.state)
-    breaker._redis.link.use(breaker._line, hinted=True)
+    breaker._redis.link.hint(breaker._line)
     refresh(breaker)
     assert client.exists(breaker.keys.state)
 

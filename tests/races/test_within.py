@@ -143,7 +143,7 @@ def test_an_own_rejection_is_no_failure() -> None:
 
 
 IN_MEMORY = ["breaker", "nested", "engine"]
-LINKED = ["breaker", "nested", "refreshing", "health", "trouble", "worker", "messenger", "subscription"]
+LINKED = ["breaker", "nested", "refreshing", "outage", "refusal", "worker", "messenger", "subscription"]
 
 
 @pytest.mark.parametrize(
@@ -161,11 +161,13 @@ def test_a_thread_that_holds_a_lock_may_call(server: EmbeddedServer, url: str, l
         breaker.reset()
         server = breaker._redis
         locks["refreshing"] = server._refreshing
-        locks["health"] = server.link.health(line)._lock
-        locks["trouble"] = line.trouble._lock
+        if lock in ("outage", "refusal"):
+            error = redis.ConnectionError("lost") if lock == "outage" else redis.ResponseError("refused")
+            server.link.failed(line, error)
+            locks[lock] = server.link.outage(line)._lock
         locks["worker"] = server._worker._lock
         locks["messenger"] = server._messenger._lock
-        locks["subscription"] = server.subscription().audience._lock
+        locks["subscription"] = server.subscription()._lock
     began = time.monotonic()
     with locks[lock]:
         breaker._view.drop()
