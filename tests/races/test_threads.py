@@ -599,7 +599,9 @@ def test_events_of_a_refresh_are_delivered_outside_of_its_lock(client: redis.Red
     breaker = CircuitBreaker("outside", redis=client, policy=slow, lease=60.0, listeners=[listen], **FIRM)
     hanging = threading.Thread(target=breaker.call, args=(hang.wait, PATIENCE), daemon=True)
     hanging.start()
-    wait_until(lambda: breaker._slow_calls._running and time.monotonic() - breaker._view.seen.sent > 0.01)
+    link = breaker._redis.link
+    wait_until(breaker._slow_calls.any_overdue)
+    wait_until(lambda: not link.wanted and not link.is_busy())  # else that exchange would make the view fresh
     make_stale(breaker, 3.0)
     with pytest.raises(CircuitOpenError):
         breaker.call(fine)
