@@ -180,37 +180,61 @@ class Worker:
         rest: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._name, self._work, self._pause, self._rest = name, work, pause, rest
-        self._awake = threading.Event()
+        # not a threading.Event: the lock within is plain, so a signal handler amid set() could wait for its own thread
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
 
+    def is_awake(self) -> bool:
+        """Whether work is to be done that has not begun."""
+        return not self._wakes.empty()
+
     def wake(self) -> None:
         """Let the thread work soon. If no thread can start, the caller does the work."""
-        self._awake.set()
+        if not self.is_awake():
+            self._wakes.put(None)
         with self._lock:  # a thread that is just ending would otherwise miss this
-            if self._thread is not None:
-                return
-            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            with contextlib.suppress(RuntimeError):  # the interpreter exits, or a limit is reached
-                thread.start()
-                self._thread = thread
+            if self._thread is not None or self._start():
                 return
         if (work := self._work()) is not None:
             work()
 
+    def _start(self) -> bool:
+        """Start the thread. Returns False if none can start: the interpreter exits, or a limit is reached."""
+        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        try:
+            self._thread.start()
+        except BaseException as error:  # perhaps a signal handler's, as the thread runs already: it will end
+            self._thread = None
+            if isinstance(error, RuntimeError):
+                return False
+            raise
+        return True
+
     def _run(self) -> None:
+        try:
+            self._work_on()
+        finally:
+            if self._thread is threading.current_thread():
+                self._thread = None
+
+    def _work_on(self) -> None:
         work = self._work()  # a strong reference while the thread runs: a freed breaker may leave a report
         while work is not None:
             pause = self._pause()
-            if pause is None:
-                with self._lock:
-                    if not self._awake.is_set():
-                        self._thread = None
-                        return
-            self._awake.wait(pause)
+            with self._lock:
+                if self._thread is not threading.current_thread():
+                    return
+                if pause is None and not self.is_awake():
+                    self._thread = None
+                    return
+            with contextlib.suppress(queue.Empty):
+                self._wakes.get(timeout=pause)
             if (rest := self._rest()) > 0:
                 time.sleep(rest)
-            self._awake.clear()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._wakes.get_nowait()
             try:
                 work()
             except Exception:
