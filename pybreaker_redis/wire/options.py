@@ -134,6 +134,11 @@ def none_free(limit: int, timeout: float) -> redis.RedisError:
     return redis.RedisError(f"all {limit} connections that max_connections allows were in use for {timeout:g} s")
 
 
+def connects_late(timeout: float) -> redis.TimeoutError:
+    """The error of a caller that waits no longer for a new connection."""
+    return redis.TimeoutError(f"connecting takes longer than {timeout:g} s, and goes on in the background")
+
+
 def lost_meanwhile() -> redis.ConnectionError:
     """The error of a caller that waited for a connection; else each would time out on the dead server in turn."""
     return redis.ConnectionError("another call lost the server while this one waited for a connection")

@@ -277,6 +277,8 @@ class Interrupted(Exception):
     """Raised by a signal handler."""
 
 
+# a thread whose start is interrupted ends with an error of Python's own
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("module", [sync, threading], ids=["package", "threading"])
 @pytest.mark.parametrize("handler", ["calls", "raises"])
 def test_a_signal_handler_amid_a_wake(module: types.ModuleType, handler: str) -> None:
