@@ -363,9 +363,12 @@ class Connections:
             raise connects_late(timeout)
         if attempt.error is not None:
             raise attempt.error
-        self._patience = patience_after(monotonic() - attempt.began, self._timeout)
-        pipe.open(attempt.connection, self._timeout)
+        self._use(attempt, pipe)
         return pipe
+
+    def _use(self, attempt: Attempt, pipe: Pipe) -> None:
+        self._patience = patience_after(attempt.took, self._timeout)
+        pipe.open(attempt.connection, self._timeout)
 
     # Late attempts
 
@@ -392,9 +395,8 @@ class Connections:
             is_wanted = self._late is attempt
             if is_wanted:
                 self._late = None
-                self._patience = patience_after(self._timeout, self._timeout)
             if is_wanted and attempt.error is None:
-                place.open(attempt.connection, self._timeout)
+                self._use(attempt, place)
                 self._idle.append(place)
                 self._hand_over()
                 return
@@ -473,8 +475,8 @@ class Attempt:
     for a credential provider, and for each of several addresses and replies.
 
     connection: not yet open; only connect() asks a Sentinel for the master. closes: the calls of close() so far.
-    place: among the connections, if its caller has left it. error: why it failed, once it has ended. offered: another
-    connection that has become free meanwhile.
+    place: among the connections, if its caller has left it. offered: another connection that has become free meanwhile.
+    Once it has ended: error: why it failed. took: seconds.
     """
 
     def __init__(self, connection: Any, closes: int) -> None:
@@ -502,6 +504,7 @@ class Attempt:
                 self.connection.connect()
         except BaseException as error:
             self.error = error
+        self.took = monotonic() - self.began
         with lock:
             self.has_ended = True
         self._ends.put(None)
