@@ -37,8 +37,10 @@ NO_REPLY = object()  # from a reader that has no whole reply yet
 REDIS_ERRORS = (redis.RedisError, OSError)
 # options of connections for which blocking and asyncio ones have classes and functions of their own
 _OF_ONE_KIND = ("redis_connect_func", "parser_class", "encoder_class", "connection_pool")
-# errors that leave a connection usable
-_INTACT = (exceptions.NoScriptError, exceptions.AskError, exceptions.MovedError)
+# errors of a connection that leads to the wrong server, or to one that is not ready; Redis 6 hides the codes within the
+# message of a script's error
+_ASTRAY = (redis.ConnectionError, redis.ReadOnlyError, exceptions.ClusterDownError)
+_ASTRAY_TEXTS = re.compile(r"\b(READONLY|MASTERDOWN|CLUSTERDOWN|LOADING|NOAUTH)\b")
 _by_url: weakref.WeakValueDictionary[tuple[Kind, str], Any] = weakref.WeakValueDictionary()
 
 
@@ -93,9 +95,9 @@ def _is_fake(given: Any) -> bool:
 
 
 def intact(replies: list[Any]) -> bool:
-    """Whether a connection that gave these replies is as good as before."""
+    """Whether a connection that gave these replies is as good as before. A refusal is no fault of the connection."""
     errors = [reply for reply in replies if isinstance(reply, Exception)]
-    return not errors or all(isinstance(error, _INTACT) for error in errors)
+    return not any(isinstance(error, _ASTRAY) or _ASTRAY_TEXTS.search(str(error)) for error in errors)
 
 
 def is_cluster(client: Any) -> bool:
@@ -352,6 +354,8 @@ def can_read(connection: Any) -> Any:
 # the error codes of a server that serves no breaker now; Redis 6 hides them within the message of a script's error
 _SERVER_TEXTS = re.compile(
     r"^(NOAUTH|WRONGPASS|LOADING|BUSY|MASTERDOWN|CLUSTERDOWN)\b|\b(OOM command|READONLY|MISCONF|NOREPLICAS)\b"
+    # refusals of a command, by an ACL or since it was renamed, in the words of Redis 6.2 to 8 and Valkey; not of a key
+    r"|permissions to run the |can't run this command|^unknown command|Unknown (Redis )?command called from"
 )
 _SERVER_ERRORS = (
     redis.ConnectionError,
@@ -364,7 +368,10 @@ _SERVER_ERRORS = (
 
 
 def concerns_server(error: BaseException) -> bool:
-    """Whether an error is an outage of the server, which no breaker can use now, rather than of one breaker."""
+    """Whether an error is an outage of the server, which no breaker can use now, rather than of one breaker.
+
+    The refusal of a command concerns all breakers of the client, that of a key only one.
+    """
     return isinstance(error, _SERVER_ERRORS) or _SERVER_TEXTS.search(str(error)) is not None
 
 
