@@ -39,7 +39,7 @@ from .options import (
 from .outage import longest_exchange
 from .route import Leg
 from .server import BaseServer
-from .subscription import AsyncSubscription
+from .subscription import AsyncSubscription, in_background
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ class AsyncServer(BaseServer):
 
     def _start_at_once(self, here: OnLoop) -> asyncio.Task[None]:
         here.wake_after(None, self._start)
-        here.task = asyncio.get_running_loop().create_task(self._refresh(here))
+        here.task = in_background(self._refresh(here))
         return here.task
 
     async def _refresh(self, here: OnLoop) -> None:
@@ -183,7 +183,10 @@ class OnLoop:
         """Make a call after so many seconds, instead of the call that was planned before. None: make no call."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, call)
+        self._timer = None
+        if seconds is not None:
+            # in an empty context, as a task of in_background() is
+            self._timer = asyncio.get_running_loop().call_later(seconds, call, context=contextvars.Context())
 
 
 async def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Awaitable[Any]], first: Any = None) -> T:
@@ -326,7 +329,7 @@ class AsyncConnections:
         Raises redis.TimeoutError if both take longer: the attempt goes on in the background.
         """
         loop, connection, closes = asyncio.get_running_loop(), self.connection(), self._closes
-        attempt = loop.create_task(self._connect(connection), context=contextvars.Context())
+        attempt = in_background(self._connect(connection))
         offer: asyncio.Future[Any] = loop.create_future()
         self._opening.append(offer)
         try:
