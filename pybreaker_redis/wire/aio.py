@@ -25,11 +25,11 @@ from .options import (
     PROOF_AFTER,
     REDIS_ERRORS,
     Address,
+    ConnectsLate,
     blocking,
     can_read,
     connecting,
     connection,
-    connects_late,
     intact,
     limit_of,
     lost_meanwhile,
@@ -217,9 +217,7 @@ class AsyncConnections:
         self._slots = asyncio.Semaphore(self._limit)
         # the one attempt to open a connection whose caller has given up waiting; no other one begins meanwhile
         self._late: asyncio.Task[Exception | None] | None = None
-        self._opening: collections.deque[asyncio.Future[Any]] = (
-            collections.deque()
-        )  # of callers that wait for an attempt
+        self._opening: collections.deque[asyncio.Future[Any]] = collections.deque()  # of callers that open one
         self._longest = longest_exchange(timeout)  # seconds after which an attempt is given up
         self._losses = self._closes = 0
 
@@ -229,7 +227,8 @@ class AsyncConnections:
         try:
             await self._take_slot()
             try:
-                await self._wait_for_late()
+                if self._late is not None and not self._idle:
+                    await _first_of(self._late, seconds=self._timeout)
                 if losses != self._losses:
                     raise lost_meanwhile()
                 return await self._send(packed(commands, asking), len(commands), asking, sent)
@@ -254,7 +253,7 @@ class AsyncConnections:
 
     async def _send(self, data: bytes, count: int, asking: bool, sent: asyncio.Event) -> list[Any]:
         losses, closes = self._losses, self._closes
-        connection, used_at = self._idle.pop() if self._idle else (self.connection(), NEVER)
+        connection, used_at = self._idle.pop() if self._idle else (None, NEVER)
         try:
             connection = await self._prepare(connection, used_at)
             async with _deadline(self._timeout):
@@ -268,7 +267,7 @@ class AsyncConnections:
         except GeneratorExit:  # collected while it ran: its loop is gone, and so are the sockets
             raise
         except BaseException as error:
-            if isinstance(error, REDIS_ERRORS):
+            if isinstance(error, REDIS_ERRORS) and not isinstance(error, ConnectsLate):
                 await self._lose()
             await _drop(connection)
             raise
@@ -313,7 +312,7 @@ class AsyncConnections:
         usable."""
         timeout = self._timeout
         with contextlib.suppress(*REDIS_ERRORS):
-            if connection.is_connected and not await can_read(connection)():
+            if connection is not None and connection.is_connected and not await can_read(connection)():
                 if monotonic() - used_at <= PROOF_AFTER or await self._proves(connection):
                     return connection
                 await self._close_idle()  # the others were idle for longer
@@ -328,9 +327,9 @@ class AsyncConnections:
 
         Raises redis.TimeoutError if both take longer: the attempt goes on in the background.
         """
-        loop, connection, closes = asyncio.get_running_loop(), self.connection(), self._closes
+        connection, closes = self.connection(), self._closes
         attempt = in_background(self._connect(connection))
-        offer: asyncio.Future[Any] = loop.create_future()
+        offer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._opening.append(offer)
         try:
             await _first_of(attempt, offer, seconds=timeout)
@@ -350,10 +349,15 @@ class AsyncConnections:
         """Let an attempt go on without its caller, unless another one does already."""
         if attempt.done():
             await _drop(connection)
-        elif closes != self._closes or self._is_late():
+        elif closes != self._closes or self._late is not None:
             attempt.cancel()
         else:
             self._late = attempt
+            attempt.add_done_callback(self._late_ended)
+
+    def _late_ended(self, attempt: asyncio.Task[Any]) -> None:
+        if self._late is attempt:
+            self._late = None
 
     async def _connect(self, connection: Any) -> Exception | None:
         """Open a connection. Returns why it failed. If its caller has left, the next one takes it."""
@@ -375,13 +379,6 @@ class AsyncConnections:
         if self._late is asyncio.current_task():
             self._put_back(connection)
         return None
-
-    def _is_late(self) -> bool:
-        return self._late is not None and not self._late.done()
-
-    async def _wait_for_late(self) -> None:
-        if self._late is not None and self._is_late() and not self._idle:
-            await _first_of(self._late, seconds=self._timeout)
 
     async def _proves(self, connection: Any) -> bool:
         """Whether the server answers a PING on this connection in time. An error is an answer, too."""
@@ -415,11 +412,11 @@ async def _first_of(*awaited: asyncio.Future[Any], seconds: float) -> None:
         async with _deadline(seconds):
             await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
     except redis.TimeoutError:
-        raise connects_late(seconds) from None
+        raise ConnectsLate(seconds) from None
 
 
 async def _drop(connection: Any) -> None:
-    if not _is_closed():  # else its socket is closed already
+    if connection is not None and not _is_closed():  # else its socket is closed already
         await connection.disconnect(nowait=True)
 
 

@@ -136,9 +136,11 @@ def none_free(limit: int, timeout: float) -> redis.RedisError:
     return redis.RedisError(f"all {limit} connections that max_connections allows were in use for {timeout:g} s")
 
 
-def connects_late(timeout: float) -> redis.TimeoutError:
-    """The error of a caller that waits no longer for a new connection."""
-    return redis.TimeoutError(f"connecting takes longer than {timeout:g} s, and goes on in the background")
+class ConnectsLate(redis.TimeoutError):
+    """A caller waits no longer for a new connection. This says nothing about those that are open."""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(f"connecting takes longer than {timeout:g} s, and goes on in the background")
 
 
 def lost_meanwhile() -> redis.ConnectionError:

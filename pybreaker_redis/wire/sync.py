@@ -29,9 +29,9 @@ from .options import (
     PROOF_AFTER,
     REDIS_ERRORS,
     Address,
+    ConnectsLate,
     connecting,
     connection,
-    connects_late,
     intact,
     limit_of,
     lost_meanwhile,
@@ -285,7 +285,7 @@ class Connections:
                 pipe.settimeout(left)
             replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), timeout)
         except BaseException as error:
-            if isinstance(error, REDIS_ERRORS):
+            if isinstance(error, REDIS_ERRORS) and not isinstance(error, ConnectsLate):
                 self._lose()
             self._drop(pipe)
             raise
@@ -360,7 +360,7 @@ class Connections:
             self._drop(pipe)
             return attempt.offered
         if attempt.place is not None:
-            raise connects_late(timeout)
+            raise ConnectsLate(timeout)
         if attempt.error is not None:
             raise attempt.error
         self._use(attempt, pipe)
@@ -424,7 +424,7 @@ class Connections:
             except ValueError:  # another thread has taken it from the line, and hands it a connection now
                 with contextlib.suppress(queue.Empty):
                     return turn.get(timeout=timeout)
-            error = none_free(self._limit, timeout) if self._late is None else connects_late(timeout)
+            error = none_free(self._limit, timeout) if self._late is None else ConnectsLate(timeout)
             raise error from None
         finally:
             with contextlib.suppress(ValueError):
