@@ -356,8 +356,10 @@ def can_read(connection: Any) -> Any:
 # the error codes of a server that serves no breaker now; Redis 6 hides them within the message of a script's error
 _SERVER_TEXTS = re.compile(
     r"^(NOAUTH|WRONGPASS|LOADING|BUSY|MASTERDOWN|CLUSTERDOWN)\b|\b(OOM command|READONLY|MISCONF|NOREPLICAS)\b"
-    # refusals of a command, by an ACL or since it was renamed, in the words of Redis 6.2 to 8 and Valkey; not of a key
-    r"|permissions to run the |can't run this command|^unknown command|Unknown (Redis )?command called from"
+)
+# refusals of a command, by an ACL or because it was renamed, in the words of Redis 6.2 to 8 and Valkey; not of a key
+_REFUSALS = re.compile(
+    r"permissions to run the |can't run this command|^unknown command|Unknown (Redis )?command called from"
 )
 _SERVER_ERRORS = (
     redis.ConnectionError,
@@ -374,7 +376,13 @@ def concerns_server(error: BaseException) -> bool:
 
     The refusal of a command concerns all breakers of the client, that of a key only one.
     """
-    return isinstance(error, _SERVER_ERRORS) or _SERVER_TEXTS.search(str(error)) is not None
+    lost = isinstance(error, _SERVER_ERRORS) or _SERVER_TEXTS.search(str(error)) is not None
+    return lost or refuses_command(error)
+
+
+def refuses_command(error: BaseException) -> bool:
+    """Whether a server that works refuses a command to every breaker of the client."""
+    return _REFUSALS.search(str(error)) is not None
 
 
 _KINDS: tuple[tuple[type[BaseException], str], ...] = (
