@@ -303,8 +303,6 @@ class Fleet:
 
         def ended(permit: Any) -> None:
             self.failed += fails
-            if not fails and (permit.generation is None or breaker._finish(permit)):
-                return
             steps = breaker._report(permit, FAILURE if fails else "success")
             if steps is not None:
                 process.send(steps, execute, lambda _: None)

@@ -178,7 +178,7 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             result = await func(*args, **kwargs)
         except BaseException as error:
-            await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
+            await self._drive(self._report_error(error, seen.generation, now))
             raise
         if self._only_counts and now >= self._innermost.failed_at:
             seen.tick()
@@ -248,7 +248,7 @@ class AsyncCircuitBreaker(BreakerCore):
             try:
                 result = await func(*args, **kwargs)
             except BaseException as error:
-                await self._drive(self._report_end(self._permit(self, seen.generation, now), error))
+                await self._drive(self._report_error(error, seen.generation, now))
                 raise
             if only_counts and now >= innermost.failed_at:
                 seen.tick()
@@ -282,12 +282,7 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         finally:
             permit.end()
-        if not self._every_result_succeeds:
-            await self._drive(self._report_result(permit, result))
-        elif not self._innermost.has_failed(permit.started) and self._finish(permit):
-            await self._deliver()
-        else:
-            await self._drive(self._report_end(permit, None))
+        await self._drive(self._report_result(permit, result))
         return result
 
     def _judge(self, result: Any, seen: Seen, now: float) -> Awaitable[None] | None:
@@ -448,12 +443,15 @@ class AsyncCircuitBreaker(BreakerCore):
     def _start_delivery(self, events: Iterator[Event]) -> Awaitable[None] | None:
         """Call the plain listeners. Returns what has to be awaited from the first awaitable listener on."""
         notices = self._notices
-        calls = ((listener, event) for event in events for listener in notices.receivers(event))
-        for listener, event in calls:
-            result = notices.call(listener, event)
-            if inspect.isawaitable(result):
-                # all of them now: another task of this thread must not take what is left
-                return asyncio.shield(_spawn(_call_the_rest(notices, listener, result, iter(list(calls)))))
+        for event in events:
+            listeners = iter(notices.receivers(event))
+            for listener in listeners:
+                result = notices.call(listener, event)
+                if result is not None and inspect.isawaitable(result):
+                    # all of them now: another task of this thread must not take what is left
+                    rest = [(one, event) for one in listeners]
+                    rest += [(one, later) for later in events for one in notices.receivers(later)]
+                    return asyncio.shield(_spawn(_call_the_rest(notices, listener, result, iter(rest))))
         return None
 
     # State and operator actions

@@ -19,7 +19,7 @@ from ._errors import CircuitOpenError, ForcedStateError, PolicyError, RedisUnava
 from ._events import Counts, Event, Listener, Notices, logger
 from ._isolation import Isolation
 from ._memory import FixedEngine, LocalEngine, MemoryEngine, clock_ms, document_for
-from ._permit import BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
+from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
 from ._policy import Policy, override_request, shared_request
 from ._process import renew
 from ._protocol import Action, Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
@@ -32,7 +32,6 @@ W = TypeVar("W", bound=BaseWatch)
 Fallback: TypeAlias = Callable[[CircuitOpenError], Any]
 Engine: TypeAlias = MemoryEngine | FixedEngine
 ASKED_AGAIN = 0.1  # retry_after in seconds while other calls of this process ask for the slots of probes
-_NEWS = frozenset({"override", "transition"})
 _NO_OVERRIDE = NEVER, float("inf")
 _NEEDS_POLICY = frozenset({"failures", "slow", "hold_ms", "probe", "counted"})
 _OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", *_NEEDS_POLICY, "pending", "error"}
@@ -126,7 +125,7 @@ class BreakerCore:
         self._shares: BreakerCore | None = None  # whose view and engine this breaker uses
         # one of the two: the state machine in this process, or the breaker's line, which the link makes and calls
         now_ms = clock_ms if clock is None else clock.now_ms
-        self._memory = MemoryEngine(now_ms, quorum_of_one=True) if redis is None else None
+        self._memory = MemoryEngine(now_ms, quorum_of_one=True, lock=self._view.lock) if redis is None else None
         self._line: Any = None if self._redis is None else self._redis.link.line_of(self, on_redis_failure, listed)
         self._pid = getpid()
         self._start_process()
@@ -166,7 +165,7 @@ class BreakerCore:
         self._innermost.after_fork()
         self._isolation.forget()  # a thread of the parent may hold the lock of its engine
         if self._memory is not None:
-            self._memory.after_fork()
+            self._memory.after_fork(self._view.lock)
         if self._line is not None:
             self._line.start_process()
         if self._watch is not None:
@@ -329,69 +328,48 @@ class BreakerCore:
 
     # Reports
 
-    def _finish(self, permit: BasePermit) -> bool:
-        """Count a quick success without a script call. Returns False, with nothing done, if it needs one."""
-        generation = permit.generation
-        if self._view.lease <= 0 or permit.probe is not None:
-            return False
-        if generation is None or generation != self._view.seen.generation:
-            return False
-        if not self._slow_calls.ended_quickly(permit) or not self._gather(generation):
-            return False
-        permit.settle()
-        self._notices.call_ended(
-            SUCCESS, generation, None, None if self._view.policy.slow_call_duration is None else False
-        )
-        return True
-
-    def _gather(self, generation: int) -> bool:
-        """Count a success in the view. Returns False if the view cannot take it."""
-        if not self._view.gather(generation):
-            return False
-        if self._view.claim_report():
-            self._redis.soon(self._line, urgent=True)
-        return True
-
     def _report(
         self, permit: BasePermit, outcome: Outcome, error: BaseException | None = None, hold_ms: int = 0
     ) -> Steps[None] | None:
+        """Settle a permit, and count its outcome. See _count."""
+        permit._stage = SETTLED
+        slow, pending = self._slow_calls.ended(permit)
+        return self._count(outcome, permit.generation, error, hold_ms, permit.probe, slow, pending)
+
+    def _count(
+        self,
+        outcome: Outcome,
+        generation: int | None,
+        error: BaseException | None,
+        hold_ms: int,
+        probe: int | None = None,
+        slow: bool | None = None,
+        pending: bool = False,
+    ) -> Steps[None] | None:
         """Count an outcome. Returns the steps that report it to Redis, or None if it was counted here.
 
-        hold_ms: milliseconds after which the service said to come back. Then only a failure of a probe counts as one.
+        generation, probe: of its permit. hold_ms: milliseconds after which the service said to come back. Then only a
+        failure of a probe counts as one. slow, pending: see SlowCalls.ended.
         """
         if getpid() != self._pid:
             renew(self)
-        permit.settle()
-        slow, pending = self._slow_calls.ended(permit)
-        generation, probe = permit.generation, permit.probe
         if self._notices.on_call:
             self._notices.call_ended(outcome, generation, error, slow)
-        plain = outcome == SUCCESS and probe is None and not slow
-        if plain and generation is not None and self._gather(generation):
+        plain = probe is None and not slow
+        if outcome == SUCCESS and plain and generation is not None and self._view.gather(generation):
+            if self._view.claim_report():
+                self._redis.soon(self._line, urgent=True)
             return None
         self._notices.count(outcome, slow)
         nothing = outcome == IGNORED and probe is None and (not slow or pending)
-        if generation is None or nothing or (plain and self._view.lease > 0):
+        if generation is None or nothing or (outcome == SUCCESS and plain and self._view.lease > 0):
             return None
-        report: Request = {"generation": generation}
-        if probe is not None:
-            report["probe"] = probe
+        memory = self._memory if outcome == FAILURE and plain and not pending and hold_ms == 0 else None
+        if memory is not None and memory.count_failure(generation, self._given or None, self._view):
+            return None
+        report = _report_of(outcome, generation, hold_ms, probe, slow, pending)
         if outcome == FAILURE and error is not None:
-            report["error"] = functools.partial(described, error, self._record_errors)  # seldom needed
-        if hold_ms > 0:
-            report["hold_ms"] = hold_ms
-            if probe is None:
-                outcome = IGNORED
-        if outcome == FAILURE:
-            report["failures"] = 1
-        elif outcome == SUCCESS:
-            report["successes"] = 1
-        if outcome != IGNORED and (pending or slow):
-            report["counted" if pending else "slow"] = 1
-        elif slow and not pending:  # cancelled, or timed out from outside: it was slow all the same
-            report["slow"] = 1
-            if probe is None:
-                report["pending"] = 1  # nothing will count it as a call
+            report["error"] = described(error, self._record_errors)  # may call this breaker: before anything is taken
         *slow_probes, gathered = self._reports(generation)
         return self._send([*slow_probes, *_joined(gathered, report)])
 
@@ -418,9 +396,8 @@ class BreakerCore:
     def _send(self, reports: list[Request]) -> Steps[None] | None:
         """Report outcomes. Returns the steps, or None if the engine of this process has counted them."""
         for place, report in enumerate(reports):
-            if (engine := self._own_engine()) is None:
+            if self._run_here("record", report) is None:
                 return self._send_to_redis(reports[place:])
-            self._run_on(engine, "record", report)
         return None
 
     def _send_to_redis(self, reports: list[Request]) -> Steps[None]:
@@ -434,6 +411,8 @@ class BreakerCore:
 
     def _report_result(self, permit: BasePermit, result: Any) -> Steps[None] | None:
         """Classify a result and count it. If is_failure raises, nothing is counted, and the steps raise its error."""
+        if self._every_result_succeeds:
+            return self._report_end(permit, None)
         try:
             outcome = self._classifier.of_result(result)
         except BaseException as error:
@@ -446,21 +425,32 @@ class BreakerCore:
         return self._report_end(permit, None)
 
     def _report_end(self, permit: BasePermit, error: BaseException | None) -> Steps[None] | None:
-        """Classify the end of a call or block, and count it. error: the exception that ended it, if any."""
+        """Count the end of a call or block. error: the exception that ended it, if any."""
         if error is None:  # a success, unless a nested guard has counted a failure
             return self._report(permit, IGNORED if self._innermost.has_failed(permit.started) else SUCCESS)
+        return self._report_error(error, permit.generation, permit.started, permit)
+
+    def _report_error(
+        self, error: BaseException, generation: int | None, began: float, permit: BasePermit | None = None
+    ) -> Steps[None] | None:
+        """Classify the exception that ended a call, and count it. permit: None for a call of the fast path.
+
+        generation: under which the call was admitted. began: when.
+        """
+        innermost, hold_ms = self._innermost, 0
+        outcome: Outcome = IGNORED
         if isinstance(error, CircuitOpenError) and error.name == self._name:
-            return self._report(permit, IGNORED, error)  # a nested rejection says nothing about the service
-        innermost, began = self._innermost, permit.started
-        if began < innermost.failed_at and (innermost.has_counted(error, began) or innermost.has_failed(began)):
-            return self._report(permit, IGNORED, error)
-        outcome = self._classifier.of_exception(error)
-        hold_ms = 0 if outcome == IGNORED else self._classifier.hold_ms_of(error)
-        if hold_ms > 0:
-            outcome = FAILURE
-        if outcome == FAILURE and permit.generation is not None:
-            innermost.failed(error, began)
-        return self._report(permit, outcome, error, hold_ms)
+            pass  # a nested rejection says nothing about the service
+        elif began >= innermost.failed_at or not (innermost.has_counted(error, began) or innermost.has_failed(began)):
+            outcome = self._classifier.of_exception(error)
+            hold_ms = 0 if outcome == IGNORED else self._classifier.hold_ms_of(error)
+            if outcome == FAILURE or hold_ms > 0:
+                outcome = FAILURE
+                if generation is not None:
+                    innermost.failed(error, began)
+        if permit is not None:
+            return self._report(permit, outcome, error, hold_ms)
+        return self._count(outcome, generation, error, hold_ms)
 
     # Script calls and their replies
 
@@ -513,21 +503,16 @@ class BreakerCore:
         return None if engine is None else self._run_on(engine, name, request)
 
     def _run_on(self, engine: Engine, name: str, request: Request) -> Reply:
-        sent = self._now()
-        complete = self._complete(name, request)
+        sent, complete = self._now(), {**self._with_policy, **request}
         complete.pop("seen_failure", None)  # the number is the fleet's; in this engine, all outcomes come in order
         reply = engine.run(name, complete)
         self._isolation.forget()
         if self._override is not None or "override" in reply:  # else, in this process, there is nothing to put in force
             self._obey(reply, sent)
         seen = self._view.seen
+        news = "transition" in reply or reply["generation"] != seen.generation or self._override is not None
         # only this process changes the state: under the generation of a closed view, a reply says nothing new
-        if (
-            not seen.sent <= sent < seen.closed_until
-            or reply["generation"] != seen.generation
-            or self._override
-            or not _NEWS.isdisjoint(reply)
-        ):
+        if news or not seen.sent <= sent < seen.closed_until:
             self._adopt(reply, sent)
         return reply
 
@@ -535,8 +520,6 @@ class BreakerCore:
         """Let Redis run a script. Raises errors of redis-py."""
         if request.get("generation", 0) < 0:  # of a local engine: Redis does not know it
             request = {key: value for key, value in request.items() if key not in _OUTCOMES}
-        if "error" in request:
-            request = {**request, "error": request["error"]()}
         began = monotonic()
         try:
             reply: Reply = yield Ask(name, request)
@@ -725,12 +708,36 @@ def check_fallback(given: object) -> None:
         raise PolicyError(f"fallback must be a function of the CircuitOpenError, or None, not {given!r}")
 
 
+def _report_of(
+    outcome: Outcome, generation: int, hold_ms: int, probe: int | None, slow: bool | None, pending: bool
+) -> Request:
+    """One outcome as a request. See BreakerCore._count."""
+    report: Request = {"generation": generation}
+    if probe is not None:
+        report["probe"] = probe
+    if hold_ms > 0:
+        report["hold_ms"] = hold_ms
+        if probe is None:
+            outcome = IGNORED
+    if outcome != IGNORED:
+        report["failures" if outcome == FAILURE else "successes"] = 1
+        if pending or slow:
+            report["counted" if pending else "slow"] = 1
+    elif slow and not pending:  # cancelled, or timed out from outside: it was slow all the same
+        report["slow"] = 1
+        if probe is None:
+            report["pending"] = 1  # nothing will count it as a call
+    return report
+
+
 def _joined(gathered: Request, report: Request) -> list[Request]:
     """The gathered outcomes and a report as one request; as two if the report's success ended later."""
     if "successes" in gathered and "successes" in report:
         return [gathered, report]
-    slow = gathered.get("slow", 0) + report.get("slow", 0)
-    return [{**gathered, **report, "slow": slow} if slow else {**gathered, **report}]
+    both = {**gathered, **report}
+    if "slow" in gathered and "slow" in report:
+        both |= {field: gathered[field] + report.get(field, 0) for field in ("slow", "pending")}
+    return [both]
 
 
 def _raise_after(steps: Steps[None] | None, error: BaseException) -> Steps[None]:

@@ -23,6 +23,7 @@ Listener: TypeAlias = Callable[["Event"], object]
 """What `listeners` and `on_call` hold; on asyncio, it may be a coroutine function."""
 CALL_KINDS = frozenset({"success", "failure", "ignored", "rejected"})
 logger = logging.getLogger("pybreaker_redis")
+_new = tuple.__new__
 
 
 class Event(NamedTuple):
@@ -126,7 +127,7 @@ class Notices:
         """
         self.instance = instance
         # by thread; no queue is ever replaced, since a signal handler may use it at any time
-        self._waiting: dict[int, collections.deque[Event]] = {}
+        self.waiting: dict[int, collections.deque[Event]] = {}
         self._notified: tuple[int, ...] = ()  # the latest generations
         self._lock = lock
         self._counters: dict[str, Counter] = {}
@@ -136,10 +137,10 @@ class Notices:
     ) -> None:
         """Notify on_call of the end of a call."""
         if self.on_call:
-            # by position, which takes half the time of keywords
-            self._put(
-                Event(outcome, self.name, self.instance, None, None, None, generation, None, None, error, None, slow)
-            )
+            # by position, without the class's own constructor: a third of the time
+            who = self.instance
+            fields = outcome, self.name, who, None, None, None, generation, None, None, error, None, slow, None, None
+            self._put(_new(Event, fields))
 
     def count(self, outcome: str, slow: bool | None = False) -> None:
         """Count a call that the view does not count."""
@@ -199,16 +200,14 @@ class Notices:
                 self.failed(instrument)
 
     def _put(self, event: Event) -> None:
-        queue = self._waiting.get(get_ident())
+        queue = self.waiting.get(get_ident())
         if queue is None:
-            queue = self._waiting.setdefault(get_ident(), collections.deque())
+            queue = self.waiting.setdefault(get_ident(), collections.deque())
         queue.append(event)
 
     def next(self) -> Event | None:
         """Take the next event that this thread has to deliver, or None."""
-        if not self._waiting:
-            return None
-        queue = self._waiting.get(get_ident())
+        queue = self.waiting.get(get_ident())
         try:
             return queue.popleft() if queue else None
         except IndexError:  # a signal handler delivered the last one
@@ -216,7 +215,7 @@ class Notices:
 
     def take(self) -> list[Event]:
         """Take all events that this thread has to deliver."""
-        return list(iter(self.next, None)) if self._waiting.get(get_ident()) else []
+        return list(iter(self.next, None))
 
     def receivers(self, event: Event) -> tuple[Listener, ...]:
         """The listeners of an event."""

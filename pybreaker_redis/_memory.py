@@ -16,11 +16,13 @@ from . import _rules
 from ._policy import default_request
 from ._protocol import LONGEST_OPEN_MS, POLICY_ACTIONS, Forced, Reply, Request, State, override_text
 from ._rules import Document
+from ._view import View
 from ._window import Sums, bucket_ms, sums, window_at
 
 HISTORY_ENTRIES = 1000
 _DEFAULTS = default_request()
 _UNSET: tuple[Any, Any] = object(), object()
+_FAILURE = {"failures": 1}
 _OUTCOMES = {"successes", "failures", "slow", "hold_ms", "probe"}
 _WALL_OFFSET_NS = time.time_ns() - time.monotonic_ns()
 
@@ -43,22 +45,14 @@ class MemoryEngine:
     override_until_ms if that is given.
     quorum_of_one: ignore the policy's quorum, since no other process reports to this engine.
     publish: called with each message that a script would publish.
+    lock: of the breaker; default: one of its own.
     """
 
     source = "memory"
     is_local = False
     __slots__ = (
-        *(
-            "_now_ms",
-            "_publish",
-            "_quorum_of_one",
-            "_document",
-            "_override",
-            "_override_until_ms",
-            "_override_by",
-            "_dropped",
-        ),
-        *("_latest_ms", "_made_of", "_policy", "_lock", "_history"),
+        *("_now_ms", "_publish", "_quorum_of_one", "_document", "_override", "_override_until_ms", "_override_by"),
+        *("_dropped", "_latest_ms", "_made_of", "_policy", "_unjudged", "_lock", "_history"),
     )
 
     def __init__(
@@ -69,6 +63,7 @@ class MemoryEngine:
         override_until_ms: int | None = None,
         quorum_of_one: bool = False,
         publish: Callable[[dict[str, Any]], None] | None = None,
+        lock: threading.RLock | None = None,
     ) -> None:
         self._now_ms = now_ms
         self._publish = publish
@@ -81,12 +76,13 @@ class MemoryEngine:
         self._latest_ms = 0  # what the clock said last
         self._made_of = _UNSET  # the inputs of _policy, which is never changed in place
         self._policy: dict[str, Any] = {}
-        self._lock = threading.RLock()
+        self._unjudged = 0  # a run that stays below this many failures changes nothing else; 0: judge each failure
+        self._lock = lock or threading.RLock()
         self._history: collections.deque[dict[str, Any]] | None = None  # until the first transition
 
-    def after_fork(self) -> None:
+    def after_fork(self, lock: threading.RLock) -> None:
         """In a child: replace the lock, which a thread of the parent may hold."""
-        self._lock = threading.RLock()
+        self._lock = lock
 
     def replace(self, **fields: Any) -> None:
         """Go on from a document with these fields, under a new generation: calls that are running will not count."""
@@ -97,37 +93,56 @@ class MemoryEngine:
             self._document = document
 
     def run(self, name: str, request: Request) -> Reply:
-        """The reply of the script called name. Its error may be a function that describes it, since that takes time."""
-        try:
-            with self._lock:
-                return self._run(name, request)
-        except _rules.NotDescribed:
-            # outside of the lock: the code of an exception may wait for another thread, or call this breaker
-            return self.run(name, {**request, "error": request["error"]()})
+        """The reply of the script called name."""
+        with self._lock:
+            now = self._now_ms()
+            if now < self._latest_ms:
+                self._turn_back(self._latest_ms - now)
+            self._latest_ms = now
+            expired = self._override_until_ms is not None and self._override_until_ms <= now
+            drops = self._override is not None and not expired and request.get("action") in ("reset", "clear_policy")
+            self._dropped = self._override if drops else None
+            if expired or drops:  # a reset replaces everything but the history
+                self._forget_override()
+            policy = self._policy_of(request.get("policy"))
+            document = self._load(policy, now)
+            reply = _SCRIPTS[name](self, document, request, policy)
+            self._announce(document, request)
+            return self._reply(document, policy, reply)
 
-    def _run(self, name: str, request: Request) -> Reply:
-        now = self._now_ms()
-        if now < self._latest_ms:
-            self._turn_back(self._latest_ms - now)
-        self._latest_ms = now
-        expired = self._override_until_ms is not None and self._override_until_ms <= now
-        drops = self._override is not None and not expired and request.get("action") in ("reset", "clear_policy")
-        self._dropped = self._override if drops else None
-        if expired or drops:  # a reset replaces everything but the history
-            self._forget_override()
-        policy = self._policy_of(request.get("policy"))
-        document = self._load(policy, now)
-        reply = _SCRIPTS[name](self, document, request, policy)
-        document.reported_error = None  # it must not outlive the call
-        self._announce(document, request)
-        return self._reply(document, policy, reply)
+    def count_failure(self, generation: int, given: dict[str, Any] | None, view: View) -> bool:
+        """Count a failure that can only lengthen a run, in place: without a copy, a verdict and a reply.
+
+        Returns False, with nothing done, if it might do more: then run() decides. generation: under which the call was
+        admitted. given: the caller's fields of the policy. view: shares this engine's lock, and has gathered the
+        successes that ended the run before.
+        """
+        if not self._unjudged:
+            return False
+        with self._lock:
+            document, now, made_of = self._document, self._now_ms(), self._made_of
+            if document is None or made_of[0] is not given or made_of[1] is not self._override:
+                return False
+            if document.generation != generation or document.state != "closed" or document.forced is not None:
+                return False
+            if document.window is not None or document.closed_at_ms is not None or now < self._latest_ms:
+                return False
+            if document.failure_count + 1 >= self._unjudged:
+                return False
+            self._latest_ms = document.now = now
+            successes = view.seen.counter.take_unseen() if view.seen.generation == generation else 0
+            _rules.count_outcomes(document, {"failures": 1, "successes": successes} if successes else _FAILURE, 1, None)
+            return True
 
     def _policy_of(self, given: dict[str, Any] | None) -> dict[str, Any]:
         """The policy in force: the policy override, then the caller's fields, then the defaults."""
         made_of = given, self._override
         if made_of[0] is not self._made_of[0] or made_of[1] is not self._made_of[1]:
             fields = {**(given or {}), **(self._override or {}), **({"quorum": 1} if self._quorum_of_one else {})}
-            self._made_of, self._policy = made_of, _whole_policy(tuple(fields.items()))
+            policy = _whole_policy(tuple(fields.items()))
+            runs_only = policy["quorum"] == 1 and bucket_ms(policy) is None and not (self._override or self._publish)
+            self._made_of, self._policy = made_of, policy
+            self._unjudged = policy["failure_threshold"] if runs_only else 0
         return self._policy
 
     def history(self, count: int) -> list[dict[str, Any]]:

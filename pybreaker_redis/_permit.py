@@ -104,10 +104,6 @@ class BasePermit:
             else:
                 resume = functools.partial(generator.send, sent)
 
-    def settle(self) -> None:
-        """Mark the outcome as known."""
-        self._stage = SETTLED
-
     def _settle(
         self, outcome: Outcome, error: BaseException | None, retry_after: float | str | None = None
     ) -> Steps[None] | None:
@@ -191,11 +187,12 @@ class Innermost:
 
         began: when the call began.
         """
+        running = _running()
         with self._lock:  # or a thread that read the clock earlier could set failed_at back
             self.failed_at = now = self._now()
             if self._last is _NOBODY or len(self._last) >= 1000:  # most of these threads and tasks have ended
                 self._last = {}
-            self._last[_running()] = now
+            self._last[running] = now
         if error is not None:
             error.__dict__["_pybreaker_redis"] = self, now, began
 

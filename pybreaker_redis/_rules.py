@@ -10,7 +10,6 @@ import dataclasses
 import itertools
 import math
 import operator
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from ._protocol import EXACT, LONGEST_OPEN_MS, Forced, Request, State
@@ -18,21 +17,9 @@ from ._window import Sums, Window, bucket_ms, move_back, sums
 
 Policy: TypeAlias = dict[str, Any]  # all fields, in the scripts' units
 _FORCED: dict[str, Forced] = {"force_open": "open", "force_closed": "closed"}
-_TIMES = (
-    "last_failure_time",
-    "opened_at",
-    "changed_at_ms",
-    "closed_at_ms",
-    "run_since_ms",
-    "open_until_ms",
-    "forced_until_ms",
-)
+MOST_FAILURES = 2**32 - 1  # a u32 in the contract
 _NONE: dict[Any, int] = {}  # never changed in place
 _local_generations = itertools.count(2)  # FixedEngine has -1
-
-
-class NotDescribed(Exception):
-    """The circuit opens, but the report has only a function that describes its error. Nothing is stored yet."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -40,8 +27,7 @@ class Document:
     """The state of one breaker. lua/model.lua explains the stored fields, lua/document.lua those from `now` on.
 
     is_local: whether one process keeps it, while Redis is down. probes and reporters are never changed in place.
-    From `now` on, the fields are those of one request. reported_error may be a function that describes the error: see
-    NotDescribed.
+    From `now` on, the fields are those of one request.
     """
 
     generation: int
@@ -77,7 +63,7 @@ class Document:
     change: dict[str, Any] | None = None
     entry: dict[str, Any] | None = None
     hint: bool = False
-    reported_error: str | Callable[[], str] | None = None
+    reported_error: str | None = None
 
     def copy(self) -> Document:
         """A copy for another request."""
@@ -93,6 +79,7 @@ class Document:
 
 
 _names = [field.name for field in dataclasses.fields(Document)]
+_TIMES = [name for name in _names if name.endswith(("_time", "_at", "_at_ms", "_since_ms", "_until_ms"))]
 _stored = operator.attrgetter(*_names[: _names.index("now")])
 
 
@@ -153,8 +140,6 @@ def end_action(document: Document) -> None:
 
 
 def open_for(document: Document, duration_ms: int, reason: str) -> None:
-    if callable(document.reported_error):
-        raise NotDescribed
     transition(document, "open", reason)
     document.opened_at = document.now // 1000
     document.open_ms, document.open_until_ms = duration_ms, document.now + duration_ms
@@ -236,7 +221,7 @@ def record_probe(document: Document, request: Request, policy: Policy) -> bool:
     if request.get("pending", 0) == 0:  # a running call keeps its slot
         document.probes = {other: end for other, end in document.probes.items() if other != slot}
     if failures > 0:
-        document.failure_count = min(document.failure_count + failures, 2**32 - 1)
+        document.failure_count = min(document.failure_count + failures, MOST_FAILURES)
         document.last_failure_time = document.now // 1000
     hold_ms = min(request.get("hold_ms", 0), policy["max_hold_ms"])
     has_failed = request.get("counted", 0) > 0 and policy["slow_call_rate_threshold"] > 0  # as slow, while it ran
@@ -291,8 +276,7 @@ def count_outcomes(document: Document, request: Request, quorum: int, bucket: in
     Successes end only the failures that their process knew of before they ended: those up to seen_failure, or all if
     they are reported as they end.
     """
-    successes, failures, slow = request.get("successes", 0), request.get("failures", 0), request.get("slow", 0)
-    number, counted = document.failure_number, request.get("counted", 0)
+    successes, failures, number = request.get("successes", 0), request.get("failures", 0), document.failure_number
     if successes > 0:
         seen = min(request.get("seen_failure", number), number)
         document.failure_count = min(document.failure_count, number - seen)
@@ -301,19 +285,21 @@ def count_outcomes(document: Document, request: Request, quorum: int, bucket: in
     if failures > 0:
         if document.run_since_ms is None and quorum > 1:
             document.run_since_ms = document.now
-        document.failure_count = min(document.failure_count + failures, 2**32 - 1)
-        document.failure_number = min(number + failures, EXACT)
+        count, number = document.failure_count + failures, number + failures
+        document.failure_count = count if count < MOST_FAILURES else MOST_FAILURES  # half the time of min()
+        document.failure_number = number if number < EXACT else EXACT
         document.last_failure_time = document.now // 1000
     if document.window is None and bucket is not None:
         document.window = Window(bucket, document.now // bucket)
-    if document.window is None:
+    if (window := document.window) is None:
         return
-    document.window.calls += successes + failures + request.get("pending", 0) - counted
-    document.window.failures += failures
-    document.window.slow += slow
+    counted = request.get("counted", 0)
+    window.calls += successes + failures + request.get("pending", 0) - counted
+    window.failures += failures
+    window.slow += request.get("slow", 0)
     age_ms = request.get("age_ms", 0) if successes > 0 else 0
-    if age_ms > document.now % document.window.bucket_ms:  # the successes ended before the newest bucket began
-        move_back(document.window, successes - counted, age_ms, document.now)
+    if age_ms > document.now % window.bucket_ms:  # the successes ended before the newest bucket began
+        move_back(window, successes - counted, age_ms, document.now)
 
 
 def trip_reason(document: Document, policy: Policy, failures: int, hold_ms: int) -> str | None:

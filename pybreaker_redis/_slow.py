@@ -27,10 +27,10 @@ class SlowCalls:
     def began(self, permit: BasePermit) -> None:
         """Track the call of a permit if the policy measures durations."""
         if self._view.policy.slow_call_duration is not None:
-            with self._view.lock:
-                if self._running is _NONE:
-                    self._running = {}
-                self._running[permit] = None
+            if self._running is _NONE:
+                with self._view.lock:
+                    self._running = {} if self._running is _NONE else self._running
+            self._running[permit] = None
 
     def ended(self, permit: BasePermit) -> tuple[bool | None, bool]:
         """Whether the call was slow (None: not measured), and whether that was reported while it ran."""
@@ -45,13 +45,6 @@ class SlowCalls:
         window = float("inf") if permit.probe is not None else 0.9 * self._view.policy.window
         pending = now - permit.pending_since < window
         return slow if slow is None else pending or slow, pending
-
-    def ended_quickly(self, permit: BasePermit) -> bool:
-        """Whether the call was quick. If False, ended() decides."""
-        limit = self._view.policy.slow_call_duration
-        if limit is None:
-            return True
-        return self._view.now() - permit.started < limit and self._running.pop(permit, permit) is None
 
     def any_overdue(self) -> bool:
         """Whether a running call has become slow since overdue() was called."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import types
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from os import getpid
 from time import monotonic
 from typing import Any, ParamSpec, Self, TypeVar, cast, overload
@@ -154,7 +154,7 @@ class CircuitBreaker(BreakerCore):
         try:
             result = func(*args, **kwargs)
         except BaseException as error:
-            self._drive(self._report_end(self._permit(self, seen.generation, now), error))
+            self._drive(self._report_error(error, seen.generation, now))
             raise
         if self._only_counts and type(result) not in _SUSPENDED and now >= self._innermost.failed_at:
             seen.tick()
@@ -200,7 +200,7 @@ class CircuitBreaker(BreakerCore):
             try:
                 result = func(*args, **kwargs)
             except BaseException as error:
-                self._drive(self._report_end(self._permit(self, seen.generation, now), error))
+                self._drive(self._report_error(error, seen.generation, now))
                 raise
             if only_counts and type(result) not in _SUSPENDED and now >= innermost.failed_at:
                 seen.tick()
@@ -245,12 +245,7 @@ class CircuitBreaker(BreakerCore):
 
     def _settle_result(self, func: Any, result: R, permit: BasePermit) -> R:
         if type(result) not in _SUSPENDED:
-            if not self._every_result_succeeds:
-                self._drive(self._report_result(permit, result))
-            elif not self._innermost.has_failed(permit.started) and self._finish(permit):
-                self._deliver()
-            else:
-                self._drive(self._report_end(permit, None))
+            self._drive(self._report_result(permit, result))
             return result
         # nothing has run yet: a generator asks for its own permit when it starts
         self._drive(self._report(permit, IGNORED))
@@ -286,7 +281,8 @@ class CircuitBreaker(BreakerCore):
         """A permit for one call, which is also its `with` block. Raises CircuitOpenError if the call is rejected."""
         seen, now = self._view.seen, monotonic()
         if seen.sent <= now < seen.closed_until:
-            permit: Permit = _new(cast(Any, self._permit))  # calling the class would take half as long again
+            # calling the class would take half as long again
+            permit: Permit = _new(self._permit)  # type: ignore[assignment]
             permit._breaker = self
             permit._stage = ADMITTED
             permit._tick = seen.tick if self._only_counts else None
@@ -329,17 +325,15 @@ class CircuitBreaker(BreakerCore):
                 raise outage.error
         return self._redis.run(ask.name, self.keys, ask.request)
 
-    def _deliver(self) -> None:
-        while (event := self._notices.next()) is not None:
-            self._notify(event)
+    def _deliver(self, events: Iterable[Event] | None = None) -> None:
+        notices = self._notices
+        if events is None and not notices.waiting:
+            return
+        for event in iter(notices.next, None) if events is None else events:
+            for listener in notices.receivers(event):
+                notices.call(listener, event)
 
-    def _deliver_events(self, events: list[Event]) -> None:
-        for event in events:
-            self._notify(event)
-
-    def _notify(self, event: Event) -> None:
-        for listener in self._notices.receivers(event):
-            self._notices.call(listener, event)
+    _deliver_events = _deliver
 
     # State and operator actions
 

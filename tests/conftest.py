@@ -23,6 +23,7 @@ from redis.exceptions import NoScriptError
 from pybreaker_redis import CircuitBreaker, Counts
 from pybreaker_redis._memory import MemoryEngine
 from pybreaker_redis._protocol import Keys, decode, encode, keys_of
+from pybreaker_redis._view import View
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire import exits
 from pybreaker_redis.wire.scripts import SCRIPTS, compose
@@ -171,11 +172,30 @@ def memory_machine() -> Machine:
     return Machine(MemoryEngine(now_ms=lambda: clock[0]), lambda now: clock.__setitem__(0, now))
 
 
-@pytest.fixture(params=["lua", "lua-json", "memory"])
+class InPlaceMachine(Machine):
+    """The in-memory engine, which counts a failure in place wherever it can, as a breaker makes it."""
+
+    def run(self, name: str, policy: dict[str, int] | None = None, **request: Any) -> dict[str, Any]:
+        outcome = {field: value for field, value in request.items() if field not in ("instance", "generation", "error")}
+        is_failure = name == "record" and outcome == {"failures": 1}
+        if is_failure and self._engine.count_failure(request["generation"], policy or None, View(0.0)):
+            return {**super().run("record", policy, generation=request["generation"]), "applied": True}
+        return super().run(name, policy, **request)
+
+
+def in_place_machine() -> Machine:
+    """Like memory_machine(), but failures that can only lengthen a run are counted in place."""
+    clock = [START_MS]
+    return InPlaceMachine(MemoryEngine(now_ms=lambda: clock[0]), lambda now: clock.__setitem__(0, now))
+
+
+@pytest.fixture(params=["lua", "lua-json", "memory", "in place"])
 def machine(request: pytest.FixtureRequest, client: redis.Redis) -> Machine:
-    """The state machine in Lua (requests in both forms) and in Python."""
+    """The state machine in Lua (requests in both forms) and in Python (failures counted by run(), or in place)."""
     if request.param == "memory":
         return memory_machine()
+    if request.param == "in place":
+        return in_place_machine()
     return lua_machine(client, use_json=request.param == "lua-json")
 
 

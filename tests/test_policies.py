@@ -33,6 +33,7 @@ from pybreaker_redis import (
 from pybreaker_redis._slow import SlowCalls
 from pybreaker_redis._view import View
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.testing import FakeClock
 
 Make = Callable[..., Any]
 PATIENT: dict[str, Any] = {"redis_timeout": 20.0}
@@ -1337,3 +1338,19 @@ def test_fields_that_do_not_fit_each_other(make_breaker: Callable[..., CircuitBr
     breaker.set_policy(slow_call_rate_threshold=0.5, slow_call_duration=1.0)
     breaker.set_policy(slow_call_rate_threshold=0.6)
     breaker.clear_policy()
+
+
+def test_a_slow_call_that_is_cancelled_reports_with_calls_that_became_slow() -> None:
+    """Two calls are slow while they run, a third is released after it was slow: each is one call, and slow."""
+    clock = FakeClock()
+    policy = Policy(slow_call_duration=1, slow_call_rate_threshold=1.0, minimum_calls=100, failure_threshold=MANY)
+    breaker = CircuitBreaker("a", policy=policy, clock=clock)
+    permits = [breaker.acquire() for _ in range(3)]
+    clock.advance(2)
+    permits[0].release()
+    seen = breaker.snapshot()
+    assert (seen.calls, seen.slow) == (3, 3)
+    for permit in permits[1:]:
+        permit.success()
+    seen = breaker.snapshot()
+    assert (seen.calls, seen.slow) == (3, 3)

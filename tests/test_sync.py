@@ -812,6 +812,7 @@ def test_events(make_breaker: Make) -> None:
     success, ignored, failed, change, rejected = events
     assert (success.exception, ignored.exception, failed.exception) == (None, answer, failure)
     assert success.generation == ignored.generation == failed.generation
+    assert success == Event("success", "discovery", breaker.instance, generation=success.generation)
     assert (change.old, change.new, change.reason) == ("closed", "open", "failure_threshold")
     assert change.counts == {"failure_count": 1, "success_count": 0}
     assert change.source == breaker.snapshot().source

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
+from typing import Any
 
-from conftest import START_MS, Machine, memory_machine
+from conftest import START_MS, Machine, in_place_machine, memory_machine
 
 from pybreaker_redis._memory import HISTORY_ENTRIES, Document, LocalEngine, MemoryEngine, clock_ms, document_for
+from pybreaker_redis._view import View
 
 POLICY = {"failure_threshold": 1, "reset_timeout_ms": 1000, "backoff_multiplier": 2}
 
@@ -101,11 +103,71 @@ def test_alone() -> None:
         assert engine.run("snapshot", {"policy": policy})["state"] == state
 
 
+def counts_in_place(policy: dict[str, Any], *requests: tuple[str, dict[str, Any]], later_ms: int = 0) -> bool:
+    """Whether the next failure is counted in place, after these requests; if not, nothing has changed."""
+    clock = [START_MS]
+    engine = MemoryEngine(now_ms=lambda: clock[0])
+    generation = engine.run("acquire", {"policy": policy})["generation"]
+    for name, request in requests:
+        engine.run(name, {"policy": policy, "generation": generation, **request})
+    clock[0] += later_ms
+    before = engine.run("snapshot", {"policy": policy})
+    counted = engine.count_failure(generation, policy, View(0.0))
+    after = engine.run("snapshot", {"policy": policy})
+    assert after["failure_count"] - before["failure_count"] == counted
+    assert counted or after == before
+    return counted
+
+
+def test_a_failure_is_counted_in_place() -> None:
+    """A failure that can only lengthen a run is; one that may do more is left to the rules, and so is the threshold."""
+    plain: dict[str, Any] = {"failure_threshold": 3}
+    failure, trips = ("record", {"failures": 1}), ("record", {"failures": 3})
+    assert counts_in_place(plain)
+    assert counts_in_place(plain, failure)
+    assert not counts_in_place(plain, failure, failure)
+    assert counts_in_place(plain, failure, failure, ("record", {"successes": 1}))
+    assert not counts_in_place({**plain, "quorum": 2})
+    assert not counts_in_place({**plain, "failures_in_window": 9})
+    assert not counts_in_place(plain, trips)
+    for action in ("force_closed", "force_open"):
+        assert not counts_in_place(plain, ("control", {"action": action}))
+    assert not counts_in_place(plain, ("control", {"action": "set_policy", "override": {"failure_threshold": 9}}))
+    recovery = trips, ("acquire", {"policy": {**plain, "reset_timeout_ms": 0}})
+    assert not counts_in_place(plain, *recovery)
+
+
+def test_a_failure_after_a_recovery_is_judged_until_the_back_off_is_over() -> None:
+    """The end of the row of trips depends on time: while one is remembered, nothing is counted in place."""
+    machine = in_place_machine()
+    policy = {"failure_threshold": 2, "reset_timeout_ms": 1000}
+    engine, view = engine_of(machine), View(0.0)
+    generation = machine.run("acquire", policy)["generation"]
+    machine.run("record", policy, generation=generation, failures=2)
+    machine.advance(1000)
+    probe = machine.run("acquire", policy)
+    closed = machine.run("record", policy, generation=probe["generation"], probe=probe["probe"], successes=1)
+    assert closed["state"] == "closed"
+    assert not engine.count_failure(closed["generation"], policy, view)
+    machine.advance(1000)
+    machine.run("record", policy, generation=closed["generation"], successes=1)
+    assert engine.count_failure(closed["generation"], policy, view)
+
+
+def test_a_clock_that_was_turned_back_is_followed_first() -> None:
+    """A failure at an earlier time than the last request is left to run(), which moves the stored times."""
+    machine = in_place_machine()
+    policy = {"failure_threshold": 5}
+    generation = machine.run("acquire", policy)["generation"]
+    machine.advance(-1)
+    assert not engine_of(machine).count_failure(generation, policy, View(0.0))
+
+
 def test_after_a_fork() -> None:
     """A lock that a thread of the parent held does not stop the child."""
     engine = memory_machine()._engine
     engine._lock.acquire()
-    engine.after_fork()
+    engine.after_fork(threading.RLock())
     done = threading.Thread(target=engine.run, args=("acquire", {}), daemon=True)
     done.start()
     done.join(timeout=10)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import START_MS, Machine, lua_machine, memory_machine
+from conftest import START_MS, Machine, in_place_machine, lua_machine, memory_machine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -513,4 +513,6 @@ def test_engines_agree(client: redis.Redis, steps: list[Any], policy: dict[str, 
     With a snapshot after each step.
     """
     client.delete(*keys_of("m"))
-    assert play(lua_machine(client), steps, policy, other) == play(memory_machine(), steps, policy, other)
+    said = play(lua_machine(client), steps, policy, other)
+    assert said == play(memory_machine(), steps, policy, other)
+    assert said == play(in_place_machine(), steps, policy, other)

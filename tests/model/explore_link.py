@@ -513,8 +513,6 @@ class Caller(Actor):
             self.seen.tick()
             breaker._view.ticked(self.seen.counter)
             self.end()
-        elif breaker._finish(self.permit):
-            self.end()
         else:
             self.report(SUCCESS)
 
