@@ -825,6 +825,20 @@ def test_doctor_without_a_right_to_look(run: Callable[..., Done]) -> None:
             assert done.code == 0
 
 
+def test_doctor_of_a_named_client(run: Callable[..., Done]) -> None:
+    """Without CLIENT SETNAME no connection opens; the line to paste has what the URL needs, and then all is well."""
+    with EmbeddedServer(port=0) as server, redis.Redis.from_url(server.url) as admin:
+        rule = acl_rule(Fleet(admin, "circuit_breaker", lambda name: ONE)).split()
+        admin.execute_command("ACL", "SETUSER", "me", "on", ">secret", *rule)
+        url = server.url.replace("://", "://me:secret@") + "/1?client_name=web"
+        done = run("doctor", "--json", "--redis", url)
+        assert done.code == 1
+        fix = findings(done)["rights"]["fix"].split()
+        assert fix[-2:] == ["+client|setname", "+select"]
+        admin.execute_command(*fix[:2], "me", *fix[3:])
+        assert findings(run("doctor", "--json", "--redis", url))["rights"]["status"] == "ok"
+
+
 def test_doctor_of_a_user_that_may_not_ask_who_it_is(run: Callable[..., Done]) -> None:
     """Where the user may not call ACL WHOAMI, the line to paste says USER."""
     with EmbeddedServer(port=0) as server, redis.Redis.from_url(server.url) as admin:

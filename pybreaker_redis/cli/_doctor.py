@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from redis.exceptions import NoPermissionError
+
 from .._board import clean, scan, subscribed
 from .._processes import disagreements, read_processes
 from .._protocol import Keys, keys_of
@@ -49,7 +51,11 @@ def examine(fleet: Fleet) -> Iterator[Finding]:
     """Run every check on every master, then a trial of a breaker. A check that the server refuses is a finding too."""
     nodes = fleet.masters()
     for node in nodes:
-        send(node, command("TIME"))  # a server that is down ends the program; PING fails where Redis cannot save
+        try:
+            send(node, command("TIME"))  # a server that is down ends the program; PING fails where Redis cannot save
+        except NoPermissionError as error:  # perhaps as it connects
+            yield Finding("rights", "wrong", f"could not connect: {error}", _grant(fleet, node))
+            return
     for node in nodes:
         where = f" {_place(node)}" if len(nodes) > 1 else ""
         for check in (_version, _role, _latency, _clock, _memory, _persistence, _connections, _script_cache, _ttls):
@@ -268,10 +274,17 @@ def _trial(fleet: Fleet, node: Connections) -> Iterator[Finding]:
     with contextlib.suppress(*REDIS_ERRORS):  # without this right the keys expire by themselves
         fleet.server.exchange([command("DEL", key, key=key) for key in keys])
     if problem:
-        fix = f"ACL SETUSER {_user(node)} {acl_rule(fleet)}" if refused else "see the other findings"
+        fix = _grant(fleet, node) if refused else "see the other findings"
         yield Finding("rights", "wrong", problem, fix)
     else:
         yield ok("rights", "this user can run the scripts, read the history and receive notifications")
+
+
+def _grant(fleet: Fleet, node: Connections) -> str:
+    """The command that gives this user the rights it needs, those that its own connections need included."""
+    options = node.connection()  # not open
+    named = ["+client|setname"] if options.client_name else []
+    return " ".join(["ACL SETUSER", _user(node), acl_rule(fleet), *named, *(["+select"] if options.db else [])])
 
 
 def acl_rule(fleet: Fleet) -> str:

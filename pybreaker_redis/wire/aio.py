@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import contextvars
 import itertools
 import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
@@ -24,6 +25,7 @@ from .options import (
     PROOF_AFTER,
     REDIS_ERRORS,
     Address,
+    ConnectsLate,
     blocking,
     can_read,
     connecting,
@@ -34,9 +36,10 @@ from .options import (
     none_free,
     patience_after,
 )
+from .outage import longest_exchange
 from .route import Leg
 from .server import BaseServer
-from .subscription import AsyncSubscription
+from .subscription import AsyncSubscription, in_background
 
 T = TypeVar("T")
 
@@ -99,7 +102,7 @@ class AsyncServer(BaseServer):
 
     def _start_at_once(self, here: OnLoop) -> asyncio.Task[None]:
         here.wake_after(None, self._start)
-        here.task = asyncio.get_running_loop().create_task(self._refresh(here))
+        here.task = in_background(self._refresh(here))
         return here.task
 
     async def _refresh(self, here: OnLoop) -> None:
@@ -180,7 +183,10 @@ class OnLoop:
         """Make a call after so many seconds, instead of the call that was planned before. None: make no call."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = None if seconds is None else asyncio.get_running_loop().call_later(seconds, call)
+        self._timer = None
+        if seconds is not None:
+            # in an empty context, as a task of in_background() is
+            self._timer = asyncio.get_running_loop().call_later(seconds, call, context=contextvars.Context())
 
 
 async def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Awaitable[Any]], first: Any = None) -> T:
@@ -209,6 +215,10 @@ class AsyncConnections:
         self._limit, self._patience = limit_of(pool), timeout / 2
         self._idle: collections.deque[tuple[Any, float]] = collections.deque()  # with the time of the last use
         self._slots = asyncio.Semaphore(self._limit)
+        # the one attempt to open a connection whose caller has given up waiting; no other one begins meanwhile
+        self._late: asyncio.Task[Exception | None] | None = None
+        self._opening: collections.deque[asyncio.Future[Any]] = collections.deque()  # of callers that open one
+        self._longest = longest_exchange(timeout)  # seconds after which an attempt is given up
         self._losses = self._closes = 0
 
     async def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
@@ -217,6 +227,8 @@ class AsyncConnections:
         try:
             await self._take_slot()
             try:
+                if self._late is not None and not self._idle:
+                    await _first_of(self._late, seconds=self._timeout)
                 if losses != self._losses:
                     raise lost_meanwhile()
                 return await self._send(packed(commands, asking), len(commands), asking, sent)
@@ -240,11 +252,11 @@ class AsyncConnections:
             raise none_free(self._limit, self._timeout) from None
 
     async def _send(self, data: bytes, count: int, asking: bool, sent: asyncio.Event) -> list[Any]:
-        closes = self._closes
-        connection, used_at = self._idle.pop() if self._idle else (self.connection(), NEVER)
+        losses, closes = self._losses, self._closes
+        connection, used_at = self._idle.pop() if self._idle else (None, NEVER)
         try:
+            connection = await self._prepare(connection, used_at)
             async with _deadline(self._timeout):
-                await self._prepare(connection, used_at)
                 sent.set()
                 await connection.send_packed_command([data], check_health=False)
                 replies = []
@@ -255,43 +267,118 @@ class AsyncConnections:
         except GeneratorExit:  # collected while it ran: its loop is gone, and so are the sockets
             raise
         except BaseException as error:
-            if isinstance(error, REDIS_ERRORS):
-                self._losses += 1
-                await self.close()
+            if isinstance(error, REDIS_ERRORS) and not isinstance(error, ConnectsLate):
+                await self._lose()
             await _drop(connection)
             raise
         if not intact(replies):
-            await self.close()  # after a failover, idle connections lead to the old master
-        if closes == self._closes:
-            self._idle.append((connection, monotonic()))
+            await self._lose()  # after a failover, idle connections lead to the old master
+        if losses == self._losses and closes == self._closes:
+            self._put_back(connection)
         else:
             await _drop(connection)
         return replies
 
+    def _put_back(self, connection: Any) -> None:
+        while self._opening:
+            if not (offer := self._opening.popleft()).done():
+                offer.set_result(connection)
+                return
+        self._idle.append((connection, monotonic()))
+
     def connection(self, **options: Any) -> Any:
-        return connection(self._pool, ASYNCIO, None, **options)  # the deadline covers the whole exchange
+        return connection(self._pool, ASYNCIO, None, **options)  # each caller has deadlines of its own
 
     async def close(self) -> None:
-        """Close the idle connections now, and each of the others after its exchange."""
+        """Close the idle connections now, and each of the others after its exchange. Give up a late attempt."""
         self._closes += 1
+        await self._close_idle()
+        late, self._late = self._late, None
+        if late is not None and not late.done():
+            late.cancel()
+            await asyncio.wait({late})
+
+    async def _lose(self) -> None:
+        """Close the connections, since the server is lost. A late attempt goes on: it may find the server again."""
+        self._losses += 1
         await self._close_idle()
 
     async def _close_idle(self) -> None:
         while self._idle:
             await _drop(self._idle.pop()[0])
 
-    async def _prepare(self, connection: Any, used_at: float) -> None:
-        """Open a connection, unless it is open. One that was idle for long must prove by a PING that it is usable."""
+    async def _prepare(self, connection: Any, used_at: float) -> Any:
+        """This connection, if it is open, or else a new one. One that was idle for long must prove by a PING that it is
+        usable."""
+        timeout = self._timeout
         with contextlib.suppress(*REDIS_ERRORS):
-            if connection.is_connected and not await can_read(connection)():
+            if connection is not None and connection.is_connected and not await can_read(connection)():
                 if monotonic() - used_at <= PROOF_AFTER or await self._proves(connection):
-                    return
+                    return connection
                 await self._close_idle()  # the others were idle for longer
+                timeout -= self._patience
         await _drop(connection)
+        return await self._open(timeout)
+
+    # Attempts to open a connection. Each is a task: it has no deadline, and may outlive its caller
+
+    async def _open(self, timeout: float) -> Any:
+        """A new connection, or one that becomes free before.
+
+        Raises redis.TimeoutError if both take longer: the attempt goes on in the background.
+        """
+        connection, closes = self.connection(), self._closes
+        attempt = in_background(self._connect(connection))
+        offer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._opening.append(offer)
+        try:
+            await _first_of(attempt, offer, seconds=timeout)
+        except BaseException:
+            if not offer.cancel():
+                self._put_back(offer.result())
+            await self._leave(attempt, connection, closes)
+            raise
+        if not offer.cancel():
+            await self._leave(attempt, connection, closes)
+            return offer.result()
+        if (error := attempt.result()) is not None:
+            raise error
+        return connection
+
+    async def _leave(self, attempt: asyncio.Task[Exception | None], connection: Any, closes: int) -> None:
+        """Let an attempt go on without its caller, unless another one does already."""
+        if attempt.done():
+            await _drop(connection)
+        elif closes != self._closes or self._late is not None:
+            attempt.cancel()
+        else:
+            self._late = attempt
+            attempt.add_done_callback(self._late_ended)
+
+    def _late_ended(self, attempt: asyncio.Task[Any]) -> None:
+        if self._late is attempt:
+            self._late = None
+
+    async def _connect(self, connection: Any) -> Exception | None:
+        """Open a connection. Returns why it failed. If its caller has left, the next one takes it."""
         began = monotonic()
-        with connecting():
-            await connection.connect()  # only connect() asks a Sentinel for the master
+        try:
+            with connecting():
+                async with asyncio.timeout(self._longest):
+                    await connection.connect()  # only connect() asks a Sentinel for the master
+        except GeneratorExit:  # collected while it ran: its loop is gone, and so are the sockets
+            raise
+        except BaseException as error:
+            await _drop(connection)
+            if not isinstance(error, Exception):
+                raise
+            if self._late is asyncio.current_task():
+                await self._lose()
+            return error
         self._patience = patience_after(monotonic() - began, self._timeout)
+        if self._late is asyncio.current_task():
+            self._put_back(connection)
+        return None
 
     async def _proves(self, connection: Any) -> bool:
         """Whether the server answers a PING on this connection in time. An error is an answer, too."""
@@ -318,8 +405,18 @@ async def _read(connection: Any) -> Any:
         return error
 
 
+async def _first_of(*awaited: asyncio.Future[Any], seconds: float) -> None:
+    """Wait for an attempt to open a connection, and for what would do instead. Raises redis.TimeoutError after so many
+    seconds."""
+    try:
+        async with _deadline(seconds):
+            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
+    except redis.TimeoutError:
+        raise ConnectsLate(seconds) from None
+
+
 async def _drop(connection: Any) -> None:
-    if not _is_closed():  # else its socket is closed already
+    if connection is not None and not _is_closed():  # else its socket is closed already
         await connection.disconnect(nowait=True)
 
 

@@ -30,7 +30,7 @@ from . import exits
 from .commands import Command
 from .listing import Listing
 from .options import REDIS_ERRORS, Address, concerns_server
-from .outage import LONGEST_PAUSE, Outage
+from .outage import Outage, longest_exchange
 
 SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
 LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins held
@@ -52,7 +52,7 @@ class Link:
 
     def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
         self.timeout = timeout
-        self.patience = LONGEST_PAUSE + 10 * timeout  # seconds after which any exchange has ended, connecting included
+        self.patience = longest_exchange(timeout)
         self.ended = False
         self.wanted = False  # a breaker waits for an exchange
         self.busy_since = NEVER  # when the exchange that is under way began

@@ -23,7 +23,7 @@ from .._line import Line
 from .._policy import DEFAULTS, Policy
 from . import commands as build
 from .commands import Command
-from .options import concerns_server
+from .options import concerns_server, refuses_command
 
 FIRST = 1.0, 2.0  # seconds after its first exchange for which a process is not listed: it may be short-lived
 EVERY = 60.0, 70.0  # seconds between two listings
@@ -76,7 +76,8 @@ class Listing:
         """Note that the commands were sent. An error is no outage: the reports of the same exchange tell those."""
         self._put_off(now, EVERY)
         for error in replies:
-            if isinstance(error, Exception) and not concerns_server(error) and not self._refused:
+            refused = isinstance(error, Exception) and (refuses_command(error) or not concerns_server(error))
+            if refused and not self._refused:
                 self._refused = True
                 logger.info("Redis refuses to list this process for `pybreaker-redis fleet`: %s", error)
 

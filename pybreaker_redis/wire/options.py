@@ -37,8 +37,10 @@ NO_REPLY = object()  # from a reader that has no whole reply yet
 REDIS_ERRORS = (redis.RedisError, OSError)
 # options of connections for which blocking and asyncio ones have classes and functions of their own
 _OF_ONE_KIND = ("redis_connect_func", "parser_class", "encoder_class", "connection_pool")
-# errors that leave a connection usable
-_INTACT = (exceptions.NoScriptError, exceptions.AskError, exceptions.MovedError)
+# errors of a connection that leads to the wrong server, or to one that is not ready; Redis 6 hides the codes within the
+# message of a script's error
+_ASTRAY = (redis.ConnectionError, redis.ReadOnlyError, exceptions.ClusterDownError)
+_ASTRAY_TEXTS = re.compile(r"\b(READONLY|MASTERDOWN|CLUSTERDOWN|LOADING|NOAUTH)\b")
 _by_url: weakref.WeakValueDictionary[tuple[Kind, str], Any] = weakref.WeakValueDictionary()
 
 
@@ -93,9 +95,9 @@ def _is_fake(given: Any) -> bool:
 
 
 def intact(replies: list[Any]) -> bool:
-    """Whether a connection that gave these replies is as good as before."""
+    """Whether a connection that gave these replies is as good as before. A refusal is no fault of the connection."""
     errors = [reply for reply in replies if isinstance(reply, Exception)]
-    return not errors or all(isinstance(error, _INTACT) for error in errors)
+    return not any(isinstance(error, _ASTRAY) or _ASTRAY_TEXTS.search(str(error)) for error in errors)
 
 
 def is_cluster(client: Any) -> bool:
@@ -132,6 +134,13 @@ def patience_after(connecting_took: float, timeout: float) -> float:
 def none_free(limit: int, timeout: float) -> redis.RedisError:
     """The error of a caller that got no connection. It says nothing about the server: that answers the others."""
     return redis.RedisError(f"all {limit} connections that max_connections allows were in use for {timeout:g} s")
+
+
+class ConnectsLate(redis.TimeoutError):
+    """A caller waits no longer for a new connection. This says nothing about those that are open."""
+
+    def __init__(self, timeout: float) -> None:
+        super().__init__(f"connecting takes longer than {timeout:g} s, and goes on in the background")
 
 
 def lost_meanwhile() -> redis.ConnectionError:
@@ -348,6 +357,10 @@ def can_read(connection: Any) -> Any:
 _SERVER_TEXTS = re.compile(
     r"^(NOAUTH|WRONGPASS|LOADING|BUSY|MASTERDOWN|CLUSTERDOWN)\b|\b(OOM command|READONLY|MISCONF|NOREPLICAS)\b"
 )
+# refusals of a command, by an ACL or because it was renamed, in the words of Redis 6.2 to 8 and Valkey; not of a key
+_REFUSALS = re.compile(
+    r"permissions to run the |can't run this command|^unknown command|Unknown (Redis )?command called from"
+)
 _SERVER_ERRORS = (
     redis.ConnectionError,
     redis.TimeoutError,
@@ -359,8 +372,17 @@ _SERVER_ERRORS = (
 
 
 def concerns_server(error: BaseException) -> bool:
-    """Whether an error is an outage of the server, which no breaker can use now, rather than of one breaker."""
-    return isinstance(error, _SERVER_ERRORS) or _SERVER_TEXTS.search(str(error)) is not None
+    """Whether an error is an outage of the server, which no breaker can use now, rather than of one breaker.
+
+    The refusal of a command concerns all breakers of the client, that of a key only one.
+    """
+    lost = isinstance(error, _SERVER_ERRORS) or _SERVER_TEXTS.search(str(error)) is not None
+    return lost or refuses_command(error)
+
+
+def refuses_command(error: BaseException) -> bool:
+    """Whether a server that works refuses a command to every breaker of the client."""
+    return _REFUSALS.search(str(error)) is not None
 
 
 _KINDS: tuple[tuple[type[BaseException], str], ...] = (

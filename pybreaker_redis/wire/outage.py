@@ -11,6 +11,11 @@ from .._clock import age
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 1.0  # seconds between two retries
 
 
+def longest_exchange(timeout: float) -> float:
+    """Seconds after which any exchange has ended, connecting included. timeout: redis_timeout."""
+    return LONGEST_PAUSE + 10 * timeout
+
+
 class Outage:
     """Why a server, a node of a cluster or a single breaker cannot be used, and when to retry it.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import random
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 from redis.exceptions import ConnectionError, ResponseError
 
@@ -18,6 +19,7 @@ from .._protocol import state_pattern
 
 PING_EVERY = 1.0  # seconds of silence before a PING; after as many without an answer the connection is lost
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
+T = TypeVar("T")
 logger = logging.getLogger("pybreaker_redis")
 
 
@@ -174,7 +176,7 @@ class AsyncSubscription(BaseSubscription):
 
     def _start(self, connect: Callable[[], Any]) -> None:
         # keep a reference: the loop has only a weak one
-        self._task = asyncio.get_running_loop().create_task(self._run(connect), name="pybreaker_redis-watch")
+        self._task = in_background(self._run(connect), "pybreaker_redis-watch")
 
     async def _run(self, connect: Callable[[], Any]) -> None:
         pauses = _pauses()
@@ -217,6 +219,11 @@ class AsyncSubscription(BaseSubscription):
             reader.cancel()
             await asyncio.wait({reader})
         await connection.disconnect(nowait=True)
+
+
+def in_background(work: Coroutine[Any, Any, T], name: str | None = None) -> asyncio.Task[T]:
+    """A task that outlives the call that begins it. Its context is empty, so that it keeps nothing of that call."""
+    return asyncio.get_running_loop().create_task(work, name=name, context=contextvars.Context())
 
 
 def _pauses() -> Iterator[float]:

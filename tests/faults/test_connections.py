@@ -236,6 +236,20 @@ def test_threads_after_a_pause_prove_their_connections_at_once(proxy: FaultProxy
         assert made.events == []
 
 
+@pytest.mark.parametrize("shell", ["sync", pytest.param("async", marks=pytest.mark.long)])
+def test_a_distant_server(target: Restartable, shell: str) -> None:
+    """Several round trips to connect take longer than a caller waits: a retry takes the connection once it is open."""
+    with target.client() as admin:
+        admin.config_set("requirepass", "secret")
+    with proxy_to(target.port) as proxy:
+        proxy.delay(TIMEOUT * 0.4)
+        with caller(shell, f"redis://:secret@127.0.0.1:{proxy.port}/1", lease=0) as made:
+            made.call(fails=False)
+            assert made.events == ["redis_error"]
+            wait_until(lambda: made.call(fails=False, lasting=0.2) and "redis_restored" in made.events)
+            assert made.do(made.breaker.snapshot).source == "redis"
+
+
 # How many ---------------------------------------------------------------------------------------
 
 

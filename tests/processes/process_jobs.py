@@ -92,7 +92,7 @@ def c_fork() -> int:
     quiet_since = time.monotonic()
     while time.monotonic() - quiet_since < 0.02:
         time.sleep(0.002)
-        if any(one.link.wanted or one.link.is_busy() or one._worker._awake.is_set() for one in servers):
+        if any(one.link.wanted or one.link.is_busy() or one._worker.is_awake() for one in servers):
             quiet_since = time.monotonic()
     return int(ctypes.PyDLL(None).fork())
 

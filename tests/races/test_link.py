@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import threading
 import time
+import types
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,9 +16,11 @@ from typing import Any
 import pytest
 import redis
 from conftest import wait_until
+from race_workers import PATIENCE, run_threads, signalled_at
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Policy
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire import sync
 from pybreaker_redis.wire.commands import Command
 from pybreaker_redis.wire.sync import Worker
 
@@ -267,6 +271,72 @@ def test_a_thread_that_ends_misses_nothing() -> None:
     for number in range(1, 500):
         worker.wake()
         wait_until(lambda number=number: len(done) >= number)
+
+
+class Interrupted(Exception):
+    """Raised by a signal handler."""
+
+
+# a thread whose start is interrupted ends with an error of Python's own
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("module", [sync, threading], ids=["package", "threading"])
+@pytest.mark.parametrize("handler", ["calls", "raises"])
+def test_a_signal_handler_amid_a_wake(module: types.ModuleType, handler: str) -> None:
+    """Wherever a handler interrupts a thread that wakes the link's, and wakes it itself or raises: the work is done."""
+    done: list[int] = []
+
+    class Work:
+        def work(self) -> None:
+            done.append(1)
+
+    work = Work()
+
+    def interrupted(worker: Worker, place: int) -> bool:
+        def handle() -> None:
+            worker.wake()
+            if handler == "raises":
+                raise Interrupted
+
+        reached: list[bool] = []
+
+        def wake(_: int) -> None:
+            with contextlib.suppress(Interrupted):
+                reached.append(signalled_at(place, module, worker.wake, handle))
+
+        run_threads(1, wake)
+        return reached != [False]
+
+    for begun in (False, True):  # the first wake starts the thread
+        for place in itertools.count():
+            worker = Worker("test", weakref.WeakMethod(work.work), lambda: 60.0)
+            if begun:
+                worker.wake()
+            goes_on = interrupted(worker, place)
+            for _ in range(2):  # the second one needs a thread that lives on
+                before = len(done)
+                run_threads(1, lambda _, worker=worker: worker.wake())
+                wait_until(lambda before=before: len(done) > before)
+            if not goes_on:
+                break
+        assert place > 3 or begun
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_a_listener_ends_is_replaced() -> None:
+    """SystemExit ends the link's thread: the next wake starts another."""
+    done: list[threading.Thread] = []
+
+    class Work:
+        def work(self) -> None:
+            done.append(threading.current_thread())
+            raise SystemExit
+
+    work = Work()
+    worker = Worker("test", weakref.WeakMethod(work.work), lambda: 60.0)
+    for number in range(1, 4):
+        worker.wake()
+        wait_until(lambda number=number: len(done) == number)
+        done[-1].join(PATIENCE)
 
 
 def test_a_policy_override_ends_by_itself(server: EmbeddedServer, client: redis.Redis) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import contextvars
 import functools
 import gc
 import itertools
@@ -696,3 +697,49 @@ def test_an_error_that_needs_the_breaker_to_describe_itself(place: str, own_serv
                 breaker.call(fail)
         seen = breaker.snapshot()
         assert (seen.state, seen.source, seen.error) == ("open", place, "OSError: boom")
+
+
+# What outlives a call --------------------------------------------------------------------------
+
+
+class Request:
+    """Something large that a request keeps in a context variable."""
+
+
+def test_the_background_keeps_no_context_of_a_call(server: EmbeddedServer) -> None:
+    """Exchanges, timers, connections and the subscription outlive the first request, but nothing of it stays; events of
+    a call's own are delivered in its context."""
+    variable: contextvars.ContextVar[Request | None] = contextvars.ContextVar("request", default=None)
+    seen: list[Request | None] = []
+
+    async def main() -> None:
+        policy = Policy(failure_threshold=1)
+        listeners = [lambda event: seen.append(variable.get())]
+        breaker = AsyncCircuitBreaker("contexts", redis=server.url, policy=policy, listeners=listeners, redis_timeout=2)
+
+        async def fine() -> None: ...
+
+        async def first() -> weakref.ref[Request]:
+            made = Request()
+            variable.set(made)
+            await breaker.watch()
+            await breaker.call(fine)
+            return weakref.ref(made)
+
+        kept = await asyncio.create_task(first())
+        while kept() is not None:  # until the timer of the last deadline is over
+            gc.collect()
+            await asyncio.sleep(0.01)
+        await breaker.call(fine)
+
+        async def fail() -> None:
+            raise OSError
+
+        mine = Request()
+        variable.set(mine)
+        with pytest.raises(OSError):
+            await breaker.call(fail)
+        assert seen[-1] is mine
+        await breaker.close()
+
+    asyncio.run(asyncio.wait_for(main(), 60))

@@ -1,0 +1,454 @@
+"""Connections that take longer to open than a caller waits. README.md lists the interleavings.
+
+A credential provider is the gate: a connection is open once the test lets it pass.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+import redis.asyncio
+from conftest import wait_until
+from race_workers import PATIENCE, run_threads
+
+from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker
+from pybreaker_redis.embedded import EmbeddedServer
+
+NOBODY = ("default", "")
+
+
+class Gate(redis.CredentialProvider):
+    """Credentials that come once the test opens the gate. asked: how often a connection asked for them."""
+
+    def __init__(self) -> None:
+        self.opened = threading.Event()
+        self.asked = 0
+        self.fails = 0
+
+    def get_credentials(self) -> tuple[str, str]:
+        self.asked += 1
+        assert self.opened.wait(PATIENCE)
+        if self.fails:
+            self.fails -= 1
+            raise OSError("no credentials")
+        return NOBODY
+
+
+class AsyncGate(Gate):
+    """The same on a loop."""
+
+    async def get_credentials_async(self) -> tuple[str, str]:
+        self.asked += 1
+        while not self.opened.is_set():
+            await asyncio.sleep(0.005)
+        if self.fails:
+            self.fails -= 1
+            raise OSError("no credentials")
+        return NOBODY
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    """It is open at the end, so that no thread hangs."""
+    made = Gate()
+    yield made
+    made.opened.set()
+
+
+def behind(gate: Gate, server: EmbeddedServer, redis_timeout: float = 0.25, **options: Any) -> CircuitBreaker:
+    """A breaker whose connections need the gate."""
+    client = redis.Redis(unix_socket_path=server.url.removeprefix("unix://"), credential_provider=gate, **options)
+    return CircuitBreaker("gated", redis=client, lease=0, redis_timeout=redis_timeout)
+
+
+def connections(client: redis.Redis) -> int:
+    """How many connections the server has, but for the test's own."""
+    return len(client.client_list()) - 1
+
+
+def is_back(breaker: CircuitBreaker) -> bool:
+    breaker.call(int)
+    return breaker.snapshot().source == "redis"
+
+
+def late(breaker: CircuitBreaker) -> Any:
+    return breaker._redis._node(None)._late
+
+
+def test_a_late_connection_is_used_by_the_next_call(gate: Gate, server: EmbeddedServer) -> None:
+    """Nobody waits for it when it is open: it is the next retry's, and no other one was begun."""
+    breaker = behind(gate, server)
+    for _ in range(3):
+        breaker.call(int)
+        assert breaker.snapshot().source == "local"
+    assert gate.asked == 1
+    gate.opened.set()
+    wait_until(lambda: late(breaker) is None)
+    wait_until(lambda: is_back(breaker))
+    assert gate.asked == 1
+    breaker.close()
+
+
+def test_two_callers_wait_for_one_late_attempt(gate: Gate, server: EmbeddedServer) -> None:
+    """Both get a connection once it is open; until then there is no other attempt."""
+    breaker = behind(gate, server)
+    breaker.call(int)
+    node = breaker._redis._node(None)
+    node._timeout = PATIENCE
+    threads = [threading.Thread(target=breaker._redis.history, args=(breaker.keys, 1)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(node._waiting) >= 2)
+    assert gate.asked == 1
+    gate.opened.set()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive()
+    breaker.close()
+
+
+def test_many_callers_leave_one_late_attempt(gate: Gate, server: EmbeddedServer, client: redis.Redis) -> None:
+    """16 threads wait for new connections, of which five may be open: one attempt is left, and no more begin."""
+    before = connections(client)
+    breaker = behind(gate, server, max_connections=5)
+    run_threads(16, lambda _: breaker.call(int))
+    asked = gate.asked
+    assert asked <= 5
+    wait_until(lambda: connections(client) - before <= 1)  # the others are given up
+    for _ in range(20):
+        breaker.call(int)
+    assert gate.asked == asked
+    gate.opened.set()
+    wait_until(lambda: is_back(breaker))
+    assert connections(client) - before <= 5
+    breaker.close()
+    wait_until(lambda: connections(client) == before)
+
+
+def test_close_gives_up_a_late_attempt(gate: Gate, server: EmbeddedServer, client: redis.Redis) -> None:
+    """close() leaves nothing open, now or when the attempt ends."""
+    before = connections(client)
+    breaker = behind(gate, server)
+    breaker.call(int)
+    assert connections(client) == before + 1
+    breaker.close()
+    wait_until(lambda: connections(client) == before)
+    gate.opened.set()
+    wait_until(lambda: not any(thread.name == "pybreaker_redis-connect" for thread in threading.enumerate()))
+    assert connections(client) == before
+
+
+def test_a_late_attempt_fails(gate: Gate, server: EmbeddedServer) -> None:
+    """Who waits for it gets an error at once, not when redis_timeout is over; the next attempt is another one."""
+    breaker = behind(gate, server)
+    breaker.call(int)
+    node, errors = breaker._redis._node(None), list[BaseException]()
+    node._timeout = 10 * PATIENCE
+
+    def wait() -> None:
+        try:
+            breaker._redis.history(breaker.keys, 1)
+        except redis.RedisError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    wait_until(lambda: bool(node._waiting))
+    gate.fails = 1
+    gate.opened.set()
+    thread.join(PATIENCE)
+    assert [type(error) for error in errors] == [redis.ConnectionError]
+    wait_until(lambda: is_back(breaker))
+    assert gate.asked >= 2
+    breaker.close()
+
+
+def test_an_attempt_is_given_up(gate: Gate, server: EmbeddedServer) -> None:
+    """One that takes longer than any exchange may is given up, and the next one is begun."""
+    breaker = behind(gate, server, redis_timeout=0.02)
+    breaker.call(int)
+    first = late(breaker)
+    assert first is not None
+    wait_until(lambda: breaker.call(int) == 0 and gate.asked > 1)
+    assert first.connection._sock is None
+    breaker.close()
+
+
+def test_a_server_that_trickles(own_server: EmbeddedServer) -> None:
+    """A listener that answers byte by byte, without end: the call waits once, and each attempt ends."""
+    ended = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def trickle(end: socket.socket) -> None:
+            stop = threading.Event()
+            with end, contextlib.suppress(OSError):
+                end.sendall(b"$1000000\r\n")
+                while not stop.wait(0.01):
+                    end.sendall(b"x")
+            ended.append(1)
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    threading.Thread(target=trickle, args=(listener.accept()[0],), daemon=True).start()
+
+        threading.Thread(target=accept, daemon=True).start()
+        url = f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        breaker = CircuitBreaker("trickled", redis=url, lease=0, redis_timeout=0.05)
+        wait_until(lambda: breaker.call(int) == 0 and len(ended) >= 2)
+        breaker.close()
+        wait_until(lambda: len(ended) >= 3 or late(breaker) is None)
+
+
+def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedServer) -> None:
+    """A caller that waits for a new connection takes one that another caller gives back before."""
+    breaker = behind(gate, server, redis_timeout=PATIENCE)
+    gate.opened.set()
+    breaker.call(int)
+    gate.opened.clear()
+    node = breaker._redis._node(None)
+    pipe = node._take(PATIENCE)
+    thread = threading.Thread(target=breaker._redis.history, args=(breaker.keys, 1))
+    thread.start()
+    wait_until(lambda: gate.asked == 2)
+    node._idle.append(pipe)
+    node._hand_over()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert not gate.opened.is_set()
+    gate.opened.set()
+    wait_until(lambda: late(breaker) is None)
+    assert len(node._idle) == 2
+    breaker.close()
+
+
+class Interrupted(BaseException):
+    """Raised by a signal handler."""
+
+
+def test_an_exception_in_the_wait(gate: Gate, server: EmbeddedServer, client: redis.Redis) -> None:
+    """A signal handler raises while its thread waits for a connection: the attempt is given up, nothing stays open."""
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    def send() -> None:
+        wait_until(lambda: gate.asked == 1)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+
+    before = connections(client)
+    breaker = behind(gate, server, redis_timeout=PATIENCE, max_connections=1)
+    usual = signal.signal(signal.SIGUSR1, interrupt)
+    sender = threading.Thread(target=send)
+    try:
+        sender.start()
+        with pytest.raises(Interrupted):
+            breaker.call(int)
+    finally:
+        sender.join()
+        signal.signal(signal.SIGUSR1, usual)
+    wait_until(lambda: connections(client) == before)
+    gate.opened.set()
+    assert is_back(breaker)
+    breaker.close()
+
+
+def test_no_thread_can_start(gate: Gate, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller opens the connection itself."""
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    gate.opened.set()
+    breaker = behind(gate, server)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert is_back(breaker)
+    breaker.close()
+
+
+FORKING = """
+import os, sys, threading, time
+import redis
+from pybreaker_redis import CircuitBreaker
+
+opened = threading.Event()
+
+class Gate(redis.CredentialProvider):
+    def get_credentials(self):
+        while not opened.is_set():
+            time.sleep(0.01)
+        return "default", ""
+
+def back():
+    while breaker.snapshot().source != "redis":
+        breaker.call(int)
+        time.sleep(0.01)
+    return 0
+
+client = redis.Redis(unix_socket_path=sys.argv[1], credential_provider=Gate(), max_connections=1)
+breaker = CircuitBreaker("forks late", redis=client, lease=0)
+breaker.call(int)
+assert breaker.snapshot().source == "local"
+number = breaker._redis._node(None)._late.connection._sock.fileno()
+child = os.fork()
+if child == 0:
+    try:
+        os.fstat(number)
+        os._exit(3)
+    except OSError:  # closed
+        opened.set()
+        os._exit(back())
+assert os.waitpid(child, 0)[1] == 0
+opened.set()
+back()
+"""
+
+
+def test_a_fork_during_a_late_attempt(server: EmbeddedServer) -> None:
+    """The child has closed its copy of the socket, opens its own connection, and so does the parent later."""
+    path = server.url.removeprefix("unix://")
+    done = subprocess.run([sys.executable, "-c", FORKING, path], capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stderr
+
+
+# asyncio ----------------------------------------------------------------------------------------
+
+
+async def fine() -> int:
+    return 1
+
+
+def async_behind(gate: AsyncGate, server: EmbeddedServer, redis_timeout: float = 0.25) -> AsyncCircuitBreaker:
+    path = server.url.removeprefix("unix://")
+    client = redis.asyncio.Redis(unix_socket_path=path, credential_provider=gate)
+    return AsyncCircuitBreaker("gated", redis=client, lease=0, redis_timeout=redis_timeout)
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(PATIENCE):
+        while not await condition():
+            await asyncio.sleep(0.005)
+
+
+async def async_is_back(breaker: AsyncCircuitBreaker) -> bool:
+    await breaker.call(fine)
+    return (await breaker.snapshot()).source == "redis"
+
+
+def test_a_late_connection_of_a_loop_is_used_by_the_next_call(server: EmbeddedServer) -> None:
+    """The same on asyncio, with two tasks that wait for it."""
+
+    async def main() -> None:
+        gate = AsyncGate()
+        breaker = async_behind(gate, server)
+        for _ in range(3):
+            await breaker.call(fine)
+        assert gate.asked == 1
+        node = breaker._redis._node(None)
+        node._timeout = PATIENCE
+        waiting = [asyncio.create_task(breaker._redis.history(breaker.keys, 1)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert gate.asked == 1
+        gate.opened.set()
+        await asyncio.gather(*waiting)
+        await until(lambda: async_is_back(breaker))
+        await breaker.close()
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_caller_leaves_its_attempt_to_the_next(server: EmbeddedServer, client: redis.Redis) -> None:
+    """The caller is cancelled while its connection is opened: the next one takes that connection."""
+    before = connections(client)
+
+    async def main() -> None:
+        gate = AsyncGate()
+        breaker = async_behind(gate, server, PATIENCE)
+        caller = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        while gate.asked == 0:
+            await asyncio.sleep(0.005)
+        caller.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await caller
+        following = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        await asyncio.sleep(0.05)
+        assert gate.asked == 1
+        gate.opened.set()
+        assert await following == []
+        assert connections(client) == before + 1
+        await breaker.close()
+
+    asyncio.run(main())
+
+
+def test_a_late_attempt_of_a_loop_fails(server: EmbeddedServer) -> None:
+    """The task that waits for it gets an error at once, and the next attempt is another one."""
+
+    async def main() -> None:
+        gate = AsyncGate()
+        breaker = async_behind(gate, server)
+        await breaker.call(fine)
+        breaker._redis._node(None)._timeout = 10 * PATIENCE
+        waiting = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        await asyncio.sleep(0.05)
+        gate.fails = 1
+        gate.opened.set()
+        with pytest.raises(redis.ConnectionError):
+            await asyncio.wait_for(waiting, PATIENCE)
+        await until(lambda: async_is_back(breaker))
+        await breaker.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["close", "loop"])
+def test_nothing_of_a_late_attempt_stays(server: EmbeddedServer, client: redis.Redis, how: str) -> None:
+    """close(), or the end of the loop, gives up the attempt and closes its connection."""
+    before = connections(client)
+
+    async def main() -> None:
+        gate = AsyncGate()
+        breaker = async_behind(gate, server)
+        await breaker.call(fine)
+        assert connections(client) == before + 1
+        if how == "close":
+            await breaker.close()
+            wait_until(lambda: connections(client) == before)
+            gate.opened.set()
+            await asyncio.sleep(0.05)
+            assert connections(client) == before
+
+    asyncio.run(main())
+    wait_until(lambda: connections(client) == before)
+
+
+def test_a_task_takes_a_connection_that_becomes_free(server: EmbeddedServer) -> None:
+    """A task that waits for a new connection takes one that another task gives back before."""
+
+    async def main() -> None:
+        gate = AsyncGate()
+        gate.opened.set()
+        breaker = async_behind(gate, server, PATIENCE)
+        await breaker.call(fine)
+        node = breaker._redis._node(None)
+        gate.opened.clear()
+        connection, _ = node._idle.pop()
+        waiting = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        while gate.asked < 2:
+            await asyncio.sleep(0.005)
+        node._put_back(connection)
+        await asyncio.wait_for(waiting, PATIENCE)
+        gate.opened.set()
+        await breaker.close()
+
+    asyncio.run(main())
