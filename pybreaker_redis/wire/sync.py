@@ -439,7 +439,10 @@ class Connections:
             try:
                 self._waiting.popleft().put(pipe)
             except IndexError:  # the last one has given up
-                self._idle.append(pipe)
+                if pipe.is_open():
+                    self._idle.append(pipe)
+                else:  # no caller could use it as it is
+                    self._pipes.discard(pipe)
         with self._adding, contextlib.suppress(IndexError):  # another thread may take the last one
             while self._opening and self._idle:
                 pipe = self._idle.pop()

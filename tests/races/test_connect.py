@@ -6,6 +6,7 @@ A credential provider is the gate: a connection is open once the test lets it pa
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import signal
 import socket
@@ -229,6 +230,31 @@ def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedSer
     gate.opened.set()
     wait_until(lambda: late(breaker) is None)
     assert len(node._idle) == 2
+    breaker.close()
+
+
+def test_a_place_that_its_caller_gave_up_is_offered_to_nobody(gate: Gate, server: EmbeddedServer) -> None:
+    """A caller leaves the line just when a place for a new connection is handed to it: the place is not open yet."""
+    breaker = behind(gate, server, PATIENCE)
+    node = breaker._redis._node(None)
+
+    class Leaving(collections.deque[Any]):
+        """A line whose last caller leaves before it is handed anything."""
+
+        def popleft(self) -> Any:
+            self.clear()
+            return super().popleft()
+
+    opening = threading.Thread(target=breaker.call, args=(int,))
+    opening.start()
+    wait_until(lambda: gate.asked)
+    node._waiting = Leaving([object()])
+    node._hand_over()
+    assert len(node._pipes) == 1
+    gate.opened.set()
+    opening.join(PATIENCE)
+    assert not opening.is_alive()
+    assert breaker.snapshot().source == "redis"
     breaker.close()
 
 
