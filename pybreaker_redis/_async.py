@@ -95,7 +95,7 @@ class AsyncPermit(BasePermit):
         ):
             self._tick()
             return
-        self.end()
+        self._end()
         if stage != SETTLED:
             await self._breaker._drive(self._breaker._report_end(self, error))
 
@@ -274,14 +274,14 @@ class AsyncCircuitBreaker(BreakerCore):
                 raise
             instead = fallback(rejected)
             return await instead if inspect.isawaitable(instead) else instead
-        permit.begin()
+        permit._begin()
         try:
             result = await func(*args, **kwargs)
         except BaseException as error:
             await self._drive(self._report_end(permit, error))
             raise
         finally:
-            permit.end()
+            permit._end()
         await self._drive(self._report_result(permit, result))
         return result
 
@@ -314,11 +314,11 @@ class AsyncCircuitBreaker(BreakerCore):
             try:
                 async with contextlib.aclosing(generator):
                     while True:
-                        permit.begin()  # part of a probe while it runs, but not while it is suspended
+                        permit._begin()  # part of a probe while it runs, but not while it is suspended
                         try:
                             item = await step()
                         finally:
-                            permit.end()
+                            permit._end()
                         try:
                             sent = yield item
                         except GeneratorExit:

@@ -94,7 +94,7 @@ class BreakerCore:
         self._name, self._host = name, host_of(host)
         self._policy = policy or Policy()
         self._state_key = _protocol.keys_of(name, prefix).state
-        self.corrupt_documents = 0
+        self._corrupt_documents = 0
         self._prefix = prefix
         self._now = machine if clock is None else clock.monotonic
         # clock= needs a lease of 0: then no call takes the fast path, which reads the machine's clock
@@ -144,7 +144,7 @@ class BreakerCore:
     def _follow(self, policy: Policy) -> None:
         """Follow another policy of this process from now on."""
         self._policy = policy
-        self._view.policy = policy.with_override(self._override)
+        self._view.policy = policy._with_override(self._override)
         self._given, self._judges_successes = shared_request(policy)
 
     def _check_process(self) -> None:
@@ -169,7 +169,7 @@ class BreakerCore:
         if self._line is not None:
             self._line.start_process()
         if self._watch is not None:
-            self._watch.after_fork()
+            self._watch._after_fork()
 
     def _share_memory(self, other: BreakerCore) -> None:
         """Share the state of another breaker in memory, whose policy and class may differ. Call it before any use."""
@@ -278,7 +278,7 @@ class BreakerCore:
                     self._run_here("record", report)
             return False
         if self._watch is not None:
-            self._watch.join()
+            self._watch._join()
         if lease <= 0:
             return False
         self._redis.soon(self._line)
@@ -579,7 +579,7 @@ class BreakerCore:
 
     def _put_in_force(self, override: dict[str, Any] | None) -> None:
         self._override = override
-        self._view.policy = self._policy.with_override(override)
+        self._view.policy = self._policy._with_override(override)
         self._isolation.obey(override)
 
     def _override_left(self) -> float:
@@ -590,7 +590,7 @@ class BreakerCore:
     def _check(self, reply: Reply) -> None:
         warning = reply.get("warning")
         if warning:
-            self.corrupt_documents += 1
+            self._corrupt_documents += 1
         if warning and warning != self._warned:  # log it once, not for every call
             key = self.keys.policy if warning == "corrupt_policy" else self.keys.state
             logger.warning("circuit breaker %r: %s under key %r", self.name, warning, key)
@@ -599,7 +599,7 @@ class BreakerCore:
     def _check_window(self, kept: float) -> None:
         """Warn once if another client's window is kept instead of this policy's."""
         policy = self._view.policy
-        if policy.keeps_window and policy.window < kept:
+        if policy._keeps_window and policy.window < kept:
             self._warned_of_window = True
             logger.warning(
                 "circuit breaker %r: the window is the last %g s, the longest that a client asks for, not %g s as"
@@ -636,7 +636,7 @@ class BreakerCore:
         if self._watch is not None:
             self._watch._leave()
         watch = self._watch = kind(self)
-        watch.join()
+        watch._join()
         return watch
 
     def _hinted(self) -> None:

@@ -171,7 +171,7 @@ class Line:
         return [self.breaker._complete("record", request) for request in reports if request["generation"] > 0]
 
     def _wants_window(self) -> bool:
-        return self._keeps_window or self.view.policy.keeps_window
+        return self._keeps_window or self.view.policy._keeps_window
 
     def give_back(self, request: Request) -> None:
         """Keep the outcomes of a report that no server has executed."""

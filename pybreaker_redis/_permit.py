@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import functools
+import secrets
 import threading
 import warnings
 import weakref
@@ -33,11 +34,11 @@ class BasePermit:
     """The right to one call. Settle it once, by an outcome or by leaving its block.
 
     generation: under which the call was admitted; None if its outcome does not count (in shadow mode, or within a
-    probe). probe: the slot of a probe, else None. started: when the call began, on the monotonic clock. pending_since:
+    probe). probe: the slot of a probe, else None. started: when the call began, on the monotonic clock. _pending_since:
     when the call was reported as slow while it still ran, else None. tick: counts a success on the fast path.
     """
 
-    __slots__ = ("__weakref__", "_breaker", "_stage", "_tick", "generation", "pending_since", "probe", "started")
+    __slots__ = ("__weakref__", "_breaker", "_pending_since", "_stage", "_tick", "generation", "probe", "started")
 
     def __init__(
         self,
@@ -53,7 +54,7 @@ class BasePermit:
         self.generation = generation
         self.started = started
         self.probe = probe
-        self.pending_since: float | None = None
+        self._pending_since: float | None = None
 
     @property
     def settled(self) -> bool:
@@ -69,31 +70,31 @@ class BasePermit:
             reason = "already settled" if self.settled else "already entered"
             raise PermitError(f"this permit of circuit breaker {self._breaker.name!r} was {reason}")
         self._stage = ENTERED
-        self.begin()
+        self._begin()
 
-    def begin(self) -> None:
+    def _begin(self) -> None:
         """Mark this context: calls that the guarded code makes through the same breaker are part of the probe."""
         if self.probe is not None:
             running = [one for one in _probes.get() if (permit := one[1]()) is not None and not permit.settled]
             _probes.set((*running, (getpid(), weakref.ref(self))))
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Remove the mark of begin()."""
         if self.probe is not None:
             # not reset(): blocks in generators end in any order or context; in_probe() skips permits that are settled
             _probes.set(tuple(one for one in _probes.get() if one[1]() is not self))
 
-    def around(self, generator: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
+    def _around(self, generator: Generator[Any, Any, T]) -> Generator[Any, Any, T]:
         """Wrap a generator so that it is part of the probe while it runs, but not while it is suspended."""
         resume: Callable[[], Any] = functools.partial(next, generator)
         while True:
-            self.begin()
+            self._begin()
             try:
                 item = resume()
             except StopIteration as end:
                 return cast(T, end.value)
             finally:
-                self.end()
+                self._end()
             try:
                 sent = yield item
             except GeneratorExit:
@@ -154,6 +155,9 @@ def in_probe(innermost: Innermost) -> bool:
     )
 
 
+# On an exception that a guard has counted. Plain values, since error reports may write its attributes as JSON.
+_MARK = "_pybreaker_redis"
+_UNMARKED: dict[str, tuple[int | None, float, float]] = {_MARK: (None, 0.0, 0.0)}
 _NOBODY: dict[int, float] = {}  # by thread or task: when it last counted a failure
 
 
@@ -167,20 +171,17 @@ class Innermost:
     moment of a frozen clock each count for themselves.
     """
 
-    __slots__ = ("__weakref__", "_last", "_lock", "_now", "failed_at")
+    __slots__ = ("__weakref__", "_last", "_lock", "_now", "_token", "failed_at")
 
     def __init__(self, now: Callable[[], float] = machine) -> None:
         self.failed_at, self._now = NEVER, now
+        self._token = secrets.randbits(64)  # in another process, no breaker has the same
         self._last = _NOBODY
         self.after_fork()
 
     def after_fork(self) -> None:
         """In a child: replace the lock, which a thread of the parent may hold."""
         self._lock = threading.RLock()
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        """None elsewhere: an exception that has passed a guard can be read without this package."""
-        return type(None), ()
 
     def failed(self, error: BaseException | None, began: float) -> None:
         """Note that a guard counts a failure. error: the exception, if any, which may yet pass other guards.
@@ -194,15 +195,18 @@ class Innermost:
                 self._last = {}
             self._last[running] = now
         if error is not None:
-            error.__dict__["_pybreaker_redis"] = self, now, began
+            try:  # noqa: SIM105 - faster than suppress()
+                error.__dict__[_MARK] = self._token, now, began
+            except Exception:  # its class may forbid it
+                pass
 
     def has_counted(self, error: BaseException, since: float) -> bool:
         """Whether a guard within a call that began then has counted this exception.
 
         The same object may be raised again by later calls, and by others at the same time: such a guard began later.
         """
-        by, at, began = error.__dict__.get("_pybreaker_redis", (None, 0.0, 0.0))
-        if by is self and since < at and since <= began:
+        token, at, began = getattr(error, "__dict__", _UNMARKED).get(_MARK, _UNMARKED[_MARK])
+        if token == self._token and since < at and since <= began:
             return True
         return isinstance(error, BaseExceptionGroup) and any(self.has_counted(one, since) for one in error.exceptions)
 

@@ -217,16 +217,16 @@ class Policy:
             raise PolicyError(f"max_reset_timeout must be at least reset_timeout ({first} s), not {most} s")
 
     @property
-    def keeps_window(self) -> bool:
+    def _keeps_window(self) -> bool:
         """Whether a window can trip the breaker."""
         return any(getattr(self, name) for name in WINDOW_RULES)
 
-    def to_request(self) -> dict[str, Any]:
+    def _to_request(self) -> dict[str, Any]:
         """The fields that differ from the defaults, in the scripts' units."""
         given = ((name, getattr(self, name)) for name in RULES)
         return {request_field(name): RULES[name].to_request(value) for name, value in given if value != DEFAULTS[name]}
 
-    def with_override(self, override: Mapping[str, Any] | None) -> Policy:
+    def _with_override(self, override: Mapping[str, Any] | None) -> Policy:
         """This policy with a policy override: fields that an operator set for the fleet, in the scripts' units."""
         if not override:
             return self
@@ -272,7 +272,7 @@ def override_fields(override: Mapping[str, Any]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1000)
 def shared_request(policy: Policy) -> tuple[dict[str, Any], bool]:
     """The policy's to_request(), the same for all breakers, and whether any of its fields matters to a success."""
-    given = policy.to_request()
+    given = policy._to_request()
     return given, any(rule.on_success and request_field(name) in given for name, rule in RULES.items())
 
 

@@ -179,7 +179,7 @@ def snapshot_from(name: str, reply: Reply, policy: Policy | None = None, isolate
     forced_until_ms = reply.get("forced_until_ms")
     calls, failures, slow = (reply.get(key, 0) for key in COUNTS[2:])
     override = reply.get("override") or {}
-    client = policy.to_request()
+    client = policy._to_request()
     sources = {
         field.name: "override" if request_field(field.name) in override
         else "client" if request_field(field.name) in client
@@ -212,7 +212,7 @@ def snapshot_from(name: str, reply: Reply, policy: Policy | None = None, isolate
         slow_rate=slow / calls if calls else None,
         health=reply.get("health", 0 if reply["state"] == "open" else 100),
         reporters={name: at / 1000 for name, at in (reply.get("reporters") or {}).items()},
-        policy=policy.with_override(override),
+        policy=policy._with_override(override),
         policy_sources=sources,
         override_operator=reply.get("override_operator"),
         override_note=reply.get("override_note"),

@@ -20,12 +20,10 @@ from collections.abc import Callable, Iterator, Sequence
 from time import monotonic
 from typing import Any
 
-from redis.exceptions import ResponseError
-
 from ._board import Row, Stored, counts, read_keys, read_stored, row_of, subscribed, urgency
 from ._process import renew, renew_at_forks
 from ._protocol import state_pattern
-from .wire.options import REDIS_ERRORS
+from .wire.options import ERROR_REPLY, REDIS_ERRORS
 from .wire.sync import Server
 
 TIMEOUT = 5.0
@@ -162,7 +160,7 @@ class BoardReader:
         with contextlib.ExitStack() as stack:
             try:
                 receive = stack.enter_context(subscribed(self.server, "PSUBSCRIBE", state_pattern(self.prefix)))
-            except ResponseError:
+            except ERROR_REPLY:
                 self._read_on(_nothing, live=False)
             else:
                 self._read_on(receive, live=True)

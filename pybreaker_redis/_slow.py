@@ -35,15 +35,15 @@ class SlowCalls:
     def ended(self, permit: BasePermit) -> tuple[bool | None, bool]:
         """Whether the call was slow (None: not measured), and whether that was reported while it ran."""
         limit = self._view.policy.slow_call_duration
-        if limit is None and not self._running and permit.pending_since is None:
+        if limit is None and not self._running and permit._pending_since is None:
             return None, False
         now = self._view.now()
         slow = None if limit is None else now - permit.started >= limit
-        if self._running.pop(permit, permit) is None or permit.pending_since is None:
+        if self._running.pop(permit, permit) is None or permit._pending_since is None:
             return slow, False
         # overdue() has taken it. A call that was reported longer ago has left the window, and counts as a new one.
         window = float("inf") if permit.probe is not None else 0.9 * self._view.policy.window
-        pending = now - permit.pending_since < window
+        pending = now - permit._pending_since < window
         return slow if slow is None else pending or slow, pending
 
     def any_overdue(self) -> bool:
@@ -59,7 +59,7 @@ class SlowCalls:
         while limit is not None and (permit := self._oldest()) is not None:
             if age(permit.started, self._view.now()) < limit:
                 break
-            permit.pending_since = self._view.now()
+            permit._pending_since = self._view.now()
             if self._running.pop(permit, permit) is None:
                 found.append(permit)
         return found

@@ -78,7 +78,7 @@ class Permit(BasePermit):
         ):
             tick()
             return
-        self.end()
+        self._end()
         if stage != SETTLED:
             self._breaker._drive(self._breaker._report_end(self, error))
 
@@ -224,14 +224,14 @@ class CircuitBreaker(BreakerCore):
             if fallback is None:
                 raise
             return fallback(rejected)
-        permit.begin()
+        permit._begin()
         try:
             result = func(*args, **kwargs)
         except BaseException as error:
             self._drive(self._report_end(permit, error))
             raise
         finally:
-            permit.end()
+            permit._end()
         return self._settle_result(func, result, permit)
 
     def _judge(self, func: Any, result: R, seen: Seen, now: float) -> R:
@@ -265,7 +265,7 @@ class CircuitBreaker(BreakerCore):
                 raise
             return (yield from fallback(rejected))
         try:
-            result = yield from (generator if permit.probe is None else permit.around(generator))
+            result = yield from (generator if permit.probe is None else permit._around(generator))
         except BaseException as error:
             self._drive(self._report_end(permit, error))
             raise
@@ -288,7 +288,7 @@ class CircuitBreaker(BreakerCore):
             permit._tick = seen.tick if self._only_counts else None
             permit.generation = seen.generation
             permit.started = now
-            permit.probe = permit.pending_since = None
+            permit.probe = permit._pending_since = None
             return permit
         return cast(Permit, self._admit(now))
 

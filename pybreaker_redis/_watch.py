@@ -25,7 +25,7 @@ class BaseWatch:
     def _subscriptions(self) -> list[Any]:
         return [joined for one in self._joined if (joined := one()) is not None]
 
-    def join(self) -> None:
+    def _join(self) -> None:
         """Join the subscription, unless the breaker has joined it already. The first breaker to join starts it."""
         if not self._closed:
             subscription = self._breaker._redis.subscription()
@@ -40,6 +40,6 @@ class BaseWatch:
             subscription.leave(self._breaker)
         self._joined = ()
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """In a child: the parent has the subscription; the next call joins one of this process."""
         self._joined = ()

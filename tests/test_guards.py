@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gc
 import inspect
+import json
 import pickle
 import threading
 import time
@@ -920,3 +921,37 @@ def test_a_snapshot_includes_what_this_process_has_gathered(make_breaker: Callab
         breaker.call(int)
     seen = breaker.snapshot()
     assert (seen.failure_count, seen.calls, seen.failures) == (0, 4, 1)
+
+
+def test_the_mark_on_an_exception_is_plain() -> None:
+    """A counted exception says so by plain values: programs write the attributes of an exception as JSON."""
+    breaker = CircuitBreaker("plain")
+
+    def fail() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(KeyError) as caught:
+        breaker.call(fail)
+    assert list(json.loads(json.dumps(vars(caught.value)))) == ["_pybreaker_redis"]
+
+
+class Sealed(Exception):
+    """An exception whose attributes cannot be read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name == "__dict__":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+def test_an_exception_whose_attributes_cannot_be_read() -> None:
+    """It reaches the caller, and the failure counts."""
+    breaker = CircuitBreaker("sealed")
+
+    def fail() -> None:
+        raise Sealed
+
+    for _ in range(2):
+        with pytest.raises(Sealed):
+            breaker.call(fail)
+    assert breaker.snapshot().failure_count == 2

@@ -794,7 +794,7 @@ class Call:
     """What slow calls need of a permit."""
 
     started: float
-    pending_since: float | None = None
+    _pending_since: float | None = None
     probe: int | None = None
 
 
@@ -808,8 +808,8 @@ def test_a_call_that_hung_for_a_window_counts_anew(window: float, probe: int | N
     slow_calls, call = SlowCalls(View(0.1, policy)), Call(time.monotonic() - 1, None, probe)
     slow_calls.began(call)
     assert slow_calls.overdue() == [call]
-    assert call.pending_since is not None
-    call.pending_since -= 0.02
+    assert call._pending_since is not None
+    call._pending_since -= 0.02
     assert slow_calls.ended(call) == (True, pending)
 
 

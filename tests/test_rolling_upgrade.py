@@ -131,10 +131,10 @@ def test_both_keep_the_window_and_obey_the_override(client: redis.Redis, old: Ru
     fail(breaker)
     breaker.set_policy(failure_threshold=4)
     assert breaker.snapshot().calls == 2
-    reported = old("record", generation=old("acquire")["generation"], failures=1, policy=policy.to_request())
+    reported = old("record", generation=old("acquire")["generation"], failures=1, policy=policy._to_request())
     assert (reported["state"], reported["failure_count"]) == ("closed", 3)
     assert (breaker.snapshot().calls, breaker.snapshot().failure_count) == (3, 3)
-    reported = old("record", generation=old("acquire")["generation"], failures=1, policy=policy.to_request())
+    reported = old("record", generation=old("acquire")["generation"], failures=1, policy=policy._to_request())
     assert (reported["state"], breaker.snapshot().state) == ("open", "open")
 
 

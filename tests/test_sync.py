@@ -1187,7 +1187,7 @@ def test_corrupt_document(client: redis.Redis, caplog: pytest.LogCaptureFixture)
     breaker = CircuitBreaker("corrupt", redis=client, **STRICT)
     client.set(breaker.keys.state, "{no json")
     assert breaker.call(int) == 0
-    assert breaker.corrupt_documents >= 1
+    assert breaker._corrupt_documents >= 1
     assert breaker.keys.state in caplog.text
 
 

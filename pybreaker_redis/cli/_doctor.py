@@ -10,13 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from redis.exceptions import NoPermissionError
-
 from .._board import clean, scan, subscribed
 from .._processes import disagreements, read_processes
 from .._protocol import Keys, keys_of
 from ..wire.commands import checked
-from ..wire.options import REDIS_ERRORS, error_kind
+from ..wire.options import NO_RIGHT, REDIS_ERRORS, error_kind
 from ..wire.scripts import SCRIPTS, sha1
 from ..wire.sync import Connections
 from ._fleet import Fleet, command, place_of, send
@@ -53,7 +51,7 @@ def examine(fleet: Fleet) -> Iterator[Finding]:
     for node in nodes:
         try:
             send(node, command("TIME"))  # a server that is down ends the program; PING fails where Redis cannot save
-        except NoPermissionError as error:  # perhaps as it connects
+        except NO_RIGHT as error:  # perhaps as it connects
             yield Finding("rights", "wrong", f"could not connect: {error}", _grant(fleet, node))
             return
     for node in nodes:

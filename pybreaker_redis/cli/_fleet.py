@@ -147,7 +147,7 @@ class Fleet:
 
 
 def _request(policy: Policy | None) -> _protocol.Request:
-    given = policy.to_request() if policy else {}
+    given = policy._to_request() if policy else {}
     return {"policy": given} if given else {}
 
 

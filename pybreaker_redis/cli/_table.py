@@ -105,7 +105,7 @@ def _share(count: int, calls: int) -> str:
 
 
 def _health(one: Seen) -> str:
-    return "-" if one.policy is None else str(one.row.health(one.now, one.policy.to_request()))
+    return "-" if one.policy is None else str(one.row.health(one.now, one.policy._to_request()))
 
 
 def reason_of(row: Row) -> str:
@@ -176,7 +176,7 @@ def row_json(row: Row, known: Known) -> dict[str, Any]:
     """One breaker for a program. Times in unix seconds, durations of the policy override in milliseconds."""
     one = seen(row, known)
     calls, failures, slow = one.sums
-    health = {} if one.policy is None else {"health": row.health(one.now, one.policy.to_request())}
+    health = {} if one.policy is None else {"health": row.health(one.now, one.policy._to_request())}
     fields = ("name", "state", "condition", "until", "since", "reason", "error", "operator", "note")
     more = ("override", "override_until", "override_operator", "override_note")
     return {

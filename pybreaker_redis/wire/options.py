@@ -35,6 +35,8 @@ PROOF_AFTER = 1.0  # seconds after which an idle connection must prove that it s
 SHORTEST_PATIENCE = 0.02
 NO_REPLY = object()  # from a reader that has no whole reply yet
 REDIS_ERRORS = (redis.RedisError, OSError)
+ERROR_REPLY = redis.ResponseError  # the server has answered
+NO_RIGHT = exceptions.NoPermissionError  # an ACL refuses the command or the key
 # options of connections for which blocking and asyncio ones have classes and functions of their own
 _OF_ONE_KIND = ("redis_connect_func", "parser_class", "encoder_class", "connection_pool")
 # errors of a connection that leads to the wrong server, or to one that is not ready; Redis 6 hides the codes within the

@@ -63,7 +63,7 @@ def use_everything(target: Restartable, rules: list[str]) -> dict[str, Any]:
             breaker.acquire().failure()
             time.sleep(0.03)
             outcome(lambda: breaker.acquire().success())
-        found["foreign"] = breaker.corrupt_documents
+        found["foreign"] = breaker._corrupt_documents
         found["back"] = comes_back(breaker, admin, "+evalsha" in rules or "+@all" in rules)
         found["history"] = outcome(lambda: [(entry.old, entry.new) for entry in breaker.history()])
         found["seen"] = breaker.snapshot().state, breaker.snapshot().source
