@@ -227,8 +227,9 @@ class AsyncConnections:
         try:
             await self._take_slot()
             try:
-                if self._late is not None and not self._idle:
-                    await _first_of(self._late, seconds=self._timeout)
+                late = self._late
+                if late is not None and not self._idle and not await _first_of(late, seconds=self._timeout):
+                    raise ConnectsLate(self._timeout)
                 if losses != self._losses:
                     raise lost_meanwhile()
                 return await self._send(packed(commands, asking), len(commands), asking, sent)
@@ -323,16 +324,20 @@ class AsyncConnections:
     # Attempts to open a connection. Each is a task: it has no deadline, and may outlive its caller
 
     async def _open(self, timeout: float) -> Any:
-        """A new connection, or one that becomes free before.
+        """A new connection or, if that takes long, one that becomes free before.
 
         Raises redis.TimeoutError if both take longer: the attempt goes on in the background.
         """
         connection, closes = self.connection(), self._closes
         attempt = in_background(self._connect(connection))
         offer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._opening.append(offer)
         try:
-            await _first_of(attempt, offer, seconds=timeout)
+            if not await _first_of(attempt, seconds=timeout / 2):
+                self._opening.append(offer)
+                if self._idle:
+                    self._put_back(self._idle.pop()[0])
+                if not await _first_of(attempt, offer, seconds=timeout / 2):
+                    raise ConnectsLate(timeout)
         except BaseException:
             if not offer.cancel():
                 self._put_back(offer.result())
@@ -405,14 +410,12 @@ async def _read(connection: Any) -> Any:
         return error
 
 
-async def _first_of(*awaited: asyncio.Future[Any], seconds: float) -> None:
-    """Wait for an attempt to open a connection, and for what would do instead. Raises redis.TimeoutError after so many
-    seconds."""
-    try:
+async def _first_of(*awaited: asyncio.Future[Any], seconds: float) -> bool:
+    """Wait for an attempt to open a connection, and for what would do instead. Returns whether one came in time."""
+    with contextlib.suppress(redis.TimeoutError):
         async with _deadline(seconds):
             await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-    except redis.TimeoutError:
-        raise ConnectsLate(seconds) from None
+    return any(one.done() for one in awaited)
 
 
 async def _drop(connection: Any) -> None:

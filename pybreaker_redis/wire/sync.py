@@ -266,7 +266,7 @@ class Connections:
         self._pipes: weakref.WeakSet[Pipe] = weakref.WeakSet()
         self._adding = threading.RLock()
         self._waiting: collections.deque[queue.SimpleQueue[Pipe]] = collections.deque()
-        self._opening: collections.deque[Attempt] = collections.deque()  # that callers wait for
+        self._opening: collections.deque[Attempt] = collections.deque()  # that callers have waited for some time
         self._late: Attempt | None = None  # the one attempt whose caller has given up waiting
         self._losses = self._closes = 0
 
@@ -338,19 +338,22 @@ class Connections:
         return self._open(pipe, timeout)
 
     def _open(self, pipe: Pipe, timeout: float) -> Pipe:
-        """Open a connection. Returns it, or one that becomes free before.
+        """Open a connection. Returns it or, if that takes long, one that becomes free before.
 
         Raises redis.TimeoutError if both take longer: the attempt goes on in the background.
         """
         attempt, goes_on = Attempt(self.connection(), self._closes), False
-        self._opening.append(attempt)
         try:
             attempt.begin(self._adding, self._came_late)
-            attempt.wait(timeout)
+            attempt.wait(timeout / 2)
+            if not attempt.has_ended:
+                self._opening.append(attempt)
+                self._hand_over()
+                attempt.wait(timeout / 2)
             goes_on = True
         finally:
             with self._adding:
-                with contextlib.suppress(ValueError):  # it was offered another one
+                with contextlib.suppress(ValueError):  # it ended soon, or was offered another one
                     self._opening.remove(attempt)
                 if not attempt.has_ended:
                     self._leave(attempt, goes_on)

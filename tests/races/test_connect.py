@@ -26,6 +26,7 @@ from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker
 from pybreaker_redis.embedded import EmbeddedServer
 
 NOBODY = ("default", "")
+SOON = 6.0  # seconds: for half of them a caller waits for its own connection only
 
 
 class Gate(redis.CredentialProvider):
@@ -212,16 +213,18 @@ def test_a_server_that_trickles(own_server: EmbeddedServer) -> None:
 
 
 def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedServer) -> None:
-    """A caller that waits for a new connection takes one that another caller gives back before."""
+    """A caller that waits long for a new connection takes one that another caller gives back before."""
     breaker = behind(gate, server, redis_timeout=PATIENCE)
     gate.opened.set()
     breaker.call(int)
     gate.opened.clear()
     node = breaker._redis._node(None)
     pipe = node._take(PATIENCE)
+    node._timeout = SOON
     thread = threading.Thread(target=breaker._redis.history, args=(breaker.keys, 1))
     thread.start()
-    wait_until(lambda: gate.asked == 2)
+    wait_until(lambda: node._opening)
+    assert gate.asked == 2
     node._idle.append(pipe)
     node._hand_over()
     thread.join(PATIENCE)
@@ -235,7 +238,7 @@ def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedSer
 
 def test_a_place_that_its_caller_gave_up_is_offered_to_nobody(gate: Gate, server: EmbeddedServer) -> None:
     """A caller leaves the line just when a place for a new connection is handed to it: the place is not open yet."""
-    breaker = behind(gate, server, PATIENCE)
+    breaker = behind(gate, server, SOON)
     node = breaker._redis._node(None)
 
     class Leaving(collections.deque[Any]):
@@ -247,7 +250,7 @@ def test_a_place_that_its_caller_gave_up_is_offered_to_nobody(gate: Gate, server
 
     opening = threading.Thread(target=breaker.call, args=(int,))
     opening.start()
-    wait_until(lambda: gate.asked)
+    wait_until(lambda: node._opening)
     node._waiting = Leaving([object()])
     node._hand_over()
     assert len(node._pipes) == 1
@@ -467,10 +470,11 @@ def test_a_task_takes_a_connection_that_becomes_free(server: EmbeddedServer) -> 
         breaker = async_behind(gate, server, PATIENCE)
         await breaker.call(fine)
         node = breaker._redis._node(None)
+        node._timeout = SOON
         gate.opened.clear()
         connection, _ = node._idle.pop()
         waiting = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
-        while gate.asked < 2:
+        while not node._opening:
             await asyncio.sleep(0.005)
         node._put_back(connection)
         await asyncio.wait_for(waiting, PATIENCE)
