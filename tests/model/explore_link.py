@@ -689,10 +689,10 @@ def outages_of(process: Process) -> list[Outage]:
 class Watching:
     """Stands in for a Watch."""
 
-    def join(self) -> None:
+    def _join(self) -> None:
         """Its messages come all the same."""
 
-    def after_fork(self) -> None:
+    def _after_fork(self) -> None:
         """Nothing to do."""
 
 
