@@ -820,7 +820,8 @@ def test_doctor_without_a_right_to_look(run: Callable[..., Done]) -> None:
         for command in ("-info", "-scan"):
             admin.execute_command("ACL", "SETUSER", "me", "reset", "on", ">secret", *rule, command)
             done = run("doctor", "--json", "--redis", server.url.replace("://", "://me:secret@"))
-            refused = [one for one in done.json if one["status"] == "warning"]
+            # a slow machine gets a warning of its latency, too
+            refused = [one for one in done.json if one["status"] == "warning" and one["check"] != "latency"]
             assert {one["check"] for one in refused} >= ({"version", "role"} if command == "-info" else {"ttls"})
             assert all("could not check" in one["detail"] and "INFO" in one["fix"] for one in refused)
             assert findings(done)["rights"]["status"] == "ok"
