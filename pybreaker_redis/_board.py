@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from . import _rules
 from ._policy import RULES, default_request, request_field
 from ._protocol import (
-    ABOUT_OVERRIDE,
     EXACT,
     GREATEST_GENERATION,
     LONGEST_NOTE,
@@ -25,6 +24,7 @@ from ._protocol import (
     State,
     read_map,
     state_pattern,
+    without_about,
 )
 from ._window import Sums, Window, sums, window_at
 from .wire.commands import Command, checked, read
@@ -367,7 +367,7 @@ def _override(text: bytes | None, now_ms: int) -> dict[str, Any]:
     until_ms = _integer(fields, "until_ms")
     if "until_ms" in fields and until_ms <= now_ms:
         return {}
-    given = {name: value for name, value in fields.items() if name not in ABOUT_OVERRIDE}
+    given = without_about(fields)
     if not given or not all(name in _RULES and _RULES[name].accepts(value) for name, value in given.items()):
         return {}
     return {

@@ -57,9 +57,6 @@ class CircuitOpenError(CircuitBreakerError):
         return f"circuit breaker {self.name!r} is {self.state}{why}; retry after {self.retry_after:.3f} s"
 
 
-# The name of a class in pickles and tracebacks is a public one, too.
-for _error in (
-    *(CircuitBreakerError, CircuitOpenError, ConfigError, ForcedStateError, PermitError, PolicyError),
-    RedisUnavailableError,
-):
+# Pickles and tracebacks name the public module.
+for _error in (CircuitBreakerError, *CircuitBreakerError.__subclasses__()):
     _error.__module__ = "pybreaker_redis"

@@ -13,7 +13,7 @@ from ._config import OnRedisFailure
 from ._core import BreakerCore
 from ._memory import FixedEngine, LocalEngine
 from ._policy import DEFAULTS
-from ._protocol import ABOUT_OVERRIDE, NOTES, Reply, Request, read_document, read_map, read_window
+from ._protocol import NOTES, Reply, Request, read_document, read_map, read_window, without_about
 from ._view import Seen
 from .wire.outage import LONGEST_PAUSE, Outage
 
@@ -272,4 +272,4 @@ def _says(texts: Texts, reply: Reply) -> bool:
         return False
     stored = read_map(texts.policy)
     # a corrupt policy override is not in force
-    return override == (stored and {name: stored[name] for name in stored if name not in ABOUT_OVERRIDE})
+    return override == (stored and without_about(stored))

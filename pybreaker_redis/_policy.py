@@ -271,7 +271,7 @@ def override_fields(override: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1000)
 def shared_request(policy: Policy) -> tuple[dict[str, Any], bool]:
-    """The policy's to_request(), the same for all breakers, and whether any of its fields matters to a success."""
+    """The policy as a request, the same object for all breakers, and whether any of its fields matters to a success."""
     given = policy._to_request()
     return given, any(rule.on_success and request_field(name) in given for name, rule in RULES.items())
 

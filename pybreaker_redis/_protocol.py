@@ -48,7 +48,7 @@ LARGEST_TEXT = 65536
 LONGEST_OPERATOR, LONGEST_NOTE = 100, 200
 POLICY_ACTIONS = "set_policy", "clear_policy"  # also the reasons of their history entries
 NOTES = "clear_forced", "probe", *POLICY_ACTIONS  # reasons of history entries that are never a transition
-ABOUT_OVERRIDE = "until_ms", "operator", "note"  # stored with the fields of a policy override
+_ABOUT_OVERRIDE = "until_ms", "operator", "note"  # stored with the fields of a policy override
 
 
 class Keys(NamedTuple):
@@ -261,6 +261,11 @@ class HistoryEntry:
     note: str | None = None
     override: dict[str, Any] | None = dataclasses.field(default=None, hash=False)
     override_until: float | None = None
+
+
+def without_about(override: Mapping[str, Any]) -> dict[str, Any]:
+    """The policy fields of a stored policy override, without its end, operator and note."""
+    return {name: value for name, value in override.items() if name not in _ABOUT_OVERRIDE}
 
 
 def override_text(fields: Mapping[str, Any], until_ms: int | None = None) -> str:

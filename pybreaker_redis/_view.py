@@ -237,7 +237,7 @@ class View:
             if sent < since <= now and generation <= seen.generation and not reply.get("isolated"):
                 if not same_probes or refuses:
                     return False
-                sent = seen.sent  # late, but it may be about a later moment: at worst the next call asks in vain
+                sent = seen.sent  # a late reply may describe a later moment: at worst the next call asks in vain
             if sent < self._not_before <= now:
                 return False
             counter = seen.counter if generation == seen.generation else self._next_counter(now)

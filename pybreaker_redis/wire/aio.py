@@ -411,7 +411,7 @@ async def _read(connection: Any) -> Any:
 
 
 async def _first_of(*awaited: asyncio.Future[Any], seconds: float) -> bool:
-    """Wait for an attempt to open a connection, and for what would do instead. Returns whether one came in time."""
+    """Wait until one of these has ended. seconds: at most. Returns whether one has."""
     with contextlib.suppress(redis.TimeoutError):
         async with _deadline(seconds):
             await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)

@@ -252,8 +252,8 @@ class Worker:
 class Connections:
     """The connections to the target of a pool: a server, a socket, a Sentinel's master or a node.
 
-    There are never more than the pool allows. A caller that finds all of them in use waits for its turn, and so does
-    one that finds a late attempt to open another.
+    There are never more than the pool allows. A caller waits for its turn while all of them are in use, or while a late
+    attempt to open one goes on.
     """
 
     def __init__(self, pool: Any, timeout: float) -> None:
@@ -266,7 +266,7 @@ class Connections:
         self._pipes: weakref.WeakSet[Pipe] = weakref.WeakSet()
         self._adding = threading.RLock()
         self._waiting: collections.deque[queue.SimpleQueue[Pipe]] = collections.deque()
-        self._opening: collections.deque[Attempt] = collections.deque()  # that callers have waited for some time
+        self._opening: collections.deque[Attempt] = collections.deque()  # slow: their callers take another, too
         self._late: Attempt | None = None  # the one attempt whose caller has given up waiting
         self._losses = self._closes = 0
 
@@ -378,7 +378,7 @@ class Connections:
     def _leave(self, attempt: Attempt, goes_on: bool) -> None:
         """Let an attempt go on without its caller, unless another one does already. It keeps a place meanwhile.
 
-        goes_on: not if an exception has interrupted the caller: perhaps it has not begun.
+        goes_on: False if an exception has interrupted the caller: then the attempt may never have begun.
         """
         attempt.place = Pipe()
         self._pipes.add(attempt.place)
