@@ -200,30 +200,67 @@ async def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Awai
         return end.value  # type: ignore[no-any-return]
 
 
-class AsyncConnections(BaseConnections["AsyncPipe"]):
+class AsyncPipe(BasePipe):
+    """One of the connections. task: opens it."""
+
+    task: asyncio.Task[None]
+    _connection: Any = None
+
+    async def open(self, connection: Any) -> None:
+        self._connection = connection
+        await connection.connect()  # only connect() asks a Sentinel for the master
+
+    def give_up(self) -> None:
+        self.task.cancel()
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self._connection.disconnect(nowait=True)
+
+    async def works(self, patience: float) -> bool:
+        """Whether it is open. If it was idle for long, the server must answer a PING in time; an error is an answer."""
+        with contextlib.suppress(*REDIS_ERRORS):
+            if not self._connection.is_connected or await can_read(self._connection)():
+                return False
+            if monotonic() - self.used_at > PROOF_AFTER:
+                async with _deadline(patience):
+                    await self.exchange(PING, 1)
+            return True
+        return False
+
+    async def exchange(self, data: bytes, count: int) -> list[Any]:
+        """Send commands, and read so many replies."""
+        await self._connection.send_packed_command([data], check_health=False)
+        return [await self._read() for _ in range(count)]
+
+    async def _read(self) -> Any:
+        try:  # the caller disconnects: redis-py would fail to if the event loop is closed already
+            return await self._connection.read_response(disconnect_on_error=False)
+        except redis.ResponseError as error:
+            return error
+
+
+class AsyncConnections(BaseConnections[AsyncPipe]):
     """Connections for one event loop. Each one is opened by a task of its own."""
+
+    _kind = AsyncPipe
 
     async def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
         """The replies, in order; that of a failed command is its error. Raises NotSent if cancelled before sending."""
-        sent = asyncio.Event()
+        pipe, sent = None, False
         try:
             pipe = await self._take(self._timeout)
-            try:
-                if not await pipe.works(self._patience):
-                    pipe = await self._replaced(pipe)
-                async with _deadline(self._timeout):
-                    sent.set()
-                    replies = await pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1))
-            except GeneratorExit:  # collected while it ran: its loop is gone, and so are the sockets
-                raise
-            except BaseException as error:
-                if sent.is_set() and isinstance(error, REDIS_ERRORS):
+            pipe = await self._proven(pipe)
+            async with _deadline(self._timeout):
+                sent = True
+                replies = await pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1))
+        except BaseException as error:
+            is_collected = isinstance(error, GeneratorExit)  # its loop is gone, and so are the sockets
+            if pipe is not None and not is_collected:
+                if sent and isinstance(error, REDIS_ERRORS):
                     await self._lose(error)
                 await self._drop(pipe)
-                raise
-        except BaseException as error:
-            ended = isinstance(error, (asyncio.CancelledError, GeneratorExit)) or _is_closed()
-            if sent.is_set() or not ended:
+            if sent or not (is_collected or isinstance(error, asyncio.CancelledError) or _is_closed()):
                 raise
             raise NotSent from error
         if asking:
@@ -280,19 +317,24 @@ class AsyncConnections(BaseConnections["AsyncPipe"]):
         try:
             async with _deadline(timeout, 2, _busy()):
                 await turn
-        except (redis.TimeoutError, asyncio.CancelledError) as error:
-            with contextlib.suppress(ValueError):
-                self._waiting.remove(turn)
-            if isinstance(error, redis.TimeoutError) and turn.cancelled():
+        except redis.TimeoutError:
+            if turn.cancelled():  # else it was handed something just then
+                self._leave(turn)
                 raise self._in_vain(timeout) from None
-            if isinstance(error, asyncio.CancelledError):
-                if not turn.cancelled() and isinstance(turn.result(), AsyncPipe):
-                    self._put_back(turn.result())
-                raise
+        except asyncio.CancelledError:
+            self._leave(turn)
+            raise
         found: AsyncPipe | BaseException = turn.result()
         if isinstance(found, BaseException):
             raise found
         return found
+
+    def _leave(self, turn: asyncio.Future[Any]) -> None:
+        """Take a caller out of the line. What it was handed just then is for the next one."""
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(turn)
+        if not turn.cancelled() and isinstance(turn.result(), AsyncPipe):
+            self._put_back(turn.result())
 
     def _hand(self, turn: asyncio.Future[Any], found: AsyncPipe | BaseException) -> bool:
         if turn.done():
@@ -300,13 +342,13 @@ class AsyncConnections(BaseConnections["AsyncPipe"]):
         turn.set_result(found)
         return True
 
-    async def _replaced(self, pipe: AsyncPipe) -> AsyncPipe:
-        """Another connection than this one, which was idle for too long, as were the others."""
-        await self._drop(pipe, *self._take_idle())
-        return await self._take(self._timeout - self._patience)
-
-    def _pipe(self) -> AsyncPipe:
-        return AsyncPipe()
+    async def _proven(self, pipe: AsyncPipe) -> AsyncPipe:
+        """This connection, if it still leads to the server, or else another one."""
+        deadline = monotonic() + self._timeout
+        if await pipe.works(self._patience):
+            return pipe
+        await self._drop(pipe, *self._take_idle())  # the others were idle for longer
+        return await self._take(deadline - monotonic())
 
     def _begin(self, pipe: AsyncPipe) -> None:
         pipe.task = in_background(self._open(pipe))
@@ -326,46 +368,6 @@ class AsyncConnections(BaseConnections["AsyncPipe"]):
             return
         if not self._opened(pipe):
             await self._drop(pipe)
-
-
-class AsyncPipe(BasePipe):
-    """One of the connections. task: opens it."""
-
-    task: asyncio.Task[None]
-    _connection: Any = None
-
-    async def open(self, connection: Any) -> None:
-        self._connection = connection
-        await connection.connect()  # only connect() asks a Sentinel for the master
-
-    def give_up(self) -> None:
-        self.task.cancel()
-
-    async def close(self) -> None:
-        if self._connection is not None:
-            await self._connection.disconnect(nowait=True)
-
-    async def works(self, patience: float) -> bool:
-        """Whether it is open. If it was idle for long, the server must answer a PING in time; an error is an answer."""
-        with contextlib.suppress(*REDIS_ERRORS):
-            if not self._connection.is_connected or await can_read(self._connection)():
-                return False
-            if monotonic() - self.used_at > PROOF_AFTER:
-                async with _deadline(patience):
-                    await self.exchange(PING, 1)
-            return True
-        return False
-
-    async def exchange(self, data: bytes, count: int) -> list[Any]:
-        """Send commands, and read so many replies."""
-        await self._connection.send_packed_command([data], check_health=False)
-        return [await self._read() for _ in range(count)]
-
-    async def _read(self) -> Any:
-        try:  # the caller disconnects: redis-py would fail to if the event loop is closed already
-            return await self._connection.read_response(disconnect_on_error=False)
-        except redis.ResponseError as error:
-            return error
 
 
 def forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any]) -> None:

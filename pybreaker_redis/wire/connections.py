@@ -23,13 +23,11 @@ class BasePipe:
     opens: whether it is opening, and still wanted. era: in which it was opened. used_at: when it was last used.
     """
 
+    give_up: Callable[[], None]  # lets it be closed; what it waits for may go on for a while
+
     def __init__(self) -> None:
         self.opens, self.era = True, 0
         self.began = self.used_at = monotonic()
-
-    def give_up(self) -> None:
-        """Let it be closed instead of opened. What it waits for may go on for a while."""
-        raise NotImplementedError
 
 
 P = TypeVar("P", bound=BasePipe)
@@ -44,7 +42,7 @@ class BaseConnections(Generic[P]):
     replies. An era ends when the server is lost, and at close(). A connection of an earlier era is used no more.
     """
 
-    _pipe: Callable[[], P]
+    _kind: type[P]
     _begin: Callable[[P], None]  # opens a connection in the background
     _hand: Callable[[Any, P | BaseException], bool]  # ends a caller's turn; returns False if the caller has left
 
@@ -65,6 +63,8 @@ class BaseConnections(Generic[P]):
 
         Call this after adding a caller or a connection, or closing one.
         """
+        if not self._waiting:  # the usual case
+            return
         with self._lock, contextlib.suppress(IndexError):  # a caller may take the last one without the lock
             while self._waiting:
                 pipe = self._idle.pop()
@@ -76,9 +76,9 @@ class BaseConnections(Generic[P]):
     def _another(self) -> P | None:
         """A connection to open: if fewer are opening than callers wait, and the limit allows it."""
         with self._lock:
-            if len(self._waiting) <= len(self._opening()) or len(self._pipes) >= self._limit:
+            if len(self._pipes) >= self._limit or len(self._waiting) <= len(self._opening()):
                 return None
-            pipe = self._pipe()
+            pipe = self._kind()
             self._pipes[pipe] = None
             return pipe
 

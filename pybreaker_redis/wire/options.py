@@ -97,7 +97,7 @@ def _is_fake(given: Any) -> bool:
 
 
 def error_of_route(replies: list[Any]) -> Exception | None:
-    """The first error which shows that a connection is not as good as before. A refusal is no fault of the connection."""
+    """The first error that shows a connection to be worse than before. A refusal is no fault of the connection."""
     errors = (reply for reply in replies if isinstance(reply, Exception))
     return next((error for error in errors if isinstance(error, _ASTRAY) or _ASTRAY_TEXTS.search(str(error))), None)
 

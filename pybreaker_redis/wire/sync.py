@@ -241,136 +241,6 @@ class Worker:
                 logger.exception("the work of the thread %s failed", self._name)
 
 
-class Connections(BaseConnections["Pipe"]):
-    """Blocking connections. Each one is opened in a thread of its own."""
-
-    def __init__(self, pool: Any, timeout: float) -> None:
-        super().__init__(pool, timeout)
-        self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
-
-    def send(self, commands: Sequence[Command], asking: bool = False, left: float | None = None) -> list[Any]:
-        """The replies, in order; that of a failed command is its error. left: seconds, if fewer than usual."""
-        timeout = self._timeout if left is None else left
-        pipe = self._take(timeout)
-        if monotonic() - pipe.used_at > PROOF_AFTER or pipe.readable(0):
-            pipe = self._proven(pipe, timeout)
-        try:
-            if left is not None:
-                pipe.settimeout(left)
-            replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), timeout)
-        except BaseException as error:
-            if isinstance(error, REDIS_ERRORS):
-                self._lose(error)
-            self._drop(pipe)
-            raise
-        if asking:
-            replies = replies[1::2]
-        if (astray := error_of_route(replies)) is not None:
-            self._lose(astray)  # after a failover, idle connections lead to the old master
-        if pipe.era == self._era:
-            self._idle.append(pipe)
-            if self._waiting:
-                self._serve()
-        else:
-            self._drop(pipe)
-        return replies
-
-    def connection(self, **options: Any) -> Any:
-        return connection(self._pool, BLOCKING, self._timeout, **options)
-
-    def close(self) -> None:
-        """Close the idle connections now, and each of the others after its exchange. Give up those that are opening."""
-        self._era += 1
-        for pipe in self._opening():
-            self._give_up(pipe)
-        self._drop(*self._take_idle())
-
-    def after_fork(self) -> None:
-        """In a child: close its copies of sockets that are opening. A thread of the parent may hold the locks."""
-        for pipe in self._opening():
-            pipe.close()
-
-    def _lose(self, error: BaseException) -> None:
-        """Close the connections, since the server is lost. One that is opening may find it again."""
-        self._era += 1
-        idle = self._take_idle()
-        self._tell(error)
-        self._drop(*idle)
-
-    def _drop(self, *pipes: Pipe) -> None:
-        """Close connections; others may take their places."""
-        for pipe in pipes:
-            pipe.close()
-            self._pipes.pop(pipe, None)
-        if self._waiting:
-            self._serve()
-
-    def _take(self, timeout: float) -> Pipe:
-        """A connection for this caller alone. Raises redis.RedisError if it gets none in time."""
-        if timeout <= 0:
-            raise redis.TimeoutError("no time is left")
-        if not self._waiting:
-            try:
-                return self._idle.pop()
-            except IndexError:
-                pass
-        turn: queue.SimpleQueue[Pipe | BaseException] = queue.SimpleQueue()
-        self._waiting.append(turn)
-        try:
-            self._serve()
-            found = turn.get(timeout=timeout)
-        except BaseException as error:
-            with self._lock, contextlib.suppress(ValueError):
-                self._waiting.remove(turn)
-            if not isinstance(error, queue.Empty):
-                raise
-            try:
-                found = turn.get_nowait()  # handed over just then
-            except queue.Empty:
-                raise self._in_vain(timeout) from None
-        if isinstance(found, BaseException):
-            raise found
-        return found
-
-    def _hand(self, turn: queue.SimpleQueue[Pipe | BaseException], found: Pipe | BaseException) -> bool:
-        turn.put(found)
-        return True
-
-    def _proven(self, pipe: Pipe, timeout: float) -> Pipe:
-        """This connection, if a PING proves that it still leads to the server, or else another one."""
-        deadline, works = monotonic() + timeout, False
-        try:
-            works = not pipe.readable(0) and pipe.proves(min(self._patience, timeout / 2))
-        finally:
-            if not works:
-                self._drop(pipe)
-        if works:
-            return pipe
-        self._drop(*self._take_idle())  # they were idle for longer
-        return self._take(deadline - monotonic())
-
-    def _pipe(self) -> Pipe:
-        return Pipe()
-
-    def _begin(self, pipe: Pipe) -> None:
-        try:
-            threading.Thread(target=self._open, args=(pipe,), name="pybreaker_redis-connect", daemon=True).start()
-        except RuntimeError:  # no thread can start: the interpreter exits, or a limit is reached
-            self._open(pipe)
-
-    def _open(self, pipe: Pipe) -> None:
-        try:
-            with connecting():
-                pipe.open(self.connection(), self._timeout)
-        except BaseException as error:
-            if pipe.opens:
-                self._lose(error)
-            self._drop(pipe)
-            return
-        if not self._opened(pipe):
-            self._drop(pipe)
-
-
 class Pipe(BasePipe):
     """Reads and writes its socket directly, since redis-py's layers take a third of the time of a script call."""
 
@@ -426,3 +296,129 @@ class Pipe(BasePipe):
             raise redis.ConnectionError(f"{len(replies)} replies to {count} commands")
         self.used_at = monotonic()
         return replies
+
+
+class Connections(BaseConnections[Pipe]):
+    """Blocking connections. Each one is opened in a thread of its own."""
+
+    _kind = Pipe
+
+    def __init__(self, pool: Any, timeout: float) -> None:
+        super().__init__(pool, timeout)
+        self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
+
+    def send(self, commands: Sequence[Command], asking: bool = False, left: float | None = None) -> list[Any]:
+        """The replies, in order; that of a failed command is its error. left: seconds, if fewer than usual."""
+        timeout = self._timeout if left is None else left
+        pipe = self._take(timeout)
+        if monotonic() - pipe.used_at > PROOF_AFTER or pipe.readable(0):
+            pipe = self._proven(pipe, timeout)
+        try:
+            if left is not None:
+                pipe.settimeout(left)
+            replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), timeout)
+        except BaseException as error:
+            if isinstance(error, REDIS_ERRORS):
+                self._lose(error)
+            self._drop(pipe)
+            raise
+        if asking:
+            replies = replies[1::2]
+        if (astray := error_of_route(replies)) is not None:
+            self._lose(astray)  # after a failover, idle connections lead to the old master
+        if pipe.era == self._era:
+            self._idle.append(pipe)
+            self._serve()
+        else:
+            self._drop(pipe)
+        return replies
+
+    def connection(self, **options: Any) -> Any:
+        return connection(self._pool, BLOCKING, self._timeout, **options)
+
+    def close(self) -> None:
+        """Close the idle connections now, and each of the others after its exchange. Give up those that are opening."""
+        self._era += 1
+        for pipe in self._opening():
+            self._give_up(pipe)
+        self._drop(*self._take_idle())
+
+    def after_fork(self) -> None:
+        """In a child: close its copies of sockets that are opening. A thread of the parent may hold the locks."""
+        for pipe in self._opening():
+            pipe.close()
+
+    def _lose(self, error: BaseException) -> None:
+        """Close the connections, since the server is lost. One that is opening may find it again."""
+        self._era += 1
+        idle = self._take_idle()
+        self._tell(error)
+        self._drop(*idle)
+
+    def _drop(self, *pipes: Pipe) -> None:
+        """Close connections; others may take their places."""
+        for pipe in pipes:
+            pipe.close()
+            self._pipes.pop(pipe, None)
+        self._serve()
+
+    def _take(self, timeout: float) -> Pipe:
+        """A connection for this caller alone. Raises redis.RedisError if it gets none in time."""
+        if timeout <= 0:
+            raise redis.TimeoutError("no time is left")
+        if not self._waiting:
+            try:
+                return self._idle.pop()
+            except IndexError:
+                pass
+        turn: queue.SimpleQueue[Pipe | BaseException] = queue.SimpleQueue()
+        self._waiting.append(turn)
+        try:
+            self._serve()
+            found = turn.get(timeout=timeout)
+        except BaseException as error:
+            with self._lock, contextlib.suppress(ValueError):
+                self._waiting.remove(turn)
+            if not isinstance(error, queue.Empty):
+                raise
+            if turn.empty():
+                raise self._in_vain(timeout) from None
+            found = turn.get_nowait()  # handed over just then
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _hand(self, turn: queue.SimpleQueue[Pipe | BaseException], found: Pipe | BaseException) -> bool:
+        turn.put(found)
+        return True
+
+    def _proven(self, pipe: Pipe, timeout: float) -> Pipe:
+        """This connection, if a PING proves that it still leads to the server, or else another one."""
+        deadline, works = monotonic() + timeout, False
+        try:
+            works = not pipe.readable(0) and pipe.proves(min(self._patience, timeout / 2))
+        finally:
+            if not works:
+                self._drop(pipe)
+        if works:
+            return pipe
+        self._drop(*self._take_idle())  # they were idle for longer
+        return self._take(deadline - monotonic())
+
+    def _begin(self, pipe: Pipe) -> None:
+        try:
+            threading.Thread(target=self._open, args=(pipe,), name="pybreaker_redis-connect", daemon=True).start()
+        except RuntimeError:  # no thread can start: the interpreter exits, or a limit is reached
+            self._open(pipe)
+
+    def _open(self, pipe: Pipe) -> None:
+        try:
+            with connecting():
+                pipe.open(self.connection(), self._timeout)
+        except BaseException as error:
+            if pipe.opens:
+                self._lose(error)
+            self._drop(pipe)
+            return
+        if not self._opened(pipe):
+            self._drop(pipe)
