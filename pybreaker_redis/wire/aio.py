@@ -320,7 +320,7 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         except redis.TimeoutError:
             if turn.cancelled():  # else it was handed something just then
                 self._leave(turn)
-                raise self._in_vain(timeout) from None
+                raise self._gave_up(timeout) from None
         except asyncio.CancelledError:
             self._leave(turn)
             raise

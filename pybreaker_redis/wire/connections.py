@@ -102,8 +102,8 @@ class BaseConnections(Generic[P]):
             pipe.opens = False
         pipe.give_up()
 
-    def _in_vain(self, timeout: float) -> redis.RedisError:
-        """The error of a caller that has waited in vain. It leaves one connection to open for the next caller."""
+    def _gave_up(self, timeout: float) -> redis.RedisError:
+        """The error of a caller that waits no longer. One connection at least goes on opening, for the next caller."""
         opening = self._opening()
         for place, pipe in enumerate(opening):
             if place >= max(1, len(self._waiting)) or age(pipe.began, monotonic()) > self._longest:

@@ -382,7 +382,7 @@ class Connections(BaseConnections[Pipe]):
             if not isinstance(error, queue.Empty):
                 raise
             if turn.empty():
-                raise self._in_vain(timeout) from None
+                raise self._gave_up(timeout) from None
             found = turn.get_nowait()  # handed over just then
         if isinstance(found, BaseException):
             raise found
