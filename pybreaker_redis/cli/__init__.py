@@ -3,8 +3,8 @@
 Exit codes:
 
 - 0: done.
-- 1: doctor found something wrong, nothing is stored under the name given to show, or a question was answered with no.
-- 2: the command was not understood.
+- 1: doctor found something wrong, nothing is stored under the name given to show, or the user declined to confirm.
+- 2: bad arguments.
 - 3: Redis does not answer, or refuses.
 - 130: Ctrl-C. 141: the reader of a pipe has gone.
 """
@@ -52,7 +52,7 @@ MOST_COMPLETED = 10_000  # names of breakers that the shell's completion looks a
 app = typer.Typer(
     name="pybreaker-redis",
     help="Inspect the circuit breakers in a Redis, steer them, and check the server that they use.",
-    epilog="Exit codes: 0 done; 1 something is wrong, or the answer was no; 2 not understood; 3 Redis does not answer,"
+    epilog="Exit codes: 0 done; 1 something is wrong, or you declined to confirm; 2 bad arguments; 3 Redis does not answer,"
     " or refuses; 130 Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
