@@ -491,12 +491,16 @@ class Bench:
             if command.removeprefix("cmdstat_").split("|")[0] not in skipped
         )
 
+    def exchanges(self) -> int:
+        """Exchanges with the server so far: it reads a pipeline once. This asking is one of them."""
+        return int(self.control.info("stats")["total_reads_processed"])
+
     def healthy(self, seconds: float) -> float:
-        """Commands per second of a process whose 16 threads call all the time, at lease 0.1."""
+        """Exchanges per second of a process whose 16 threads call all the time, at lease 0.1."""
         breaker = CircuitBreaker(self.env.name(), redis=self.env.client(), lease=LEASE)
         guarded = breaker(succeed)
         guarded()
-        before, began = self.sent(OURS), perf_counter()
+        before, began = self.exchanges(), perf_counter()
         end = began + seconds
 
         def run() -> None:
@@ -509,17 +513,17 @@ class Bench:
             worker.start()
         for worker in workers:
             worker.join()
-        sent = self.sent(OURS) - before
+        exchanges = self.exchanges() - before - 1
         taken = perf_counter() - began
         breaker.close()
-        return sent / taken
+        return exchanges / taken
 
     async def swarm(self, tasks: int, seconds: float, pause: float) -> dict[str, float]:
-        """EVALSHA per lease of many tasks. pause: seconds that a task sleeps at most between two calls."""
+        """Exchanges per lease of many tasks. pause: seconds that a task sleeps at most between two calls."""
         breaker = AsyncCircuitBreaker(self.env.name(), redis=self.env.async_client(), lease=LEASE)
         guarded = breaker(ayield)
         await guarded()
-        before, began = self.sent(OURS), perf_counter()
+        before, began = self.exchanges(), perf_counter()
         end = began + seconds
         calls = itertools.count()
         pauses = itertools.cycle([pause * part / 97 for part in range(1, 98)])
@@ -533,9 +537,10 @@ class Bench:
 
         await asyncio.gather(*(run() for _ in range(tasks)))
         taken = perf_counter() - began
-        sent = self.sent(OURS) - before
+        exchanges = self.exchanges() - before - 1
         await breaker.close()
-        return {"tasks": tasks, "calls": next(calls), "seconds": taken, "evalsha_per_lease": sent / (taken / LEASE)}
+        per_lease = exchanges / (taken / LEASE)
+        return {"tasks": tasks, "calls": next(calls), "seconds": taken, "exchanges_per_lease": per_lease}
 
     def document_bytes(self) -> dict[str, int]:
         """The length of the state document in each state."""
@@ -662,12 +667,12 @@ def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
     ]
     if "swarm" not in found:
         return [target(*row) for row in rows if row[1] is not None]
-    swarm = max(row["evalsha_per_lease"] for row in found["swarm"].values())
+    swarm = max(row["exchanges_per_lease"] for row in found["swarm"].values())
     sizes = found["document_bytes"]
     largest = max(size for state, size in sizes.items() if "10 probes" not in state)
     rows += [
-        ("10,000 tasks on one breaker: EVALSHA per lease", swarm, "<=", 1.5, 1),
-        ("healthy process: commands per second, lease 0.1", found["healthy_commands_per_second"], "<=", 12, 10),
+        ("10,000 tasks on one breaker: exchanges per lease", swarm, "<=", 1.5, 1),
+        ("healthy process: exchanges per second, lease 0.1", found["healthy_exchanges_per_second"], "<=", 12, 10),
         ("state document, bytes, the largest of the default policy", largest, "<=", 300, 200),
         ("state document, bytes, with 10 probes running", sizes["half_open, 10 probes"], "<=", 300, 200),
     ]
@@ -759,8 +764,8 @@ def print_stored(found: dict[str, Any]) -> None:
     table("state document of pybreaker_redis", ["state", "bytes"], lines)
     lines = [[name, row["all"] - row["history"], row["history"]] for name, row in found["footprints"].items()]
     table("bytes in Redis of one tripped breaker (MEMORY USAGE)", ["", "state", "history of transitions"], lines)
-    lines = [[how, row["calls"] / row["seconds"], row["evalsha_per_lease"]] for how, row in found["swarm"].items()]
-    table("10,000 asyncio tasks on one breaker", ["", "calls per second", "EVALSHA per lease"], lines)
+    lines = [[how, row["calls"] / row["seconds"], row["exchanges_per_lease"]] for how, row in found["swarm"].items()]
+    table("10,000 asyncio tasks on one breaker", ["", "calls per second", "exchanges per lease"], lines)
 
 
 def machine(client: redis.Redis) -> dict[str, Any]:
@@ -800,7 +805,7 @@ def measure(quick: bool, only: str | None, rounds: int) -> dict[str, Any]:
             seconds = 1.0 if quick else 5.0
             found["trips"] = {shell: bench.trips(shell) for shell in ("sync", "asyncio")}
             found["commands"] = {shell: bench.commands(shell) for shell in ("sync", "asyncio")}
-            found["healthy_commands_per_second"] = bench.healthy(seconds)
+            found["healthy_exchanges_per_second"] = bench.healthy(seconds)
             found["swarm"] = {
                 "paced": bench.run(bench.swarm(10_000, seconds, 2.0)),
                 "flat out": bench.run(bench.swarm(10_000, seconds, 0.0)),

@@ -59,3 +59,15 @@ def test_scattered_failures_cannot_trip(run: Bench, mixed: Work) -> None:
     """The rows of mixed calls have a figure even if every call fails."""
     worst = mixed._replace(func=FAIL[mixed.shell], contenders=CONTENDERS[mixed.shell])
     assert list(run.times(worst)) == [BARE, OURS, IN_PROCESS]
+
+
+def test_a_refresh_without_a_script_is_an_exchange(own_server: EmbeddedServer) -> None:
+    """The exchanges of a healthy process are counted, which are reads; so is the asking itself."""
+    with asyncio.Runner() as runner:
+        quiet = Bench(Env(own_server.url), runner, rounds=1, slice_seconds=0.001)
+        client = quiet.env.client()
+        client.ping()
+        before = quiet.exchanges()
+        for _ in range(3):
+            client.mget("state", "policy")
+        assert quiet.exchanges() - before == 3 + 1
