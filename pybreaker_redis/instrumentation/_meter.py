@@ -146,10 +146,7 @@ class Meter(Instrument):
         if self._server is None or not asked:
             return found
         try:
-            requests = [
-                commands.run("snapshot", breakers[place]._state_key.encode(), breakers[place]._with_policy)
-                for place in asked
-            ]
+            requests = [commands.run("snapshot", breakers[place]._key, breakers[place]._with_policy) for place in asked]
             replies = self._server.exchange(requests)
         except REDIS_ERRORS as error:
             self._count_error(error)
