@@ -128,7 +128,7 @@ class BreakerCore:
         self._pid = getpid()
         self._start_process()
         for instrument in self._notices.instruments:
-            instrument.attach(self)
+            instrument._attach(self)
 
     def _start_process(self) -> None:
         # The random digits tell apart the breakers of one process, and containers that share host name and process id,

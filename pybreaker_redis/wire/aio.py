@@ -81,7 +81,7 @@ class AsyncServer(BaseServer):
         await carry_out(self.link.report(lines), self.exchange)
         self.link.deliver()
 
-    def end(self) -> None:
+    def _at_exit(self) -> None:
         """Report what is gathered over blocking connections: no event loop runs any more. Raises nothing."""
         ends = monotonic() + self._timeout
 

@@ -91,7 +91,7 @@ class Server(BaseServer):
         if self.link.undelivered:
             self._messenger.wake()
 
-    def end(self) -> None:
+    def _at_exit(self) -> None:
         """Report what is gathered, once an exchange that is under way has ended. Raises nothing."""
         ends = monotonic() + self._timeout
         lock = self._refreshing
