@@ -257,7 +257,7 @@ class Site:
             ACTIONS[action].carry_out(breaker, order)
 
         await _in_thread(act)
-        return await _in_thread(self._read_now, name, keys_of(name, self._prefix))
+        return await _in_thread(self._read_now, name, keys_of(name, self._prefix).state.encode())
 
     # JSON
 
