@@ -243,7 +243,7 @@ class AsyncPipe(BasePipe):
 class AsyncConnections(BaseConnections[AsyncPipe]):
     """Connections for one event loop. Each one is opened by a task of its own."""
 
-    _kind = AsyncPipe
+    _pipe_class = AsyncPipe
 
     async def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
         """The replies, in order; that of a failed command is its error. Raises NotSent if cancelled before sending."""

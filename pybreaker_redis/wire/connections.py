@@ -42,7 +42,7 @@ class BaseConnections(Generic[P]):
     replies. An era ends when the server is lost, and at close(). A connection of an earlier era is used no more.
     """
 
-    _kind: type[P]
+    _pipe_class: type[P]
     _begin: Callable[[P], None]  # opens a connection in the background
     _hand: Callable[[Any, P | BaseException], bool]  # ends a caller's turn; returns False if the caller has left
 
@@ -78,7 +78,7 @@ class BaseConnections(Generic[P]):
         with self._lock:
             if len(self._pipes) >= self._limit or len(self._waiting) <= len(self._opening()):
                 return None
-            pipe = self._kind()
+            pipe = self._pipe_class()
             self._pipes[pipe] = None
             return pipe
 

@@ -301,7 +301,7 @@ class Pipe(BasePipe):
 class Connections(BaseConnections[Pipe]):
     """Blocking connections. Each one is opened in a thread of its own."""
 
-    _kind = Pipe
+    _pipe_class = Pipe
 
     def __init__(self, pool: Any, timeout: float) -> None:
         super().__init__(pool, timeout)

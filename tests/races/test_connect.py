@@ -106,7 +106,7 @@ def test_callers_that_wait_for_a_late_attempt(gate: Gate, server: EmbeddedServer
     breaker.call(int)
     node = breaker._redis._node(None)
     node._timeout = PATIENCE
-    threads = [threading.Thread(target=breaker._redis.history, args=(breaker.keys, 1)) for _ in range(2)]
+    threads = [threading.Thread(target=breaker._redis.history, args=(breaker._key, 1)) for _ in range(2)]
     for thread in threads:
         thread.start()
     wait_until(lambda: len(node._waiting) >= 2 and gate.asked == 2)
@@ -149,26 +149,43 @@ def test_close_gives_up_a_late_attempt(gate: Gate, server: EmbeddedServer, clien
     assert connections(client) == before
 
 
+def test_a_caller_that_waits_during_close(gate: Gate, server: EmbeddedServer) -> None:
+    """close() gives up the attempt for which a caller waits: another one begins, and the caller gets its connection."""
+    breaker = behind(gate, server, redis_timeout=PATIENCE)
+    thread = threading.Thread(target=breaker.call, args=(int,))
+    thread.start()
+    wait_until(lambda: gate.asked == 1)
+    breaker._redis.close()
+    wait_until(lambda: gate.asked == 2)
+    gate.opened.set()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert breaker.snapshot().source == "redis"
+    breaker.close()
+
+
 def test_a_late_attempt_fails(gate: Gate, server: EmbeddedServer) -> None:
-    """Who waits for it gets an error at once, not when redis_timeout is over; the next attempt is another one."""
-    breaker = behind(gate, server)
+    """All that wait for it get its error at once, not when redis_timeout is over; the next attempt is another one."""
+    breaker = behind(gate, server, max_connections=1)
     breaker.call(int)
     node, errors = breaker._redis._node(None), list[BaseException]()
     node._timeout = 10 * PATIENCE
 
     def wait() -> None:
         try:
-            breaker._redis.history(breaker.keys, 1)
+            breaker._redis.history(breaker._key, 1)
         except (redis.RedisError, OSError) as error:
             errors.append(error)
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    wait_until(lambda: bool(node._waiting))
+    threads = [threading.Thread(target=wait) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(node._waiting) >= 2)
     gate.fails = 1
     gate.opened.set()
-    thread.join(PATIENCE)
-    assert [str(error) for error in errors] == ["no credentials"]
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert [str(error) for error in errors] == ["no credentials"] * 2
     wait_until(lambda: is_back(breaker))
     assert gate.asked >= 2
     breaker.close()
@@ -218,7 +235,7 @@ def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedSer
     gate.opened.clear()
     node = breaker._redis._node(None)
     pipe = node._take(PATIENCE)
-    thread = threading.Thread(target=breaker._redis.history, args=(breaker.keys, 1))
+    thread = threading.Thread(target=breaker._redis.history, args=(breaker._key, 1))
     thread.start()
     wait_until(lambda: gate.asked == 2)
     node._idle.append(pipe)
@@ -357,7 +374,7 @@ def test_a_late_connection_of_a_loop_is_used_by_the_next_call(server: EmbeddedSe
         assert gate.asked == 1
         node = breaker._redis._node(None)
         node._timeout = PATIENCE
-        waiting = [asyncio.create_task(breaker._redis.history(breaker.keys, 1)) for _ in range(2)]
+        waiting = [asyncio.create_task(breaker._redis.history(breaker._key, 1)) for _ in range(2)]
         while gate.asked < 2:  # the late attempt, and another one for the second task
             await asyncio.sleep(0.005)
         gate.opened.set()
@@ -375,13 +392,13 @@ def test_a_cancelled_caller_leaves_its_attempt_to_the_next(server: EmbeddedServe
     async def main() -> None:
         gate = AsyncGate()
         breaker = async_behind(gate, server, PATIENCE)
-        caller = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        caller = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         while gate.asked == 0:
             await asyncio.sleep(0.005)
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
             await caller
-        following = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        following = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         await asyncio.sleep(0.05)
         assert gate.asked == 1
         gate.opened.set()
@@ -400,7 +417,7 @@ def test_a_late_attempt_of_a_loop_fails(server: EmbeddedServer) -> None:
         breaker = async_behind(gate, server)
         await breaker.call(fine)
         breaker._redis._node(None)._timeout = 10 * PATIENCE
-        waiting = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         await asyncio.sleep(0.05)
         gate.fails = 1
         gate.opened.set()
@@ -444,7 +461,7 @@ def test_a_task_takes_a_connection_that_becomes_free(server: EmbeddedServer) -> 
         node = breaker._redis._node(None)
         gate.opened.clear()
         pipe = node._idle.pop()
-        waiting = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         while gate.asked < 2:
             await asyncio.sleep(0.005)
         node._put_back(pipe)
