@@ -39,17 +39,6 @@ __all__ = ["load"]
 _ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
 _MOST_VALUES = 1_000_000
 _ALIASES = {"timeout_seconds": "reset_timeout"}
-_BREAKER_OPTIONS = (
-    "watch",
-    "lease",
-    "on_redis_failure",
-    "redis_timeout",
-    "prefix",
-    "host",
-    "record_errors",
-    "listed",
-    "idle_after",
-)
 
 
 def _policy_fields(given: Any) -> dict[str, Any]:
@@ -214,16 +203,9 @@ def _config(where: str, settings: _Settings) -> Config:
         name: _policy(f"{where}: circuit_breaker.services.{name}", defaults, fields)
         for name, fields in given.services.items()
     }
-    others = {name: getattr(given, name) for name in _BREAKER_OPTIONS}
+    others = given.model_dump(exclude={"defaults", "services"})
     try:
-        return Config(
-            enabled=given.enabled,
-            defaults=defaults,
-            services=services,
-            redis_url=redis.url,
-            redis_options=options,
-            **others,
-        )
+        return Config(defaults=defaults, services=services, redis_url=redis.url, redis_options=options, **others)
     except PolicyError as error:
         raise ConfigError(f"{where}: circuit_breaker: {error}") from error
 
