@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import msgpack
 
 from ._errors import PolicyError
-from ._policy import LONGEST_OPEN, Policy, override_fields, plain, request_field
+from ._policy import LONGEST_OPEN, Policy, check_seconds, override_fields, request_field
 
 T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
@@ -420,9 +420,7 @@ def control_request(action: Action) -> Request:
             raise PolicyError(f"{field} must be a text, or None, not {text!r}")
         if text:
             request[field] = printable(text, most)
-    duration = action.duration
-    if duration is None:
+    if action.duration is None:
         return request
-    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0.001 <= duration <= LONGEST_OPEN:
-        raise PolicyError(f"duration must be from 0.001 to {plain(LONGEST_OPEN)} seconds, not {duration!r}")
-    return {**request, "duration_ms": round(duration * 1000)}
+    check_seconds("duration", action.duration, 0.001, LONGEST_OPEN)
+    return {**request, "duration_ms": round(action.duration * 1000)}
