@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import msgpack
 
 from ._errors import PolicyError
-from ._policy import LONGEST_OPEN, Policy, check_seconds, override_fields, request_field
+from ._policy import LONGEST_OPEN, RULES, Policy, check_seconds, override_fields, request_field
 
 T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
@@ -176,48 +176,35 @@ class Snapshot:
 def snapshot_from(name: str, reply: Reply, policy: Policy | None = None, isolated: bool = False) -> Snapshot:
     """The reply of snapshot.lua as a Snapshot. policy: the client's own."""
     policy = policy or Policy()
-    forced_until_ms = reply.get("forced_until_ms")
+    override, client = reply.get("override") or {}, policy._to_request()
     calls, failures, slow = (reply.get(key, 0) for key in COUNTS[2:])
-    override = reply.get("override") or {}
-    client = policy._to_request()
     sources = {
-        field.name: "override" if request_field(field.name) in override
-        else "client" if request_field(field.name) in client
+        field: "override" if request_field(field) in override
+        else "client" if request_field(field) in client
         else "default"
-        for field in dataclasses.fields(policy)
+        for field in RULES
     }  # fmt: skip
-    return Snapshot(
-        name=name,
-        state=reply["state"],
-        generation=reply["generation"],
-        failure_count=reply["failure_count"],
-        success_count=reply["success_count"],
-        last_failure_time=reply.get("last_failure_time"),
-        opened_at=reply.get("opened_at"),
-        reason=reply.get("reason"),
-        changed_at=seconds(reply.get("changed_at_ms")),
-        error=reply.get("error"),
-        operator=reply.get("operator"),
-        note=reply.get("note"),
-        retry_after=seconds(reply.get("retry_after_ms")),
-        forced=reply.get("forced"),
-        forced_until=seconds(forced_until_ms),
-        trips=reply.get("trips", 0),
-        probes_in_flight=reply.get("probes_in_flight", 0),
-        source=reply["source"],
-        calls=calls,
-        failures=failures,
-        slow=slow,
-        failure_rate=failures / calls if calls else None,
-        slow_rate=slow / calls if calls else None,
-        health=reply.get("health", 0 if reply["state"] == "open" else 100),
-        reporters={name: at / 1000 for name, at in (reply.get("reporters") or {}).items()},
-        policy=policy._with_override(override),
-        policy_sources=sources,
-        override_operator=reply.get("override_operator"),
-        override_note=reply.get("override_note"),
-        isolated=isolated,
-    )
+    # most fields have the same name and unit
+    fields: dict[str, Any] = {field.name: reply.get(field.name) for field in dataclasses.fields(Snapshot)}
+    fields |= {
+        "name": name,
+        "changed_at": seconds(reply.get("changed_at_ms")),
+        "retry_after": seconds(reply.get("retry_after_ms")),
+        "forced_until": seconds(reply.get("forced_until_ms")),
+        "trips": reply.get("trips", 0),
+        "probes_in_flight": reply.get("probes_in_flight", 0),
+        "calls": calls,
+        "failures": failures,
+        "slow": slow,
+        "failure_rate": failures / calls if calls else None,
+        "slow_rate": slow / calls if calls else None,
+        "health": reply.get("health", 0 if reply["state"] == "open" else 100),
+        "reporters": {host: at / 1000 for host, at in (reply.get("reporters") or {}).items()},
+        "policy": policy._with_override(override),
+        "policy_sources": sources,
+        "isolated": isolated,
+    }
+    return Snapshot(**fields)
 
 
 def seconds(milliseconds: int | None) -> float | None:
