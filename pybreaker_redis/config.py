@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 from ._config import DEFAULT_POLICY, Config
 from ._errors import ConfigError, PolicyError
 from ._extras import needs_extra
-from ._policy import RULES, Policy, override_request
+from ._policy import RULES, Policy
 from .wire.url import parse
 
 with needs_extra("a configuration from a file, a dict or the environment", "config"):
@@ -53,12 +53,13 @@ def _policy_fields(given: Any) -> dict[str, Any]:
 
 def _policy_problems(given: Mapping[str, Any]) -> Iterator[Any]:
     for name, value in given.items():
+        field = _ALIASES.get(name, name)
         try:
-            if name not in (*RULES, *_ALIASES):
+            if field not in RULES:
                 raise PolicyError(_unknown(name, (*RULES, *_ALIASES)))
-            if name in _ALIASES and _ALIASES[name] in given:
-                raise PolicyError(f"is an alias of {_ALIASES[name]}, which is given too: remove one")
-            override_request({_ALIASES.get(name, name): value})
+            if field != name and field in given:
+                raise PolicyError(f"is an alias of {field}, which is given too: remove one")
+            RULES[field].check(field, value)
         except PolicyError as error:
             yield {"type": "value_error", "loc": (name,), "input": value, "ctx": {"error": error}}
 
