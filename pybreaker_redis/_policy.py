@@ -62,13 +62,11 @@ class Rule(NamedTuple):
         # NaN fails both comparisons
         return isinstance(value, (int, float)) and self.least * unit <= value <= self.most * unit
 
-    def to_request(self, value: Any) -> int | float | bool:
+    def to_request(self, value: Any) -> Any:
         """Convert a value of Policy to the scripts' units."""
-        if self.kind == "flag":
-            return bool(value)
-        if self.kind == "seconds":
-            return round((value or 0) * 1000)
-        return int(value or 0) if self.kind == "count" else float(value or 0)
+        if value is None:
+            return 0
+        return round(value * 1000) if self.kind == "seconds" else value
 
     def from_request(self, value: Any) -> Any:
         """Convert a value in the scripts' units to one of Policy."""
@@ -260,6 +258,5 @@ def request_field(name: str) -> str:
     return f"{name}_ms" if RULES[name].kind == "seconds" else name
 
 
-def default_request() -> dict[str, Any]:
-    """The default of every field, in the scripts' units."""
-    return {request_field(name): rule.to_request(DEFAULTS[name]) for name, rule in RULES.items()}
+DEFAULT_REQUEST = {request_field(name): rule.to_request(DEFAULTS[name]) for name, rule in RULES.items()}
+"""The default of every field, in the scripts' units."""
