@@ -262,12 +262,12 @@ def override_text(fields: Mapping[str, Any], until_ms: int | None = None) -> str
 
 
 def history_fields(raw: list[Any]) -> list[dict[str, Any]]:
-    """The entries of an XREVRANGE reply: flat lists of names and values, or (from a cluster client) maps."""
+    """The entries of an XREVRANGE reply, which has a flat list of names and values for each."""
     entries = []
     for _, fields in raw:
-        pairs = fields.items() if isinstance(fields, dict) else zip(fields[::2], fields[1::2], strict=False)
         # another program may have written anything
-        entries.append({key.decode(errors="replace"): value.decode(errors="replace") for key, value in pairs})
+        texts = [text.decode(errors="replace") for text in fields]
+        entries.append(dict(zip(texts[::2], texts[1::2], strict=False)))
     return entries
 
 
