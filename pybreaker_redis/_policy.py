@@ -66,7 +66,9 @@ class Rule(NamedTuple):
         """Convert a value of Policy to the scripts' units."""
         if value is None:
             return 0
-        return round(value * 1000) if self.kind == "seconds" else value
+        if self.kind == "seconds":
+            return round(value * 1000)
+        return float(value) if self.kind == "number" else value
 
     def from_request(self, value: Any) -> Any:
         """Convert a value in the scripts' units to one of Policy."""
