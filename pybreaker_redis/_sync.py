@@ -323,7 +323,7 @@ class CircuitBreaker(BreakerCore):
             self._redis.wait_for_reports()
             if (outage := self._redis.link.outage(self._line)) is not None:  # the server was lost
                 raise outage.error
-        return self._redis.run(ask.name, self.keys, ask.request)
+        return self._redis.run(ask.name, self._key, ask.request)
 
     def _deliver(self, events: Iterable[Event] | None = None) -> None:
         notices = self._notices
@@ -436,7 +436,7 @@ class CircuitBreaker(BreakerCore):
         if self._memory is not None:
             return history_entries(self._memory.history(count))
         try:
-            return history_entries(self._redis.history(self.keys, count))
+            return history_entries(self._redis.history(self._key, count))
         except REDIS_ERRORS as error:
             raise RedisUnavailableError(f"the history could not be read: {error}") from error
 

@@ -72,18 +72,18 @@ class PrometheusMetrics(Meter, Collector):
             lambda: _WRITE_EVERY,
         )
 
-    def used(self) -> None:
+    def _used(self) -> None:
         if self._files is not None:
             if getpid() != self._pid:
                 renew(self)
             exits.begin()
             self._writer.wake()
 
-    def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
-        super().script_ran(name, seconds, error)
+    def _script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
+        super()._script_ran(name, seconds, error)
         self._durations.labels(name).observe(seconds)
 
-    def end(self) -> None:
+    def _at_exit(self) -> None:
         """Write the last counts of a process that ends. Raises nothing."""
         with contextlib.suppress(Exception):
             self._write()
