@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Generator, Iterable, Mapping
@@ -70,7 +69,6 @@ def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
     return keys_with(f"{prefix}:{name}:state")
 
 
-@functools.lru_cache(maxsize=1000)
 def keys_with(state: str) -> Keys:
     """The keys of the breaker with this state key."""
     return Keys(state, f"{{{state}}}:history", f"{{{state}}}:policy")
