@@ -98,10 +98,11 @@ class MemoryEngine:
             if now < self._latest_ms:
                 self._turn_back(self._latest_ms - now)
             self._latest_ms = now
-            expired = self._override_until_ms is not None and self._override_until_ms <= now
-            drops = self._override is not None and not expired and request.get("action") in ("reset", "clear_policy")
+            if self._override_until_ms is not None and self._override_until_ms <= now:
+                self.obey(None)
+            drops = request.get("action") in ("reset", "clear_policy")  # a reset replaces everything but the history
             self._dropped = self._override if drops else None
-            if expired or drops:  # a reset replaces everything but the history
+            if drops:
                 self.obey(None)
             policy = self._policy_of(request.get("policy"))
             document = self._load(policy, now)
