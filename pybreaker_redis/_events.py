@@ -20,7 +20,7 @@ EventKind: TypeAlias = Literal[
 ]
 """The kind of an Event."""
 Listener: TypeAlias = Callable[["Event"], object]
-"""What `listeners` and `on_call` hold; on asyncio, it may be a coroutine function."""
+"""A function of an Event, for `listeners` or `on_call`. On asyncio, it may be a coroutine function."""
 CALL_KINDS = frozenset({"success", "failure", "ignored", "rejected"})
 logger = logging.getLogger("pybreaker_redis")
 _new = tuple.__new__

@@ -346,7 +346,7 @@ class CircuitBreaker(BreakerCore):
     ) -> None:
         """Reject every call of the fleet, then probe. duration: seconds; default and maximum: 30 days.
 
-        operator: the name of who acts, at most 100 characters. note: the reason for the action, at most 200 characters.
+        operator: who acts, at most 100 characters. note: why, at most 200 characters.
 
         The snapshot shows operator and note of the last action until the next transition, and the history keeps all.
         Longer texts are cut, non-ASCII characters escaped.
@@ -392,7 +392,7 @@ class CircuitBreaker(BreakerCore):
         self._drive(self._command(Action("reset", operator, note)))
 
     def watch(self) -> Watch:
-        """Subscribe to what is published about this breaker, so that its view follows within milliseconds.
+        """Subscribe to the messages about this breaker, so that its view follows within milliseconds.
 
         All breakers of this process that watch the same server share one subscription, held by one thread. A message
         is a hint to read the state at once; its content is not read. Listeners receive the transitions of other

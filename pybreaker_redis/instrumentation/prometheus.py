@@ -41,9 +41,9 @@ class PrometheusMetrics(Meter, Collector):
 
     Calls are read from `breaker.counts`, so metrics do not slow down any call.
 
-    In prometheus_client's multi-process mode (PROMETHEUS_MULTIPROC_DIR), each process writes what it counts into that
+    In prometheus_client's multi-process mode (PROMETHEUS_MULTIPROC_DIR), each process writes its counts into that
     mode's files, in the background, half a second late at most, and at its end. MultiProcessCollector exports the
-    files; this collector then exports only what is true of the whole fleet: state, health and probe slots.
+    files; this collector then exports only the facts about the whole fleet: state, health and probe slots.
     """
 
     def __init__(

@@ -257,7 +257,7 @@ class Site:
             ACTIONS[action].carry_out(breaker, order)
 
         await _in_thread(act)
-        return await _in_thread(self._read_now, name, keys_of(name, self._prefix))
+        return await _in_thread(self._read_now, name, keys_of(name, self._prefix).state.encode())
 
     # JSON
 
@@ -395,7 +395,7 @@ class Site:
         details = await _in_thread(self._read_now, name, key)
         if details is None:
             raise HTTPException(
-                404, f"Redis stores nothing for {name!r}. Is the name right? What nobody calls expires."
+                404, f"Redis stores nothing for {name!r}. Is the name right? A breaker that nobody calls expires."
             )
         return details
 
@@ -493,7 +493,7 @@ async def _json_body(request: Request) -> Any:
     try:
         return await request.json()
     except (ValueError, RecursionError):
-        raise HTTPException(400, "The body is no JSON.") from None
+        raise HTTPException(400, "The body is not JSON.") from None
 
 
 async def _static(request: Request) -> Response:
