@@ -57,8 +57,9 @@ class Rule(NamedTuple):
         return is_off or (self._fits(value, unit) and (self.kind == "number" or value % 1 == 0))
 
     def _fits(self, value: Any, unit: int = 1) -> bool:
-        if self.kind == "flag" or isinstance(value, bool):
-            return self.kind == "flag" and isinstance(value, bool)
+        is_flag = isinstance(value, bool)
+        if is_flag or self.kind == "flag":
+            return is_flag and self.kind == "flag"
         # NaN fails both comparisons
         return isinstance(value, (int, float)) and self.least * unit <= value <= self.most * unit
 
@@ -215,8 +216,8 @@ class Policy:
         if not override:
             return self
         # unchecked: Redis has checked each field, and two fields that do not fit must not break every call of the fleet
-        policy = object.__new__(Policy)
-        for name, value in {**{name: getattr(self, name) for name in RULES}, **override_fields(override)}.items():
+        policy, own = object.__new__(Policy), {name: getattr(self, name) for name in RULES}
+        for name, value in {**own, **override_fields(override)}.items():
             object.__setattr__(policy, name, value)
         return policy
 

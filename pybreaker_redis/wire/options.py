@@ -158,6 +158,7 @@ def connection_options(given: dict[str, Any], timeout: float | None) -> dict[str
 
 
 def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    """A client's connection options without retries, checks and event hooks, for bytes replies."""
     dropped = ("retry", "decode_responses", "health_check_interval", "event_dispatcher")
     prefixes = ("retry_on", "maint", "orig_", "oss_cluster", "himport")
     return {key: value for key, value in given.items() if not key.startswith(prefixes) and key not in dropped}
