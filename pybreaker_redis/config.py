@@ -23,7 +23,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from ._config import DEFAULT_POLICY, Config
+from ._config import DEFAULT_POLICY, Config, OnRedisFailure
 from ._errors import ConfigError, PolicyError
 from ._extras import needs_extra
 from ._policy import RULES, Policy
@@ -39,6 +39,7 @@ __all__ = ["load"]
 _ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
 _MOST_VALUES = 1_000_000
 _ALIASES = {"timeout_seconds": "reset_timeout"}
+_AS_IN_CONFIG: Any = None  # an option that is not given is left out, so Config's own default applies
 
 
 def _policy_fields(given: Any) -> dict[str, Any]:
@@ -72,18 +73,18 @@ class _Section(pydantic.BaseModel):
 
 
 class _CircuitBreaker(_Section):
-    enabled: bool = True
+    enabled: bool = _AS_IN_CONFIG
     defaults: _PolicyFields = {}
     services: dict[str, _PolicyFields] = {}
-    watch: bool = True
-    lease: float = 0.1
-    on_redis_failure: Literal["local", "open", "closed"] = "local"
-    redis_timeout: float = 0.25
-    prefix: str = "circuit_breaker"
-    idle_after: float | None = 3600.0
-    host: str | None = None
-    record_errors: bool = True
-    listed: bool = True
+    watch: bool = _AS_IN_CONFIG
+    lease: float = _AS_IN_CONFIG
+    on_redis_failure: OnRedisFailure = _AS_IN_CONFIG
+    redis_timeout: float = _AS_IN_CONFIG
+    prefix: str = _AS_IN_CONFIG
+    idle_after: float | None = _AS_IN_CONFIG
+    host: str | None = _AS_IN_CONFIG
+    record_errors: bool = _AS_IN_CONFIG
+    listed: bool = _AS_IN_CONFIG
 
 
 def _url(value: str) -> str:
@@ -204,7 +205,7 @@ def _config(where: str, settings: _Settings) -> Config:
         name: _policy(f"{where}: circuit_breaker.services.{name}", defaults, fields)
         for name, fields in given.services.items()
     }
-    others = given.model_dump(exclude={"defaults", "services"})
+    others = given.model_dump(exclude={"defaults", "services"}, exclude_unset=True)
     try:
         return Config(defaults=defaults, services=services, redis_url=redis.url, redis_options=options, **others)
     except PolicyError as error:
