@@ -196,12 +196,6 @@ class Row:
 # Reading
 
 
-def read_rows(server: Server, prefix: str) -> Iterator[list[Row]]:
-    """Every breaker under a prefix once, in chunks. Raises redis.RedisError or OSError."""
-    for chunk in read_stored(server, prefix):
-        yield [row_of(one, prefix) for one in chunk]
-
-
 def masters(server: Server) -> list[Connections]:
     """The connections to each node that serves keys. Raises OSError when no node lists them."""
     found = server.masters()
