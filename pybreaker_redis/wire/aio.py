@@ -21,13 +21,14 @@ from .commands import PING, Command, packed
 from .connections import BaseConnections, BasePipe
 from .options import (
     ASYNCIO,
+    BLOCKING,
     PROOF_AFTER,
     REDIS_ERRORS,
     Address,
-    blocking,
     can_read,
     connecting,
     connection,
+    counterpart,
     error_of_route,
 )
 from .route import Leg
@@ -79,7 +80,7 @@ class AsyncServer(BaseServer):
         ends = monotonic() + self._timeout
 
         def node(address: Address | None) -> sync.Connections:
-            return sync.Connections(blocking(self._pool_of(address)), self._timeout)
+            return sync.Connections(counterpart(self._pool_of(address), BLOCKING), self._timeout)
 
         self._end_over(node, ends)
 
