@@ -316,7 +316,8 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         self._waiting.append(turn)
         self._serve()
         try:
-            async with _deadline(timeout, 2, _busy()):
+            # to open a connection takes several turns of the loop
+            async with _deadline(timeout, _TURNS if self._opening() else 2, _busy()):
                 await turn
         except redis.TimeoutError:
             if turn.cancelled():  # else it was handed something just then
