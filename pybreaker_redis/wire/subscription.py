@@ -157,8 +157,12 @@ class Subscription(BaseSubscription):
                 time.sleep(next(pauses))
 
     def _listen(self, connection: Any) -> None:
+        # closes it in the middle of a handshake that does not end
+        giving_up = threading.Timer(2 * PING_EVERY, connection.disconnect)
         try:
+            giving_up.start()
             connection.connect()  # only connect() asks a Sentinel for the master
+            giving_up.cancel()
             self.opened()
             silent = False
             while self.is_needed():
@@ -168,6 +172,7 @@ class Subscription(BaseSubscription):
                 if not silent:
                     self.receive(connection.read_response)
         finally:
+            giving_up.cancel()
             connection.disconnect()
 
 
