@@ -366,6 +366,7 @@ _REFUSALS = re.compile(
 _SERVER_ERRORS = (
     redis.ConnectionError,
     redis.TimeoutError,
+    redis.InvalidResponse,  # another program listens there
     redis.ReadOnlyError,
     exceptions.OutOfMemoryError,
     exceptions.ClusterError,
