@@ -11,7 +11,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -250,6 +250,29 @@ def test_two_loops_learn_of_one_transition(
     gc.collect()  # an exchange that fails in the background is told of when its task is collected
     assert not caplog.records
     assert received == ["open"]
+
+
+def test_an_exchange_is_wanted_while_its_loop_ends(
+    server: EmbeddedServer, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A message may come between the end of all tasks and the closing of the loop: no task is left behind."""
+    breaker = AsyncCircuitBreaker("last", redis=server.url, **FIRM)
+
+    async def last_message() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            breaker._hinted()
+
+    async def main() -> None:
+        message = last_message()
+        await anext(message)
+        await breaker._redis.refresh()
+
+    for _ in range(20):  # loops close their generators in any order
+        asyncio.run(main())
+    gc.collect()
+    assert not caplog.records
 
 
 def test_a_caller_that_is_cancelled_while_it_waits(own_server: EmbeddedServer) -> None:
