@@ -26,7 +26,7 @@ class Config:
     services: the policy of each service, by name. redis_url: the server through which with_redis() shares the state.
     redis_options: options of redis.Redis for its client; those in the URL win. watch: whether the breakers
     subscribe to messages, so that their views follow changes within milliseconds. idle_after: seconds after which a
-    manager drops a breaker that has not been requested; what Redis stores of it stays until its TTL ends. None: never.
+    manager drops a breaker that has not been requested; its state in Redis stays until its TTL ends. None: never.
     lease, on_redis_failure, redis_timeout, prefix, host, record_errors, listed: as for CircuitBreaker.
 
     Raises PolicyError for an invalid value.
@@ -54,7 +54,7 @@ class Config:
         if not isinstance(self.redis_url, str) or not self.redis_url:
             raise PolicyError(
                 f"redis_url must be the URL of a server, not {self.redis_url!r}: leave it out for a manager in memory,"
-                " or one that is given redis="
+                " or pass redis="
             )
         if self.idle_after is not None:
             _check_seconds("idle_after", self.idle_after, 0.0, float("inf"))

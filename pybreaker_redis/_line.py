@@ -44,19 +44,20 @@ class Due(NamedTuple):
 class Line:
     """A breaker as a member of its process's link, which calls these methods.
 
-    mode: the breaker's on_redis_failure. listed: whether to list the breaker in the fleet. held: takes the lines of
-    freed breakers that have something to report. used_at: when the breaker last asked for a refresh. refusal: why Redis
-    refuses the commands of this breaker, or None. local: the engine that decides while Redis is down, or None. news: a
-    transition by another instance, of which the listeners must still be notified, or None.
+    key: the breaker's state key. mode: its on_redis_failure. listed: whether to list the breaker in the fleet. held:
+    takes the lines of freed breakers that have something to report. used_at: when the breaker last asked for a refresh.
+    refusal: why Redis refuses the commands of this breaker, or None. local: the engine that decides while Redis is
+    down, or None. news: a transition by another instance, of which the listeners must still be notified, or None.
     """
 
     __slots__ = (
-        *("breaker", "view", "notices", "listed", "used_at", "refusal", "local", "news", "_mode", "_held", "_known"),
-        *("_policy", "_keeps_window", "_renewed_at", "_renew_after", "__weakref__"),
+        *("breaker", "key", "view", "notices", "listed", "used_at", "refusal", "local", "news", "_mode", "_held"),
+        *("_known", "_policy", "_keeps_window", "_renewed_at", "_renew_after", "__weakref__"),
     )
 
     def __init__(self, breaker: BreakerCore, mode: OnRedisFailure, listed: bool, held: collections.deque[Line]) -> None:
-        self.breaker, self.view, self.notices = breaker, breaker._view, breaker._notices
+        self.breaker, self.key = breaker, breaker._key
+        self.view, self.notices = breaker._view, breaker._notices
         self.listed, self._mode, self._held = listed, mode, held
         self.start_process()
 
@@ -72,11 +73,6 @@ class Line:
         self._keeps_window = False  # in Redis, whichever client asked for the window
         self._renewed_at, self._renew_after = NEVER, 0.0  # the TTL
         self.news: dict[str, Any] | None = None
-
-    @property
-    def key(self) -> bytes:
-        """The breaker's state key."""
-        return self.breaker._state_key.encode()
 
     # Outages
 

@@ -138,7 +138,7 @@ class ManagerCore(Generic[B]):
         return breaker
 
     def _forget_idle(self) -> None:
-        """Drop breakers that nobody asked for lately. Whoever still holds one gets the same again."""
+        """Drop breakers that nobody asked for lately. A caller that still holds one gets the same one again."""
         idle_after, now = self.config.idle_after, monotonic()
         if idle_after is None or 0 <= now - self._forgot_at < min(idle_after, FORGET_EVERY):
             return

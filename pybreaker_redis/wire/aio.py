@@ -15,7 +15,7 @@ import redis
 
 from .._clock import NEVER
 from .._line import Line
-from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
+from .._protocol import NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import sync
 from .commands import PING, Command, packed
@@ -80,7 +80,7 @@ class AsyncServer(BaseServer):
         await carry_out(self.link.report(lines), self.exchange)
         self.link.deliver()
 
-    def end(self) -> None:
+    def _at_exit(self) -> None:
         """Report what is gathered over blocking connections: no event loop runs any more. Raises nothing."""
         ends = monotonic() + self._timeout
 
@@ -110,13 +110,13 @@ class AsyncServer(BaseServer):
         # from a timer: then this task has ended
         here.wake_after(0.0 if self.link.wanted else self.link.pause(), self._start)
 
-    async def run(self, name: str, keys: Keys, request: Request) -> Reply:
+    async def run(self, name: str, key: bytes, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
-        return decode(await self._one(build.run(name, keys.state.encode(), request)))
+        return decode(await self._one(build.run(name, key, request)))
 
-    async def history(self, keys: Keys, count: int) -> list[dict[str, Any]]:
+    async def history(self, key: bytes, count: int) -> list[dict[str, Any]]:
         """The newest transitions, newest first. Raises redis.RedisError or OSError."""
-        return history_fields(await self._one(build.history(keys.state.encode(), count)))
+        return history_fields(await self._one(build.history(key, count)))
 
     def subscription(self) -> AsyncSubscription:
         """The subscription that all breakers of the running loop share."""

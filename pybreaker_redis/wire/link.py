@@ -323,7 +323,7 @@ class Link:
     def _collect(self, lines: list[Line]) -> None:
         """Take the new events of the breakers, before another task of this thread does."""
         for line in lines:
-            if events := line.notices.take():
+            if line.notices.waiting and (events := line.notices.take()):
                 self.undelivered.append((line.breaker, events))
 
     def deliver(self) -> None:
