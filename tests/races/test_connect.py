@@ -108,7 +108,7 @@ def test_two_callers_wait_for_one_late_attempt(gate: Gate, server: EmbeddedServe
     breaker.call(int)
     node = breaker._redis._node(None)
     node._timeout = PATIENCE
-    threads = [threading.Thread(target=breaker._redis.history, args=(breaker.keys, 1)) for _ in range(2)]
+    threads = [threading.Thread(target=breaker._redis.history, args=(breaker._key, 1)) for _ in range(2)]
     for thread in threads:
         thread.start()
     wait_until(lambda: len(node._waiting) >= 2)
@@ -160,7 +160,7 @@ def test_a_late_attempt_fails(gate: Gate, server: EmbeddedServer) -> None:
 
     def wait() -> None:
         try:
-            breaker._redis.history(breaker.keys, 1)
+            breaker._redis.history(breaker._key, 1)
         except redis.RedisError as error:
             errors.append(error)
 
@@ -252,7 +252,7 @@ def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedSer
     node = breaker._redis._node(None)
     pipe = node._take(PATIENCE)
     node._timeout = SOON
-    thread = threading.Thread(target=breaker._redis.history, args=(breaker.keys, 1))
+    thread = threading.Thread(target=breaker._redis.history, args=(breaker._key, 1))
     thread.start()
     wait_until(lambda: node._opening)
     assert gate.asked == 2
@@ -416,7 +416,7 @@ def test_a_late_connection_of_a_loop_is_used_by_the_next_call(server: EmbeddedSe
         assert gate.asked == 1
         node = breaker._redis._node(None)
         node._timeout = PATIENCE
-        waiting = [asyncio.create_task(breaker._redis.history(breaker.keys, 1)) for _ in range(2)]
+        waiting = [asyncio.create_task(breaker._redis.history(breaker._key, 1)) for _ in range(2)]
         await asyncio.sleep(0.05)
         assert gate.asked == 1
         gate.opened.set()
@@ -434,13 +434,13 @@ def test_a_cancelled_caller_leaves_its_attempt_to_the_next(server: EmbeddedServe
     async def main() -> None:
         gate = AsyncGate()
         breaker = async_behind(gate, server, PATIENCE)
-        caller = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        caller = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         while gate.asked == 0:
             await asyncio.sleep(0.005)
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
             await caller
-        following = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        following = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         await asyncio.sleep(0.05)
         assert gate.asked == 1
         gate.opened.set()
@@ -459,7 +459,7 @@ def test_a_late_attempt_of_a_loop_fails(server: EmbeddedServer) -> None:
         breaker = async_behind(gate, server)
         await breaker.call(fine)
         breaker._redis._node(None)._timeout = 10 * PATIENCE
-        waiting = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         await asyncio.sleep(0.05)
         gate.fails = 1
         gate.opened.set()
@@ -504,7 +504,7 @@ def test_a_task_takes_a_connection_that_becomes_free(server: EmbeddedServer) -> 
         node._timeout = SOON
         gate.opened.clear()
         connection, _ = node._idle.pop()
-        waiting = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         while not node._opening:
             await asyncio.sleep(0.005)
         node._put_back(connection)
