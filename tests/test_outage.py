@@ -8,6 +8,7 @@ import functools
 import gc
 import inspect
 import logging
+import re
 import socket
 import threading
 import time
@@ -294,6 +295,15 @@ def test_another_program_answers(make: Make, other_program: str, caplog: pytest.
         assert breaker.snapshot().source == "local"
     [warning] = warnings(caplog)
     assert warning.startswith("Redis does not answer; the breakers of this process continue on their own: Protocol")
+
+
+def test_sentinels_are_named_by_their_addresses(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """The warning does not show their options, which include their password."""
+    breaker = make("redis+sentinel://:geheim@127.0.0.1:1,127.0.0.1:2/mymaster?sentinel_password=secret", **PATIENT)
+    assert breaker.call(fine) == "fine"
+    [warning] = warnings(caplog)
+    assert re.search("'mymaster' : 127.0.0.1:1 - .*, 127.0.0.1:2 - ", warning)
+    assert "secret" not in warning
 
 
 def test_a_command_tries_once(make: Make, slammer: Slammer) -> None:
