@@ -94,7 +94,7 @@ class BaseSubscription:
             self._warned = False
         elif not self._warned and self.is_needed():  # the first attempt to open it again has failed
             self._warned = True
-            logger.warning("circuit breakers: the subscription is lost: %r", error)
+            logger.warning("circuit breakers: the subscription is lost: %s", str(error) or repr(error))
         return stood
 
     def to_send(self, silent: bool) -> tuple[str, ...]:
