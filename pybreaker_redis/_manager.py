@@ -177,7 +177,7 @@ class ManagerCore(Generic[B]):
 
     def _unsubscribe(self) -> list[B]:
         # a forgotten breaker may be in use by whoever holds it
-        breakers = list(({**self._forgotten} | self._breakers).values())
+        breakers = list((dict(self._forgotten.items()) | self._breakers).values())
         for breaker in breakers:
             if breaker._watch is not None:
                 breaker._watch._leave()
