@@ -29,7 +29,7 @@ from .._processes import Process, concerns_list, disagreements, fleet_json, read
 from .._protocol import HistoryEntry, Snapshot, keys_of
 from .._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 from .._sync import CircuitBreaker
-from ..wire.options import REDIS_ERRORS, blocking_client
+from ..wire.options import BLOCKING, REDIS_ERRORS, client_like
 from . import _access, _pages
 from ._access import Authorize
 from ._actions import ACTIONS, Order, kept_fields, order_from_form, order_from_json
@@ -103,7 +103,7 @@ def breakers_app(
             "read_only=False needs authorize=, a function that takes a request and returns the operator's name or None"
         )
     keys_of("breaker", prefix)
-    return Site(BoardReader(blocking_client(redis), prefix), prefix, read_only, authorize).application(health)
+    return Site(BoardReader(client_like(redis, BLOCKING), prefix), prefix, read_only, authorize).application(health)
 
 
 class Site:

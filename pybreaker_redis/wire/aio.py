@@ -21,14 +21,15 @@ from . import sync
 from .commands import PING, Command, packed
 from .options import (
     ASYNCIO,
+    BLOCKING,
     PROOF_AFTER,
     REDIS_ERRORS,
     Address,
     ConnectsLate,
-    blocking,
     can_read,
     connecting,
     connection,
+    counterpart,
     intact,
     limit_of,
     lost_meanwhile,
@@ -85,7 +86,7 @@ class AsyncServer(BaseServer):
         ends = monotonic() + self._timeout
 
         def node(address: Address | None) -> sync.Connections:
-            return sync.Connections(blocking(self._pool_of(address)), self._timeout)
+            return sync.Connections(counterpart(self._pool_of(address), BLOCKING), self._timeout)
 
         self._end_over(node, ends)
 

@@ -15,7 +15,7 @@ import redis
 from conftest import START_MS, on_frozen_clock, wait_until
 
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Policy
-from pybreaker_redis._protocol import decode, encode, history_fields, keys_with
+from pybreaker_redis._protocol import decode, encode, keys_with
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire.scripts import SCRIPTS
 
@@ -47,7 +47,8 @@ class FrozenRedis:
         return decode(self.client.evalsha(self.sha1[name], 3, *keys_with(key.decode()), encode(request)))
 
     def history(self, key: bytes, count: int) -> list[dict[str, Any]]:
-        return history_fields(self.client.xrevrange(keys_with(key.decode()).history, count=count))
+        found = self.client.xrevrange(keys_with(key.decode()).history, count=count)
+        return [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in found]
 
     def close(self) -> None:
         """The client is the test's."""
