@@ -196,8 +196,9 @@ class Line:
             return None
         texts, now = Texts(document, policy), monotonic()
         override: Reply | None = {} if policy is None else self._override_in(policy, now)
-        if self._known is not None and override is not None and override.get("override") == self.breaker._override:
-            known, seen, since, length = self._known
+        kept = self._known  # another event loop may drop it meanwhile
+        if kept is not None and override is not None and override.get("override") == self.breaker._override:
+            known, seen, since, length = kept
             if known == texts and age(since, now) < length and self.view.extend(seen, sent):
                 return None
         window = read_window(document)
@@ -249,8 +250,10 @@ class Line:
 
     def announce(self, history: list[dict[str, Any]]) -> None:
         """Notify the listeners of the news. history: the newest transitions, newest first."""
-        change, self.news = self.news, None
-        assert change is not None
+        with self.view.lock:
+            change, self.news = self.news, None
+        if change is None:  # another event loop has read the history, too
+            return
         # the oldest entry of the generation: a new end for a forced state adds entries to it, as other actions do
         known = (entry for entry in reversed(history) if entry.get("generation") == str(change["generation"]))
         entry = next((entry for entry in known if entry.get("reason") not in NOTES), {"instance": ""})

@@ -176,7 +176,8 @@ class ManagerCore(Generic[B]):
             yield service, self.get_or_create(service)
 
     def _unsubscribe(self) -> list[B]:
-        breakers = list(self._breakers.values())
+        # a forgotten breaker may be in use by whoever holds it
+        breakers = list((dict(self._forgotten.items()) | self._breakers).values())
         for breaker in breakers:
             if breaker._watch is not None:
                 breaker._watch._leave()

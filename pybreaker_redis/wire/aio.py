@@ -5,9 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import itertools
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from time import monotonic, thread_time
 from typing import Any, TypeVar
 
@@ -87,7 +86,7 @@ class AsyncServer(BaseServer):
     def _start(self) -> None:
         """Begin an exchange in the background, now or soon."""
         here = self._here()
-        if here.task is None or here.task.done():
+        if not here.ends and (here.task is None or here.task.done()):
             rest = self.link.rest()
             if rest > 0:
                 here.wake_after(rest, self._start)
@@ -152,9 +151,13 @@ class AsyncServer(BaseServer):
 
 
 class OnLoop:
-    """What an AsyncServer has on one event loop: connections, and the task or timer of its next exchange."""
+    """What an AsyncServer has on one event loop: connections, and the task or timer of its next exchange.
+
+    ends: whether the loop is being closed. A task in the background would be left pending.
+    """
 
     def __init__(self) -> None:
+        self.ends = False
         self.nodes: dict[Address | None, AsyncConnections] = {}
         self.task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -169,7 +172,11 @@ class OnLoop:
         try:
             yield
         finally:
+            self.ends = True
             self.wake_after(None, lambda: None)
+            if self.task is not None:  # it began after asyncio.run() had cancelled all tasks
+                self.task.cancel()
+                await asyncio.wait({self.task})
             for node in list(self.nodes.values()):
                 await node.close()
 
@@ -387,31 +394,35 @@ def _is_closed() -> bool:
         return True
 
 
-@contextlib.asynccontextmanager
-async def _deadline(
-    seconds: float, least_turns: int = _TURNS, busy: Callable[[], bool] = lambda: False
-) -> AsyncIterator[None]:
-    """Raise redis.TimeoutError after so many seconds and so many turns of the loop, since the loop may merely be busy.
+class _Deadline:
+    """Raises redis.TimeoutError after so many seconds and so many turns of the loop, since the loop may merely be busy.
 
-    busy: called at the end of each later turn. While it returns True, the deadline is put off.
+    busy: called at the end of each later turn. While it returns True, the deadline is put off. This is no generator:
+    a loop that ends closes those of running tasks, too.
     """
-    loop = asyncio.get_running_loop()
-    turns = itertools.count(1)
 
-    def turn() -> None:
-        if next(turns) < least_turns or busy():
-            timer[0] = loop.call_later(seconds / least_turns, turn)
+    def __init__(self, seconds: float, least_turns: int = _TURNS, busy: Callable[[], bool] = lambda: False) -> None:
+        self._seconds, self._busy = seconds, busy
+        self._turns, self._pause = least_turns, seconds / least_turns
+
+    async def __aenter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._timeout = await asyncio.timeout(None).__aenter__()
+        self._timer = self._loop.call_later(self._pause, self._turn)
+
+    def _turn(self) -> None:
+        self._turns -= 1
+        if self._turns > 0 or self._busy():
+            self._timer = self._loop.call_later(self._pause, self._turn)
         else:
-            timeout.reschedule(loop.time())
+            self._timeout.reschedule(self._loop.time())
 
-    timer = [loop.call_later(seconds / least_turns, turn)]
-    try:
-        async with asyncio.timeout(None) as timeout:
-            yield
-    except TimeoutError as error:
-        raise redis.TimeoutError(f"no reply within {seconds:g} s") from error
-    finally:
-        timer[0].cancel()
+    async def __aexit__(self, *raised: Any) -> None:
+        self._timer.cancel()
+        try:
+            await self._timeout.__aexit__(*raised)
+        except TimeoutError as error:
+            raise redis.TimeoutError(f"no reply within {self._seconds:g} s") from error
 
 
 def _busy() -> Callable[[], bool]:

@@ -221,10 +221,15 @@ def counterpart(pool: Any, kind: Kind) -> Any:
 
 
 def _impatient(client: Any, kind: Kind, timeout: float) -> Any:
-    """A copy of a client that tries once, within the timeout in seconds."""
+    """A copy of a Sentinel's client that tries once, within the timeout in seconds.
+
+    Errors name it by its address: the text by which redis-py 6.1 to 7 shows a client contains the password.
+    """
     pool = client.connection_pool
     kwargs = {**connection_options(pool.connection_kwargs, timeout), "connection_class": pool.connection_class}
-    return type(client)(connection_pool=type(pool)(**kwargs, retry=kind.retry.Retry(NoBackoff(), 0)))
+    address = f"{kwargs.get('host')}:{kwargs.get('port')}"
+    named = type(type(client).__name__, (type(client),), {"__repr__": lambda self: address})
+    return named(connection_pool=type(pool)(**kwargs, retry=kind.retry.Retry(NoBackoff(), 0)))
 
 
 def pools_of(client: Any, kind: Kind, timeout: float) -> tuple[Callable[[Any], Any], bool]:
@@ -347,6 +352,7 @@ _REFUSALS = re.compile(
 _SERVER_ERRORS = (
     redis.ConnectionError,
     redis.TimeoutError,
+    redis.InvalidResponse,  # another program listens there
     redis.ReadOnlyError,
     exceptions.OutOfMemoryError,
     exceptions.ClusterError,

@@ -94,7 +94,7 @@ class BaseSubscription:
             self._warned = False
         elif not self._warned and self.is_needed():  # the first attempt to open it again has failed
             self._warned = True
-            logger.warning("circuit breakers: the subscription is lost: %r", error)
+            logger.warning("circuit breakers: the subscription is lost: %s", str(error) or repr(error))
         return stood
 
     def to_send(self, silent: bool) -> tuple[str, ...]:
@@ -157,8 +157,12 @@ class Subscription(BaseSubscription):
                 time.sleep(next(pauses))
 
     def _listen(self, connection: Any) -> None:
+        # closes it in the middle of a handshake that does not end
+        giving_up = threading.Timer(2 * PING_EVERY, connection.disconnect)
         try:
+            giving_up.start()
             connection.connect()  # only connect() asks a Sentinel for the master
+            giving_up.cancel()
             self.opened()
             silent = False
             while self.is_needed():
@@ -168,6 +172,7 @@ class Subscription(BaseSubscription):
                 if not silent:
                     self.receive(connection.read_response)
         finally:
+            giving_up.cancel()
             connection.disconnect()
 
 

@@ -23,6 +23,7 @@ from race_workers import PATIENCE, run_threads
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire import subscription
 
 NOBODY = ("default", "")
 
@@ -201,18 +202,51 @@ def test_an_attempt_is_given_up(gate: Gate, server: EmbeddedServer) -> None:
     breaker.close()
 
 
-def test_a_server_that_trickles(own_server: EmbeddedServer) -> None:
-    """A listener that answers byte by byte, without end: the call waits once, and each attempt ends."""
-    ended = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+class Trickler:
+    """A listener that answers byte by byte, without end. ended: the connections that their clients have closed."""
 
-        def trickle(end: socket.socket) -> None:
-            stop = threading.Event()
-            with end, contextlib.suppress(OSError):
-                end.sendall(b"$1000000\r\n")
-                while not stop.wait(0.01):
-                    end.sendall(b"x")
-            ended.append(1)
+    def __init__(self) -> None:
+        self.ended: list[int] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._trickle, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _trickle(self, end: socket.socket) -> None:
+        stop = threading.Event()
+        with end, contextlib.suppress(OSError):
+            end.sendall(b"$1000000\r\n")
+            while not stop.wait(0.01):
+                end.sendall(b"x")
+        self.ended.append(1)
+
+    def close(self) -> None:
+        """Free the port. Open connections go on."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@pytest.fixture
+def trickler() -> Iterator[Trickler]:
+    """It is closed at the end."""
+    started = Trickler()
+    yield started
+    with contextlib.suppress(OSError):  # the test has closed it
+        started.close()
+
+
+def test_a_server_that_trickles(trickler: Trickler) -> None:
+    """A listener that answers byte by byte, without end: the call waits once, and each attempt ends."""
+    breaker = CircuitBreaker("trickled", redis=trickler.url, lease=0, redis_timeout=0.05)
+    wait_until(lambda: breaker.call(int) == 0 and len(trickler.ended) >= 2)
+    breaker.close()
+    wait_until(lambda: len(trickler.ended) >= 3 or late(breaker) is None)
+
 
         def accept() -> None:
             with contextlib.suppress(OSError):
