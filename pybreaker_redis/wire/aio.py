@@ -231,7 +231,7 @@ class AsyncPipe(BasePipe):
             if not self._connection.is_connected or await can_read(self._connection)():
                 return False
             if monotonic() - self.used_at > PROOF_AFTER:
-                async with _deadline(patience):
+                async with _Deadline(patience):
                     await self.exchange(PING, 1)
             return True
         return False
@@ -259,7 +259,7 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         try:
             pipe = await self._take(self._timeout)
             pipe = await self._proven(pipe)
-            async with _deadline(self._timeout):
+            async with _Deadline(self._timeout):
                 sent = True
                 replies = await pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1))
         except BaseException as error:
@@ -324,7 +324,7 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         self._serve()
         try:
             # to open a connection takes several turns of the loop
-            async with _deadline(timeout, _TURNS if self._opening() else 2, _busy()):
+            async with _Deadline(timeout, _TURNS if self._opening() else 2, _busy()):
                 await turn
         except redis.TimeoutError:
             if turn.cancelled():  # else it was handed something just then
