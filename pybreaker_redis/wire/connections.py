@@ -97,6 +97,8 @@ class BaseConnections(Generic[P]):
 
     def _give_up(self, pipe: P) -> None:
         with self._lock:
+            if not pipe.opens:  # it is open since, and perhaps in use
+                return
             pipe.opens = False
         pipe.give_up()
 
