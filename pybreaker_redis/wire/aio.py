@@ -287,18 +287,16 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
 
     async def close(self) -> None:
         """Close the idle connections now, and each of the others after its exchange. Give up those that are opening."""
-        self._era += 1
         opening = self._opening()
         for pipe in opening:
             self._give_up(pipe)
         if opening:
             await asyncio.wait({pipe.task for pipe in opening})
-        await self._drop(*opening, *self._take_idle())
+        await self._drop(*opening, *self._end_era())
 
     async def _lose(self, error: BaseException) -> None:
         """Close the connections, since the server is lost. One that is opening may find it again."""
-        self._era += 1
-        idle = self._take_idle()
+        idle = self._end_era()
         self._tell(error)
         await self._drop(*idle)
 
@@ -341,8 +339,8 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         return found
 
     def _busy(self) -> Callable[[], bool]:
-        """A function that tells whether to wait longer: a connection is in use, whose exchange has its own deadline, and
-        this thread has computed for a tenth of the time since. Then a long wait in line is not the server's fault."""
+        """A function that tells whether a long wait in line is not the server's fault: this thread has computed for a
+        tenth of the time since, and a connection is in use, whose exchange has a deadline of its own."""
         began, computed = monotonic(), thread_time()
 
         def is_busy() -> bool:

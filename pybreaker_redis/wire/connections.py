@@ -110,6 +110,12 @@ class BaseConnections(Generic[P]):
                 self._give_up(pipe)
         return connects_late(timeout) if opening else none_free(self._limit, timeout)
 
+    def _end_era(self) -> list[P]:
+        """Begin another era. Returns the idle connections, to be closed; a thread that has one puts it back no more."""
+        with self._lock:
+            self._era += 1
+            return self._take_idle()
+
     def _take_idle(self) -> list[P]:
         """All idle connections, to be closed."""
         idle: list[P] = []

@@ -9,12 +9,14 @@ import itertools
 import logging
 import pathlib
 import queue
+import select
 import socket
 import ssl
 import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,7 +37,7 @@ from pybreaker_redis import (
     Policy,
 )
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.wire import sync
+from pybreaker_redis.wire import connections, sync
 from pybreaker_redis.wire.options import limit_of
 
 PAUSE = 1.5
@@ -198,6 +200,17 @@ def test_an_idle_connection_that_works_is_kept(target: Restartable, shell: str) 
         for _ in range(3):
             made.call(fails=False, lasting=1.1)
         assert proxy.accepted == 1
+
+
+def test_a_closed_connection_without_poll(target: Restartable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no select.poll, as on Windows, a connection that the server has closed is no outage either."""
+    monkeypatch.setattr(sync, "select", types.SimpleNamespace(select=select.select))
+    with caller("sync", target.url, lease=0) as made, target.client() as admin:
+        for _ in range(3):
+            made.call(fails=False)
+            admin.client_kill_filter(_type="normal", skipme=True)
+        assert made.do(made.breaker.snapshot).source == "redis"
+        assert made.events == []
 
 
 @pytest.mark.parametrize("shell", ["sync", "async"])
@@ -457,8 +470,9 @@ def interrupt() -> None:
     raise Interrupted
 
 
-def test_a_signal_handler_that_raises_loses_no_connection(target: Restartable) -> None:
-    """Wherever a handler raises while a thread has the only connection, the next caller gets one."""
+@pytest.mark.parametrize("module", [sync, connections], ids=["use", "open"])
+def test_a_signal_handler_that_raises_loses_no_connection(target: Restartable, module: types.ModuleType) -> None:
+    """Wherever a handler raises while a thread opens or has the only connection, the next caller gets one."""
     breaker = CircuitBreaker("raises", redis=f"{target.url}?max_connections=1", lease=0, redis_timeout=20)
 
     def call() -> None:
@@ -466,7 +480,9 @@ def test_a_signal_handler_that_raises_loses_no_connection(target: Restartable) -
             breaker.call(int)
 
     for place in itertools.count():
-        if not signalled_at(place, sync, call, interrupt):
+        if module is connections:
+            breaker.close()
+        if not signalled_at(place, module, call, interrupt):
             break
         breaker.call(int)
         assert breaker.snapshot().source == "redis", f"place {place}"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
+import itertools
 import signal
 import socket
 import subprocess
@@ -21,11 +23,11 @@ import pytest
 import redis
 import redis.asyncio
 from conftest import wait_until
-from race_workers import PATIENCE, run_threads
+from race_workers import PATIENCE, interrupted_at, run_threads
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.wire import subscription
+from pybreaker_redis.wire import subscription, sync
 
 NOBODY = ("default", "")
 
@@ -280,6 +282,55 @@ def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedSer
     wait_until(lambda: not opening(breaker))
     assert len(node._idle) == 2
     breaker.close()
+
+
+@pytest.mark.parametrize("how", ["close", "lost"])
+def test_a_connection_is_given_back_as_its_era_ends(server: EmbeddedServer, how: str) -> None:
+    """close(), or the loss of the server, at any point of another thread's exchange: no old connection is kept."""
+
+    def end() -> None:
+        if how == "close":
+            node.close()
+        else:
+            node._lose(redis.ConnectionError("lost"))
+
+    for line in itertools.count():
+        breaker = CircuitBreaker("ends", redis=server.url, lease=0, redis_timeout=PATIENCE)
+        breaker.call(int)
+        node = breaker._redis._node(None)
+        with contextlib.suppress(redis.ConnectionError):
+            if not interrupted_at(line, functools.partial(breaker._redis.history, breaker._key, 1), end):
+                break
+        assert all(pipe.era == node._era for pipe in node._idle), f"line {line}"
+        wait_until(lambda: len(node._pipes) == len(node._idle))  # noqa: B023
+        breaker.close()
+    assert line > 20
+    breaker.close()
+
+
+def test_an_attempt_ends_as_it_is_given_up(gate: Gate, server: EmbeddedServer) -> None:
+    """A connection that opens while a caller gives it up is closed or kept: it is not closed while it is used."""
+    for line in itertools.count():
+        gate.opened.clear()
+        breaker, asked = behind(gate, server, PATIENCE), gate.asked
+        node = breaker._redis._node(None)
+        for pipe in (sync.Pipe(), sync.Pipe()):
+            node._pipes[pipe] = None
+            node._begin(pipe)
+        wait_until(lambda: gate.asked == asked + 2)  # noqa: B023
+
+        def let_pass() -> None:
+            gate.opened.set()
+            wait_until(lambda: not node._opening())  # noqa: B023
+
+        reached = interrupted_at(line, functools.partial(node._gave_up, 1.0), let_pass)
+        gate.opened.set()
+        wait_until(lambda: len(node._pipes) == len(node._idle))  # noqa: B023
+        assert all(pipe.proves(PATIENCE) for pipe in node._idle), f"line {line}"
+        breaker.close()
+        if not reached:
+            break
+    assert line > 5
 
 
 class Interrupted(BaseException):
