@@ -1,6 +1,7 @@
 """Mutation testing of the Lua: changes one thing at a time in a copy of this tree, and runs the tests against it.
 
-`make mutants`, or alone `python tests/mutation/lua_mutants.py`; --again tries only those that survived the last time.
+`make mutants`, or alone `python tests/mutation/lua_mutants.py [FILE ...]`. Each verdict is kept at once: --again
+goes on where a run was stopped, and tries once more what no test killed.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ import pytest
 from lupa.lua51 import LuaRuntime
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-REPORT = ROOT / "build" / "mutants" / "lua.json"
+REPORT = ROOT / "build" / "mutants" / "lua.jsonl"  # a line for each verdict; of several on one mutant the last counts
 COPIES = REPORT.parent / "copies"
 # not imported: the workers must import the package of their own copy
 LIBRARY = ("model", "request", "document", "window", "rules")
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 FILES = (*LIBRARY, *SCRIPTS)
-TESTS = ("tests/contract", "tests/scripts", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-k")
+TESTS = ("tests/protocol/test_vectors.py::test_vector", "tests/scripts", "tests/contract")  # the fastest first
+OPTIONS = ("-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-k")
 SECONDS = 180  # for one mutant
 LONGEST = 6  # lines of a statement that is removed whole
 
@@ -126,7 +128,7 @@ class Worker:
 
     def run(self, keyword: str) -> None:
         """Makes the copy, collects its tests and tries everything."""
-        for name in ("pyproject.toml", "lua", "pybreaker_redis", "tests"):
+        for name in ("pyproject.toml", "docs", "lua", "pybreaker_redis", "tests"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, self._folder / name)
         os.chdir(self._folder)
@@ -135,7 +137,7 @@ class Worker:
         output = os.open("pytest.log", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        if pytest.main([*TESTS, keyword], plugins=[self]):
+        if pytest.main([*TESTS, *OPTIONS, keyword], plugins=[self]):
             self._results.put((None, pathlib.Path("pytest.log").read_text()))
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
@@ -178,8 +180,8 @@ class Worker:
         os._exit(0)
 
 
-def try_all(tried: list[Mutant], workers: int, keyword: str) -> list[str]:
-    """The verdict on each."""
+def try_all(tried: list[Mutant], workers: int, keyword: str) -> None:
+    """Keeps the verdict on each, and shows those that are not "killed"."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     shutil.rmtree(COPIES, ignore_errors=True)
@@ -188,43 +190,53 @@ def try_all(tried: list[Mutant], workers: int, keyword: str) -> list[str]:
     for first in range(workers):
         mine = {number: mutant for number, mutant in todo.items() if number % workers == first}
         context.Process(target=Worker(mine, results).run, args=(keyword,), daemon=True).start()
-    verdicts = [""] * len(todo)
     for _ in todo:
         number, result = results.get()
         if number is None or (number == 0 and result != "survived"):
             raise SystemExit(f"the tests do not pass without a mutant: {result}")
-        verdicts[number] = result
-        if number and result != "killed":
-            print(f"{result}: {described(tried[number - 1])}", flush=True)
-    return verdicts[1:]
+        if number == 0:
+            continue
+        mutant = described(tried[number - 1])
+        with open(REPORT, "a", encoding="utf-8") as report:
+            print(json.dumps([mutant, result]), file=report)
+        if result != "killed":
+            print(f"{result}: {mutant}", flush=True)
+
+
+def verdicts() -> dict[str, str]:
+    """What is kept: the last verdict on each mutant, by its description."""
+    lines = REPORT.read_text(encoding="utf-8").splitlines() if REPORT.exists() else []
+    return dict(json.loads(line) for line in lines)
 
 
 def main() -> int:
     """0 when every mutant has been tried, whatever became of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="only those that survived the last time")
+    parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(FILES)}, in this order (default: all)")
+    parser.add_argument("--again", action="store_true", help="only those that no run has killed, or none has tried")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--fuzz", action="store_true", help="with the fuzz tests, which take long")
+    parser.add_argument("--long", action="store_true", help="also with the stories and the fuzz tests, which take long")
     parser.add_argument("--list", action="store_true", help="show the mutants, and try none")
     options = parser.parse_args()
-    tried = [mutant for file in FILES for mutant in mutants(file)]
-    if options.again:
-        last = {tuple(row) for row in json.loads(REPORT.read_text())}
-        tried = [mutant for mutant in tried if (mutant.file, mutant.before, mutant.after) in last]
+    everything = [mutant for file in options.files or FILES for mutant in mutants(file)]
+    if not options.again and not options.list:
+        REPORT.unlink(missing_ok=True)
+    before = verdicts() if options.again else {}
+    tried = [mutant for mutant in everything if before.get(described(mutant)) != "killed"]
     if options.list:
         print(*(described(mutant) for mutant in tried), f"{len(tried)} mutants", sep="\n")
         return 0
-    verdicts = try_all(tried, options.workers, "not memory" if options.fuzz else "not memory and not fuzz")
-    left = [mutant for mutant, result in zip(tried, verdicts, strict=True) if result == "survived"]
-    REPORT.write_text(json.dumps([(mutant.file, mutant.before, mutant.after) for mutant in left], indent=1))
-    REPORT.with_suffix(".txt").write_text("\n".join(map(described, left)) + "\n")
-    counts = collections.Counter(verdicts)
-    print(f"Lua: {len(tried)} mutants,", ", ".join(f"{counts[one]} {one}" for one in ("killed", "survived", "timeout")))
+    try_all(tried, options.workers, "not memory" if options.long else "not memory and not fuzz and not stories")
+    now = {mutant: verdicts()[mutant] for mutant in map(described, everything)}
+    left = [mutant for mutant, result in now.items() if result == "survived"]
+    REPORT.with_suffix(".txt").write_text("\n".join(left) + "\n", encoding="utf-8")
+    counts = collections.Counter(now.values())
+    print(f"Lua: {len(now)} mutants,", ", ".join(f"{counts[one]} {one}" for one in ("killed", "survived", "timeout")))
     return 0
 
 
 def described(mutant: Mutant) -> str:
-    """For a reader."""
+    """For a reader, and by which a verdict is kept."""
     return f"{mutant.file}.lua:{mutant.line}\n    - {mutant.before}\n    + {mutant.after}"
 
 
