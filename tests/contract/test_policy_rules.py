@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pybreaker_redis._protocol import keys_of
 
+DAY_MS = 86_400_000
 NEVER = 10**9  # a failure_threshold that no test reaches
 PLAIN = {"failure_threshold": 3, "reset_timeout_ms": 1000, "probe_timeout_ms": 400}
 RATE = {"failure_threshold": NEVER, "error_rate_threshold": 0.5, "minimum_calls": 4, "window_ms": 1000}
@@ -308,7 +309,7 @@ def test_window_is_the_last_ten_buckets(machine: Machine, steps: list[tuple[int,
         assert sums(machine, RATE)[:2] == (len(recent) + sum(recent), sum(recent))
 
 
-@pytest.mark.parametrize("gap", [1000, 1001, 1999, 86_400_000])
+@pytest.mark.parametrize("gap", [1000, 1001, 1999, DAY_MS])
 def test_idle_gap(machine: Machine, gap: int) -> None:
     """Idle for a window or longer leaves nothing behind: the next failure is one of one."""
     begin(machine, RATE)
@@ -656,7 +657,7 @@ def open_times(machine: Machine, policy: dict[str, Any], count: int) -> list[int
         ({"max_reset_timeout_ms": 1}, [1000, 1000, 1000]),
         ({"backoff_multiplier": 1, "max_reset_timeout_ms": 5000}, [1000, 1000, 1000]),
         ({"backoff_multiplier": 1.5}, [1000, 1500, 2250, 3375, 5062]),
-        ({"backoff_multiplier": 1000, "reset_timeout_ms": 10**6}, [10**6, 10**9, 30 * 86_400_000]),
+        ({"backoff_multiplier": 1000, "reset_timeout_ms": 10**6}, [10**6, 10**9, 30 * DAY_MS]),
     ],
 )
 def test_open_times(machine: Machine, fields: dict[str, Any], times: list[int]) -> None:
@@ -674,6 +675,17 @@ def test_a_row_of_trips_ends_with_health(machine: Machine, healthy: int, trips: 
     assert machine.run("snapshot", BACKOFF)["trips"] == trips - 1
     assert open_ms(machine, BACKOFF) == 1000 * trips
     assert machine.run("snapshot", BACKOFF)["trips"] == trips
+
+
+def test_a_row_of_trips_ends_after_thirty_days(machine: Machine) -> None:
+    """No open period is longer, so that is as much health as any row of trips asks for, to the millisecond."""
+    slow, days = {**BACKOFF, "reset_timeout_ms": 20 * DAY_MS}, 30 * DAY_MS
+    open_ms(machine, slow)
+    recover(machine, slow)
+    machine.advance(days - 1)
+    assert machine.run("snapshot", slow)["trips"] == 1
+    machine.advance(1)
+    assert machine.run("snapshot", slow)["trips"] == 0
 
 
 def test_a_flapping_breaker_opens_longer(machine: Machine) -> None:

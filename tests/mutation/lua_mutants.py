@@ -34,6 +34,7 @@ LIBRARY = ("model", "request", "document", "window", "rules")
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 FILES = (*LIBRARY, *SCRIPTS)
 TESTS = ("tests/protocol/test_vectors.py::test_vector", "tests/scripts", "tests/contract")  # the fastest first
+QUICK = "not memory and not fuzz and not stories and not engines_agree and not lua-json"
 OPTIONS = ("-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-k")
 SECONDS = 180  # for one mutant
 LONGEST = 6  # lines of a statement that is removed whole
@@ -115,16 +116,36 @@ def mutants(file: str) -> list[Mutant]:
     return list(found.values())
 
 
+FUNCTION = re.compile(r"^function breaker\.(\w+)\(.*\)$", re.MULTILINE)
+
+
+def place(mutant: Mutant) -> str | None:
+    """The function that the mutant changes, else the script; None: neither."""
+    above = "\n".join(SOURCES[mutant.file].split("\n")[: mutant.line])
+    return (FUNCTION.findall(above) or [mutant.file if mutant.file in SCRIPTS else None])[-1]
+
+
+def traced(file: str) -> str:
+    """The source of one file, with every function, or the script, telling the server's log that it runs."""
+    source, tells = SOURCES[file], "redis.log(redis.LOG_WARNING, 'ran {}')"
+    if file in SCRIPTS:
+        return source.replace("\n]]\n", f"\n]]\n{tells.format(file)} ", 1)
+    return FUNCTION.sub(lambda match: f"{match[0]} {tells.format(match[1])}", source)
+
+
 class Worker:
     """A plugin of pytest that tries mutants in a copy of the tree, each in a fork of a process with all tests at hand.
 
-    The test that killed another mutant a moment ago comes first, for it may kill its neighbour.
+    Only the tests that run the changed function are run, and those of which that is not known. The test that killed
+    another mutant a moment ago comes first, for it may kill its neighbour.
     """
 
-    def __init__(self, mine: dict[int, Mutant | None], results: Any) -> None:
+    def __init__(self, mine: dict[int, Mutant], results: Any) -> None:
         self._mine, self._results = mine, results
         self._folder = pathlib.Path(tempfile.mkdtemp(dir=COPIES))
         self._killers: list[str] = []
+        self._ran: dict[str, list[str]] = {}  # by each test
+        self._log: int | None = None  # of the server
 
     def run(self, keyword: str) -> None:
         """Makes the copy, collects its tests and tries everything."""
@@ -141,20 +162,26 @@ class Worker:
             self._results.put((None, pathlib.Path("pytest.log").read_text()))
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self._write({file: traced(file) for file in FILES})
+        self._results.put((0, self._verdict(session, None)))
+        self._ran = json.loads(pathlib.Path("ran.json").read_text())
+        self._write(SOURCES)
         for number, mutant in self._mine.items():
-            path = self._folder / "lua" / f"{mutant.file if mutant else 'model'}.lua"
-            whole = path.read_text(encoding="utf-8")
-            path.write_text(mutant.source if mutant else whole, encoding="utf-8")
-            self._results.put((number, self._verdict(session)))
-            path.write_text(whole, encoding="utf-8")
+            self._write({mutant.file: mutant.source})
+            self._results.put((number, self._verdict(session, mutant)))
+            self._write({mutant.file: SOURCES[mutant.file]})
         return True
 
-    def _verdict(self, session: pytest.Session) -> str:
+    def _write(self, sources: dict[str, str]) -> None:
+        for file, source in sources.items():
+            (self._folder / "lua" / f"{file}.lua").write_text(source, encoding="utf-8")
+
+    def _verdict(self, session: pytest.Session, mutant: Mutant | None) -> str:
         """What the tests say of the copy as it stands: "killed", "survived" or "timeout"."""
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
-            self._test(session)
+            self._test(session, mutant and place(mutant))
         deadline = time.monotonic() + SECONDS
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
             if time.monotonic() > deadline:
@@ -168,35 +195,47 @@ class Worker:
             self._killers.append(pathlib.Path("killer.txt").read_text())
         return "killed"
 
-    def _test(self, session: pytest.Session) -> None:
+    def _test(self, session: pytest.Session, changed: str | None) -> None:
         """Runs the tests up to the first that fails, and ends this process."""
         rank = {nodeid: place for place, nodeid in enumerate(self._killers, 1)}
         items = sorted(session.items, key=lambda item: ("fuzz" in item.nodeid, -rank.get(item.nodeid, 0)))
+        if changed:
+            items = [item for item in items if changed in (self._ran[item.nodeid] or [changed])]
         for item, following in itertools.pairwise([*items, None]):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            told = os.read(self._log, 10**7) if self._log else b""
+            self._ran[item.nodeid] = [name.decode() for name in set(re.findall(rb"ran (\w+)\n", told))]
             if session.testsfailed:
                 pathlib.Path("killer.txt").write_text(item.nodeid)
                 os._exit(1)
+        if changed is None:
+            pathlib.Path("ran.json").write_text(json.dumps(self._ran))
         os._exit(0)
+
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        yield
+        if fixturedef.argname == "server":
+            self._log = os.open(f"{fixturedef.cached_result[0].directory}/log", os.O_RDONLY)
 
 
 def try_all(tried: list[Mutant], workers: int, keyword: str) -> None:
-    """Keeps the verdict on each, and shows those that are not "killed"."""
+    """Keeps the verdict on each, and shows those that are not "killed". Each worker first tries the copy as it is."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     shutil.rmtree(COPIES, ignore_errors=True)
     COPIES.mkdir(parents=True)
-    todo = dict(enumerate([None, *tried]))  # first the copy as it is
+    todo = dict(enumerate(tried, 1))
     for first in range(workers):
         mine = {number: mutant for number, mutant in todo.items() if number % workers == first}
         context.Process(target=Worker(mine, results).run, args=(keyword,), daemon=True).start()
-    for _ in todo:
+    for _ in range(workers + len(todo)):
         number, result = results.get()
         if number is None or (number == 0 and result != "survived"):
             raise SystemExit(f"the tests do not pass without a mutant: {result}")
         if number == 0:
             continue
-        mutant = described(tried[number - 1])
+        mutant = described(todo[number])
         with open(REPORT, "a", encoding="utf-8") as report:
             print(json.dumps([mutant, result]), file=report)
         if result != "killed":
@@ -215,7 +254,9 @@ def main() -> int:
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(FILES)}, in this order (default: all)")
     parser.add_argument("--again", action="store_true", help="only those that no run has killed, or none has tried")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--long", action="store_true", help="also with the stories and the fuzz tests, which take long")
+    parser.add_argument(
+        "--long", action="store_true", help="with the stories and the random tests, too, which take long"
+    )
     parser.add_argument("--list", action="store_true", help="show the mutants, and try none")
     options = parser.parse_args()
     everything = [mutant for file in options.files or FILES for mutant in mutants(file)]
@@ -226,7 +267,7 @@ def main() -> int:
     if options.list:
         print(*(described(mutant) for mutant in tried), f"{len(tried)} mutants", sep="\n")
         return 0
-    try_all(tried, options.workers, "not memory" if options.long else "not memory and not fuzz and not stories")
+    try_all(tried, options.workers, "not memory" if options.long else QUICK)
     now = {mutant: verdicts()[mutant] for mutant in map(described, everything)}
     left = [mutant for mutant, result in now.items() if result == "survived"]
     REPORT.with_suffix(".txt").write_text("\n".join(left) + "\n", encoding="utf-8")

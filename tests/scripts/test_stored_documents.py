@@ -817,6 +817,16 @@ def test_what_is_stored(client: redis.Redis, state: str) -> None:
     assert stored[0].keys() == {*CONTRACT, "version", "generation", "failure_number", *own[state]}
 
 
+def test_an_open_circuit_has_no_reporters(client: redis.Redis) -> None:
+    """Slow calls of two hosts trip it without a run of failures; who reported them is not stored any longer."""
+    policy = {"quorum": 2, "slow_call_rate_threshold": 0.5, "minimum_calls": 2}
+    machine = lua_machine(client, "discovery")
+    generation = machine.run("acquire", policy)["generation"]
+    for instance, state, kept in (("a", "closed", True), ("b", "open", False)):
+        machine.run("record", policy, generation=generation, successes=1, slow=1, instance=instance)
+        assert (document(client)["state"], "reporters" in document(client)) == (state, kept)
+
+
 def test_a_document_in_msgpack_is_corrupt(client: redis.Redis) -> None:
     """There is one stored form: a document in msgpack is replaced like any other garbage."""
     client.set(KEYS.state, msgpack.packb({**_contract("open", failures=5, opened=START_MS // 1000), "generation": 7}))
