@@ -782,22 +782,25 @@ def test_an_operator_ends_the_row(machine: Machine, action: str) -> None:
 
 def test_jitter(machine: Machine) -> None:
     """Jitter adds a share of the open time that follows from the generation alone, and differs from trip to trip."""
-    policy = {**BACKOFF, "backoff_multiplier": 1, "jitter": 0.5}
+    shortest = 10**9  # milliseconds: so many that every digit of the share shows
+    policy = {**BACKOFF, "reset_timeout_ms": shortest, "backoff_multiplier": 1, "jitter": 0.5}
     times = []
     for _ in range(20):
         times.append(open_ms(machine, policy))
         share = machine.run("snapshot", policy)["generation"] % 1000003 * 7919 % 1000003 / 1000003
-        assert times[-1] == math.floor(1000 * (1 + 0.5 * share))
+        assert times[-1] == math.floor(shortest * (1 + 0.5 * share))
         machine.advance(times[-1] + 13)
-    assert 1000 <= min(times) < 1150
-    assert 1350 < max(times) <= 1500
+    assert shortest <= min(times) < 1.15 * shortest
+    assert 1.35 * shortest < max(times) <= 1.5 * shortest
     assert len(set(times)) > 10
 
 
 def test_jitter_has_a_bound(machine: Machine) -> None:
-    """Jitter adds to the longest open time too, by its share at the most."""
+    """Jitter adds to the longest open time too, by its share at the most, and never makes it more than thirty days."""
     policy = {**BACKOFF, "max_reset_timeout_ms": 2000, "jitter": 0.1}
     assert all(2000 <= time <= 2200 for time in open_times(machine, policy, 6)[1:])
+    machine.run("control", policy, action="reset")
+    assert open_times(machine, {**BACKOFF, "reset_timeout_ms": 30 * DAY_MS, "jitter": 1}, 3) == [30 * DAY_MS] * 3
 
 
 # Quorum

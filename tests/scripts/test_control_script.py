@@ -162,7 +162,7 @@ def test_nobody_says_who_acts(client: redis.Redis) -> None:
 
 @pytest.mark.parametrize("signed", [SIGNED, {"operator": "ann"}, {"note": "repaired"}])
 def test_until_the_next_transition(client: redis.Redis, signed: dict[str, str]) -> None:
-    """Reports leave operator and note of a reset, or the one that it had, in the document; the next transition does not."""
+    """Reports leave the operator or note of a reset in the document; the next transition drops them."""
     machine = lua_machine(client, "discovery")
     bring_to(machine, "open")
     generation = machine.run("control", POLICY, action="reset", **signed)["generation"]
