@@ -143,16 +143,20 @@ def test_a_report_that_trips_and_holds(machine: Machine) -> None:
     assert machine.run("snapshot", POLICY)["trips"] == 1
 
 
+@pytest.mark.parametrize("failures", [0, 1])
 @pytest.mark.parametrize(("hold_ms", "lasts"), [(1, 2000), (2000, 2000), (2001, 2001), (9000, 9000)])
-def test_a_held_probe(machine: Machine, hold_ms: int, lasts: int) -> None:
-    """It is a failed probe: it opens for the longer of the two times, counts as a trip, and other probes extend it."""
+def test_a_held_probe(machine: Machine, hold_ms: int, lasts: int, failures: int) -> None:
+    """It is a failed probe, whatever its call was: it opens for the longer of the two times, and counts as a trip.
+
+    Other probes extend it.
+    """
     policy = {**BACKOFF, "half_open_max_calls": 2, "probe_failure_threshold": 5}
     first = half_open(machine, policy)
     second = machine.run("acquire", policy)
-    reply = hold(machine, policy, first["generation"], hold_ms, probe=first["probe"], failures=1)
+    reply = hold(machine, policy, first["generation"], hold_ms, probe=first["probe"], failures=failures)
     assert (reply["state"], reply["retry_after_ms"], reply["transition"]["reason"]) == ("open", lasts, "held")
     assert machine.run("snapshot", policy)["trips"] == 2
-    reply = hold(machine, policy, second["generation"], lasts + 5, probe=second["probe"], failures=1)
+    reply = hold(machine, policy, second["generation"], lasts + 5, probe=second["probe"], failures=failures)
     assert (reply["applied"], reply["retry_after_ms"], reply.get("transition")) == (True, lasts + 5, None)
 
 
