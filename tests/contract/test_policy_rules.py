@@ -64,16 +64,18 @@ def recover(machine: Machine, policy: dict[str, Any]) -> dict[str, Any]:
 # Failures in the window
 
 
-def test_failures_in_the_window(machine: Machine) -> None:
+@pytest.mark.parametrize("limit", [1, 3])
+def test_failures_in_the_window(machine: Machine, limit: int) -> None:
     """It trips at the n-th failure within the window, whatever succeeded in between, of however few calls."""
-    begin(machine, COUNT)
-    for _ in range(2):
-        assert report(machine, COUNT, failures=1)["state"] == "closed"
-        assert report(machine, COUNT, successes=50)["failure_count"] == 0
+    policy = {**COUNT, "failures_in_window": limit}
+    begin(machine, policy)
+    for _ in range(limit - 1):
+        assert report(machine, policy, failures=1)["state"] == "closed"
+        assert report(machine, policy, successes=50)["failure_count"] == 0
         machine.advance(300)
-    reply = report(machine, COUNT, failures=1)
+    reply = report(machine, policy, failures=1)
     assert (reply["state"], reply["transition"]["reason"]) == ("open", "failures_in_window")
-    assert (reply["transition"]["failures"], reply["transition"]["calls"]) == (3, 103)
+    assert (reply["transition"]["failures"], reply["transition"]["calls"]) == (limit, limit + 50 * (limit - 1))
 
 
 def test_failures_that_have_left_the_window(machine: Machine) -> None:
