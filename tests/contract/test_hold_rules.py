@@ -46,11 +46,13 @@ def test_a_held_call_is_neither_success_nor_failure(machine: Machine) -> None:
     assert hold(machine, policy, generation, 7000, instance="b:1")["transition"]["failure_count"] == 2
 
 
+@pytest.mark.parametrize("failures", [0, 1])
 @pytest.mark.parametrize("hold_ms", [0, 1])
-def test_the_shortest_hold(machine: Machine, hold_ms: int) -> None:
-    """0 is no hold, and a report of nothing else counts for nothing; 1 ms is one."""
-    reply = hold(machine, POLICY, begin(machine, POLICY), hold_ms)
-    assert (reply["applied"], reply["state"]) == ((False, "closed"), (True, "open"))[hold_ms]
+def test_the_shortest_hold(machine: Machine, hold_ms: int, failures: int) -> None:
+    """0 is no hold, and a report of nothing else counts for nothing; 1 ms is one, with a failure or without."""
+    reply = hold(machine, POLICY, begin(machine, POLICY), hold_ms, failures=failures)
+    assert (reply["applied"], reply["failure_count"]) == (hold_ms + failures > 0, failures)
+    assert reply["state"] == ("closed", "open")[hold_ms]
 
 
 @pytest.mark.parametrize(("hold_ms", "lasts"), [(4999, 4999), (5000, 5000), (5001, 5000), (10**13, 5000)])
