@@ -871,12 +871,13 @@ def test_quorum_of_this_run_only(machine: Machine) -> None:
     assert report(machine, QUORUM, failures=1, instance="a")["state"] == "open"
 
 
-def test_successes_make_no_reporter(machine: Machine) -> None:
+@pytest.mark.parametrize("policy", [QUORUM_RATE, {**SLOW, "quorum": 2}], ids=["errors", "slow"])
+def test_successes_make_no_reporter(machine: Machine, policy: dict[str, Any]) -> None:
     """A report of successes alone counts for no quorum."""
-    begin(machine, QUORUM_RATE)
-    report(machine, QUORUM_RATE, failures=10, instance="a")
-    assert report(machine, QUORUM_RATE, successes=5, instance="b")["state"] == "closed"
-    assert list(machine.run("snapshot", QUORUM_RATE)["reporters"]) == ["a"]
+    begin(machine, policy)
+    report(machine, policy, failures=10, slow=10, instance="a")
+    assert report(machine, policy, successes=5, instance="b")["state"] == "closed"
+    assert list(machine.run("snapshot", policy)["reporters"]) == ["a"]
 
 
 @pytest.mark.parametrize(("gap", "state"), [(999, "open"), (1000, "closed")])
