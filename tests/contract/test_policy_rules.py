@@ -1317,6 +1317,63 @@ def test_health_of_each_state(machine: Machine) -> None:
     assert machine.run("snapshot", PLAIN)["health"] == 100
 
 
+def test_health_of_one_call(machine: Machine) -> None:
+    """One failed call is all there were, one slow call as well; a run past its threshold is as bad as one at it."""
+    for policy, counts, score in (
+        (SLOW, {"failures": 1}, 0),
+        (SLOW, {"successes": 1, "slow": 1}, 50),
+        (QUORUM, {"failures": 3}, 0),
+        (QUORUM, {"failures": 9}, 0),
+    ):
+        machine.run("control", policy, action="reset")
+        begin(machine, policy)
+        assert report(machine, policy, instance="a", **counts)["state"] == "closed"
+        assert machine.run("snapshot", policy)["health"] == score
+
+
+# What a reset ends
+
+
+def resets(machine: Machine, policy: dict[str, Any]) -> bool:
+    """Whether a reset changes anything; a second one does not."""
+    first, second = (machine.run("control", policy, action="reset")["changed"] for _ in range(2))
+    assert second is False
+    return first
+
+
+def test_a_reset_ends_a_ramp(machine: Machine) -> None:
+    """A ramp is something to end, also where no trip was before it."""
+    ramped = {**PLAIN, "ramp_up_ms": 3000}
+    machine.run("control", ramped, action="force_open", duration_ms=1)
+    recover(machine, ramped)
+    assert resets(machine, ramped)
+
+
+def test_a_reset_forgets_reporters(machine: Machine) -> None:
+    """Who has reported a failure is something to forget, also when its run has ended."""
+    begin(machine, QUORUM)
+    report(machine, QUORUM, failures=1, instance="a")
+    assert report(machine, QUORUM, successes=1)["failure_count"] == 0
+    assert resets(machine, QUORUM)
+    assert machine.run("snapshot", QUORUM).get("reporters") is None
+
+
+def test_a_reset_empties_a_window(machine: Machine) -> None:
+    """Calls in the window are something to end, also if all have failed and no run is left; an empty window is not."""
+    begin(machine, SLOW)
+    report(machine, SLOW, slow=1, pending=1)
+    machine.advance(1000)
+    report(machine, SLOW, failures=1)
+    assert report(machine, SLOW, successes=1, counted=1)["failure_count"] == 0
+    assert sums(machine, SLOW) == (1, 1, 0)
+    assert resets(machine, SLOW)
+    begin(machine, SLOW)
+    report(machine, SLOW, successes=1)
+    machine.advance(1000)
+    assert sums(machine, SLOW) == (0, 0, 0)
+    assert not resets(machine, SLOW)
+
+
 # What is stored
 
 

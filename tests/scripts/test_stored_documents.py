@@ -833,6 +833,13 @@ def test_a_document_in_msgpack_is_corrupt(client: redis.Redis) -> None:
     _goes_on(client, "corrupt_document")
 
 
+@pytest.mark.parametrize("own", [{}, {"version": 2, "generation": 7}])
+def test_a_reset_replaces_what_others_stored(client: redis.Redis, own: dict[str, int]) -> None:
+    """A document without a generation, or of a later version, is something to reset, also if it says closed."""
+    put(client, **_contract("closed"), **own)
+    assert [ask(client, "control", action="reset")["changed"] for _ in range(2)] == [True, False]
+
+
 # A clock that goes back a little ----------------------------------------------------------------
 
 
