@@ -671,6 +671,15 @@ def test_odd_reporters(client: redis.Redis, reporters: Any) -> None:
     assert machine.run("record", policy, generation=START_MS, failures=1, instance="c")["state"] == "open"
 
 
+def test_a_window_without_past_buckets(client: redis.Redis) -> None:
+    """Where another program stored no past buckets they are empty, and take what ended then."""
+    machine = lua_machine(client, "discovery")
+    window = {"bucket_ms": 1000, "newest": NEWEST, "calls": 4, "failures": 2, "slow": 1, "past": ""}
+    put(client, **_contract("closed"), version=1, generation=START_MS, window=window)
+    assert machine.run("record", RATES, generation=START_MS, successes=3, age_ms=2000)["applied"] is True
+    assert document(client)["window"] == {**window, "calls": 7, "past": "3,0,0; 0,0,0 3,0,0" + 7 * " 0,0,0"}
+
+
 def test_open_since_this_very_second(client: redis.Redis) -> None:
     """Opened now is not opened in the future: a refusal writes no deadline."""
     put(client, **_contract("open", failures=5, opened=START_MS // 1000))
