@@ -447,6 +447,15 @@ def test_any_client_judges_the_longest_window(machine: Machine) -> None:
     assert (reply["state"], reply["transition"]["calls"]) == ("open", 20)
 
 
+@pytest.mark.parametrize("counts", [{"successes": 1, "slow": 1}, {"failures": 1}, {"failures": 1, "slow": 1}])
+def test_a_single_call_keeps_the_longer_window(machine: Machine, counts: dict[str, int]) -> None:
+    """Whatever a call was, a client that asks for a shorter window leaves it where it is."""
+    minute = {**SLOW, "window_ms": 60_000}
+    begin(machine, minute)
+    report(machine, minute, **counts)
+    assert report(machine, SLOW, successes=1)["window_ms"] == 60_000
+
+
 def test_a_longer_window_ends_when_nobody_asks_for_it(machine: Machine) -> None:
     """It makes room for a shorter one when it is empty, or after a whole window without a report that asks for it."""
     minute, second = {**RATE, "minimum_calls": NEVER, "window_ms": 60_000}, {**RATE, "minimum_calls": NEVER}

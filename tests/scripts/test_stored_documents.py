@@ -732,7 +732,7 @@ def test_stored_window(client: redis.Redis) -> None:
 def test_odd_window(client: redis.Redis, window: Any, later_ms: int) -> None:
     """A window that makes no sense leaves no more counts than it has in all, and failures trip by their rate."""
     machine = lua_machine(client, "discovery")
-    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "window": window}
+    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "failure_number": 0, "window": window}
     dense = (",", ":") if later_ms in (0, 1000) else None  # as save writes it, or not
     client.set(KEYS.state, json.dumps(stored, separators=dense))
     machine.advance(later_ms)
@@ -766,7 +766,7 @@ def test_limits_of_a_stored_window(client: redis.Redis, dense: bool, changed: di
     machine = lua_machine(client, "discovery")
     window = {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, **changed}
     window["newest"] = changed.get("newest", START_MS // window["bucket_ms"])
-    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "window": window}
+    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "failure_number": 0, "window": window}
     client.set(KEYS.state, json.dumps(stored, separators=(",", ":") if dense else None))
     machine.run("record", generation=START_MS, failures=1)
     written = document(client)
