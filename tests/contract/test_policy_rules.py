@@ -285,6 +285,16 @@ def test_a_window_outlasts_its_rule(machine: Machine) -> None:
     assert sums(machine, PLAIN)[0] == 0
 
 
+def test_the_shortest_window(machine: Machine) -> None:
+    """Ten milliseconds are ten buckets of one, to the last of them."""
+    policy = {**RATE, "window_ms": 10, "quorum": 2}
+    begin(machine, policy)
+    report(machine, policy, failures=2, instance="a")
+    for wait, counts in ((0, (2, 2, 0)), (9, (2, 2, 0)), (1, (0, 0, 0))):
+        machine.advance(wait)
+        assert sums(machine, policy) == counts
+
+
 def test_a_window_that_is_no_multiple_of_ten(machine: Machine) -> None:
     """A bucket is a whole tenth of the window, rounded down."""
     policy = {**RATE, "window_ms": 1009}

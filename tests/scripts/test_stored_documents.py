@@ -758,6 +758,10 @@ def test_odd_window(client: redis.Redis, window: Any, later_ms: int) -> None:
         ({"failures": 90_000_000_000_001}, False),
         ({"slow": 90_000_000_000_001}, False),
         ({"newest": 90_000_000_000_001}, False),
+        ({"shorter_since": 0}, True),
+        ({"shorter_since": -1}, False),
+        ({"shorter_since": 90_000_000_000_000}, True),
+        ({"shorter_since": 90_000_000_000_001}, False),
     ],
     ids=lambda changed: str(changed)[:30],
 )
