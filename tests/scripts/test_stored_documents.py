@@ -521,6 +521,37 @@ def test_limits_of_a_healthy_document(client: redis.Redis, field: str, value: in
         assert (taken[field] == value) is (odd is None)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [
+        ("changed_at_ms", 9_999_999_999_999, True),
+        ("changed_at_ms", 90_000_000_000_000, True),
+        ("changed_at_ms", 90_000_000_000_001, False),
+        ("reason", "x" * 30, True),
+        ("reason", "x" * 31, False),
+        ("operator", "x" * 100, True),
+        ("operator", "x" * 101, False),
+        ("note", "x" * 200, True),
+        ("note", "x" * 201, False),
+    ],
+)
+@pytest.mark.parametrize("brace", ["}", ' ,"x":1}'])
+@pytest.mark.parametrize("window", [False, True])
+def test_limits_of_the_last_change(
+    client: redis.Redis, field: str, value: Any, kept: bool, brace: str, window: bool
+) -> None:
+    """What a closed document says of its last change is taken to the same limits in every form of it."""
+    own = {"version": 1, "generation": START_MS, "failure_number": 0, "changed_at_ms": START_MS, "reason": "reset"}
+    own |= {"operator": "ann", "note": "repaired", field: value}
+    if window:
+        own["window"] = {"bucket_ms": 1000, "newest": NEWEST, **COUNTS}
+    stored = json.dumps({**_contract("closed"), **own}, separators=(",", ":"))
+    client.set(KEYS.state, stored[:-1] + brace)
+    seen = lua_machine(client, "discovery").run("snapshot")
+    assert (seen.get(field) == value) is kept
+    assert seen["calls"] == window * COUNTS["calls"]
+
+
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(
     ("state", "own", "number"),
