@@ -524,6 +524,8 @@ def test_limits_of_a_healthy_document(client: redis.Redis, field: str, value: in
 @pytest.mark.parametrize(
     ("field", "value", "kept"),
     [
+        ("changed_at_ms", 0, False),
+        ("changed_at_ms", 1, True),
         ("changed_at_ms", 9_999_999_999_999, True),
         ("changed_at_ms", 90_000_000_000_000, True),
         ("changed_at_ms", 90_000_000_000_001, False),
@@ -700,6 +702,38 @@ def test_odd_reporters(client: redis.Redis, reporters: Any) -> None:
     assert machine.run("record", policy, generation=START_MS, failures=1, instance="b")["state"] == "closed"
     assert machine.run("snapshot", policy)["reporters"] == {"b": START_MS}
     assert machine.run("record", policy, generation=START_MS, failures=1, instance="c")["state"] == "open"
+
+
+def test_a_document_without_counts(client: redis.Redis) -> None:
+    """Where another program stored no count there are no failures, and none has a number."""
+    put(client, state="closed", generation=START_MS)
+    seen = lua_machine(client, "discovery").run("snapshot")
+    assert (seen["failure_count"], seen["failure_number"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("generation", "applied"), [(0, False), (1, True), (START_MS * 1000, True), (START_MS * 1000 + 1, False)]
+)
+def test_reports_to_a_document_without_a_generation(client: redis.Redis, generation: int, applied: bool) -> None:
+    """They count under any generation that there may have been until now."""
+    put(client, **_contract("closed"))
+    reply = lua_machine(client, "discovery").run("record", POLICY, generation=generation, failures=1)
+    assert (reply["applied"], reply["failure_count"]) == (applied, int(applied))
+
+
+@pytest.mark.parametrize("since", ["the last change", "the generation"])
+@pytest.mark.parametrize(("left_ms", "forced"), [(1, "closed"), (0, None)])
+def test_the_last_millisecond_of_a_forced_state(
+    client: redis.Redis, left_ms: int, forced: str | None, since: str
+) -> None:
+    """Whatever end another program stored, it is over thirty days after it began."""
+    began = START_MS - 30 * DAY_MS + left_ms
+    own = {"generation": began * 1000 + 999}
+    if since == "the last change":
+        own = {"generation": 7, "changed_at_ms": began, "reason": "forced"}
+    put(client, **_contract("closed"), version=1, **own, forced="closed", forced_until_ms=LARGEST)
+    seen = lua_machine(client, "discovery").run("snapshot")
+    assert (seen.get("forced"), seen.get("forced_left_ms", 0)) == (forced, left_ms)
 
 
 def test_a_window_without_past_buckets(client: redis.Redis) -> None:
