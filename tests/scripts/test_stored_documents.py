@@ -736,6 +736,13 @@ def test_the_last_millisecond_of_a_forced_state(
     assert (seen.get("forced"), seen.get("forced_left_ms", 0)) == (forced, left_ms)
 
 
+def test_an_open_state_without_a_last_change(client: redis.Redis) -> None:
+    """It began in the second of opened_at, and its thirty days are counted from the end of that second."""
+    opened = (START_MS - 30 * DAY_MS) // 1000
+    put(client, **_contract("open", failures=3, opened=opened), generation=7, open_until_ms=LARGEST, open_ms=LARGEST)
+    assert lua_machine(client, "discovery").run("snapshot")["retry_after_ms"] == 999
+
+
 def test_a_window_without_past_buckets(client: redis.Redis) -> None:
     """Where another program stored no past buckets they are empty, and take what ended then."""
     machine = lua_machine(client, "discovery")
