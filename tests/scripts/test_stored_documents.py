@@ -743,6 +743,23 @@ def test_an_open_state_without_a_last_change(client: redis.Redis) -> None:
     assert lua_machine(client, "discovery").run("snapshot")["retry_after_ms"] == 999
 
 
+@pytest.mark.parametrize(("left_ms", "retry_after_ms"), [(2000, 2000), (2001, 0)])
+def test_a_deadline_twice_as_far_as_it_may_be(client: redis.Redis, left_ms: int, retry_after_ms: int) -> None:
+    """Beyond twice the open period the clock went back, and the deadline is due."""
+    own = {"version": 1, "generation": 7, "open_until_ms": START_MS + left_ms, "open_ms": 1000}
+    put(client, **_contract("open", failures=3, opened=START_MS // 1000), **own)
+    assert lua_machine(client, "discovery").run("snapshot")["retry_after_ms"] == retry_after_ms
+
+
+@pytest.mark.parametrize(("held", "applied"), [(0, False), (1, True), (7, True), (8, False)])
+def test_a_stored_hold_is_extended(client: redis.Redis, held: int, applied: bool) -> None:
+    """By reports under the generation that it ended, which no later one than the present can be."""
+    own = {"version": 1, "generation": 7, "open_until_ms": START_MS + 50, "open_ms": 50, "held_generation": held}
+    put(client, **_contract("open", failures=3, opened=START_MS // 1000), **own)
+    reply = lua_machine(client, "discovery").run("record", POLICY, generation=held, hold_ms=900)
+    assert (reply["applied"], reply["retry_after_ms"]) == (applied, 900 if applied else 50)
+
+
 def test_a_window_without_past_buckets(client: redis.Redis) -> None:
     """Where another program stored no past buckets they are empty, and take what ended then."""
     machine = lua_machine(client, "discovery")
