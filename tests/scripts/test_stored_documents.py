@@ -760,6 +760,25 @@ def test_a_stored_hold_is_extended(client: redis.Redis, held: int, applied: bool
     assert (reply["applied"], reply["retry_after_ms"]) == (applied, 900 if applied else 50)
 
 
+@pytest.mark.parametrize(("failed", "state"), [(10**9, "open"), (10**9 + 1, "half_open")])
+def test_the_most_failed_probes(client: redis.Redis, failed: int, state: str) -> None:
+    """As many are read as a policy may tolerate; of more than that none."""
+    own = {"version": 1, "generation": 7, "probe_failures": failed, "probe_seq": 1, "probe_ms": 400}
+    put(client, **_contract("half_open", failures=3), **own, probes={"1": START_MS + 400})
+    policy = {**POLICY, "probe_failure_threshold": 2}
+    reply = lua_machine(client, "discovery").run("record", policy, generation=7, probe=1, failures=1)
+    assert reply["state"] == state
+
+
+def test_a_pending_probe_of_a_document_without_a_generation(client: redis.Redis) -> None:
+    """Its slot is gone: while its call is still running it gets a millisecond."""
+    put(client, **_contract("half_open", failures=3))
+    machine = lua_machine(client, "discovery")
+    reply = machine.run("record", POLICY, generation=5, probe=1, slow=1, pending=1)
+    assert (reply["applied"], reply["retry_after_ms"]) == (True, 1)
+    assert document(client)["probes"] == {"1": START_MS + 1}
+
+
 def test_a_window_without_past_buckets(client: redis.Redis) -> None:
     """Where another program stored no past buckets they are empty, and take what ended then."""
     machine = lua_machine(client, "discovery")
