@@ -207,8 +207,9 @@ def main() -> None:
     with EmbeddedServer() as server:
         control = redis.Redis.from_url(server.url)
         server_of_scripts = Server(control, 1.0)
+        key = _protocol.keys_of("first").state.encode()
         for script in ("acquire", "record"):  # loads them
-            server_of_scripts.run(script, _protocol.keys_of("first"), {"generation": 0} if script == "record" else {})
+            server_of_scripts.run(script, key, {"generation": 0} if script == "record" else {})
         version = control.info("server").get("valkey_version") or control.info("server")["redis_version"]
         cost = cost_of_own_connections(server, seconds)
         for lease in LEASES:

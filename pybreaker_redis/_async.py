@@ -422,7 +422,7 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._redis.wait_for_reports()
             if (outage := self._redis.link.outage(self._line)) is not None:  # the server was lost
                 raise outage.error
-        return await self._redis.run(ask.name, self.keys, ask.request)
+        return await self._redis.run(ask.name, self._key, ask.request)
 
     async def _give_back(self, permit: BasePermit) -> None:
         """Free the slot of a probe whose caller was cancelled before it had the permit."""
@@ -513,7 +513,7 @@ class AsyncCircuitBreaker(BreakerCore):
         if self._memory is not None:
             return history_entries(self._memory.history(count))
         try:
-            return history_entries(await self._redis.history(self.keys, count))
+            return history_entries(await self._redis.history(self._key, count))
         except REDIS_ERRORS as error:
             raise RedisUnavailableError(f"the history could not be read: {error}") from error
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from . import _rules
-from ._policy import RULES, default_request, request_field
+from ._policy import DEFAULT_REQUEST, RULES, request_field
 from ._protocol import (
     EXACT,
     GREATEST_GENERATION,
@@ -33,7 +33,6 @@ from .wire.sync import Connections, Server
 
 SCAN_COUNT = 1000
 CHUNK = 500  # breakers in one MGET: bounds what client and server buffer, and for how long the server is busy
-_DEFAULTS = default_request()
 _RULES = {request_field(name): rule for name, rule in RULES.items()}
 _SECONDS_OR_COUNTS = ("failure_count", "success_count", "last_failure_time", "opened_at")  # of the contract
 _REASON = re.compile(r"[a-z_]{1,30}")
@@ -172,11 +171,11 @@ class Row:
 
     def recent_trips(self, now: float) -> int:
         """Trips in a row as of now, in unix seconds, by the default policy and the policy override."""
-        return _rules.recent_trips(self._document(now), {**_DEFAULTS, **self.override})
+        return _rules.recent_trips(self._document(now), {**DEFAULT_REQUEST, **self.override})
 
     def health(self, now: float, own: Mapping[str, Any] | None = None) -> int:
         """From 0 to 100 as of now, in unix seconds. own: a policy in the scripts' units, under the policy override."""
-        return _rules.health(self._document(now), {**_DEFAULTS, **(own or {}), **self.override}, self.sums(now))
+        return _rules.health(self._document(now), {**DEFAULT_REQUEST, **(own or {}), **self.override}, self.sums(now))
 
     def ends(self, now: float) -> bool:
         """Whether time alone has changed the row by now, in unix seconds, though Redis stores the same bytes."""
@@ -195,12 +194,6 @@ class Row:
 
 
 # Reading
-
-
-def read_rows(server: Server, prefix: str) -> Iterator[list[Row]]:
-    """Every breaker under a prefix once, in chunks. Raises redis.RedisError or OSError."""
-    for chunk in read_stored(server, prefix):
-        yield [row_of(one, prefix) for one in chunk]
 
 
 def masters(server: Server) -> list[Connections]:

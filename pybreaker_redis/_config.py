@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias, get_args
 
 from ._errors import PolicyError
-from ._policy import Policy, plain
+from ._policy import Policy, check_seconds
 from ._protocol import keys_of
 
 DEFAULT_POLICY = Policy(failure_threshold=10, reset_timeout=2.0, error_rate_threshold=0.5)
@@ -26,7 +26,7 @@ class Config:
     services: the policy of each service, by name. redis_url: the server through which with_redis() shares the state.
     redis_options: options of redis.Redis for its client; those in the URL win. watch: whether the breakers
     subscribe to messages, so that their views follow changes within milliseconds. idle_after: seconds after which a
-    manager drops a breaker that has not been requested; what Redis stores of it stays until its TTL ends. None: never.
+    manager drops a breaker that has not been requested; its state in Redis stays until its TTL ends. None: never.
     lease, on_redis_failure, redis_timeout, prefix, host, record_errors, listed: as for CircuitBreaker.
 
     Raises PolicyError for an invalid value.
@@ -54,10 +54,10 @@ class Config:
         if not isinstance(self.redis_url, str) or not self.redis_url:
             raise PolicyError(
                 f"redis_url must be the URL of a server, not {self.redis_url!r}: leave it out for a manager in memory,"
-                " or one that is given redis="
+                " or pass redis="
             )
         if self.idle_after is not None:
-            _check_seconds("idle_after", self.idle_after, 0.0, float("inf"))
+            check_seconds("idle_after", self.idle_after, 0.0, float("inf"))
         for option in ("enabled", "watch", "record_errors", "listed"):
             check_flag(option, getattr(self, option))
         for service, policy in {"defaults": self.defaults, **self.services}.items():
@@ -72,8 +72,8 @@ class Config:
 
 def check_options(lease: object, on_redis_failure: object, redis_timeout: object) -> None:
     """Raise PolicyError unless these options of a breaker are valid."""
-    _check_seconds("lease", lease, 0.0, LONGEST_LEASE)
-    _check_seconds("redis_timeout", redis_timeout, 0.001, 3600.0)
+    check_seconds("lease", lease, 0.0, LONGEST_LEASE)
+    check_seconds("redis_timeout", redis_timeout, 0.001, 3600.0)
     if on_redis_failure not in get_args(OnRedisFailure):
         raise PolicyError(f"on_redis_failure must be 'local', 'open' or 'closed', not {on_redis_failure!r}")
 
@@ -91,8 +91,3 @@ def host_of(host: object) -> str:
     if not isinstance(host, str) or not re.fullmatch("[ -~]{1,200}", host):
         raise PolicyError(f"host must be 1 to 200 printable ASCII characters, or None, not {host!r}")
     return host
-
-
-def _check_seconds(option: str, value: object, least: float, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
-        raise PolicyError(f"{option} must be from {plain(least)} to {plain(most)} seconds, not {value!r}")

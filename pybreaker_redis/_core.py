@@ -45,7 +45,7 @@ class BreakerCore:
     """
 
     __slots__ = (
-        *("_name", "_host", "_policy", "corrupt_documents", "_state_key", "_prefix", "_classifier", "_notices"),
+        *("_name", "_host", "_policy", "corrupt_documents", "_key", "_prefix", "_classifier", "_notices"),
         *("_fallback", "_record_errors", "_every_result_succeeds", "_only_counts", "_client", "_redis", "_now"),
         *("_innermost", "_permit", "_view", "_slow_calls", "_override", "_override_end", "_obeyed", "_isolation"),
         *("_warned", "_warned_of_window", "_watch", "_memory", "_line", "_pid", "_instance", "_given"),
@@ -93,7 +93,7 @@ class BreakerCore:
         self._fallback, self._record_errors = fallback, record_errors
         self._name, self._host = name, host_of(host)
         self._policy = policy or Policy()
-        self._state_key = _protocol.keys_of(name, prefix).state
+        self._key = _protocol.keys_of(name, prefix).state.encode()
         self._corrupt_documents = 0
         self._prefix = prefix
         self._now = machine if clock is None else clock.monotonic
@@ -110,9 +110,7 @@ class BreakerCore:
         self._client = None if redis is None else client_of(redis, self._kind)
         self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
         # in memory, each object is a breaker of its own
-        self._innermost = (
-            Innermost(self._now) if redis is None else innermost_of(self._state_key, address_of(self._client))
-        )
+        self._innermost = Innermost(self._now) if redis is None else innermost_of(self._key, address_of(self._client))
         self._permit = self._warning_permit if resource_warnings_are_shown() else self._permit_type
         self._slow_calls = SlowCalls(self._view)
         self._override: dict[str, Any] | None = None  # the policy override, as last read
@@ -130,7 +128,7 @@ class BreakerCore:
         self._pid = getpid()
         self._start_process()
         for instrument in self._notices.instruments:
-            instrument.attach(self)
+            instrument._attach(self)
 
     def _start_process(self) -> None:
         # The random digits tell apart the breakers of one process, and containers that share host name and process id,
@@ -198,7 +196,7 @@ class BreakerCore:
     @property
     def keys(self) -> _protocol.Keys:
         """The keys of this breaker in Redis."""
-        return _protocol.keys_with(self._state_key)
+        return _protocol.keys_with(self._key.decode())
 
     @property
     def instance(self) -> str:

@@ -20,7 +20,7 @@ EventKind: TypeAlias = Literal[
 ]
 """The kind of an Event."""
 Listener: TypeAlias = Callable[["Event"], object]
-"""What `listeners` and `on_call` hold; on asyncio, it may be a coroutine function."""
+"""A function of an Event, for `listeners` or `on_call`. On asyncio, it may be a coroutine function."""
 CALL_KINDS = frozenset({"success", "failure", "ignored", "rejected"})
 logger = logging.getLogger("pybreaker_redis")
 _new = tuple.__new__
@@ -89,13 +89,13 @@ class Instrument:
     Guarded calls do not reach it: read them from `breaker.counts`.
     """
 
-    def attach(self, breaker: Any) -> None:
+    def _attach(self, breaker: Any) -> None:
         """Called for each breaker that is created with this listener."""
 
-    def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
+    def _script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
         """Called after each script call, with its duration and its error, or None if Redis replied."""
 
-    def used(self) -> None:
+    def _used(self) -> None:
         """Called by each call whose breaker's view is older than the lease: once per lease while calls are made."""
 
     def __call__(self, event: Event) -> object:
@@ -187,7 +187,7 @@ class Notices:
         """Notify the instruments of a script call."""
         for instrument in self.instruments:
             try:
-                instrument.script_ran(name, seconds, error)
+                instrument._script_ran(name, seconds, error)
             except Exception:
                 self.failed(instrument)
 
@@ -195,7 +195,7 @@ class Notices:
         """Notify the instruments that calls are made."""
         for instrument in self.instruments:
             try:
-                instrument.used()
+                instrument._used()
             except Exception:
                 self.failed(instrument)
 

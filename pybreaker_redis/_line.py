@@ -44,19 +44,20 @@ class Due(NamedTuple):
 class Line:
     """A breaker as a member of its process's link, which calls these methods.
 
-    mode: the breaker's on_redis_failure. listed: whether to list the breaker in the fleet. held: takes the lines of
-    freed breakers that have something to report. used_at: when the breaker last asked for a refresh. refusal: why Redis
-    refuses the commands of this breaker, or None. local: the engine that decides while Redis is down, or None. news: a
-    transition by another instance, of which the listeners must still be notified, or None.
+    key: the breaker's state key. mode: its on_redis_failure. listed: whether to list the breaker in the fleet. held:
+    takes the lines of freed breakers that have something to report. used_at: when the breaker last asked for a refresh.
+    refusal: why Redis refuses the commands of this breaker, or None. local: the engine that decides while Redis is
+    down, or None. news: a transition by another instance, of which the listeners must still be notified, or None.
     """
 
     __slots__ = (
-        *("breaker", "view", "notices", "listed", "used_at", "refusal", "local", "news", "_mode", "_held", "_known"),
-        *("_policy", "_keeps_window", "_renewed_at", "_renew_after", "__weakref__"),
+        *("breaker", "key", "view", "notices", "listed", "used_at", "refusal", "local", "news", "_mode", "_held"),
+        *("_known", "_policy", "_keeps_window", "_renewed_at", "_renew_after", "__weakref__"),
     )
 
     def __init__(self, breaker: BreakerCore, mode: OnRedisFailure, listed: bool, held: collections.deque[Line]) -> None:
-        self.breaker, self.view, self.notices = breaker, breaker._view, breaker._notices
+        self.breaker, self.key = breaker, breaker._key
+        self.view, self.notices = breaker._view, breaker._notices
         self.listed, self._mode, self._held = listed, mode, held
         self.start_process()
 
@@ -72,11 +73,6 @@ class Line:
         self._keeps_window = False  # in Redis, whichever client asked for the window
         self._renewed_at, self._renew_after = NEVER, 0.0  # the TTL
         self.news: dict[str, Any] | None = None
-
-    @property
-    def key(self) -> bytes:
-        """The breaker's state key."""
-        return self.breaker._state_key.encode()
 
     # Outages
 
@@ -200,8 +196,9 @@ class Line:
             return None
         texts, now = Texts(document, policy), monotonic()
         override: Reply | None = {} if policy is None else self._override_in(policy, now)
-        if self._known is not None and override is not None and override.get("override") == self.breaker._override:
-            known, seen, since, length = self._known
+        kept = self._known  # another event loop may drop it meanwhile
+        if kept is not None and override is not None and override.get("override") == self.breaker._override:
+            known, seen, since, length = kept
             if known == texts and age(since, now) < length and self.view.extend(seen, sent):
                 return None
         window = read_window(document)
@@ -253,8 +250,10 @@ class Line:
 
     def announce(self, history: list[dict[str, Any]]) -> None:
         """Notify the listeners of the news. history: the newest transitions, newest first."""
-        change, self.news = self.news, None
-        assert change is not None
+        with self.view.lock:
+            change, self.news = self.news, None
+        if change is None:  # another event loop has read the history, too
+            return
         # the oldest entry of the generation: a new end for a forced state adds entries to it, as other actions do
         known = (entry for entry in reversed(history) if entry.get("generation") == str(change["generation"]))
         entry = next((entry for entry in known if entry.get("reason") not in NOTES), {"instance": ""})

@@ -138,7 +138,7 @@ class ManagerCore(Generic[B]):
         return breaker
 
     def _forget_idle(self) -> None:
-        """Drop breakers that nobody asked for lately. Whoever still holds one gets the same again."""
+        """Drop breakers that nobody asked for lately. A caller that still holds one gets the same one again."""
         idle_after, now = self.config.idle_after, monotonic()
         if idle_after is None or 0 <= now - self._forgot_at < min(idle_after, FORGET_EVERY):
             return
@@ -176,7 +176,8 @@ class ManagerCore(Generic[B]):
             yield service, self.get_or_create(service)
 
     def _unsubscribe(self) -> list[B]:
-        breakers = list(self._breakers.values())
+        # a forgotten breaker may be in use by whoever holds it
+        breakers = list((dict(self._forgotten.items()) | self._breakers).values())
         for breaker in breakers:
             if breaker._watch is not None:
                 breaker._watch._leave()

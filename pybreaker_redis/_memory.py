@@ -13,14 +13,13 @@ from collections.abc import Callable
 from typing import Any
 
 from . import _rules
-from ._policy import default_request
+from ._policy import DEFAULT_REQUEST
 from ._protocol import LONGEST_OPEN_MS, POLICY_ACTIONS, Forced, Reply, Request, State, override_text
 from ._rules import Document
 from ._view import View
 from ._window import Sums, bucket_ms, sums, window_at
 
 HISTORY_ENTRIES = 1000
-_DEFAULTS = default_request()
 _UNSET: tuple[Any, Any] = object(), object()
 _FAILURE = {"failures": 1}
 _OUTCOMES = {"successes", "failures", "slow", "hold_ms", "probe"}
@@ -35,7 +34,7 @@ def clock_ms() -> int:
 @functools.lru_cache(maxsize=1000)
 def _whole_policy(fields: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
     """These fields and the defaults of all others; the same for all engines."""
-    return {**_DEFAULTS, **dict(fields)}
+    return {**DEFAULT_REQUEST, **dict(fields)}
 
 
 class MemoryEngine:
@@ -99,11 +98,12 @@ class MemoryEngine:
             if now < self._latest_ms:
                 self._turn_back(self._latest_ms - now)
             self._latest_ms = now
-            expired = self._override_until_ms is not None and self._override_until_ms <= now
-            drops = self._override is not None and not expired and request.get("action") in ("reset", "clear_policy")
+            if self._override_until_ms is not None and self._override_until_ms <= now:
+                self.obey(None)
+            drops = request.get("action") in ("reset", "clear_policy")  # a reset replaces everything but the history
             self._dropped = self._override if drops else None
-            if expired or drops:  # a reset replaces everything but the history
-                self._forget_override()
+            if drops:
+                self.obey(None)
             policy = self._policy_of(request.get("policy"))
             document = self._load(policy, now)
             reply = _SCRIPTS[name](self, document, request, policy)
@@ -154,9 +154,6 @@ class MemoryEngine:
         """Apply a policy override that was set elsewhere."""
         with self._lock:
             self._override, self._override_until_ms, self._override_by = override, None, {}
-
-    def _forget_override(self) -> None:
-        self._override, self._override_until_ms, self._override_by = None, None, {}
 
     def _set_override(self, request: Request, now: int) -> str | None:
         """Add fields to the policy override. Returns them with their end, or None if neither would change."""

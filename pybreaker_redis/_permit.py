@@ -221,10 +221,10 @@ def _running() -> int:
     return -get_ident()
 
 
-_innermost: dict[str, weakref.WeakValueDictionary[str, Innermost]] = {}  # by the address of Redis, then by state key
+_innermost: dict[str, weakref.WeakValueDictionary[bytes, Innermost]] = {}  # by the address of Redis, then by state key
 
 
-def innermost_of(state_key: str, address: str) -> Innermost:
+def innermost_of(state_key: bytes, address: str) -> Innermost:
     """The Innermost that all breakers with the same name, prefix and Redis share."""
     there = _innermost.get(address) or _innermost.setdefault(address, weakref.WeakValueDictionary())
     return there.get(state_key) or there.setdefault(state_key, Innermost())

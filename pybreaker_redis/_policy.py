@@ -21,6 +21,12 @@ def plain(number: float) -> str:
     return f"{number:.9f}".rstrip("0").rstrip(".")
 
 
+def check_seconds(option: str, value: object, least: float, most: float) -> None:
+    """Raise PolicyError unless this is a length of time within the bounds, in seconds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise PolicyError(f"{option} must be from {plain(least)} to {plain(most)} seconds, not {value!r}")
+
+
 class Rule(NamedTuple):
     """What a policy field accepts and means.
 
@@ -39,35 +45,31 @@ class Rule(NamedTuple):
         """Raise PolicyError unless the value is valid for the field called name."""
         if value is None and self.optional:
             return
-        if self.kind == "flag":
-            fits = isinstance(value, bool)
-        else:
-            types = int if self.kind == "count" else (int, float)
-            # NaN fails both comparisons
-            fits = isinstance(value, types) and not isinstance(value, bool) and self.least <= value <= self.most
-        if not fits:
+        if not self._fits(value) or (self.kind == "count" and not isinstance(value, int)):
             bounds = "" if self.kind == "flag" else f" from {plain(self.least)} to {plain(self.most)}"
             none = " or None" if self.optional else ""
             raise PolicyError(f"{name} must be {_KINDS[self.kind]}{bounds}{none}, not {value!r}")
 
-    def to_request(self, value: Any) -> int | float | bool:
-        """Convert a value of Policy to the scripts' units."""
-        if self.kind == "flag":
-            return bool(value)
-        if self.kind == "seconds":
-            return round((value or 0) * 1000)
-        return int(value or 0) if self.kind == "count" else float(value or 0)
-
-    def accepts(self, value: object) -> bool:
+    def accepts(self, value: Any) -> bool:
         """Whether the scripts accept this value, which is in their units."""
-        if self.kind == "flag":
-            return isinstance(value, bool)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return False
-        if self.kind != "number" and value % 1 != 0:
-            return False
+        is_off = self.optional and value == 0 and not isinstance(value, bool)
         unit = 1000 if self.kind == "seconds" else 1
-        return self.least * unit <= value <= self.most * unit or (self.optional and value == 0)
+        return is_off or (self._fits(value, unit) and (self.kind == "number" or value % 1 == 0))
+
+    def _fits(self, value: Any, unit: int = 1) -> bool:
+        is_flag = isinstance(value, bool)
+        if is_flag or self.kind == "flag":
+            return is_flag and self.kind == "flag"
+        # NaN fails both comparisons
+        return isinstance(value, (int, float)) and self.least * unit <= value <= self.most * unit
+
+    def to_request(self, value: Any) -> Any:
+        """Convert a value of Policy to the scripts' units."""
+        if value is None:
+            return 0
+        if self.kind == "seconds":
+            return round(value * 1000)
+        return float(value) if self.kind == "number" else value
 
     def from_request(self, value: Any) -> Any:
         """Convert a value in the scripts' units to one of Policy."""
@@ -76,9 +78,22 @@ class Rule(NamedTuple):
         return value / 1000 if self.kind == "seconds" else value
 
 
-def _field(kind: str, default: Any, least: float, most: float, meaning: str, *, on_success: bool = True) -> Any:
+def _field(kind: str, default: Any, least: float, most: float, meaning: str, on_success: bool = True) -> Any:
     rule = Rule(kind, least, most, meaning, optional=default is None, on_success=on_success)
     return dataclasses.field(default=default, metadata={"rule": rule})
+
+
+def _count(default: int | None, meaning: str, *, most: int = 10**9, on_success: bool = True) -> Any:
+    return _field("count", default, 1, most, meaning, on_success)
+
+
+def _seconds(default: float | None, least: float, most: float, meaning: str, *, on_success: bool = True) -> Any:
+    return _field("seconds", default, least, most, meaning, on_success)
+
+
+def _share(meaning: str) -> Any:
+    """Of the calls in the window; None turns the rule off."""
+    return _field("number", None, 1e-9, 1, meaning)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,70 +103,48 @@ class Policy:
     Raises PolicyError for a value of the wrong type or out of range.
     """
 
-    failure_threshold: int = _field(
-        "count", 5, 1, 10**9, "Failures in a row, across the fleet, that trip a closed breaker.", on_success=False
+    failure_threshold: int = _count(
+        5, "Failures in a row, across the fleet, that trip a closed breaker.", on_success=False
     )
-    reset_timeout: float = _field(
-        "seconds", 30.0, 0.001, LONGEST_OPEN, "How long the circuit stays open before a probe may run."
+    reset_timeout: float = _seconds(
+        30.0, 0.001, LONGEST_OPEN, "How long the circuit stays open before a probe may run."
     )
-    success_threshold: int = _field("count", 1, 1, 10**9, "Successful probes that close the circuit.", on_success=False)
-    probe_failure_threshold: int = _field(
-        "count",
+    success_threshold: int = _count(1, "Successful probes that close the circuit.", on_success=False)
+    probe_failure_threshold: int = _count(
         1,
-        1,
-        10**9,
         "Failed probes that open the circuit again. Above 1, a single bad host behind a load balancer cannot reopen"
         " it.",
         on_success=False,
     )
-    half_open_max_calls: int = _field(
-        "count", 1, 1, 1000, "Probes that may run at the same time, across the fleet.", on_success=False
+    half_open_max_calls: int = _count(
+        1, "Probes that may run at the same time, across the fleet.", most=1000, on_success=False
     )
-    probe_timeout: float = _field(
-        "seconds",
-        30.0,
-        0.001,
-        LONGEST_PROBE,
-        "How long a probe may hold its slot without reporting.",
-        on_success=False,
+    probe_timeout: float = _seconds(
+        30.0, 0.001, LONGEST_PROBE, "How long a probe may hold its slot without reporting.", on_success=False
     )
-    error_rate_threshold: float | None = _field(
-        "number",
-        None,
-        1e-9,
-        1,
-        "Share of failed calls in the window, 0 to 1, that trips the breaker. None turns this rule off.",
+    error_rate_threshold: float | None = _share(
+        "Share of failed calls in the window, 0 to 1, that trips the breaker. None turns this rule off."
     )
-    failures_in_window: int | None = _field(
-        "count",
-        None,
-        1,
-        10**9,
-        "Failures in the window that trip the breaker, whatever succeeded in between. None turns this rule off.",
+    failures_in_window: int | None = _count(
+        None, "Failures in the window that trip the breaker, whatever succeeded in between. None turns this rule off."
     )
-    minimum_calls: int = _field("count", 20, 1, 10**9, "Calls that must be in the window before a rate counts.")
-    window: float = _field(
-        "seconds",
+    minimum_calls: int = _count(20, "Calls that must be in the window before a rate counts.")
+    window: float = _seconds(
         60.0,
         0.01,
         LONGEST,
         "Length of the sliding window. It moves by a tenth at a time, so a call counts for 0.9 to 1 window.",
     )
-    slow_call_duration: float | None = _field(
-        "seconds",
+    slow_call_duration: float | None = _seconds(
         None,
         0.001,
         LONGEST,
         "A call that takes this long or longer counts as slow. None: calls are not timed.",
         on_success=False,
     )
-    slow_call_rate_threshold: float | None = _field(
-        "number",
-        None,
-        1e-9,
-        1,
+    slow_call_rate_threshold: float | None = _share(
         "Share of slow calls in the window, 0 to 1, that trips the breaker. A slow probe then reopens it."
-        " None turns this rule off.",
+        " None turns this rule off."
     )
     backoff_multiplier: float = _field(
         "number",
@@ -161,14 +154,13 @@ class Policy:
         "Each further trip in a row makes the open period this many times longer. Back-off resets once the breaker has"
         " stayed closed for as long as its next open period would last.",
     )
-    max_reset_timeout: float | None = _field(
-        "seconds", None, 0.001, LONGEST_OPEN, "Longest open period under back-off. None: 30 days.", on_success=False
+    max_reset_timeout: float | None = _seconds(
+        None, 0.001, LONGEST_OPEN, "Longest open period under back-off. None: 30 days.", on_success=False
     )
     jitter: float = _field(
         "number", 0.0, 0, 1, "Each open period is lengthened by up to this share of it, 0 to 1.", on_success=False
     )
-    max_hold: float = _field(
-        "seconds",
+    max_hold: float = _seconds(
         300.0,
         0,
         LONGEST_OPEN,
@@ -176,27 +168,20 @@ class Policy:
         " holds are ignored.",
         on_success=False,
     )
-    quorum: int = _field(
-        "count",
+    quorum: int = _count(
         1,
-        1,
-        100,
         "Hosts that must have failed, in the run of failures or in the window, before the fleet trips. Below the"
         " quorum, a failing instance opens the circuit for itself only.",
+        most=100,
     )
-    ttl: float = _field(
-        "seconds",
+    ttl: float = _seconds(
         3600.0,
         1,
         LONGEST,
         "How long Redis keeps the state after the last write, or until the state itself ends if that is later.",
     )
-    ramp_up: float = _field(
-        "seconds",
-        0.0,
-        0,
-        LONGEST,
-        "How long the share of admitted calls takes to grow from a tenth to all after a recovery.",
+    ramp_up: float = _seconds(
+        0.0, 0, LONGEST, "How long the share of admitted calls takes to grow from a tenth to all after a recovery."
     )
     enforce: bool = _field(
         "flag",
@@ -231,10 +216,8 @@ class Policy:
         if not override:
             return self
         # unchecked: Redis has checked each field, and two fields that do not fit must not break every call of the fleet
-        policy = object.__new__(Policy)
-        for name, rule in RULES.items():
-            field = request_field(name)
-            value = rule.from_request(override[field]) if field in override else getattr(self, name)
+        policy, own = object.__new__(Policy), {name: getattr(self, name) for name in RULES}
+        for name, value in {**own, **override_fields(override)}.items():
             object.__setattr__(policy, name, value)
         return policy
 
@@ -262,11 +245,8 @@ def override_request(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def override_fields(override: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a policy override as in Policy. Leaves out what the scripts would not accept."""
-    names = {name: request_field(name) for name in RULES}
-    sound = [
-        (name, field) for name, field in names.items() if field in override and RULES[name].accepts(override[field])
-    ]
-    return {name: RULES[name].from_request(override[field]) for name, field in sound}
+    given = ((name, rule, override.get(request_field(name))) for name, rule in RULES.items())
+    return {name: rule.from_request(value) for name, rule, value in given if rule.accepts(value)}
 
 
 @functools.lru_cache(maxsize=1000)
@@ -281,6 +261,5 @@ def request_field(name: str) -> str:
     return f"{name}_ms" if RULES[name].kind == "seconds" else name
 
 
-def default_request() -> dict[str, Any]:
-    """The default of every field, in the scripts' units."""
-    return {request_field(name): rule.to_request(DEFAULTS[name]) for name, rule in RULES.items()}
+DEFAULT_REQUEST = {request_field(name): rule.to_request(DEFAULTS[name]) for name, rule in RULES.items()}
+"""The default of every field, in the scripts' units."""

@@ -184,11 +184,7 @@ def fleet_json(processes: list[Process], disputed: Iterable[tuple[str, list[Vari
     return {
         "processes": [
             {
-                "host": process.host,
-                "pid": process.pid,
-                "version": process.version,
-                "seen_ago": process.seen_ago,
-                "breakers": process.breakers,
+                **process._asdict(),
                 "policies": [
                     {"policy": one.fields, "breakers": one.breakers, "names": sorted(one.names)}
                     for one in process.policies

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import json
 import re
 from collections.abc import Generator, Iterable, Mapping
@@ -14,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 import msgpack
 
 from ._errors import PolicyError
-from ._policy import LONGEST_OPEN, Policy, override_fields, plain, request_field
+from ._policy import LONGEST_OPEN, RULES, Policy, check_seconds, override_fields, request_field
 
 T = TypeVar("T")
 State: TypeAlias = Literal["closed", "open", "half_open"]
@@ -70,7 +69,6 @@ def keys_of(name: str, prefix: str = "circuit_breaker") -> Keys:
     return keys_with(f"{prefix}:{name}:state")
 
 
-@functools.lru_cache(maxsize=1000)
 def keys_with(state: str) -> Keys:
     """The keys of the breaker with this state key."""
     return Keys(state, f"{{{state}}}:history", f"{{{state}}}:policy")
@@ -176,48 +174,35 @@ class Snapshot:
 def snapshot_from(name: str, reply: Reply, policy: Policy | None = None, isolated: bool = False) -> Snapshot:
     """The reply of snapshot.lua as a Snapshot. policy: the client's own."""
     policy = policy or Policy()
-    forced_until_ms = reply.get("forced_until_ms")
+    override, client = reply.get("override") or {}, policy._to_request()
     calls, failures, slow = (reply.get(key, 0) for key in COUNTS[2:])
-    override = reply.get("override") or {}
-    client = policy._to_request()
     sources = {
-        field.name: "override" if request_field(field.name) in override
-        else "client" if request_field(field.name) in client
+        field: "override" if request_field(field) in override
+        else "client" if request_field(field) in client
         else "default"
-        for field in dataclasses.fields(policy)
+        for field in RULES
     }  # fmt: skip
-    return Snapshot(
-        name=name,
-        state=reply["state"],
-        generation=reply["generation"],
-        failure_count=reply["failure_count"],
-        success_count=reply["success_count"],
-        last_failure_time=reply.get("last_failure_time"),
-        opened_at=reply.get("opened_at"),
-        reason=reply.get("reason"),
-        changed_at=seconds(reply.get("changed_at_ms")),
-        error=reply.get("error"),
-        operator=reply.get("operator"),
-        note=reply.get("note"),
-        retry_after=seconds(reply.get("retry_after_ms")),
-        forced=reply.get("forced"),
-        forced_until=seconds(forced_until_ms),
-        trips=reply.get("trips", 0),
-        probes_in_flight=reply.get("probes_in_flight", 0),
-        source=reply["source"],
-        calls=calls,
-        failures=failures,
-        slow=slow,
-        failure_rate=failures / calls if calls else None,
-        slow_rate=slow / calls if calls else None,
-        health=reply.get("health", 0 if reply["state"] == "open" else 100),
-        reporters={name: at / 1000 for name, at in (reply.get("reporters") or {}).items()},
-        policy=policy._with_override(override),
-        policy_sources=sources,
-        override_operator=reply.get("override_operator"),
-        override_note=reply.get("override_note"),
-        isolated=isolated,
-    )
+    # most fields have the same name and unit
+    fields: dict[str, Any] = {field.name: reply.get(field.name) for field in dataclasses.fields(Snapshot)}
+    fields |= {
+        "name": name,
+        "changed_at": seconds(reply.get("changed_at_ms")),
+        "retry_after": seconds(reply.get("retry_after_ms")),
+        "forced_until": seconds(reply.get("forced_until_ms")),
+        "trips": reply.get("trips", 0),
+        "probes_in_flight": reply.get("probes_in_flight", 0),
+        "calls": calls,
+        "failures": failures,
+        "slow": slow,
+        "failure_rate": failures / calls if calls else None,
+        "slow_rate": slow / calls if calls else None,
+        "health": reply.get("health", 0 if reply["state"] == "open" else 100),
+        "reporters": {host: at / 1000 for host, at in (reply.get("reporters") or {}).items()},
+        "policy": policy._with_override(override),
+        "policy_sources": sources,
+        "isolated": isolated,
+    }
+    return Snapshot(**fields)
 
 
 def seconds(milliseconds: int | None) -> float | None:
@@ -275,12 +260,12 @@ def override_text(fields: Mapping[str, Any], until_ms: int | None = None) -> str
 
 
 def history_fields(raw: list[Any]) -> list[dict[str, Any]]:
-    """The entries of an XREVRANGE reply: flat lists of names and values, or (from a cluster client) maps."""
+    """The entries of an XREVRANGE reply, which has a flat list of names and values for each."""
     entries = []
     for _, fields in raw:
-        pairs = fields.items() if isinstance(fields, dict) else zip(fields[::2], fields[1::2], strict=False)
         # another program may have written anything
-        entries.append({key.decode(errors="replace"): value.decode(errors="replace") for key, value in pairs})
+        texts = [text.decode(errors="replace") for text in fields]
+        entries.append(dict(zip(texts[::2], texts[1::2], strict=False)))
     return entries
 
 
@@ -420,9 +405,7 @@ def control_request(action: Action) -> Request:
             raise PolicyError(f"{field} must be a text, or None, not {text!r}")
         if text:
             request[field] = printable(text, most)
-    duration = action.duration
-    if duration is None:
+    if action.duration is None:
         return request
-    if isinstance(duration, bool) or not isinstance(duration, (int, float)) or not 0.001 <= duration <= LONGEST_OPEN:
-        raise PolicyError(f"duration must be from 0.001 to {plain(LONGEST_OPEN)} seconds, not {duration!r}")
-    return {**request, "duration_ms": round(duration * 1000)}
+    check_seconds("duration", action.duration, 0.001, LONGEST_OPEN)
+    return {**request, "duration_ms": round(action.duration * 1000)}

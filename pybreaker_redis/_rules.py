@@ -16,7 +16,6 @@ from ._protocol import EXACT, LONGEST_OPEN_MS, Forced, Request, State
 from ._window import Sums, Window, bucket_ms, move_back, sums
 
 Policy: TypeAlias = dict[str, Any]  # all fields, in the scripts' units
-_FORCED: dict[str, Forced] = {"force_open": "open", "force_closed": "closed"}
 MOST_FAILURES = 2**32 - 1  # a u32 in the contract
 _NONE: dict[Any, int] = {}  # never changed in place
 _local_generations = itertools.count(2)  # FixedEngine has -1
@@ -69,6 +68,11 @@ class Document:
         """A copy for another request."""
         return Document(*_stored(self))  # a third of the time of dataclasses.replace()
 
+    def entry_of(self, to: State, reason: str, generation: int) -> dict[str, Any]:
+        """The history entry of a change to another state, or of an action that changes none."""
+        entry = {"from": self.state, "to": to, "reason": reason, "generation": generation}
+        return {**entry, "failure_count": self.failure_count, "success_count": self.success_count}
+
     def turn_back(self, by_ms: int) -> None:
         """Move every time back, as the clock was. A window has a rule of its own."""
         for field in _TIMES:
@@ -113,19 +117,12 @@ def next_generation(document: Document) -> int:
 
 
 def transition(document: Document, state: State, reason: str) -> None:
-    document.change = {
-        "from": document.state,
-        "to": state,
-        "reason": reason,
-        "failure_count": document.failure_count,
-        "success_count": document.success_count,
-    }
+    generation = next_generation(document)
+    document.change = document.entry_of(state, reason, generation)
     if document.window is not None:
         document.change.update(sums(document.window)._asdict())
-    document.state = state
+    document.state, document.generation = state, generation
     document.reason, document.changed_at_ms = reason, document.now
-    document.generation = next_generation(document)
-    document.change["generation"] = document.generation
     document.failure_number, document.success_count = 0, 0
     document.window, document.reporters = None, _NONE
     document.run_since_ms, document.closed_at_ms = None, None
@@ -375,14 +372,7 @@ def retry_after_ms(document: Document, policy: Policy) -> int | None:
 
 def enter(document: Document, reason: str) -> None:
     """Enter an operator's action that is not a transition into the history."""
-    document.entry = {
-        "from": document.state,
-        "to": document.state,
-        "reason": reason,
-        "generation": document.generation,
-        "failure_count": document.failure_count,
-        "success_count": document.success_count,
-    }
+    document.entry = document.entry_of(document.state, reason, document.generation)
 
 
 def enter_policy(document: Document, action: str) -> None:
@@ -446,7 +436,7 @@ def control(document: Document, action: str, duration_ms: int) -> bool:
         return probe_now(document)
     if action == "clear_forced":
         return clear_forced(document)
-    if document.forced is not None and _FORCED.get(action) == document.forced:
+    if action == f"force_{document.forced}":
         return prolong(document, duration_ms)
     if action == "reset":
         if is_blank(document):
@@ -457,7 +447,8 @@ def control(document: Document, action: str, duration_ms: int) -> bool:
         open_for(document, duration_ms, "forced")
     else:
         close(document, "forced")
-    document.forced, document.forced_until_ms = _FORCED[action], document.now + duration_ms
+    document.forced = "open" if action == "force_open" else "closed"
+    document.forced_until_ms = document.now + duration_ms
     return True
 
 

@@ -323,7 +323,7 @@ class CircuitBreaker(BreakerCore):
             self._redis.wait_for_reports()
             if (outage := self._redis.link.outage(self._line)) is not None:  # the server was lost
                 raise outage.error
-        return self._redis.run(ask.name, self.keys, ask.request)
+        return self._redis.run(ask.name, self._key, ask.request)
 
     def _deliver(self, events: Iterable[Event] | None = None) -> None:
         notices = self._notices
@@ -346,7 +346,7 @@ class CircuitBreaker(BreakerCore):
     ) -> None:
         """Reject every call of the fleet, then probe. duration: seconds; default and maximum: 30 days.
 
-        operator: the name of who acts, at most 100 characters. note: the reason for the action, at most 200 characters.
+        operator: who acts, at most 100 characters. note: why, at most 200 characters.
 
         The snapshot shows operator and note of the last action until the next transition, and the history keeps all.
         Longer texts are cut, non-ASCII characters escaped.
@@ -392,7 +392,7 @@ class CircuitBreaker(BreakerCore):
         self._drive(self._command(Action("reset", operator, note)))
 
     def watch(self) -> Watch:
-        """Subscribe to what is published about this breaker, so that its view follows within milliseconds.
+        """Subscribe to the messages about this breaker, so that its view follows within milliseconds.
 
         All breakers of this process that watch the same server share one subscription, held by one thread. A message
         is a hint to read the state at once; its content is not read. Listeners receive the transitions of other
@@ -436,7 +436,7 @@ class CircuitBreaker(BreakerCore):
         if self._memory is not None:
             return history_entries(self._memory.history(count))
         try:
-            return history_entries(self._redis.history(self.keys, count))
+            return history_entries(self._redis.history(self._key, count))
         except REDIS_ERRORS as error:
             raise RedisUnavailableError(f"the history could not be read: {error}") from error
 

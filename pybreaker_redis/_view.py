@@ -285,7 +285,8 @@ class View:
         if seen.state == "open":
             seen.open_until = min(fresh_until, seen.retry_at) if self.policy.enforce else NEVER
         elif seen.state == "closed" and seen.ramp_until <= now:
-            alert_left, next_report_in = self._alert_left(now), self.lease - age(self._claimed_at, now)
+            alert_left = self._alert_for - age(self._alerted_at, now)
+            next_report_in = self.lease - age(self._claimed_at, now)
             observed = self.policy.slow_call_duration is not None or (
                 alert_left > 0 and next_report_in < min(alert_left, fresh_until - now)
             )
@@ -339,11 +340,8 @@ class View:
         elif reply["failure_count"] > 0:
             self._stay_alert(now)
 
-    def _alert_left(self, now: float) -> float:
-        return self._alert_for - age(self._alerted_at, now)
-
     def _stay_alert(self, now: float) -> None:
-        self._alerted_at, self._alert_for = now, max(self._alert_left(now), self.lease)
+        self._alerted_at, self._alert_for = now, max(self._alert_for - age(self._alerted_at, now), self.lease)
 
     def hinted(self) -> None:
         """A run of failures has reached half of its threshold: the next success may be reported at once."""

@@ -42,7 +42,7 @@ def bucket_ms(policy: dict[str, Any]) -> int | None:
 
 
 def rebucketed(window: Window, bucket_ms: int, newest: int) -> Window:
-    """The counts in buckets of another length. A count stays with the time at which its bucket began."""
+    """The counts in buckets of this length up to the newest. A count stays with the time at which its bucket began."""
     buckets = [[0, 0, 0] for _ in range(10)]  # by age
     left = [window.calls, window.failures, window.slow]
 
@@ -59,16 +59,6 @@ def rebucketed(window: Window, bucket_ms: int, newest: int) -> Window:
     other = Window(bucket_ms, newest, past=tuple((calls, failures, slow) for calls, failures, slow in buckets[1:]))
     other.calls, other.failures, other.slow = (sum(counts) for counts in zip(*buckets, strict=True))
     return other
-
-
-def advanced(window: Window, newest: int) -> Window:
-    """The window moved forward by one to nine buckets."""
-    passed = newest - window.newest
-    calls, failures, slow = map(sum, zip((0, 0, 0), *window.past, strict=True))
-    latest = window.calls - calls, window.failures - failures, window.slow - slow
-    past = (*[(0, 0, 0)] * (passed - 1), latest, *window.past[: 9 - passed])
-    calls, failures, slow = map(sum, zip(*past, strict=True))
-    return Window(window.bucket_ms, newest, calls, failures, slow, past)
 
 
 def move_back(window: Window, calls: int, age_ms: int, now: int) -> None:
@@ -95,7 +85,7 @@ def window_at(window: Window, bucket_ms: int | None, now: int, overridden: bool 
     if abs(passed) >= 10:
         window, since = Window(window.bucket_ms, newest), None
     elif passed > 0:
-        window = advanced(window, newest)
+        window = rebucketed(window, window.bucket_ms, newest)
     else:
         window = dataclasses.replace(window)
     if bucket_ms is None:

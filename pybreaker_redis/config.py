@@ -23,10 +23,10 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Annotated, Any, Literal
 
-from ._config import DEFAULT_POLICY, Config
+from ._config import DEFAULT_POLICY, Config, OnRedisFailure
 from ._errors import ConfigError, PolicyError
 from ._extras import needs_extra
-from ._policy import RULES, Policy, override_request
+from ._policy import RULES, Policy
 from .wire.url import parse
 
 with needs_extra("a configuration from a file, a dict or the environment", "config"):
@@ -39,17 +39,7 @@ __all__ = ["load"]
 _ENVIRONMENT = {"REDIS_URL": ("redis", "url"), "CIRCUIT_BREAKER_ENABLED": ("circuit_breaker", "enabled")}
 _MOST_VALUES = 1_000_000
 _ALIASES = {"timeout_seconds": "reset_timeout"}
-_BREAKER_OPTIONS = (
-    "watch",
-    "lease",
-    "on_redis_failure",
-    "redis_timeout",
-    "prefix",
-    "host",
-    "record_errors",
-    "listed",
-    "idle_after",
-)
+_AS_IN_CONFIG: Any = None  # an option that is not given is left out, so Config's own default applies
 
 
 def _policy_fields(given: Any) -> dict[str, Any]:
@@ -64,12 +54,13 @@ def _policy_fields(given: Any) -> dict[str, Any]:
 
 def _policy_problems(given: Mapping[str, Any]) -> Iterator[Any]:
     for name, value in given.items():
+        field = _ALIASES.get(name, name)
         try:
-            if name not in (*RULES, *_ALIASES):
+            if field not in RULES:
                 raise PolicyError(_unknown(name, (*RULES, *_ALIASES)))
-            if name in _ALIASES and _ALIASES[name] in given:
-                raise PolicyError(f"is an alias of {_ALIASES[name]}, which is given too: remove one")
-            override_request({_ALIASES.get(name, name): value})
+            if field != name and field in given:
+                raise PolicyError(f"is an alias of {field}, which is given too: remove one")
+            RULES[field].check(field, value)
         except PolicyError as error:
             yield {"type": "value_error", "loc": (name,), "input": value, "ctx": {"error": error}}
 
@@ -82,18 +73,18 @@ class _Section(pydantic.BaseModel):
 
 
 class _CircuitBreaker(_Section):
-    enabled: bool = True
+    enabled: bool = _AS_IN_CONFIG
     defaults: _PolicyFields = {}
     services: dict[str, _PolicyFields] = {}
-    watch: bool = True
-    lease: float = 0.1
-    on_redis_failure: Literal["local", "open", "closed"] = "local"
-    redis_timeout: float = 0.25
-    prefix: str = "circuit_breaker"
-    idle_after: float | None = 3600.0
-    host: str | None = None
-    record_errors: bool = True
-    listed: bool = True
+    watch: bool = _AS_IN_CONFIG
+    lease: float = _AS_IN_CONFIG
+    on_redis_failure: OnRedisFailure = _AS_IN_CONFIG
+    redis_timeout: float = _AS_IN_CONFIG
+    prefix: str = _AS_IN_CONFIG
+    idle_after: float | None = _AS_IN_CONFIG
+    host: str | None = _AS_IN_CONFIG
+    record_errors: bool = _AS_IN_CONFIG
+    listed: bool = _AS_IN_CONFIG
 
 
 def _url(value: str) -> str:
@@ -214,16 +205,9 @@ def _config(where: str, settings: _Settings) -> Config:
         name: _policy(f"{where}: circuit_breaker.services.{name}", defaults, fields)
         for name, fields in given.services.items()
     }
-    others = {name: getattr(given, name) for name in _BREAKER_OPTIONS}
+    others = given.model_dump(exclude={"defaults", "services"}, exclude_unset=True)
     try:
-        return Config(
-            enabled=given.enabled,
-            defaults=defaults,
-            services=services,
-            redis_url=redis.url,
-            redis_options=options,
-            **others,
-        )
+        return Config(defaults=defaults, services=services, redis_url=redis.url, redis_options=options, **others)
     except PolicyError as error:
         raise ConfigError(f"{where}: circuit_breaker: {error}") from error
 

@@ -21,7 +21,8 @@ from pybreaker_redis._board import (
     clean,
     counts,
     outlook,
-    read_rows,
+    read_stored,
+    row_of,
     select,
     span,
     urgency,
@@ -64,7 +65,8 @@ def make(client: redis.Redis, name: str, policy: Policy = POLICY) -> CircuitBrea
 
 def rows(reader: Server, prefix: str = "circuit_breaker") -> dict[str, Row]:
     """All rows by name."""
-    return {row.name: row for chunk in read_rows(reader, prefix) for row in chunk}
+    found = (row_of(one, prefix) for chunk in read_stored(reader, prefix) for one in chunk)
+    return {row.name: row for row in found}
 
 
 def test_every_condition_is_shown(client: redis.Redis, reader: Server) -> None:

@@ -21,7 +21,7 @@ from conftest import wait_until
 from demo import crew, plan, proof
 from demo.__main__ import main
 from demo.crew import Crew
-from demo.proof import promises
+from demo.proof import Promise, promises
 from demo.runs import Run
 from demo.screens import Live, Moment
 from demo.workers import Tally
@@ -247,6 +247,10 @@ class Figures:
 
     def held(self) -> list[bool]:
         """Whether each promise held."""
+        return [promise.held for promise in self.promises()]
+
+    def promises(self) -> list[Promise]:
+        """What promises() makes of these figures."""
         runs = {
             "none": Run(self.hits["none"], self._tallies(), {}),
             "private": Run(
@@ -260,7 +264,7 @@ class Figures:
             )
             for n, (old, new) in enumerate(self.moves)
         ]
-        return [promise.held for promise in promises(runs, history, self.state)]
+        return promises(runs, history, self.state)
 
     def _tallies(self, probes: int = 0, transitions: list[Any] | None = None) -> tuple[Tally, ...]:
         """Four workers: the first made all probes and got all notifications, the last is the slowest."""
@@ -286,8 +290,9 @@ def notification(at: float, old: Any, new: Any, generation: int) -> tuple[float,
 
 
 def test_promises_that_hold() -> None:
-    """The results that the next test varies hold."""
+    """The results that the next test varies hold, and each of their lines fits a terminal of 80 columns."""
     assert Figures().held() == [True] * 7
+    assert max(len(f"{'FAILED':8}{promise.text}") for promise in Figures().promises()) <= 80
 
 
 @pytest.mark.parametrize(
@@ -335,7 +340,7 @@ def test_a_broken_promise_is_the_exit_code(monkeypatch: pytest.MonkeyPatch, caps
         assert main(["--plain", "--workers", "2"]) == 1
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert re.search(r"^FAILED  .*after repair", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^FAILED  .*after the repair", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_table_on_a_terminal() -> None:

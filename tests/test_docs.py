@@ -297,7 +297,7 @@ def test_figures_of_readme_are_those_of_the_benchmarks() -> None:
         (r"call adds ([\d.]+) µs", overheads("sync, 1 thread, closed success")[tables.OURS]),
         (r"circuitbreaker adds ([\d.]+) times", 1 / targets["decorator / circuitbreaker's, overhead"]),
         (r"pybreaker with Redis ([\d,]+) times", targets["pybreaker's decorator with Redis / ours, overhead"]),
-        (r"makes ([\d.]+) round trips", bench["healthy_commands_per_second"]),
+        (r"makes ([\d.]+) round trips", bench["healthy_exchanges_per_second"]),
         (r"every process within ([\d.]+) ms", watch["lease 30 s, watched"]["max_ms"]),
     ):
         assert figure_in_readme(pattern) == pytest.approx(found, rel=0.25), pattern

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from conftest import stopped, wait_until
+from conftest import stopped, stored_calls, wait_until
 
 from pybreaker_redis import (
     AsyncCircuitBreaker,
@@ -550,6 +550,30 @@ def test_breakers_that_nobody_asks_for_are_forgotten(
     assert manager.get_or_create("held") is held
     assert manager.get_state("open") == "open"
     assert manager.call("idle", int) == 0
+
+
+@pytest.mark.parametrize("kind", [CircuitBreakerManager, AsyncCircuitBreakerManager])
+def test_close_includes_breakers_that_were_forgotten(
+    kind: Any, server: EmbeddedServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever holds one may still call it: close() reports its successes, and ends its subscription."""
+    monkeypatch.setattr(_manager, "FORGET_EVERY", 0.0)
+
+    async def main() -> None:
+        manager = kind.with_redis(Config(redis_url=server.url, idle_after=0.05, redis_timeout=20, lease=600.0))
+        guarded = manager.get_or_create("held")(one if kind is AsyncCircuitBreakerManager else lambda: 1)
+        await asyncio.sleep(0.1)
+        manager.get_or_create("other")
+        assert repr(manager) == f"<{kind.__name__} ['other']>"
+        for _ in range(10):
+            await result if inspect.isawaitable(result := guarded()) else None
+        while not client.client_list(_type="pubsub"):
+            await asyncio.sleep(0.01)
+        await closed(manager)
+        assert stored_calls(guarded.breaker, client) == 10
+
+    asyncio.run(main())
+    wait_until(lambda: not client.client_list(_type="pubsub"))
 
 
 def test_nothing_is_forgotten_while_it_is_used(make_manager: Callable[..., CircuitBreakerManager]) -> None:

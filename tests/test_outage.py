@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import gc
 import inspect
 import logging
+import re
 import socket
 import threading
 import time
@@ -263,6 +265,45 @@ def test_breakers_share_an_outage(make: Make, slammer: Slammer, caplog: pytest.L
         assert slammer.count == 1
     assert kinds == ["redis_error"] * 5
     assert len(warnings(caplog)) == 1
+
+
+@pytest.fixture
+def other_program() -> Iterator[str]:
+    """The URL of a web server, which closes each connection after its answer."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listener.accept()
+                    with connection, contextlib.suppress(OSError):
+                        connection.recv(1000)
+                        connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"redis://127.0.0.1:{listener.getsockname()[1]}"
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(60)
+
+
+def test_another_program_answers(make: Make, other_program: str, caplog: pytest.LogCaptureFixture) -> None:
+    """What it says is no refusal of one breaker's command: it is an outage of the server, for all breakers."""
+    breakers = [make(other_program, policy=MANY, prefix=f"p{number}", **PATIENT) for number in range(5)]
+    for breaker in breakers:
+        assert breaker.call(fine) == "fine"
+        assert breaker.snapshot().source == "local"
+    [warning] = warnings(caplog)
+    assert warning.startswith("Redis does not answer; the breakers of this process continue on their own: Protocol")
+
+
+def test_sentinels_are_named_by_their_addresses(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+    """The warning does not show their options, which include their password."""
+    breaker = make("redis+sentinel://:geheim@127.0.0.1:1,127.0.0.1:2/mymaster?sentinel_password=secret", **PATIENT)
+    assert breaker.call(fine) == "fine"
+    [warning] = warnings(caplog)
+    assert re.search("'mymaster' : 127.0.0.1:1 - .*, 127.0.0.1:2 - ", warning)
+    assert "secret" not in warning
 
 
 def test_a_command_tries_once(make: Make, slammer: Slammer) -> None:

@@ -1191,7 +1191,7 @@ def test_counts_in_an_outage(shell: Make, own_server: EmbeddedServer) -> None:
 @pytest.mark.parametrize("lease", [0, LONG])
 def test_state_never_asks(make_any: Make, client: redis.Redis, lease: float) -> None:
     """`state` and `counts` send no command, whatever the state, and however old the view."""
-    breaker = make_any(policy=Policy(failure_threshold=1, reset_timeout=0.01), lease=lease, **PATIENT)
+    breaker = make_any(policy=Policy(failure_threshold=1, reset_timeout=0.01), lease=lease, listed=False, **PATIENT)
 
     def known() -> str:
         client.config_resetstat()

@@ -105,11 +105,9 @@ def test_seconds(milliseconds: int | None, expected: float | None) -> None:
 
 
 def test_history_replies() -> None:
-    """Flat lists and maps of a stream parse to the same fields."""
-    raw = {key.encode(): value.encode() for key, value in FIELDS.items()}
-    flat = [part for pair in raw.items() for part in pair]
+    """The flat lists of a stream parse to fields."""
+    flat = [part.encode() for pair in FIELDS.items() for part in pair]
     assert history_fields([[b"1-0", flat], [b"0-1", flat]]) == [FIELDS, FIELDS]
-    assert history_fields([(b"1-0", raw)]) == [FIELDS]
     assert history_fields([]) == []
 
 

@@ -25,6 +25,7 @@ from pybreaker_redis import (
     PolicyError,
 )
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.options import BLOCKING, client_like
 from pybreaker_redis.wire.url import ClusterUrl, client_from_url, parse, without_password
 
 NAME = "discovery"
@@ -79,6 +80,16 @@ def test_sentinels_own_options() -> None:
     own = {"ssl": True, "ssl_ca_certs": "/ca", "socket_timeout": 2.0}
     assert target.sentinel_options == {**own, "username": "w", "password": "q"}
     assert target.options == {**own, "username": "me", "password": "p"}
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
+def test_a_cluster_client_of_the_other_kind(scheme: str) -> None:
+    """A blocking client for the cluster of an asyncio client has its nodes, its user and its TLS."""
+    given = redis.asyncio.RedisCluster.from_url(f"{scheme}://me:p@a:7")
+    made = client_like(given, BLOCKING)
+    assert made.nodes == [("a", 7)]
+    assert made.options.get("ssl", False) == (scheme == "rediss")
+    assert (made.options["username"], made.options["password"]) == ("me", "p")
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,20 @@ def documents() -> str:
     return table(("document", "bytes"), result("bench")["document_bytes"].items())
 
 
-TABLES = {
-    one.__name__: one for one in (machine, ratios, overhead, one_call, targets, reach, processes, simulated, documents)
-}
+def operators_page() -> str:
+    """What the operators' page costs, and how soon it shows a trip."""
+    found = result("web")
+    rows = [
+        ("CPU of the Redis server, nothing happens", f"{found['server_idle']:.2f} % of a core"),
+        ("CPU of the web process, nothing happens", f"{found['app_idle']:.2f} % of a core"),
+        ("CPU of the web process, a trip every second", f"{found['app_trips']:.1f} % of a core"),
+        (
+            "from a trip to all screens",
+            f"{found['p50_ms']:.0f} ms in the median, {found['p99_ms']:.0f} ms in 99 of 100 cases",
+        ),
+    ]
+    return table(("what", "measured"), rows)
+
+
+DRAWN = (machine, ratios, overhead, one_call, targets, reach, processes, simulated, documents, operators_page)
+TABLES = {one.__name__: one for one in DRAWN}

@@ -14,12 +14,15 @@ PICTURE = re.compile(r'<img alt="[^"]*" src="(?:\.\./)*(pictures/\w+\.svg)"\s*/?
 
 
 def on_config(config: Any) -> Any:
-    """Put the version, and a plain link to the repository if pyproject.toml names one, below every page."""
+    """Put the version, and a plain link to the repository, below every page; to the project's page on PyPI if
+    pyproject.toml names no repository."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     addresses = {name.lower(): url for name, url in project.get("urls", {}).items()}
-    repository = addresses.get("repository") or addresses.get("source")
-    link = f' · <a href="{repository}">Repository</a>' if repository else ""
-    config.copyright = f"{project['name']} {project['version']} · {project['license']} licence{link}"
+    name, address = "Repository", addresses.get("repository") or addresses.get("source")
+    if address is None:
+        name, address = "PyPI", addresses["homepage"]
+    link = f'<a href="{address}">{name}</a>'
+    config.copyright = f"{project['name']} {project['version']} · {project['license']} licence · {link}"
     return config
 
 

@@ -38,12 +38,12 @@ def promises(runs: dict[str, Run], history: list[HistoryEntry], state: str) -> l
         ),
         Promise(
             trips == len(shared.trips) == 1 and len(private.trips) == workers,
-            f"trips: {trips}, notified {len(shared.trips)} of {workers} processes;"
-            f" private breakers tripped {len(private.trips)} times",
+            f"trips: {trips}, announced by {len(shared.trips)} of {workers} processes;"
+            f" {len(private.trips)} trips of private breakers",
         ),
         Promise(
             after > 0,
-            f"closed while every {FAILS_EVERY}th call failed, tripped {after:.3f} s after the death",
+            f"closed while every {FAILS_EVERY}th call failed; tripped {after:.3f} s after the death",
         ),
         Promise(
             rejecting <= REJECTING_WITHIN,
@@ -51,7 +51,7 @@ def promises(runs: dict[str, Run], history: list[HistoryEntry], state: str) -> l
         ),
         Promise(
             0 < shared.probes == half_open and shared.probes < private.probes,
-            f"probes: {shared.probes} in {half_open} half-open times; private breakers sent {private.probes}",
+            f"probes: {shared.probes} in {half_open} half-open periods; private breakers sent {private.probes}",
         ),
         Promise(
             sorted(generations) == sorted(entry.generation for entry in history),
@@ -59,7 +59,7 @@ def promises(runs: dict[str, Run], history: list[HistoryEntry], state: str) -> l
         ),
         Promise(
             answering <= ANSWERING_WITHIN and state == "closed",
-            f"{state} again, every process served {answering:.3f} s after repair (promised: {ANSWERING_WITHIN:g} s)",
+            f"{state}, every process served {answering:.3f} s after the repair (promised: {ANSWERING_WITHIN:g} s)",
         ),
     ]
 

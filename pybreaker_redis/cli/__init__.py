@@ -3,8 +3,8 @@
 Exit codes:
 
 - 0: done.
-- 1: doctor found something wrong, nothing is stored under the name given to show, or a question was answered with no.
-- 2: the command was not understood.
+- 1: doctor found something wrong, nothing is stored under the name given to show, or the user declined to confirm.
+- 2: bad arguments.
 - 3: Redis does not answer, or refuses.
 - 130: Ctrl-C. 141: the reader of a pipe has gone.
 """
@@ -52,8 +52,8 @@ MOST_COMPLETED = 10_000  # names of breakers that the shell's completion looks a
 app = typer.Typer(
     name="pybreaker-redis",
     help="Inspect the circuit breakers in a Redis, steer them, and check the server that they use.",
-    epilog="Exit codes: 0 done; 1 something is wrong, or the answer was no; 2 not understood; 3 Redis does not answer,"
-    " or refuses; 130 Ctrl-C.",
+    epilog="Exit codes: 0 done; 1 something is wrong, or you declined to confirm; 2 bad arguments; 3 Redis does not"
+    " answer, or refuses; 130 Ctrl-C.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -310,7 +310,7 @@ def history(
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="Number of entries.")] = 20,
     use_json: Json = False,
 ) -> int | None:
-    """Show the last transitions of a breaker, and what operators did, newest first."""
+    """Show the last transitions of a breaker, and operators' actions, newest first."""
     entries = _fleet(url, None, prefix).breaker(name).history(count)
     if use_json:
         put_json([dataclasses.asdict(entry) for entry in entries])
@@ -431,7 +431,7 @@ _acting(
 def policy_get(
     name: Name, url: Url = None, config: ConfigFile = None, prefix: Prefix = None, use_json: Json = False
 ) -> int | None:
-    """Show what is known of the policy in force, and from whom.
+    """Show the known fields of the policy in force, and their sources.
 
     Sources: "override" is the policy override in Redis, "client" the file of --config, or else the processes that list
     themselves. With "default" these leave the field as it is by default; with "unknown" nobody has said.

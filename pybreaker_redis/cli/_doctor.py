@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from .._board import clean, scan, subscribed
 from .._processes import disagreements, read_processes
-from .._protocol import Keys, keys_of
+from .._protocol import keys_of
 from ..wire.commands import checked
 from ..wire.options import NO_RIGHT, REDIS_ERRORS, error_kind
 from ..wire.scripts import SCRIPTS, sha1
@@ -266,7 +266,7 @@ def _policies(fleet: Fleet, node: Connections) -> Iterator[Finding]:
 def _trial(fleet: Fleet, node: Connections) -> Iterator[Finding]:
     keys, refused = keys_of(f"doctor-{secrets.token_hex(6)}", fleet.prefix), True
     try:
-        problem = _use(fleet, keys)
+        problem = _use(fleet, keys.state.encode())
     except REDIS_ERRORS as error:
         problem, refused = str(error), _refused(error)
     with contextlib.suppress(*REDIS_ERRORS):  # without this right the keys expire by themselves
@@ -304,11 +304,11 @@ def _user(node: Connections) -> str:
     return "USER"
 
 
-def _use(fleet: Fleet, keys: Keys) -> str | None:
+def _use(fleet: Fleet, key: bytes) -> str | None:
     """Take a breaker through its life. Returns the problem, or None; raises one of REDIS_ERRORS."""
 
     def ask(script: str, **request: Any) -> Any:
-        return fleet.server.run(script, keys, request)
+        return fleet.server.run(script, key, request)
 
     with subscribed(fleet.server, "PSUBSCRIBE", fleet.pattern()) as receive:
         generation = ask("acquire")["generation"]
@@ -316,9 +316,9 @@ def _use(fleet: Fleet, keys: Keys) -> str | None:
         tripped = ask("record", generation=generation, failures=1)
         if tripped["state"] != "open":
             return f"one failure with failure_threshold=1 did not open the circuit: {tripped}"
-        if not fleet.server.history(keys, 1):
+        if not fleet.server.history(key, 1):
             return "the history is empty after a trip: the user may not XADD"
-        if not _receives(receive, keys.state.encode()):
+        if not _receives(receive, key):
             return "no notification of a trip arrived: the user may not PUBLISH, or not to this channel"
         ask("control", action="clear_policy")
         ask("snapshot")

@@ -109,7 +109,7 @@ def show_policy(known: dict[str, Known], seen: Snapshot, override_left: float | 
         out.print(f"the policy override {end}{by_whom(seen)}")
     if any(one.source == "unknown" for one in known.values()):
         err.print(
-            "unknown: not stored in Redis. Each process uses its own policy, and none has listed this breaker with it."
+            "unknown: not stored in Redis. Each process uses its own policy, and none has listed one for this breaker."
             " --config FILE reads the policy from a file"
         )
 

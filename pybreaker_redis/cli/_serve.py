@@ -86,7 +86,7 @@ def _check_names(names: Sequence[str]) -> None:
     for name in names:
         if not re.fullmatch(r"(\*\.)?[\w.-]+", name):
             remedy = 'write a name without a port, as in ops.example, or "*.example" for all names that end so'
-            raise typer.BadParameter(f"{name!r} is no host name: {remedy}", param_hint="--allow-host")
+            raise typer.BadParameter(f"{name!r} is not a host name: {remedy}", param_hint="--allow-host")
 
 
 def _authorizer(name: str | None) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 from .. import AsyncCircuitBreaker, CircuitBreaker, Policy
 from .._core import BreakerCore
 from .._view import Seen
-from ..wire.options import asyncio_client_of
+from ..wire.options import ASYNCIO, client_like
 
 
 class Shells:
@@ -27,7 +27,7 @@ class Shells:
     def asyncio(self) -> AsyncCircuitBreaker:
         """The shell for coroutine functions. Raises PolicyError if there is no asyncio client like the given one."""
         if self._asyncio is None:
-            client = None if self._redis is None else asyncio_client_of(self._redis)
+            client = None if self._redis is None else client_like(self._redis, ASYNCIO)
             breaker = AsyncCircuitBreaker(self._name, redis=client, **self._options)
             if client is None:
                 breaker._share_memory(self.sync)

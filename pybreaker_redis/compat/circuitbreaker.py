@@ -8,11 +8,11 @@
 Breakers are in memory, unless configure() has named a Redis before their first call. Then each is shared by every
 process that has a breaker of the same name.
 
-What differs from circuitbreaker 2.1, on purpose:
+Differences from circuitbreaker 2.1, on purpose:
 
 - While half open, one call runs at a time, in the whole fleet. Other calls are rejected, or get the fallback.
 - A result of a call that began before the last change of the state does not count. While the circuit is open, call()
-  and `with` blocks still run, as in circuitbreaker, but count as nothing: a success of theirs does not close it.
+  and `with` blocks still run, as in circuitbreaker, but count as nothing: their success does not close it.
 - Nested guards of one breaker count a failure once.
 - A value out of range is a PolicyError, which is a ValueError. A decorated function does not go through call() and its
   kin, so overriding those changes nothing; overriding `opened` does.
@@ -20,7 +20,7 @@ What differs from circuitbreaker 2.1, on purpose:
   nothing; in circuitbreaker it counts as a success. A group of exceptions counts as the worst exception that it holds.
 - If a predicate in `expected_exception` raises, that is logged, the call counts as failed, and its own exception is
   raised.
-- The wrapper of a generator function passes on what is sent or thrown into it, and what it returns.
+- The wrapper of a generator function passes on the values and exceptions sent into it, and its result.
 - open_remaining of a closed circuit counts from when the breaker was made.
 - With Redis, a decorated function without a name shares its breaker under its module and qualified name. A breaker that
   is called without a name or a decorator is a PolicyError.

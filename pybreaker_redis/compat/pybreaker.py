@@ -6,7 +6,7 @@
 The storage says how a breaker runs: CircuitMemoryStorage in this process, CircuitRedisStorage(..., lease=0.1) shared
 through Redis, with lease=0 one exchange before and one after each call.
 
-What differs from pybreaker 1.4, on purpose:
+Differences from pybreaker 1.4, on purpose:
 
 Calls:
 
@@ -41,8 +41,8 @@ State:
 
 Redis:
 
-- There is one key for each breaker, `circuit_breaker:NAMESPACE:state`, which expires an hour after its last use, not
-  three that stay. Where it is missing, the circuit is closed, whatever fallback_circuit_state says.
+- The state of a breaker is one key, `circuit_breaker:NAMESPACE:state`, which expires an hour after its last use, not
+  three that stay. Without this key the circuit is closed, whatever fallback_circuit_state says.
 - CircuitRedisStorage without a namespace uses the name of the breaker. Without either, pybreaker shares one key among
   all breakers of a Redis, so that one dead service stops the calls to every other; here that is a PolicyError.
 - With a lease, a call relies on what this process has read up to two leases before.

@@ -91,7 +91,7 @@ class Meter(Instrument):
         self._errors: collections.Counter[str] = collections.Counter()
         self._ended: dict[str, Counts] = {}  # by name: the counts of breakers that are gone
 
-    def attach(self, breaker: BreakerCore) -> None:
+    def _attach(self, breaker: BreakerCore) -> None:
         with self._counting:
             self._breakers[breaker] = None
         weakref.finalize(breaker, self._detach, breaker.name, breaker._notices, breaker._view).atexit = False
@@ -106,7 +106,7 @@ class Meter(Instrument):
             with self._counting:
                 self._transitions[Transition(event.breaker, *change)] += 1
 
-    def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
+    def _script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
         if error is not None:
             self._count_error(error)
 
@@ -146,10 +146,7 @@ class Meter(Instrument):
         if self._server is None or not asked:
             return found
         try:
-            requests = [
-                commands.run("snapshot", breakers[place]._state_key.encode(), breakers[place]._with_policy)
-                for place in asked
-            ]
+            requests = [commands.run("snapshot", breakers[place]._key, breakers[place]._with_policy) for place in asked]
             replies = self._server.exchange(requests)
         except REDIS_ERRORS as error:
             self._count_error(error)

@@ -75,10 +75,10 @@ class OpenTelemetryMetrics(Meter):
         super()._start_process()
         self._sharing = threading.RLock()
         self._shared: Reading | None = None
-        self._used: set[object] = set()
+        self._returned: set[object] = set()
 
-    def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
-        super().script_ran(name, seconds, error)
+    def _script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
+        super()._script_ran(name, seconds, error)
         attributes = {"circuit_breaker.script": name}
         if error is not None:
             attributes["error.type"] = error_kind(error)
@@ -91,9 +91,9 @@ class OpenTelemetryMetrics(Meter):
 
         def callback(_: CallbackOptions) -> Iterable[Observation]:
             with self._sharing:
-                if self._shared is None or what in self._used:
-                    self._shared, self._used = self._read_all(), set()
-                self._used.add(what)
+                if self._shared is None or what in self._returned:
+                    self._shared, self._returned = self._read_all(), set()
+                self._returned.add(what)
                 return list(what(self._shared))
 
         return callback

@@ -41,9 +41,9 @@ class PrometheusMetrics(Meter, Collector):
 
     Calls are read from `breaker.counts`, so metrics do not slow down any call.
 
-    In prometheus_client's multi-process mode (PROMETHEUS_MULTIPROC_DIR), each process writes what it counts into that
+    In prometheus_client's multi-process mode (PROMETHEUS_MULTIPROC_DIR), each process writes its counts into that
     mode's files, in the background, half a second late at most, and at its end. MultiProcessCollector exports the
-    files; this collector then exports only what is true of the whole fleet: state, health and probe slots.
+    files; this collector then exports only the facts about the whole fleet: state, health and probe slots.
     """
 
     def __init__(
@@ -72,18 +72,18 @@ class PrometheusMetrics(Meter, Collector):
             lambda: _WRITE_EVERY,
         )
 
-    def used(self) -> None:
+    def _used(self) -> None:
         if self._files is not None:
             if getpid() != self._pid:
                 renew(self)
             exits.begin()
             self._writer.wake()
 
-    def script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
-        super().script_ran(name, seconds, error)
+    def _script_ran(self, name: str, seconds: float, error: BaseException | None) -> None:
+        super()._script_ran(name, seconds, error)
         self._durations.labels(name).observe(seconds)
 
-    def end(self) -> None:
+    def _at_exit(self) -> None:
         """Write the last counts of a process that ends. Raises nothing."""
         with contextlib.suppress(Exception):
             self._write()

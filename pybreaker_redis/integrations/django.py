@@ -4,7 +4,7 @@
     MIDDLEWARE = [..., "pybreaker_redis.integrations.django.CircuitOpenMiddleware"]
     CIRCUIT_BREAKERS = {"redis": {"url": "redis://localhost:6379"}, "circuit_breaker": {"services": {...}}}
 
-CIRCUIT_BREAKERS is what pybreaker_redis.config.load() takes, or a Config. CIRCUIT_BREAKERS_SHARED = False keeps the
+CIRCUIT_BREAKERS is a source for pybreaker_redis.config.load(), or a Config. CIRCUIT_BREAKERS_SHARED = False keeps the
 breakers in memory, as tests may want. CIRCUIT_BREAKERS_OPTIONS holds further options of CircuitBreakerManager.
 """
 

@@ -15,10 +15,10 @@ __all__ = ["circuit_open_handler", "install"]
 def install(app: flask.Flask, breakers: CircuitBreakerManager, *, health: str | None = None) -> None:
     """Make the application answer 503 with Retry-After if a CircuitOpenError leaves a view.
 
-    breakers: the manager, which views find as current_app.extensions["circuit_breakers"]. It reports what it has
-    gathered when the process ends. health: the path, like "/health", of a page with the state of every breaker as JSON;
-    None: no such page. Anyone who can read the page learns which services the application calls. Raises PolicyError if
-    breakers is not a CircuitBreakerManager.
+    breakers: the manager, which views find as current_app.extensions["circuit_breakers"]. It reports its gathered
+    successes when the process ends. health: the path, like "/health", of a page with the state of every breaker as
+    JSON; None: no such page. Anyone who can read the page learns which services the application calls. Raises
+    PolicyError if breakers is not a CircuitBreakerManager.
     """
     check_breakers(breakers, CircuitBreakerManager)
     app.extensions["circuit_breakers"] = breakers

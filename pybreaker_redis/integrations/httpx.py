@@ -44,7 +44,7 @@ class BreakerTransport(
     """A transport that guards each request of another one.
 
     breakers: a manager, or one breaker for every request.
-    transport: what sends the requests; None: a new httpx.HTTPTransport(). Connection options, such as verify, http2,
+    transport: sends the requests. None: a new httpx.HTTPTransport(). Connection options, such as verify, http2,
         limits and proxies, belong to this transport, not to the client.
     name: the name of a request's breaker, or a function of the request. None from it: the request is not guarded.
     until: "headers": a call ends with the headers of the response. "body": it ends when the body has been read or

@@ -45,7 +45,7 @@ class BreakerAdapter(BaseAdapter):
     """An adapter that guards each request of another one: session.mount("https://", BreakerAdapter(breakers)).
 
     breakers: a manager, or one breaker for every request.
-    adapter: what sends the requests; None: a new HTTPAdapter(). Its retries by urllib3 (max_retries) happen inside the
+    adapter: sends the requests. None: a new HTTPAdapter(). Its retries by urllib3 (max_retries) happen inside the
         guard: a request and its retries are one call.
     name: the name of a request's breaker, or a function of the PreparedRequest. None from it: the request is not
         guarded.

@@ -73,16 +73,16 @@ async def operator_of(request: Request, authorize: Authorize | None) -> str | No
         raise
     except Exception as error:
         logger.exception("authorize failed")
-        raise HTTPException(500, "Who you are cannot be found out now; the log of the web server says why.") from error
+        raise HTTPException(500, "Your sign-in cannot be checked now; the log of the web server says why.") from error
     if name is None:
         challenge = getattr(authorize, "challenge", None)
         if challenge is None:
             raise HTTPException(403, "You may not see this page.")
-        raise HTTPException(401, "Name and password are needed.", {"WWW-Authenticate": challenge})
+        raise HTTPException(401, "This page asks for a name and a password.", {"WWW-Authenticate": challenge})
     if not isinstance(name, str) or not 0 < len(name) <= LONGEST_OPERATOR:
         wanted = f"a name of 1 to {LONGEST_OPERATOR} characters"
         logger.error("authorize must return %s or None, not %.200r", wanted, name)
-        raise HTTPException(500, f"An operator needs {wanted}; the log of the web server says more.")
+        raise HTTPException(500, f"The sign-in must give {wanted}; the log of the web server says more.")
     return name
 
 

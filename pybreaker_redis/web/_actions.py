@@ -152,5 +152,5 @@ def _duration(amount: str, unit: str) -> float | None:
     except (ValueError, KeyError):
         duration = math.nan
     if not 0 < duration < math.inf:
-        raise PolicyError(f"{amount!r} {unit} is no length of time.")
+        raise PolicyError(f"{amount!r} {unit} is not a length of time.")
     return duration

@@ -26,10 +26,10 @@ from .. import _protocol
 from .._board import Row, read_one, row_of
 from .._errors import CircuitBreakerError, PolicyError, RedisUnavailableError
 from .._processes import Process, concerns_list, disagreements, fleet_json, read_processes
-from .._protocol import HistoryEntry, Keys, Snapshot, keys_of
+from .._protocol import HistoryEntry, Snapshot, keys_of
 from .._reader import SHORTEST_PAUSE, TIMEOUT, Board, BoardReader, Viewer
 from .._sync import CircuitBreaker
-from ..wire.options import REDIS_ERRORS, blocking_client
+from ..wire.options import BLOCKING, REDIS_ERRORS, client_like
 from . import _access, _pages
 from ._access import Authorize
 from ._actions import ACTIONS, Order, kept_fields, order_from_form, order_from_json
@@ -103,7 +103,7 @@ def breakers_app(
             "read_only=False needs authorize=, a function that takes a request and returns the operator's name or None"
         )
     keys_of("breaker", prefix)
-    return Site(BoardReader(blocking_client(redis), prefix), prefix, read_only, authorize).application(health)
+    return Site(BoardReader(client_like(redis, BLOCKING), prefix), prefix, read_only, authorize).application(health)
 
 
 class Site:
@@ -257,7 +257,7 @@ class Site:
             ACTIONS[action].carry_out(breaker, order)
 
         await _in_thread(act)
-        return await _in_thread(self._read_now, name, keys_of(name, self._prefix))
+        return await _in_thread(self._read_now, name, keys_of(name, self._prefix).state.encode())
 
     # JSON
 
@@ -391,22 +391,22 @@ class Site:
     async def _read(self, name: str) -> Details:
         """Everything about one breaker. Raises HTTPException if nothing is stored; PolicyError; redis.RedisError or
         OSError."""
-        keys = keys_of(name, self._prefix)
-        details = await _in_thread(self._read_now, name, keys)
+        key = keys_of(name, self._prefix).state.encode()
+        details = await _in_thread(self._read_now, name, key)
         if details is None:
             raise HTTPException(
-                404, f"Redis stores nothing for {name!r}. Is the name right? What nobody calls expires."
+                404, f"Redis stores nothing for {name!r}. Is the name right? A breaker that nobody calls expires."
             )
         return details
 
-    def _read_now(self, name: str, keys: Keys) -> Details | None:
+    def _read_now(self, name: str, key: bytes) -> Details | None:
         server = self._reader.server
-        stored = read_one(server, keys.state.encode())
+        stored = read_one(server, key)
         if stored is None:
             return None
-        reply = server.run("snapshot", keys, {})
+        reply = server.run("snapshot", key, {})
         seen = _protocol.snapshot_from(name, {**reply, "source": "redis"})
-        history = _protocol.history_entries(server.history(keys, HISTORY))
+        history = _protocol.history_entries(server.history(key, HISTORY))
         row, now = row_of(stored, self._prefix), stored.now_ms / 1000
         return Details(row, seen, history, self._processes_now(), now)
 
@@ -493,7 +493,7 @@ async def _json_body(request: Request) -> Any:
     try:
         return await request.json()
     except (ValueError, RecursionError):
-        raise HTTPException(400, "The body is no JSON.") from None
+        raise HTTPException(400, "The body is not JSON.") from None
 
 
 async def _static(request: Request) -> Response:

@@ -6,9 +6,8 @@ import asyncio
 import collections
 import contextlib
 import contextvars
-import itertools
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from time import monotonic, thread_time
 from typing import Any, TypeVar
 
@@ -16,20 +15,21 @@ import redis
 
 from .._clock import NEVER
 from .._line import Line
-from .._protocol import Keys, NotSent, Reply, Request, decode, history_fields
+from .._protocol import NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import sync
 from .commands import PING, Command, packed
 from .options import (
     ASYNCIO,
+    BLOCKING,
     PROOF_AFTER,
     REDIS_ERRORS,
     Address,
     ConnectsLate,
-    blocking,
     can_read,
     connecting,
     connection,
+    counterpart,
     intact,
     limit_of,
     lost_meanwhile,
@@ -81,19 +81,19 @@ class AsyncServer(BaseServer):
         await carry_out(self.link.report(lines), self.exchange)
         self.link.deliver()
 
-    def end(self) -> None:
+    def _at_exit(self) -> None:
         """Report what is gathered over blocking connections: no event loop runs any more. Raises nothing."""
         ends = monotonic() + self._timeout
 
         def node(address: Address | None) -> sync.Connections:
-            return sync.Connections(blocking(self._pool_of(address)), self._timeout)
+            return sync.Connections(counterpart(self._pool_of(address), BLOCKING), self._timeout)
 
         self._end_over(node, ends)
 
     def _start(self) -> None:
         """Begin an exchange in the background, now or soon."""
         here = self._here()
-        if here.task is None or here.task.done():
+        if not here.ends and (here.task is None or here.task.done()):
             rest = self.link.rest()
             if rest > 0:
                 here.wake_after(rest, self._start)
@@ -111,13 +111,13 @@ class AsyncServer(BaseServer):
         # from a timer: then this task has ended
         here.wake_after(0.0 if self.link.wanted else self.link.pause(), self._start)
 
-    async def run(self, name: str, keys: Keys, request: Request) -> Reply:
+    async def run(self, name: str, key: bytes, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
-        return decode(await self._one(build.run(name, keys.state.encode(), request)))
+        return decode(await self._one(build.run(name, key, request)))
 
-    async def history(self, keys: Keys, count: int) -> list[dict[str, Any]]:
+    async def history(self, key: bytes, count: int) -> list[dict[str, Any]]:
         """The newest transitions, newest first. Raises redis.RedisError or OSError."""
-        return history_fields(await self._one(build.history(keys.state.encode(), count)))
+        return history_fields(await self._one(build.history(key, count)))
 
     def subscription(self) -> AsyncSubscription:
         """The subscription that all breakers of the running loop share."""
@@ -158,9 +158,13 @@ class AsyncServer(BaseServer):
 
 
 class OnLoop:
-    """What an AsyncServer has on one event loop: connections, and the task or timer of its next exchange."""
+    """What an AsyncServer has on one event loop: connections, and the task or timer of its next exchange.
+
+    ends: whether the loop is being closed. A task in the background would be left pending.
+    """
 
     def __init__(self) -> None:
+        self.ends = False
         self.nodes: dict[Address | None, AsyncConnections] = {}
         self.task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -175,7 +179,11 @@ class OnLoop:
         try:
             yield
         finally:
+            self.ends = True
             self.wake_after(None, lambda: None)
+            if self.task is not None:  # it began after asyncio.run() had cancelled all tasks
+                self.task.cancel()
+                await asyncio.wait({self.task})
             for node in list(self.nodes.values()):
                 await node.close()
 
@@ -247,7 +255,7 @@ class AsyncConnections:
             await self._slots.acquire()
             return
         try:
-            async with _deadline(self._timeout, 2, _busy()):
+            async with _Deadline(self._timeout, 2, _busy()):
                 await self._slots.acquire()
         except redis.TimeoutError:
             raise none_free(self._limit, self._timeout) from None
@@ -257,7 +265,7 @@ class AsyncConnections:
         connection, used_at = self._idle.pop() if self._idle else (None, NEVER)
         try:
             connection = await self._prepare(connection, used_at)
-            async with _deadline(self._timeout):
+            async with _Deadline(self._timeout):
                 sent.set()
                 await connection.send_packed_command([data], check_health=False)
                 replies = []
@@ -388,7 +396,7 @@ class AsyncConnections:
     async def _proves(self, connection: Any) -> bool:
         """Whether the server answers a PING on this connection in time. An error is an answer, too."""
         with contextlib.suppress(*REDIS_ERRORS):
-            async with _deadline(self._patience):
+            async with _Deadline(self._patience):
                 await connection.send_packed_command([PING], check_health=False)
                 await _read(connection)
                 return True
@@ -413,7 +421,7 @@ async def _read(connection: Any) -> Any:
 async def _first_of(*awaited: asyncio.Future[Any], seconds: float) -> bool:
     """Wait until one of these has ended. seconds: at most. Returns whether one has."""
     with contextlib.suppress(redis.TimeoutError):
-        async with _deadline(seconds):
+        async with _Deadline(seconds):
             await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
     return any(one.done() for one in awaited)
 
@@ -430,31 +438,35 @@ def _is_closed() -> bool:
         return True
 
 
-@contextlib.asynccontextmanager
-async def _deadline(
-    seconds: float, least_turns: int = _TURNS, busy: Callable[[], bool] = lambda: False
-) -> AsyncIterator[None]:
-    """Raise redis.TimeoutError after so many seconds and so many turns of the loop, since the loop may merely be busy.
+class _Deadline:
+    """Raises redis.TimeoutError after so many seconds and so many turns of the loop, since the loop may merely be busy.
 
-    busy: called at the end of each later turn. While it returns True, the deadline is put off.
+    busy: called at the end of each later turn. While it returns True, the deadline is put off. This is no generator:
+    a loop that ends closes those of running tasks, too.
     """
-    loop = asyncio.get_running_loop()
-    turns = itertools.count(1)
 
-    def turn() -> None:
-        if next(turns) < least_turns or busy():
-            timer[0] = loop.call_later(seconds / least_turns, turn)
+    def __init__(self, seconds: float, least_turns: int = _TURNS, busy: Callable[[], bool] = lambda: False) -> None:
+        self._seconds, self._busy = seconds, busy
+        self._turns, self._pause = least_turns, seconds / least_turns
+
+    async def __aenter__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._timeout = await asyncio.timeout(None).__aenter__()
+        self._timer = self._loop.call_later(self._pause, self._turn)
+
+    def _turn(self) -> None:
+        self._turns -= 1
+        if self._turns > 0 or self._busy():
+            self._timer = self._loop.call_later(self._pause, self._turn)
         else:
-            timeout.reschedule(loop.time())
+            self._timeout.reschedule(self._loop.time())
 
-    timer = [loop.call_later(seconds / least_turns, turn)]
-    try:
-        async with asyncio.timeout(None) as timeout:
-            yield
-    except TimeoutError as error:
-        raise redis.TimeoutError(f"no reply within {seconds:g} s") from error
-    finally:
-        timer[0].cancel()
+    async def __aexit__(self, *raised: Any) -> None:
+        self._timer.cancel()
+        try:
+            await self._timeout.__aexit__(*raised)
+        except TimeoutError as error:
+            raise redis.TimeoutError(f"no reply within {self._seconds:g} s") from error
 
 
 def _busy() -> Callable[[], bool]:

@@ -12,7 +12,7 @@ from typing import Any
 
 _LATE = -100  # after other finalizers, which may still make guarded calls
 
-servers: weakref.WeakSet[Any] = weakref.WeakSet()  # of wire.sync and wire.aio; each has end()
+servers: weakref.WeakSet[Any] = weakref.WeakSet()  # of wire.sync and wire.aio; each has _at_exit()
 _pid = 0  # the process that last used a link
 
 
@@ -40,7 +40,7 @@ def begin() -> None:
 def _end() -> None:
     if _pid == os.getpid():  # else the links are copies of the parent's
         for server in list(servers):
-            server.end()
+            server._at_exit()
 
 
 def _end_after(on_exit: Callable[..., Any] | None, *given: Any) -> None:

@@ -104,8 +104,10 @@ class Link:
 
     def _refused(self, line: Line, error: BaseException) -> None:
         if line.refuse(Outage(error, self.patience)) and not self.ended:
-            message = "circuit breaker %r: Redis refuses its commands; this process continues on its own: %s"
-            logger.warning(message, line.breaker.name, error)
+            what = "Redis refuses its commands" if isinstance(error, ResponseError) else "no reply from Redis"
+            logger.warning(
+                "circuit breaker %r: %s; this process continues on its own: %s", line.breaker.name, what, error
+            )
 
     def _node_of(self, line: Line) -> Address | None:
         return self._home(line.key)
@@ -321,7 +323,7 @@ class Link:
     def _collect(self, lines: list[Line]) -> None:
         """Take the new events of the breakers, before another task of this thread does."""
         for line in lines:
-            if events := line.notices.take():
+            if line.notices.waiting and (events := line.notices.take()):
                 self.undelivered.append((line.breaker, events))
 
     def deliver(self) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import copy
 import inspect
 import re
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -38,7 +37,7 @@ REDIS_ERRORS = (redis.RedisError, OSError)
 ERROR_REPLY = redis.ResponseError  # the server has answered
 NO_RIGHT = exceptions.NoPermissionError  # an ACL refuses the command or the key
 # options of connections for which blocking and asyncio ones have classes and functions of their own
-_OF_ONE_KIND = ("redis_connect_func", "parser_class", "encoder_class", "connection_pool")
+_OF_ONE_KIND = {"redis_connect_func", "parser_class", "encoder_class", "connection_pool"}
 # errors of a connection that leads to the wrong server, or to one that is not ready; Redis 6 hides the codes within the
 # message of a script's error
 _ASTRAY = (redis.ConnectionError, redis.ReadOnlyError, exceptions.ClusterDownError)
@@ -152,15 +151,17 @@ def lost_meanwhile() -> redis.ConnectionError:
 
 def connection_options(given: dict[str, Any], timeout: float | None) -> dict[str, Any]:
     """A client's connection options, with our deadline and bytes replies, but no retries, checks or event hooks."""
-    dropped = ("retry", "decode_responses", "health_check_interval", "event_dispatcher")
-    kwargs = {
-        key: value
-        for key, value in given.items()
-        if not key.startswith(("retry_on", "maint", "orig_", "oss_cluster", "himport")) and key not in dropped
-    }
+    kwargs = _plain(given)
     for key in ("socket_timeout", "socket_connect_timeout"):
         kwargs[key] = timeout and min(kwargs.get(key) or timeout, timeout)
     return kwargs
+
+
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    """A client's connection options without retries, checks and event hooks, for bytes replies."""
+    dropped = ("retry", "decode_responses", "health_check_interval", "event_dispatcher")
+    prefixes = ("retry_on", "maint", "orig_", "oss_cluster", "himport")
+    return {key: value for key, value in given.items() if not key.startswith(prefixes) and key not in dropped}
 
 
 def pool_of(client: Any, kind: Kind, timeout: float) -> Any:
@@ -179,71 +180,63 @@ def pool_of(client: Any, kind: Kind, timeout: float) -> Any:
     return type(pool)(pool.service_name, own, **kwargs, **connect)
 
 
-def blocking(pool: Any) -> Any:
-    """The counterpart of an asyncio pool, for connection(). Raises LookupError for a class that is not redis-py's."""
-    return _counterpart(pool, BLOCKING)
+def client_like(given: Any, kind: Kind) -> Any:
+    """A client of this kind for the server of a client of either kind, or of a URL.
+
+    Raises PolicyError for anything else, and for a class of connections that is not redis-py's.
+    """
+    other = _other(kind)
+    if isinstance(given, other.RedisCluster):
+        return ClusterUrl(known_nodes(given)(), _cluster_options(given, kind))
+    if isinstance(given, other.Redis) and not _is_fake(given):
+        return kind.Redis(connection_pool=counterpart(given.connection_pool, kind))
+    return client_of(given, kind)
 
 
-def asyncio_client_of(client: Any) -> Any:
-    """What AsyncCircuitBreaker takes for the server of a blocking client. A URL stands for both.
+def _other(kind: Kind) -> Kind:
+    return ASYNCIO if kind is BLOCKING else BLOCKING
+
+
+def _cluster_options(client: Any, kind: Kind) -> dict[str, Any]:
+    """The options of a cluster client's connections that redis.Redis of the other kind takes."""
+    given = (client if kind is BLOCKING else client.nodes_manager).connection_kwargs
+    known = inspect.signature(kind.Redis).parameters.keys() - _OF_ONE_KIND
+    options = {key: value for key, value in _plain(given).items() if key in known and value is not None}
+    tls = issubclass(given.get("connection_class", object), (redis.SSLConnection, redis.asyncio.SSLConnection))
+    return {**options, "ssl": True} if tls else options
+
+
+def counterpart(pool: Any, kind: Kind) -> Any:
+    """The pool of this kind for the server of a pool of the other kind.
 
     Raises PolicyError for a class of connections that is not redis-py's.
     """
-    if isinstance(client, (str, ClusterUrl)):
-        return client
-    if is_cluster(client):
-        return ClusterUrl(known_nodes(client)(), _for_cluster(client.nodes_manager.connection_kwargs))
-    try:
-        pool = _counterpart(client.connection_pool, ASYNCIO)
-    except LookupError as error:
-        raise PolicyError(f"for coroutine functions, pass a URL instead of this client: {error}") from error
-    return redis.asyncio.Redis(connection_pool=pool)
-
-
-def _for_cluster(given: dict[str, Any]) -> dict[str, Any]:
-    """The options of a cluster client's connections that redis.asyncio.Redis takes."""
-    known = inspect.signature(redis.asyncio.Redis).parameters
-    options = connection_options(given, None).items()
-    return {key: value for key, value in options if key in known and key not in _OF_ONE_KIND and value is not None}
-
-
-def _counterpart(pool: Any, kind: Kind) -> Any:
-    """The pool of this kind for the server of a pool of the other kind."""
-    module, name = pool.connection_class.__module__, pool.connection_class.__name__
-    here, there = ("redis.asyncio.", "redis.") if kind is ASYNCIO else ("redis.", "redis.asyncio.")
-    if not module.startswith(there) or module.startswith("redis.asyncio.") == (kind is ASYNCIO):
-        raise LookupError(f"{module}.{name} has no counterpart for {kind.__name__}.Redis")
-    connection_class = getattr(sys.modules[module.replace(there, here, 1)], name)
-    kwargs = {key: value for key, value in pool.connection_kwargs.items() if key not in _OF_ONE_KIND}
-    kwargs |= {"connection_class": connection_class, "retry": kind.retry.Retry(NoBackoff(), 0)}
+    other, given = _other(kind), pool.connection_class
+    modules = {other.connection.__name__: kind.connection, other.sentinel.__name__: kind.sentinel}
+    if given.__module__ not in modules:
+        name = f"{given.__module__}.{given.__qualname__}"
+        raise PolicyError(f"pass a URL instead of this client: {name} has no counterpart for {kind.__name__}.Redis")
+    kwargs = {key: value for key, value in _plain(pool.connection_kwargs).items() if key not in _OF_ONE_KIND}
+    kwargs["connection_class"] = getattr(modules[given.__module__], given.__name__)
+    kwargs["retry"] = kind.retry.Retry(NoBackoff(), 0)
     manager = getattr(pool, "sentinel_manager", None)
     if manager is None:
         return kind.ConnectionPool(**kwargs)
     sentinel = kind.sentinel.Sentinel([], min_other_sentinels=manager.min_other_sentinels)
-    sentinel.sentinels = [
-        kind.Redis(connection_pool=_counterpart(one.connection_pool, kind)) for one in manager.sentinels
-    ]
+    sentinel.sentinels = [client_like(one, kind) for one in manager.sentinels]
     return kind.sentinel.SentinelConnectionPool(pool.service_name, sentinel, is_master=pool.is_master, **kwargs)
 
 
-def blocking_client(given: Any) -> Any:
-    """The blocking counterpart of a client of either sort, or of a URL. Raises PolicyError for anything else, and
-    LookupError for a connection class that is not redis-py's."""
-    if isinstance(given, redis.asyncio.RedisCluster):
-        known = inspect.signature(redis.Redis).parameters.keys() - {"connection_pool", "retry", "event_dispatcher"}
-        options = {name: value for name, value in given.connection_kwargs.items() if name in known}
-        tls = issubclass(given.connection_kwargs["connection_class"], redis.asyncio.SSLConnection)
-        return ClusterUrl(known_nodes(given)(), {**options, "ssl": tls})
-    if isinstance(given, redis.asyncio.Redis) and not _is_fake(given):
-        return redis.Redis(connection_pool=blocking(given.connection_pool))
-    return client_of(given, BLOCKING)
-
-
 def _impatient(client: Any, kind: Kind, timeout: float) -> Any:
-    """A copy of a client that tries once, within the timeout in seconds."""
+    """A copy of a Sentinel's client that tries once, within the timeout in seconds.
+
+    Errors name it by its address: the text by which redis-py 6.1 to 7 shows a client contains the password.
+    """
     pool = client.connection_pool
     kwargs = {**connection_options(pool.connection_kwargs, timeout), "connection_class": pool.connection_class}
-    return type(client)(connection_pool=type(pool)(**kwargs, retry=kind.retry.Retry(NoBackoff(), 0)))
+    address = f"{kwargs.get('host')}:{kwargs.get('port')}"
+    named = type(type(client).__name__, (type(client),), {"__repr__": lambda self: address})
+    return named(connection_pool=type(pool)(**kwargs, retry=kind.retry.Retry(NoBackoff(), 0)))
 
 
 def pools_of(client: Any, kind: Kind, timeout: float) -> tuple[Callable[[Any], Any], bool]:
@@ -366,6 +359,7 @@ _REFUSALS = re.compile(
 _SERVER_ERRORS = (
     redis.ConnectionError,
     redis.TimeoutError,
+    redis.InvalidResponse,  # another program listens there
     redis.ReadOnlyError,
     exceptions.OutOfMemoryError,
     exceptions.ClusterError,

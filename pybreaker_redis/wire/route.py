@@ -112,10 +112,7 @@ class Routes:
     def address(self, key: bytes) -> Address:
         """The node that is known to serve the key; if none is, each node in turn."""
         slot = key_slot(key)
-        known = self._serving.get(slot) or self._of_range(slot)
-        if known is not None:
-            return known
-        return self.any_node()
+        return self._serving.get(slot) or self._of_range(slot) or self.any_node()
 
     def any_node(self) -> Address:
         """Each known node in turn, including lost ones."""

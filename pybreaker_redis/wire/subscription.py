@@ -33,7 +33,7 @@ class BaseSubscription:
         self.connected = False
         self._running = False  # a thread or task holds the subscription, or tries to
         self._warned = True  # of its loss; a subscription that never was connected cannot be lost
-        self._members: weakref.WeakValueDictionary[str, BreakerCore] = weakref.WeakValueDictionary()  # by state key
+        self._members: weakref.WeakValueDictionary[bytes, BreakerCore] = weakref.WeakValueDictionary()  # by state key
         self._namesakes: weakref.WeakSet[BreakerCore] = weakref.WeakSet()  # breakers whose key another member has, too
         self._patterns: set[str] = set()  # of their channels
         self._lock = threading.RLock()
@@ -48,7 +48,7 @@ class BaseSubscription:
         return bool(self._members or self._namesakes)
 
     def __contains__(self, breaker: BreakerCore) -> bool:
-        return self._members.get(breaker._state_key) is breaker or breaker in self._namesakes
+        return self._members.get(breaker._key) is breaker or breaker in self._namesakes
 
     def join(self, breaker: BreakerCore) -> None:
         """Add a breaker, and start the subscription if it does not run."""
@@ -57,7 +57,7 @@ class BaseSubscription:
         with self._lock:
             is_new = breaker not in self
             if is_new:
-                if self._members.setdefault(breaker._state_key, breaker) is not breaker:
+                if self._members.setdefault(breaker._key, breaker) is not breaker:
                     self._namesakes.add(breaker)
                 self._patterns.add(state_pattern(breaker._prefix))
             starts, self._running = not self._running, True
@@ -70,8 +70,8 @@ class BaseSubscription:
         """Remove a breaker."""
         with self._lock:
             self._namesakes.discard(breaker)
-            if self._members.get(breaker._state_key) is breaker:
-                del self._members[breaker._state_key]
+            if self._members.get(breaker._key) is breaker:
+                del self._members[breaker._key]
 
     def stop(self, only_if_empty: bool = False) -> bool:
         """End the subscription; the next join() starts another. Returns False if it is still needed, and goes on."""
@@ -94,7 +94,7 @@ class BaseSubscription:
             self._warned = False
         elif not self._warned and self.is_needed():  # the first attempt to open it again has failed
             self._warned = True
-            logger.warning("circuit breakers: the subscription is lost: %r", error)
+            logger.warning("circuit breakers: the subscription is lost: %s", str(error) or repr(error))
         return stood
 
     def to_send(self, silent: bool) -> tuple[str, ...]:
@@ -119,9 +119,9 @@ class BaseSubscription:
                 raise
             return  # a refused PING shows that the server is alive: its disk may be full, or an ACL may forbid PING
         if kind in (b"pmessage", "pmessage"):
-            channel = rest[1] if isinstance(rest[1], str) else rest[1].decode(errors="replace")
+            channel = rest[1] if isinstance(rest[1], bytes) else rest[1].encode()
             first = self._members.get(channel)
-            self._hint([one for one in self._others() if one._state_key == channel] + ([first] if first else []))
+            self._hint([one for one in self._others() if one._key == channel] + ([first] if first else []))
         elif kind in (b"psubscribe", "psubscribe"):
             self._unconfirmed -= 1
             self.connected = True
@@ -157,8 +157,12 @@ class Subscription(BaseSubscription):
                 time.sleep(next(pauses))
 
     def _listen(self, connection: Any) -> None:
+        # closes it in the middle of a handshake that does not end
+        giving_up = threading.Timer(2 * PING_EVERY, connection.disconnect)
         try:
+            giving_up.start()
             connection.connect()  # only connect() asks a Sentinel for the master
+            giving_up.cancel()
             self.opened()
             silent = False
             while self.is_needed():
@@ -168,6 +172,7 @@ class Subscription(BaseSubscription):
                 if not silent:
                     self.receive(connection.read_response)
         finally:
+            giving_up.cancel()
             connection.disconnect()
 
 

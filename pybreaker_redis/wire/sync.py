@@ -20,7 +20,7 @@ from redis.exceptions import NoScriptError
 
 from .._clock import NEVER, age
 from .._line import Line
-from .._protocol import Keys, Reply, Request, decode, history_fields
+from .._protocol import Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import PING, Command, packed
 from .options import (
@@ -91,7 +91,7 @@ class Server(BaseServer):
         if self.link.undelivered:
             self._messenger.wake()
 
-    def end(self) -> None:
+    def _at_exit(self) -> None:
         """Report what is gathered, once an exchange that is under way has ended. Raises nothing."""
         ends = monotonic() + self._timeout
         lock = self._refreshing
@@ -119,13 +119,13 @@ class Server(BaseServer):
             if self.link.undelivered:
                 self._messenger.wake()
 
-    def run(self, name: str, keys: Keys, request: Request) -> Reply:
+    def run(self, name: str, key: bytes, request: Request) -> Reply:
         """The reply of the script called name. Raises redis.RedisError or OSError."""
-        return decode(self._one(build.run(name, keys.state.encode(), request)))
+        return decode(self._one(build.run(name, key, request)))
 
-    def history(self, keys: Keys, count: int) -> list[dict[str, Any]]:
+    def history(self, key: bytes, count: int) -> list[dict[str, Any]]:
         """The newest transitions, newest first. Raises redis.RedisError or OSError."""
-        return history_fields(self._one(build.history(keys.state.encode(), count)))
+        return history_fields(self._one(build.history(key, count)))
 
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
         """The replies, in order; that of a failed command, or of one whose cluster node is lost, is the error.

@@ -55,7 +55,7 @@ def client_from_url(url: str, kind: ModuleType = redis, /, **options: Any) -> An
 
     Nothing is connected before the first command. Raises PolicyError for another kind of URL.
     """
-    target = parse(url, options)
+    target = parse(url, **options)
     if target.kind == "cluster":
         _checked(url, lambda: kind.Redis(**target.options))
         return ClusterUrl(target.nodes, target.options)
@@ -76,7 +76,7 @@ def _checked(url: str, make: Callable[[], Any]) -> Any:
     return client
 
 
-def parse(url: str, options: dict[str, Any] | None = None) -> Target:
+def parse(url: str, /, **options: Any) -> Target:
     """Where a URL leads. Raises PolicyError, which never shows a password."""
     parts = urlsplit(url)
     if parts.scheme not in SCHEMES:
@@ -86,8 +86,8 @@ def parse(url: str, options: dict[str, Any] | None = None) -> Target:
     scheme, _, kind = parts.scheme.partition("+")
     try:
         if not kind:
-            return Target("server", [], {**(options or {}), **parse_url(url)})
-        return _parse_many(scheme, kind, parts, options or {})
+            return Target("server", [], {**options, **parse_url(url)})
+        return _parse_many(scheme, kind, parts, options)
     except ValueError as error:
         raise PolicyError(f"redis must be the URL of a server, not {without_password(url)!r}: {error}") from error
 

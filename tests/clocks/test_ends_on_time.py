@@ -292,7 +292,7 @@ def test_a_late_reply_revives_nothing(own_server: EmbeddedServer) -> None:
     breaker.set_policy(enforce=False)
     breaker.call(fine)
     sent = time.monotonic()
-    late = breaker._redis.run("record", breaker.keys, dict(breaker._with_policy))
+    late = breaker._redis.run("record", breaker._key, dict(breaker._with_policy))
     operator.clear_policy()
     wait_until(lambda: breaker.call(fine) and breaker._override is None)
     breaker._adopt_fleet({}, {**late, "source": "redis"}, sent)

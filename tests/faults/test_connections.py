@@ -406,7 +406,9 @@ def test_a_caller_that_gives_up_as_its_turn_comes(target: Restartable, monkeypat
 
 
 @pytest.mark.parametrize("shell", ["sync", "async"])
-def test_no_connection_in_time_is_no_outage_of_the_server(target: Restartable, shell: str) -> None:
+def test_no_connection_in_time_is_no_outage_of_the_server(
+    target: Restartable, shell: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """A breaker for which no connection becomes free goes on without Redis for a moment; the others do not."""
     errors: dict[str, str] = {}
     module: Any = redis if shell == "sync" else redis.asyncio
@@ -435,6 +437,8 @@ def test_no_connection_in_time_is_no_outage_of_the_server(target: Restartable, s
         made.do(all_at_once)
         assert len(errors) == 2
         assert all("all 1 connections that max_connections allows were in use" in text for text in errors.values())
+        assert len(caplog.messages) == 2
+        assert all("no reply from Redis; this process continues on its own: all" in text for text in caplog.messages)
         link = breakers[0]._redis.link
         assert not link._outages
         proxy.fine()

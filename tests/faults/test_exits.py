@@ -435,7 +435,7 @@ def test_calls_by_a_view_that_outlives_a_pause(server: EmbeddedServer, monkeypat
             breaker._redis.refresh()
         for _ in range(5):
             breaker.call(int)
-        breaker._redis.end()
+        breaker._redis._at_exit()
         assert counted(server.url, "pause") == (6, 0)
 
 

@@ -15,7 +15,7 @@ import redis
 from conftest import START_MS, on_frozen_clock, wait_until
 
 from pybreaker_redis import CircuitBreaker, CircuitOpenError, Event, Policy
-from pybreaker_redis._protocol import Keys, decode, encode, history_fields
+from pybreaker_redis._protocol import decode, encode, keys_with
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire.scripts import SCRIPTS
 
@@ -43,11 +43,12 @@ class FrozenRedis:
         self.client, self.link = client, replaced.link
         self.sha1 = {name: client.script_load(on_frozen_clock(name)) for name in SCRIPTS}
 
-    def run(self, name: str, keys: Keys, request: dict[str, Any]) -> dict[str, Any]:
-        return decode(self.client.evalsha(self.sha1[name], 3, *keys, encode(request)))
+    def run(self, name: str, key: bytes, request: dict[str, Any]) -> dict[str, Any]:
+        return decode(self.client.evalsha(self.sha1[name], 3, *keys_with(key.decode()), encode(request)))
 
-    def history(self, keys: Keys, count: int) -> list[dict[str, Any]]:
-        return history_fields(self.client.xrevrange(keys.history, count=count))
+    def history(self, key: bytes, count: int) -> list[dict[str, Any]]:
+        found = self.client.xrevrange(keys_with(key.decode()).history, count=count)
+        return [{name.decode(): value.decode() for name, value in fields.items()} for _, fields in found]
 
     def close(self) -> None:
         """The client is the test's."""

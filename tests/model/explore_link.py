@@ -574,7 +574,7 @@ class Caller(Actor):
     def send_ask(self, ask: Any) -> None:
         assert self.breaker is not None
         failure = self.failure if "failures" in ask.request else None
-        self.send([build.run(ask.name, self.breaker._state_key.encode(), ask.request)], failure)
+        self.send([build.run(ask.name, self.breaker._key, ask.request)], failure)
         assert self.message is not None
         self.message.view = self.breaker._view.seen.sent
 

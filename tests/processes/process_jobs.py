@@ -312,7 +312,7 @@ def made_in_child(url: str, how: str) -> object:
     """A child has breakers of its own, and a meter of its parent's, of the client over which its parent calls."""
     client = redis.Redis.from_url(url)
     breaker, meter = CircuitBreaker("parent", redis=client, lease=0, **FIRM), Meter(redis=client)
-    meter.attach(breaker)
+    meter._attach(breaker)
     breaker.call(fine)
     meter._read_all()
 

@@ -24,6 +24,7 @@ from race_workers import PATIENCE, run_threads
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire import subscription
 
 NOBODY = ("default", "")
 SOON = 6.0  # seconds: for half of them a caller waits for its own connection only
@@ -107,7 +108,7 @@ def test_two_callers_wait_for_one_late_attempt(gate: Gate, server: EmbeddedServe
     breaker.call(int)
     node = breaker._redis._node(None)
     node._timeout = PATIENCE
-    threads = [threading.Thread(target=breaker._redis.history, args=(breaker.keys, 1)) for _ in range(2)]
+    threads = [threading.Thread(target=breaker._redis.history, args=(breaker._key, 1)) for _ in range(2)]
     for thread in threads:
         thread.start()
     wait_until(lambda: len(node._waiting) >= 2)
@@ -159,7 +160,7 @@ def test_a_late_attempt_fails(gate: Gate, server: EmbeddedServer) -> None:
 
     def wait() -> None:
         try:
-            breaker._redis.history(breaker.keys, 1)
+            breaker._redis.history(breaker._key, 1)
         except redis.RedisError as error:
             errors.append(error)
 
@@ -186,30 +187,60 @@ def test_an_attempt_is_given_up(gate: Gate, server: EmbeddedServer) -> None:
     breaker.close()
 
 
-def test_a_server_that_trickles(own_server: EmbeddedServer) -> None:
+class Trickler:
+    """A listener that answers byte by byte, without end. ended: the connections that their clients have closed."""
+
+    def __init__(self) -> None:
+        self.ended: list[int] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self.url = f"redis://127.0.0.1:{self.port}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._trickle, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _trickle(self, end: socket.socket) -> None:
+        stop = threading.Event()
+        with end, contextlib.suppress(OSError):
+            end.sendall(b"$1000000\r\n")
+            while not stop.wait(0.01):
+                end.sendall(b"x")
+        self.ended.append(1)
+
+    def close(self) -> None:
+        """Free the port. Open connections go on."""
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+
+@pytest.fixture
+def trickler() -> Iterator[Trickler]:
+    """It is closed at the end."""
+    started = Trickler()
+    yield started
+    with contextlib.suppress(OSError):  # the test has closed it
+        started.close()
+
+
+def test_a_server_that_trickles(trickler: Trickler) -> None:
     """A listener that answers byte by byte, without end: the call waits once, and each attempt ends."""
-    ended = []
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    breaker = CircuitBreaker("trickled", redis=trickler.url, lease=0, redis_timeout=0.05)
+    wait_until(lambda: breaker.call(int) == 0 and len(trickler.ended) >= 2)
+    breaker.close()
+    wait_until(lambda: len(trickler.ended) >= 3 or late(breaker) is None)
 
-        def trickle(end: socket.socket) -> None:
-            stop = threading.Event()
-            with end, contextlib.suppress(OSError):
-                end.sendall(b"$1000000\r\n")
-                while not stop.wait(0.01):
-                    end.sendall(b"x")
-            ended.append(1)
 
-        def accept() -> None:
-            with contextlib.suppress(OSError):
-                while True:
-                    threading.Thread(target=trickle, args=(listener.accept()[0],), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
-        url = f"redis://127.0.0.1:{listener.getsockname()[1]}"
-        breaker = CircuitBreaker("trickled", redis=url, lease=0, redis_timeout=0.05)
-        wait_until(lambda: breaker.call(int) == 0 and len(ended) >= 2)
-        breaker.close()
-        wait_until(lambda: len(ended) >= 3 or late(breaker) is None)
+def test_a_subscription_of_a_server_that_trickles(trickler: Trickler, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt to open it ends, so that it stands once a server answers in that place."""
+    monkeypatch.setattr(subscription, "PING_EVERY", 0.2)
+    with CircuitBreaker("trickled", redis=trickler.url).watch() as watch:
+        wait_until(lambda: len(trickler.ended) >= 2)
+        trickler.close()
+        with EmbeddedServer(port=trickler.port):
+            wait_until(lambda: watch.active)
 
 
 def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedServer) -> None:
@@ -221,7 +252,7 @@ def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedSer
     node = breaker._redis._node(None)
     pipe = node._take(PATIENCE)
     node._timeout = SOON
-    thread = threading.Thread(target=breaker._redis.history, args=(breaker.keys, 1))
+    thread = threading.Thread(target=breaker._redis.history, args=(breaker._key, 1))
     thread.start()
     wait_until(lambda: node._opening)
     assert gate.asked == 2
@@ -385,7 +416,7 @@ def test_a_late_connection_of_a_loop_is_used_by_the_next_call(server: EmbeddedSe
         assert gate.asked == 1
         node = breaker._redis._node(None)
         node._timeout = PATIENCE
-        waiting = [asyncio.create_task(breaker._redis.history(breaker.keys, 1)) for _ in range(2)]
+        waiting = [asyncio.create_task(breaker._redis.history(breaker._key, 1)) for _ in range(2)]
         await asyncio.sleep(0.05)
         assert gate.asked == 1
         gate.opened.set()
@@ -403,13 +434,13 @@ def test_a_cancelled_caller_leaves_its_attempt_to_the_next(server: EmbeddedServe
     async def main() -> None:
         gate = AsyncGate()
         breaker = async_behind(gate, server, PATIENCE)
-        caller = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        caller = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         while gate.asked == 0:
             await asyncio.sleep(0.005)
         caller.cancel()
         with pytest.raises(asyncio.CancelledError):
             await caller
-        following = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        following = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         await asyncio.sleep(0.05)
         assert gate.asked == 1
         gate.opened.set()
@@ -428,7 +459,7 @@ def test_a_late_attempt_of_a_loop_fails(server: EmbeddedServer) -> None:
         breaker = async_behind(gate, server)
         await breaker.call(fine)
         breaker._redis._node(None)._timeout = 10 * PATIENCE
-        waiting = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         await asyncio.sleep(0.05)
         gate.fails = 1
         gate.opened.set()
@@ -473,7 +504,7 @@ def test_a_task_takes_a_connection_that_becomes_free(server: EmbeddedServer) -> 
         node._timeout = SOON
         gate.opened.clear()
         connection, _ = node._idle.pop()
-        waiting = asyncio.create_task(breaker._redis.history(breaker.keys, 1))
+        waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         while not node._opening:
             await asyncio.sleep(0.005)
         node._put_back(connection)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import gc
 import itertools
@@ -10,7 +11,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -206,6 +207,72 @@ def test_a_breaker_that_is_dropped_during_an_exchange(server: EmbeddedServer, mo
     assert stays._view.seen.sent >= before
     gc.collect()
     assert freed() is None
+
+
+def test_two_loops_learn_of_one_transition(
+    server: EmbeddedServer, client: redis.Redis, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Both read the history for it at the same time: the listeners are notified once, and both exchanges end well."""
+    received: list[str | None] = []
+    breaker = AsyncCircuitBreaker(
+        "news", redis=server.url, listeners=[lambda event: received.append(event.new)], **FIRM
+    )
+    ready, read = threading.Barrier(3), threading.Barrier(2)
+    exchange = breaker._redis.exchange
+
+    async def exchange_at_once(commands: Sequence[Command]) -> list[Any]:
+        replies = await exchange(commands)
+        if commands[0].words[0] == b"XREVRANGE" and not received:
+            await asyncio.to_thread(read.wait, PATIENCE)
+        return replies
+
+    async def fine() -> None:
+        pass
+
+    async def main(watches: bool) -> None:
+        if watches:
+            await breaker.watch()
+        await breaker.call(fine)
+        await asyncio.to_thread(ready.wait, PATIENCE)
+        while not received:
+            breaker._hinted()
+            await asyncio.sleep(0.01)
+        await breaker._redis.refresh()  # until the exchange that is under way has ended
+        await breaker.close()
+
+    with concurrent.futures.ThreadPoolExecutor(2) as loops:
+        running = [loops.submit(asyncio.run, main(watches)) for watches in (True, False)]
+        ready.wait(PATIENCE)
+        monkeypatch.setattr(breaker._redis, "exchange", exchange_at_once)
+        CircuitBreaker("news", redis=client, **FIRM).force_open()
+        for loop in running:
+            loop.result()
+    gc.collect()  # an exchange that fails in the background is told of when its task is collected
+    assert not caplog.records
+    assert received == ["open"]
+
+
+def test_an_exchange_is_wanted_while_its_loop_ends(
+    server: EmbeddedServer, client: redis.Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A message may come between the end of all tasks and the closing of the loop: no task is left behind."""
+    breaker = AsyncCircuitBreaker("last", redis=server.url, **FIRM)
+
+    async def last_message() -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            breaker._hinted()
+
+    async def main() -> None:
+        message = last_message()
+        await anext(message)
+        await breaker._redis.refresh()
+
+    for _ in range(20):  # loops close their generators in any order
+        asyncio.run(main())
+    gc.collect()
+    assert not caplog.records
 
 
 def test_a_caller_that_is_cancelled_while_it_waits(own_server: EmbeddedServer) -> None:

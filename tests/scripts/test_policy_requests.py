@@ -26,7 +26,7 @@ from script_calls import (
     put,
 )
 
-from pybreaker_redis._memory import _DEFAULTS
+from pybreaker_redis._policy import DEFAULT_REQUEST
 from pybreaker_redis.wire.scripts import SCRIPTS
 
 YEAR_MS = 365 * DAY_MS
@@ -83,7 +83,7 @@ def set_policy(client: redis.Redis, override: dict[str, Any], **fields: Any) -> 
 
 def test_every_field_has_limits() -> None:
     """The tests below know every field."""
-    assert {*LIMITS, "enforce"} == set(_DEFAULTS)
+    assert {*LIMITS, "enforce"} == set(DEFAULT_REQUEST)
 
 
 @pytest.mark.parametrize("field", LIMITS)

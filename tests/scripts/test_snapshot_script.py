@@ -9,7 +9,7 @@ import redis
 from conftest import START_MS, lua_machine
 from script_calls import KEYS, POLICY, ask, bring_to, commands, must_refuse, picture, put
 
-from pybreaker_redis._memory import _DEFAULTS
+from pybreaker_redis._policy import DEFAULT_REQUEST
 
 COMMON = {"exists": True, "failure_number": 0, "success_count": 0, "calls": 0, "failures": 0, "slow": 0}
 TOLD = {
@@ -34,7 +34,7 @@ def test_every_state(client: redis.Redis, state: str) -> None:
     times = {} if state == "closed" else {"last_failure_time": START_MS // 1000, "opened_at": START_MS // 1000}
     reply = machine.run("snapshot", POLICY)
     in_force = reply.pop("policy")
-    assert in_force == {**_DEFAULTS, **POLICY}
+    assert in_force == {**DEFAULT_REQUEST, **POLICY}
     reason = {"open": "failure_threshold", "half_open": "timeout"}
     changed = {} if state == "closed" else {"reason": reason[state], "changed_at_ms": machine.now_ms}
     told = {"state": state, **changed, "now_ms": machine.now_ms, "generation": reply["generation"], **COMMON, **times}

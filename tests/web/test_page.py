@@ -1015,7 +1015,7 @@ def test_the_command_asks_a_function_who_it_is(server: EmbeddedServer, client: r
         (["--authorize", "sys:path"], "cannot be called"),
         (["--host", "192.0.2.1"], "cannot be used"),
         (["--allow-host", "ops.example:8443"], "without a port"),
-        (["--allow-host", "a*"], "no host name"),
+        (["--allow-host", "a*"], "not a host name"),
         (["--root-path", "//evil.example"], "must be a path"),
     ],
     ids=str,
