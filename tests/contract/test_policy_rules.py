@@ -1430,11 +1430,11 @@ def test_the_document_of_a_long_healthy_breaker(client: redis.Redis) -> None:
         assert set(json.loads(client.get(keys_of("m").state))) == fields
 
 
-@pytest.mark.parametrize("quorum", [1, 2])
-def test_expiry_with_a_window(client: redis.Redis, quorum: int) -> None:
-    """A document with a window is kept for a window at least, however short its ttl."""
+@pytest.mark.parametrize("rule", [RATE, QUORUM_RATE, QUORUM], ids=["rate", "rate of a quorum", "run of a quorum"])
+def test_expiry_with_a_window(client: redis.Redis, rule: dict[str, Any]) -> None:
+    """A document with a window, or with reporters, is kept for a window at least, however short its ttl."""
     machine = lua_machine(client)
-    policy = {**RATE, "window_ms": 7_200_000, "ttl_ms": 1000, "quorum": quorum}
+    policy = {**rule, "window_ms": 7_200_000, "ttl_ms": 1000}
     generation = begin(machine, policy)
     for counts in ({"failures": 1}, {"successes": 3}, {}):
         machine.run("record", policy, generation=generation, instance="a", **counts)
