@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import contextvars
 import weakref
@@ -13,30 +12,24 @@ from typing import Any, TypeVar
 
 import redis
 
-from .._clock import NEVER
 from .._line import Line
 from .._protocol import NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import sync
 from .commands import PING, Command, packed
+from .connections import BaseConnections, BasePipe
 from .options import (
     ASYNCIO,
     BLOCKING,
     PROOF_AFTER,
     REDIS_ERRORS,
     Address,
-    ConnectsLate,
     can_read,
     connecting,
     connection,
     counterpart,
-    intact,
-    limit_of,
-    lost_meanwhile,
-    none_free,
-    patience_after,
+    error_of_route,
 )
-from .outage import longest_exchange
 from .route import Leg
 from .server import BaseServer
 from .subscription import AsyncSubscription, in_background
@@ -215,192 +208,175 @@ async def carry_out(steps: Generator[Any, Any, T], perform: Callable[[Any], Awai
         return end.value  # type: ignore[no-any-return]
 
 
-class AsyncConnections:
-    """wire.sync.Connections for one event loop."""
+class AsyncPipe(BasePipe):
+    """One of the connections. task: opens it."""
 
-    def __init__(self, pool: Any, timeout: float) -> None:
-        self._pool, self._timeout = pool, timeout
-        self._limit, self._patience = limit_of(pool), timeout / 2
-        self._idle: collections.deque[tuple[Any, float]] = collections.deque()  # with the time of the last use
-        self._slots = asyncio.Semaphore(self._limit)
-        # the one attempt to open a connection whose caller has given up waiting; no other one begins meanwhile
-        self._late: asyncio.Task[Exception | None] | None = None
-        self._opening: collections.deque[asyncio.Future[Any]] = collections.deque()  # of callers that open one
-        self._longest = longest_exchange(timeout)  # seconds after which an attempt is given up
-        self._losses = self._closes = 0
+    task: asyncio.Task[None]
+    _connection: Any = None
+
+    async def open(self, connection: Any) -> None:
+        self._connection = connection
+        await connection.connect()  # only connect() asks a Sentinel for the master
+
+    def give_up(self) -> None:
+        self.task.cancel()
+
+    async def close(self) -> None:
+        if self._connection is not None:
+            await self._connection.disconnect(nowait=True)
+
+    async def works(self, patience: float) -> bool:
+        """Whether it is open. If it was idle for long, the server must answer a PING in time; an error is an answer."""
+        with contextlib.suppress(*REDIS_ERRORS):
+            if not self._connection.is_connected or await can_read(self._connection)():
+                return False
+            if monotonic() - self.used_at > PROOF_AFTER:
+                async with _Deadline(patience):
+                    await self.exchange(PING, 1)
+            return True
+        return False
+
+    async def exchange(self, data: bytes, count: int) -> list[Any]:
+        """Send commands, and read so many replies."""
+        await self._connection.send_packed_command([data], check_health=False)
+        return [await self._read() for _ in range(count)]
+
+    async def _read(self) -> Any:
+        try:  # the caller disconnects: redis-py would fail to if the event loop is closed already
+            return await self._connection.read_response(disconnect_on_error=False)
+        except redis.ResponseError as error:
+            return error
+
+
+class AsyncConnections(BaseConnections[AsyncPipe]):
+    """Connections for one event loop. Each one is opened by a task of its own."""
+
+    _pipe_class = AsyncPipe
 
     async def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
         """The replies, in order; that of a failed command is its error. Raises NotSent if cancelled before sending."""
-        losses, sent = self._losses, asyncio.Event()
+        pipe, sent = None, False
         try:
-            await self._take_slot()
-            try:
-                late = self._late
-                if late is not None and not self._idle and not await _first_of(late, seconds=self._timeout):
-                    raise ConnectsLate(self._timeout)
-                if losses != self._losses:
-                    raise lost_meanwhile()
-                return await self._send(packed(commands, asking), len(commands), asking, sent)
-            finally:
-                self._slots.release()
+            pipe = await self._take(self._timeout)
+            pipe = await self._proven(pipe)
+            async with _Deadline(self._timeout):
+                sent = True
+                replies = await pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1))
         except BaseException as error:
-            ended = isinstance(error, (asyncio.CancelledError, GeneratorExit)) or _is_closed()
-            if sent.is_set() or not ended:
+            is_collected = isinstance(error, GeneratorExit)  # its loop is gone, and so are the sockets
+            if pipe is not None and not is_collected:
+                if sent and isinstance(error, REDIS_ERRORS):
+                    await self._lose(error)
+                await self._drop(pipe)
+            if sent or not (is_collected or isinstance(error, asyncio.CancelledError) or _is_closed()):
                 raise
             raise NotSent from error
-
-    async def _take_slot(self) -> None:
-        """Wait for this call's turn. Raises redis.RedisError if all connections stay in use."""
-        if not self._slots.locked():
-            await self._slots.acquire()
-            return
-        try:
-            async with _Deadline(self._timeout, 2, _busy()):
-                await self._slots.acquire()
-        except redis.TimeoutError:
-            raise none_free(self._limit, self._timeout) from None
-
-    async def _send(self, data: bytes, count: int, asking: bool, sent: asyncio.Event) -> list[Any]:
-        losses, closes = self._losses, self._closes
-        connection, used_at = self._idle.pop() if self._idle else (None, NEVER)
-        try:
-            connection = await self._prepare(connection, used_at)
-            async with _Deadline(self._timeout):
-                sent.set()
-                await connection.send_packed_command([data], check_health=False)
-                replies = []
-                for _ in range(count):
-                    if asking:
-                        await _read(connection)
-                    replies.append(await _read(connection))
-        except GeneratorExit:  # collected while it ran: its loop is gone, and so are the sockets
-            raise
-        except BaseException as error:
-            if isinstance(error, REDIS_ERRORS) and not isinstance(error, ConnectsLate):
-                await self._lose()
-            await _drop(connection)
-            raise
-        if not intact(replies):
-            await self._lose()  # after a failover, idle connections lead to the old master
-        if losses == self._losses and closes == self._closes:
-            self._put_back(connection)
+        if asking:
+            replies = replies[1::2]
+        if (astray := error_of_route(replies)) is not None:
+            await self._lose(astray)  # after a failover, idle connections lead to the old master
+        if pipe.era == self._era:
+            self._put_back(pipe)
         else:
-            await _drop(connection)
+            await self._drop(pipe)
         return replies
-
-    def _put_back(self, connection: Any) -> None:
-        while self._opening:
-            if not (offer := self._opening.popleft()).done():
-                offer.set_result(connection)
-                return
-        self._idle.append((connection, monotonic()))
 
     def connection(self, **options: Any) -> Any:
         return connection(self._pool, ASYNCIO, None, **options)  # each caller has deadlines of its own
 
     async def close(self) -> None:
-        """Close the idle connections now, and each of the others after its exchange. Give up a late attempt."""
-        self._closes += 1
-        await self._close_idle()
-        late, self._late = self._late, None
-        if late is not None and not late.done():
-            late.cancel()
-            await asyncio.wait({late})
+        """Close the idle connections now, and each of the others after its exchange. Give up those that are opening."""
+        self._era += 1
+        opening = self._opening()
+        for pipe in opening:
+            self._give_up(pipe)
+        if opening:
+            await asyncio.wait({pipe.task for pipe in opening})
+        await self._drop(*opening, *self._take_idle())
 
-    async def _lose(self) -> None:
-        """Close the connections, since the server is lost. A late attempt goes on: it may find the server again."""
-        self._losses += 1
-        await self._close_idle()
+    async def _lose(self, error: BaseException) -> None:
+        """Close the connections, since the server is lost. One that is opening may find it again."""
+        self._era += 1
+        idle = self._take_idle()
+        self._tell(error)
+        await self._drop(*idle)
 
-    async def _close_idle(self) -> None:
-        while self._idle:
-            await _drop(self._idle.pop()[0])
+    async def _drop(self, *pipes: AsyncPipe) -> None:
+        """Close connections; others may take their places."""
+        if _is_closed():  # so are their sockets
+            return
+        for pipe in pipes:
+            await pipe.close()
+            self._pipes.pop(pipe, None)
+        self._serve()
 
-    async def _prepare(self, connection: Any, used_at: float) -> Any:
-        """This connection, if it is open, or else a new one. One that was idle for long must prove by a PING that it is
-        usable."""
-        timeout = self._timeout
-        with contextlib.suppress(*REDIS_ERRORS):
-            if connection is not None and connection.is_connected and not await can_read(connection)():
-                if monotonic() - used_at <= PROOF_AFTER or await self._proves(connection):
-                    return connection
-                await self._close_idle()  # the others were idle for longer
-                timeout -= self._patience
-        await _drop(connection)
-        return await self._open(timeout)
+    def _put_back(self, pipe: AsyncPipe) -> None:
+        pipe.used_at = monotonic()
+        self._idle.append(pipe)
+        self._serve()
 
-    # Attempts to open a connection. Each is a task: it has no deadline, and may outlive its caller
-
-    async def _open(self, timeout: float) -> Any:
-        """A new connection or, if that takes long, one that becomes free before.
-
-        Raises redis.TimeoutError if both take longer: the attempt goes on in the background.
-        """
-        connection, closes = self.connection(), self._closes
-        attempt = in_background(self._connect(connection))
-        offer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    async def _take(self, timeout: float) -> AsyncPipe:
+        """A connection for this caller alone. Raises redis.RedisError if it gets none in time."""
+        if not self._waiting and self._idle:
+            return self._idle.pop()
+        turn: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._serve()
         try:
-            if not await _first_of(attempt, seconds=timeout / 2):
-                self._opening.append(offer)
-                if self._idle:
-                    self._put_back(self._idle.pop()[0])
-                if not await _first_of(attempt, offer, seconds=timeout / 2):
-                    raise ConnectsLate(timeout)
-        except BaseException:
-            if not offer.cancel():
-                self._put_back(offer.result())
-            await self._leave(attempt, connection, closes)
+            # to open a connection takes several turns of the loop
+            async with _Deadline(timeout, _TURNS if self._opening() else 2, _busy()):
+                await turn
+        except redis.TimeoutError:
+            if turn.cancelled():  # else it was handed something just then
+                self._leave(turn)
+                raise self._gave_up(timeout) from None
+        except asyncio.CancelledError:
+            self._leave(turn)
             raise
-        if not offer.cancel():
-            await self._leave(attempt, connection, closes)
-            return offer.result()
-        if (error := attempt.result()) is not None:
-            raise error
-        return connection
+        found: AsyncPipe | BaseException = turn.result()
+        if isinstance(found, BaseException):
+            raise found
+        return found
 
-    async def _leave(self, attempt: asyncio.Task[Exception | None], connection: Any, closes: int) -> None:
-        """Let an attempt go on without its caller, unless another one does already."""
-        if attempt.done():
-            await _drop(connection)
-        elif closes != self._closes or self._late is not None:
-            attempt.cancel()
-        else:
-            self._late = attempt
-            attempt.add_done_callback(self._late_ended)
+    def _leave(self, turn: asyncio.Future[Any]) -> None:
+        """Take a caller out of the line. What it was handed just then is for the next one."""
+        with contextlib.suppress(ValueError):
+            self._waiting.remove(turn)
+        if not turn.cancelled() and isinstance(turn.result(), AsyncPipe):
+            self._put_back(turn.result())
 
-    def _late_ended(self, attempt: asyncio.Task[Any]) -> None:
-        if self._late is attempt:
-            self._late = None
+    def _hand(self, turn: asyncio.Future[Any], found: AsyncPipe | BaseException) -> bool:
+        if turn.done():
+            return False
+        turn.set_result(found)
+        return True
 
-    async def _connect(self, connection: Any) -> Exception | None:
-        """Open a connection. Returns why it failed. If its caller has left, the next one takes it."""
-        began = monotonic()
+    async def _proven(self, pipe: AsyncPipe) -> AsyncPipe:
+        """This connection, if it still leads to the server, or else another one."""
+        deadline = monotonic() + self._timeout
+        if await pipe.works(self._patience):
+            return pipe
+        await self._drop(pipe, *self._take_idle())  # the others were idle for longer
+        return await self._take(deadline - monotonic())
+
+    def _begin(self, pipe: AsyncPipe) -> None:
+        pipe.task = in_background(self._open(pipe))
+
+    async def _open(self, pipe: AsyncPipe) -> None:
         try:
             with connecting():
-                async with asyncio.timeout(self._longest):
-                    await connection.connect()  # only connect() asks a Sentinel for the master
+                await pipe.open(self.connection())
         except GeneratorExit:  # collected while it ran: its loop is gone, and so are the sockets
             raise
         except BaseException as error:
-            await _drop(connection)
+            if pipe.opens and isinstance(error, Exception):
+                await self._lose(error)
+            await self._drop(pipe)
             if not isinstance(error, Exception):
                 raise
-            if self._late is asyncio.current_task():
-                await self._lose()
-            return error
-        self._patience = patience_after(monotonic() - began, self._timeout)
-        if self._late is asyncio.current_task():
-            self._put_back(connection)
-        return None
-
-    async def _proves(self, connection: Any) -> bool:
-        """Whether the server answers a PING on this connection in time. An error is an answer, too."""
-        with contextlib.suppress(*REDIS_ERRORS):
-            async with _Deadline(self._patience):
-                await connection.send_packed_command([PING], check_health=False)
-                await _read(connection)
-                return True
-        return False
+            return
+        if not self._opened(pipe):
+            await self._drop(pipe)
 
 
 def forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any]) -> None:
@@ -409,26 +385,6 @@ def forget_ended(by_loop: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, A
         loop = reference()
         if loop is not None and loop.is_closed():
             by_loop.pop(loop, None)
-
-
-async def _read(connection: Any) -> Any:
-    try:  # the caller disconnects: redis-py would fail to if the event loop is closed already
-        return await connection.read_response(disconnect_on_error=False)
-    except redis.ResponseError as error:
-        return error
-
-
-async def _first_of(*awaited: asyncio.Future[Any], seconds: float) -> bool:
-    """Wait until one of these has ended. seconds: at most. Returns whether one has."""
-    with contextlib.suppress(redis.TimeoutError):
-        async with _Deadline(seconds):
-            await asyncio.wait(awaited, return_when=asyncio.FIRST_COMPLETED)
-    return any(one.done() for one in awaited)
-
-
-async def _drop(connection: Any) -> None:
-    if connection is not None and not _is_closed():  # else its socket is closed already
-        await connection.disconnect(nowait=True)
 
 
 def _is_closed() -> bool:

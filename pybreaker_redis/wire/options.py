@@ -95,10 +95,10 @@ def _is_fake(given: Any) -> bool:
     return any(one.__module__.partition(".")[0] in ("fakeredis", "unittest", "mock") for one in classes)
 
 
-def intact(replies: list[Any]) -> bool:
-    """Whether a connection that gave these replies is as good as before. A refusal is no fault of the connection."""
-    errors = [reply for reply in replies if isinstance(reply, Exception)]
-    return not any(isinstance(error, _ASTRAY) or _ASTRAY_TEXTS.search(str(error)) for error in errors)
+def error_of_route(replies: list[Any]) -> Exception | None:
+    """The first error that shows a connection to be worse than before. A refusal is no fault of the connection."""
+    errors = (reply for reply in replies if isinstance(reply, Exception))
+    return next((error for error in errors if isinstance(error, _ASTRAY) or _ASTRAY_TEXTS.search(str(error))), None)
 
 
 def is_cluster(client: Any) -> bool:
@@ -137,16 +137,9 @@ def none_free(limit: int, timeout: float) -> redis.RedisError:
     return redis.RedisError(f"all {limit} connections that max_connections allows were in use for {timeout:g} s")
 
 
-class ConnectsLate(redis.TimeoutError):
-    """A caller waits no longer for a new connection. This says nothing about those that are open."""
-
-    def __init__(self, timeout: float) -> None:
-        super().__init__(f"connecting takes longer than {timeout:g} s, and goes on in the background")
-
-
-def lost_meanwhile() -> redis.ConnectionError:
-    """The error of a caller that waited for a connection; else each would time out on the dead server in turn."""
-    return redis.ConnectionError("another call lost the server while this one waited for a connection")
+def connects_late(timeout: float) -> redis.TimeoutError:
+    """The error of a caller that waits no longer for a new connection. It says nothing about those that are open."""
+    return redis.TimeoutError(f"connecting takes longer than {timeout:g} s, and goes on in the background")
 
 
 def connection_options(given: dict[str, Any], timeout: float | None) -> dict[str, Any]:

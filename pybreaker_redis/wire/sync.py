@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import functools
 import logging
 import queue
 import select
@@ -18,28 +16,22 @@ from typing import Any
 import redis
 from redis.exceptions import NoScriptError
 
-from .._clock import NEVER, age
 from .._line import Line
 from .._protocol import Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import PING, Command, packed
+from .connections import BaseConnections, BasePipe
 from .options import (
     BLOCKING,
     NO_REPLY,
     PROOF_AFTER,
     REDIS_ERRORS,
     Address,
-    ConnectsLate,
     connecting,
     connection,
-    intact,
-    limit_of,
-    lost_meanwhile,
-    none_free,
-    patience_after,
+    error_of_route,
     socket_of,
 )
-from .outage import longest_exchange
 from .route import Leg
 from .server import BaseServer, carry_out
 from .subscription import Subscription
@@ -249,304 +241,15 @@ class Worker:
                 logger.exception("the work of the thread %s failed", self._name)
 
 
-class Connections:
-    """The connections to the target of a pool: a server, a socket, a Sentinel's master or a node.
+class Pipe(BasePipe):
+    """Reads and writes its socket directly, since redis-py's layers take a third of the time of a script call."""
 
-    There are never more than the pool allows. A caller waits for its turn while all of them are in use, or while a late
-    attempt to open one goes on.
-    """
-
-    def __init__(self, pool: Any, timeout: float) -> None:
-        self._pool, self._limit = pool, limit_of(pool)
-        self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
-        self._patience = self._timeout / 2  # seconds for the answer to a PING: later, as long as connecting took
-        self._longest = longest_exchange(timeout)  # seconds after which a late attempt is given up
-        self._idle: collections.deque[Pipe] = collections.deque()
-        # in use or idle; weak, since a signal handler's exception may let a thread lose one at any point
-        self._pipes: weakref.WeakSet[Pipe] = weakref.WeakSet()
-        self._adding = threading.RLock()
-        self._waiting: collections.deque[queue.SimpleQueue[Pipe]] = collections.deque()
-        self._opening: collections.deque[Attempt] = collections.deque()  # slow: their callers take another, too
-        self._late: Attempt | None = None  # the one attempt whose caller has given up waiting
-        self._losses = self._closes = 0
-
-    def send(self, commands: Sequence[Command], asking: bool = False, left: float | None = None) -> list[Any]:
-        """The replies, in order; that of a failed command is its error. left: seconds, if fewer than usual."""
-        losses, closes = self._losses, self._closes
-        timeout = self._timeout if left is None else left
-        pipe = self._take(timeout)
-        if losses != self._losses:
-            self._drop(pipe)
-            raise lost_meanwhile()
-        try:
-            if monotonic() - pipe.used_at > PROOF_AFTER or pipe.readable(0):
-                pipe = self._prepare(pipe, timeout)
-            if left is not None:
-                pipe.settimeout(left)
-            replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), timeout)
-        except BaseException as error:
-            if isinstance(error, REDIS_ERRORS) and not isinstance(error, ConnectsLate):
-                self._lose()
-            self._drop(pipe)
-            raise
-        if asking:
-            replies = replies[1::2]
-        if not intact(replies):
-            self._lose()  # after a failover, idle connections lead to the old master
-        if losses == self._losses and closes == self._closes:
-            self._idle.append(pipe)
-            if self._waiting or self._opening:
-                self._hand_over()
-        else:
-            self._drop(pipe)
-        return replies
-
-    def connection(self, **options: Any) -> Any:
-        return connection(self._pool, BLOCKING, self._timeout, **options)
-
-    def close(self) -> None:
-        """Close the idle connections now, and each of the others after its exchange. Give up a late attempt."""
-        self._closes += 1
-        self._close_idle()
-        with self._adding:
-            self._give_up_late()
-
-    def after_fork(self) -> None:
-        """In a child: close its copy of a late attempt's socket. A thread of the parent may hold the locks."""
-        if self._late is not None:
-            self._late.give_up()
-
-    def _lose(self) -> None:
-        """Close the connections, since the server is lost. A late attempt goes on: it may find the server again."""
-        self._losses += 1
-        self._close_idle()
-
-    def _close_idle(self) -> None:
-        with contextlib.suppress(IndexError):  # several threads may pop at once
-            while True:
-                self._drop(self._idle.pop())
-
-    def _prepare(self, pipe: Pipe, timeout: float) -> Pipe:
-        """This connection, if it is open and a PING proves that it still leads to the server, or else another one."""
-        if pipe.is_open() and not pipe.readable(0):
-            patience = min(self._patience, timeout / 2)
-            if pipe.proves(patience):
-                return pipe
-            self._close_idle()  # the others were idle for longer
-            timeout -= patience
-        pipe.close()
-        return self._open(pipe, timeout)
-
-    def _open(self, pipe: Pipe, timeout: float) -> Pipe:
-        """Open a connection. Returns it or, if that takes long, one that becomes free before.
-
-        Raises redis.TimeoutError if both take longer: the attempt goes on in the background.
-        """
-        attempt, goes_on = Attempt(self.connection(), self._closes), False
-        try:
-            attempt.begin(self._adding, self._came_late)
-            attempt.wait(timeout / 2)
-            if not attempt.has_ended:
-                self._opening.append(attempt)
-                self._hand_over()
-                attempt.wait(timeout / 2)
-            goes_on = True
-        finally:
-            with self._adding:
-                with contextlib.suppress(ValueError):  # it ended soon, or was offered another one
-                    self._opening.remove(attempt)
-                if not attempt.has_ended:
-                    self._leave(attempt, goes_on)
-        if attempt.offered is not None:
-            if attempt.has_ended and attempt.place is None:  # both at once
-                attempt.give_up()
-            self._drop(pipe)
-            return attempt.offered
-        if attempt.place is not None:
-            raise ConnectsLate(timeout)
-        if attempt.error is not None:
-            raise attempt.error
-        self._use(attempt, pipe)
-        return pipe
-
-    def _use(self, attempt: Attempt, pipe: Pipe) -> None:
-        self._patience = patience_after(attempt.took, self._timeout)
-        pipe.open(attempt.connection, self._timeout)
-
-    # Late attempts
-
-    def _leave(self, attempt: Attempt, goes_on: bool) -> None:
-        """Let an attempt go on without its caller, unless another one does already. It keeps a place meanwhile.
-
-        goes_on: False if an exception has interrupted the caller: then the attempt may never have begun.
-        """
-        attempt.place = Pipe()
-        self._pipes.add(attempt.place)
-        if goes_on and self._late is None and attempt.closes == self._closes:
-            self._late = attempt
-        else:
-            attempt.give_up()
-
-    def _give_up_late(self) -> None:
-        if self._late is not None:
-            self._late.give_up()
-            self._late = None
-
-    def _came_late(self, attempt: Attempt, place: Pipe) -> None:
-        """An attempt has ended after its caller had left it. The next caller takes its connection."""
-        with self._adding:
-            is_wanted = self._late is attempt
-            if is_wanted:
-                self._late = None
-            if is_wanted and attempt.error is None:
-                self._use(attempt, place)
-                self._idle.append(place)
-                self._hand_over()
-                return
-        if is_wanted:
-            self._lose()
-        attempt.give_up()
-        self._drop(place)
-
-    # Turns
-
-    def _take(self, timeout: float) -> Pipe:
-        """A connection for this caller alone; a new one is not open yet. Raises redis.RedisError if all are in use."""
-        if timeout <= 0:
-            raise redis.TimeoutError("no time is left")
-        if not self._waiting and (pipe := self._free()) is not None:
-            return pipe
-        turn: queue.SimpleQueue[Pipe] = queue.SimpleQueue()
-        self._waiting.append(turn)
-        try:
-            self._hand_over()
-            return turn.get(timeout=timeout)
-        except queue.Empty:
-            try:
-                self._waiting.remove(turn)
-            except ValueError:  # another thread has taken it from the line, and hands it a connection now
-                with contextlib.suppress(queue.Empty):
-                    return turn.get(timeout=timeout)
-            error = none_free(self._limit, timeout) if self._late is None else ConnectsLate(timeout)
-            raise error from None
-        finally:
-            with contextlib.suppress(ValueError):
-                self._waiting.remove(turn)
-
-    def _hand_over(self) -> None:
-        """Give free connections to the callers that have waited longest.
-
-        Call this after adding a caller or a connection, so that no caller waits while a connection is free.
-        """
-        while self._waiting and (pipe := self._free()) is not None:
-            try:
-                self._waiting.popleft().put(pipe)
-            except IndexError:  # the last one has given up
-                if pipe.is_open():
-                    self._idle.append(pipe)
-                else:  # no caller could use it as it is
-                    self._pipes.discard(pipe)
-        with self._adding, contextlib.suppress(IndexError):  # another thread may take the last one
-            while self._opening and self._idle:
-                pipe = self._idle.pop()
-                self._opening.popleft().offer(pipe)
-
-    def _free(self) -> Pipe | None:
-        try:
-            return self._idle.pop()
-        except IndexError:
-            pass
-        with self._adding:
-            if self._late is not None:
-                if age(self._late.began, monotonic()) < self._longest:
-                    return None
-                self._give_up_late()
-            pipe = Pipe()
-            self._pipes.add(pipe)
-            if len(self._pipes) <= self._limit:
-                return pipe
-            self._pipes.discard(pipe)
-            return None
-
-    def _drop(self, pipe: Pipe) -> None:
-        """Close a connection; another one may take its place."""
-        pipe.close()
-        self._pipes.discard(pipe)
-        if self._waiting:
-            self._hand_over()
-
-
-class Attempt:
-    """The opening of a connection, in a thread of its own. It has no deadline: it may have to wait for a name server,
-    for a credential provider, and for each of several addresses and replies.
-
-    connection: not yet open; only connect() asks a Sentinel for the master. closes: the calls of close() so far.
-    place: among the connections, if its caller has left it. offered: another connection that has become free meanwhile.
-    Once it has ended: error: why it failed. took: seconds.
-    """
-
-    def __init__(self, connection: Any, closes: int) -> None:
-        self.connection, self.closes, self.began = connection, closes, monotonic()
-        self.place: Pipe | None = None
-        self.offered: Pipe | None = None
-        self.error: BaseException | None = None
-        self.has_ended = False
-        self._ends: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def begin(self, lock: threading.RLock, came_late: Callable[[Attempt, Pipe], None]) -> None:
-        """Begin it. If no thread can start, the caller waits for the end of it.
-
-        lock: held while it ends. came_late: called in the thread if the caller has left it.
-        """
-        target = functools.partial(self._run, lock, came_late)
-        try:
-            threading.Thread(target=target, name="pybreaker_redis-connect", daemon=True).start()
-        except RuntimeError:  # the interpreter exits, or a limit is reached
-            target()
-
-    def _run(self, lock: threading.RLock, came_late: Callable[[Attempt, Pipe], None]) -> None:
-        try:
-            with connecting():
-                self.connection.connect()
-        except BaseException as error:
-            self.error = error
-        self.took = monotonic() - self.began
-        with lock:
-            self.has_ended = True
-        self._ends.put(None)
-        if self.place is not None:
-            came_late(self, self.place)
-
-    def wait(self, seconds: float) -> None:
-        """Wait until it has ended or is not needed any more, or for so many seconds."""
-        with contextlib.suppress(queue.Empty):
-            self._ends.get(timeout=seconds)
-
-    def offer(self, pipe: Pipe) -> None:
-        """Let its caller take another connection."""
-        self.offered = pipe
-        self._ends.put(None)
-
-    def give_up(self) -> None:
-        """Close its connection. What it waits for may go on for a while: then its thread does so, too."""
-        with contextlib.suppress(Exception):
-            self.connection.disconnect()
-
-
-class Pipe:
-    """One of the connections, once it is open.
-
-    Reads and writes its socket directly, since redis-py's layers take a third of the time of a script call.
-    used_at: when it was last used.
-    """
-
-    def __init__(self) -> None:
-        self._connection: Any = None
-        self.used_at = NEVER
+    _connection: Any = None
 
     def open(self, connection: Any, timeout: float) -> None:
-        """Take over an open connection. timeout: seconds for each read."""
-        self._connection, self.used_at = connection, monotonic()
+        """Open it. timeout: seconds for each read."""
+        self._connection = connection
+        connection.connect()  # only connect() asks a Sentinel for the master
         self._socket, self._reader = socket_of(connection)
         self.settimeout = self._socket.settimeout
         self.settimeout(timeout)
@@ -557,12 +260,12 @@ class Pipe:
             poll.register(self._socket, select.POLLIN)
             self.readable = poll.poll
 
-    def is_open(self) -> bool:
-        return self._connection is not None
-
     def close(self) -> None:
         if self._connection is not None:
-            self._connection.disconnect()
+            with contextlib.suppress(Exception):
+                self._connection.disconnect()
+
+    give_up = close
 
     def proves(self, seconds: float) -> bool:
         """Whether the server answers on this connection within these seconds. An error is an answer, too."""
@@ -593,3 +296,129 @@ class Pipe:
             raise redis.ConnectionError(f"{len(replies)} replies to {count} commands")
         self.used_at = monotonic()
         return replies
+
+
+class Connections(BaseConnections[Pipe]):
+    """Blocking connections. Each one is opened in a thread of its own."""
+
+    _pipe_class = Pipe
+
+    def __init__(self, pool: Any, timeout: float) -> None:
+        super().__init__(pool, timeout)
+        self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
+
+    def send(self, commands: Sequence[Command], asking: bool = False, left: float | None = None) -> list[Any]:
+        """The replies, in order; that of a failed command is its error. left: seconds, if fewer than usual."""
+        timeout = self._timeout if left is None else left
+        pipe = self._take(timeout)
+        if monotonic() - pipe.used_at > PROOF_AFTER or pipe.readable(0):
+            pipe = self._proven(pipe, timeout)
+        try:
+            if left is not None:
+                pipe.settimeout(left)
+            replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), timeout)
+        except BaseException as error:
+            if isinstance(error, REDIS_ERRORS):
+                self._lose(error)
+            self._drop(pipe)
+            raise
+        if asking:
+            replies = replies[1::2]
+        if (astray := error_of_route(replies)) is not None:
+            self._lose(astray)  # after a failover, idle connections lead to the old master
+        if pipe.era == self._era:
+            self._idle.append(pipe)
+            self._serve()
+        else:
+            self._drop(pipe)
+        return replies
+
+    def connection(self, **options: Any) -> Any:
+        return connection(self._pool, BLOCKING, self._timeout, **options)
+
+    def close(self) -> None:
+        """Close the idle connections now, and each of the others after its exchange. Give up those that are opening."""
+        self._era += 1
+        for pipe in self._opening():
+            self._give_up(pipe)
+        self._drop(*self._take_idle())
+
+    def after_fork(self) -> None:
+        """In a child: close its copies of sockets that are opening. A thread of the parent may hold the locks."""
+        for pipe in self._opening():
+            pipe.close()
+
+    def _lose(self, error: BaseException) -> None:
+        """Close the connections, since the server is lost. One that is opening may find it again."""
+        self._era += 1
+        idle = self._take_idle()
+        self._tell(error)
+        self._drop(*idle)
+
+    def _drop(self, *pipes: Pipe) -> None:
+        """Close connections; others may take their places."""
+        for pipe in pipes:
+            pipe.close()
+            self._pipes.pop(pipe, None)
+        self._serve()
+
+    def _take(self, timeout: float) -> Pipe:
+        """A connection for this caller alone. Raises redis.RedisError if it gets none in time."""
+        if timeout <= 0:
+            raise redis.TimeoutError("no time is left")
+        if not self._waiting:
+            try:
+                return self._idle.pop()
+            except IndexError:
+                pass
+        turn: queue.SimpleQueue[Pipe | BaseException] = queue.SimpleQueue()
+        self._waiting.append(turn)
+        try:
+            self._serve()
+            found = turn.get(timeout=timeout)
+        except BaseException as error:
+            with self._lock, contextlib.suppress(ValueError):
+                self._waiting.remove(turn)
+            if not isinstance(error, queue.Empty):
+                raise
+            if turn.empty():
+                raise self._gave_up(timeout) from None
+            found = turn.get_nowait()  # handed over just then
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _hand(self, turn: queue.SimpleQueue[Pipe | BaseException], found: Pipe | BaseException) -> bool:
+        turn.put(found)
+        return True
+
+    def _proven(self, pipe: Pipe, timeout: float) -> Pipe:
+        """This connection, if a PING proves that it still leads to the server, or else another one."""
+        deadline, works = monotonic() + timeout, False
+        try:
+            works = not pipe.readable(0) and pipe.proves(min(self._patience, timeout / 2))
+        finally:
+            if not works:
+                self._drop(pipe)
+        if works:
+            return pipe
+        self._drop(*self._take_idle())  # they were idle for longer
+        return self._take(deadline - monotonic())
+
+    def _begin(self, pipe: Pipe) -> None:
+        try:
+            threading.Thread(target=self._open, args=(pipe,), name="pybreaker_redis-connect", daemon=True).start()
+        except RuntimeError:  # no thread can start: the interpreter exits, or a limit is reached
+            self._open(pipe)
+
+    def _open(self, pipe: Pipe) -> None:
+        try:
+            with connecting():
+                pipe.open(self.connection(), self._timeout)
+        except BaseException as error:
+            if pipe.opens:
+                self._lose(error)
+            self._drop(pipe)
+            return
+        if not self._opened(pipe):
+            self._drop(pipe)

@@ -400,7 +400,7 @@ def test_a_caller_that_gives_up_as_its_turn_comes(target: Restartable, monkeypat
         thread.start()
         wait_until(lambda: bool(connections._waiting))
         connections._idle.append(pipe)
-        connections._hand_over()
+        connections._serve()
         thread.join(30)
         assert taken == [pipe]
 

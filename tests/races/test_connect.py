@@ -6,7 +6,6 @@ A credential provider is the gate: a connection is open once the test lets it pa
 from __future__ import annotations
 
 import asyncio
-import collections
 import contextlib
 import signal
 import socket
@@ -27,7 +26,6 @@ from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire import subscription
 
 NOBODY = ("default", "")
-SOON = 6.0  # seconds: for half of them a caller waits for its own connection only
 
 
 class Gate(redis.CredentialProvider):
@@ -84,8 +82,9 @@ def is_back(breaker: CircuitBreaker) -> bool:
     return breaker.snapshot().source == "redis"
 
 
-def late(breaker: CircuitBreaker) -> Any:
-    return breaker._redis._node(None)._late
+def opening(breaker: CircuitBreaker) -> list[Any]:
+    """The connections that are being opened."""
+    return breaker._redis._node(None)._opening()
 
 
 def test_a_late_connection_is_used_by_the_next_call(gate: Gate, server: EmbeddedServer) -> None:
@@ -96,14 +95,14 @@ def test_a_late_connection_is_used_by_the_next_call(gate: Gate, server: Embedded
         assert breaker.snapshot().source == "local"
     assert gate.asked == 1
     gate.opened.set()
-    wait_until(lambda: late(breaker) is None)
+    wait_until(lambda: not opening(breaker))
     wait_until(lambda: is_back(breaker))
     assert gate.asked == 1
     breaker.close()
 
 
-def test_two_callers_wait_for_one_late_attempt(gate: Gate, server: EmbeddedServer) -> None:
-    """Both get a connection once it is open; until then there is no other attempt."""
+def test_callers_that_wait_for_a_late_attempt(gate: Gate, server: EmbeddedServer) -> None:
+    """Of two callers one waits for the attempt that is late, the other for another one; both get a connection."""
     breaker = behind(gate, server)
     breaker.call(int)
     node = breaker._redis._node(None)
@@ -111,12 +110,12 @@ def test_two_callers_wait_for_one_late_attempt(gate: Gate, server: EmbeddedServe
     threads = [threading.Thread(target=breaker._redis.history, args=(breaker._key, 1)) for _ in range(2)]
     for thread in threads:
         thread.start()
-    wait_until(lambda: len(node._waiting) >= 2)
-    assert gate.asked == 1
+    wait_until(lambda: len(node._waiting) >= 2 and gate.asked == 2)
     gate.opened.set()
     for thread in threads:
         thread.join(PATIENCE)
         assert not thread.is_alive()
+    assert gate.asked == 2
     breaker.close()
 
 
@@ -151,9 +150,24 @@ def test_close_gives_up_a_late_attempt(gate: Gate, server: EmbeddedServer, clien
     assert connections(client) == before
 
 
+def test_a_caller_that_waits_during_close(gate: Gate, server: EmbeddedServer) -> None:
+    """close() gives up the attempt for which a caller waits: another one begins, and the caller gets its connection."""
+    breaker = behind(gate, server, redis_timeout=PATIENCE)
+    thread = threading.Thread(target=breaker.call, args=(int,))
+    thread.start()
+    wait_until(lambda: gate.asked == 1)
+    breaker._redis.close()
+    wait_until(lambda: gate.asked == 2)
+    gate.opened.set()
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+    assert breaker.snapshot().source == "redis"
+    breaker.close()
+
+
 def test_a_late_attempt_fails(gate: Gate, server: EmbeddedServer) -> None:
-    """Who waits for it gets an error at once, not when redis_timeout is over; the next attempt is another one."""
-    breaker = behind(gate, server)
+    """All that wait for it get its error at once, not when redis_timeout is over; the next attempt is another one."""
+    breaker = behind(gate, server, max_connections=1)
     breaker.call(int)
     node, errors = breaker._redis._node(None), list[BaseException]()
     node._timeout = 10 * PATIENCE
@@ -161,16 +175,18 @@ def test_a_late_attempt_fails(gate: Gate, server: EmbeddedServer) -> None:
     def wait() -> None:
         try:
             breaker._redis.history(breaker._key, 1)
-        except redis.RedisError as error:
+        except (redis.RedisError, OSError) as error:
             errors.append(error)
 
-    thread = threading.Thread(target=wait)
-    thread.start()
-    wait_until(lambda: bool(node._waiting))
+    threads = [threading.Thread(target=wait) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: len(node._waiting) >= 2)
     gate.fails = 1
     gate.opened.set()
-    thread.join(PATIENCE)
-    assert [type(error) for error in errors] == [redis.ConnectionError]
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert [str(error) for error in errors] == ["no credentials"] * 2
     wait_until(lambda: is_back(breaker))
     assert gate.asked >= 2
     breaker.close()
@@ -180,10 +196,9 @@ def test_an_attempt_is_given_up(gate: Gate, server: EmbeddedServer) -> None:
     """One that takes longer than any exchange may is given up, and the next one is begun."""
     breaker = behind(gate, server, redis_timeout=0.02)
     breaker.call(int)
-    first = late(breaker)
-    assert first is not None
+    [first] = opening(breaker)
     wait_until(lambda: breaker.call(int) == 0 and gate.asked > 1)
-    assert first.connection._sock is None
+    assert first._connection._sock is None
     breaker.close()
 
 
@@ -230,7 +245,7 @@ def test_a_server_that_trickles(trickler: Trickler) -> None:
     breaker = CircuitBreaker("trickled", redis=trickler.url, lease=0, redis_timeout=0.05)
     wait_until(lambda: breaker.call(int) == 0 and len(trickler.ended) >= 2)
     breaker.close()
-    wait_until(lambda: len(trickler.ended) >= 3 or late(breaker) is None)
+    wait_until(lambda: len(trickler.ended) >= 3 or not opening(breaker))
 
 
 def test_a_subscription_of_a_server_that_trickles(trickler: Trickler, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -251,44 +266,17 @@ def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedSer
     gate.opened.clear()
     node = breaker._redis._node(None)
     pipe = node._take(PATIENCE)
-    node._timeout = SOON
     thread = threading.Thread(target=breaker._redis.history, args=(breaker._key, 1))
     thread.start()
-    wait_until(lambda: node._opening)
-    assert gate.asked == 2
+    wait_until(lambda: gate.asked == 2)
     node._idle.append(pipe)
-    node._hand_over()
+    node._serve()
     thread.join(PATIENCE)
     assert not thread.is_alive()
     assert not gate.opened.is_set()
     gate.opened.set()
-    wait_until(lambda: late(breaker) is None)
+    wait_until(lambda: not opening(breaker))
     assert len(node._idle) == 2
-    breaker.close()
-
-
-def test_a_place_that_its_caller_gave_up_is_offered_to_nobody(gate: Gate, server: EmbeddedServer) -> None:
-    """A caller leaves the line just when a place for a new connection is handed to it: the place is not open yet."""
-    breaker = behind(gate, server, SOON)
-    node = breaker._redis._node(None)
-
-    class Leaving(collections.deque[Any]):
-        """A line whose last caller leaves before it is handed anything."""
-
-        def popleft(self) -> Any:
-            self.clear()
-            return super().popleft()
-
-    opening = threading.Thread(target=breaker.call, args=(int,))
-    opening.start()
-    wait_until(lambda: node._opening)
-    node._waiting = Leaving([object()])
-    node._hand_over()
-    assert len(node._pipes) == 1
-    gate.opened.set()
-    opening.join(PATIENCE)
-    assert not opening.is_alive()
-    assert breaker.snapshot().source == "redis"
     breaker.close()
 
 
@@ -297,7 +285,7 @@ class Interrupted(BaseException):
 
 
 def test_an_exception_in_the_wait(gate: Gate, server: EmbeddedServer, client: redis.Redis) -> None:
-    """A signal handler raises while its thread waits for a connection: the attempt is given up, nothing stays open."""
+    """A signal handler raises while its thread waits for a connection: the next caller takes that connection."""
 
     def interrupt(*_: object) -> None:
         raise Interrupted
@@ -317,10 +305,11 @@ def test_an_exception_in_the_wait(gate: Gate, server: EmbeddedServer, client: re
     finally:
         sender.join()
         signal.signal(signal.SIGUSR1, usual)
-    wait_until(lambda: connections(client) == before)
     gate.opened.set()
     assert is_back(breaker)
+    assert gate.asked == 1
     breaker.close()
+    wait_until(lambda: connections(client) == before)
 
 
 def test_no_thread_can_start(gate: Gate, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +348,7 @@ client = redis.Redis(unix_socket_path=sys.argv[1], credential_provider=Gate(), m
 breaker = CircuitBreaker("forks late", redis=client, lease=0)
 breaker.call(int)
 assert breaker.snapshot().source == "local"
-number = breaker._redis._node(None)._late.connection._sock.fileno()
+number = breaker._redis._node(None)._opening()[0]._connection._sock.fileno()
 child = os.fork()
 if child == 0:
     try:
@@ -417,8 +406,8 @@ def test_a_late_connection_of_a_loop_is_used_by_the_next_call(server: EmbeddedSe
         node = breaker._redis._node(None)
         node._timeout = PATIENCE
         waiting = [asyncio.create_task(breaker._redis.history(breaker._key, 1)) for _ in range(2)]
-        await asyncio.sleep(0.05)
-        assert gate.asked == 1
+        while gate.asked < 2:  # the late attempt, and another one for the second task
+            await asyncio.sleep(0.005)
         gate.opened.set()
         await asyncio.gather(*waiting)
         await until(lambda: async_is_back(breaker))
@@ -501,13 +490,12 @@ def test_a_task_takes_a_connection_that_becomes_free(server: EmbeddedServer) -> 
         breaker = async_behind(gate, server, PATIENCE)
         await breaker.call(fine)
         node = breaker._redis._node(None)
-        node._timeout = SOON
         gate.opened.clear()
-        connection, _ = node._idle.pop()
+        pipe = node._idle.pop()
         waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
-        while not node._opening:
+        while gate.asked < 2:
             await asyncio.sleep(0.005)
-        node._put_back(connection)
+        node._put_back(pipe)
         await asyncio.wait_for(waiting, PATIENCE)
         gate.opened.set()
         await breaker.close()
