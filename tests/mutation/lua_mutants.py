@@ -196,8 +196,8 @@ class Worker:
         return "killed"
 
     def _test(self, session: pytest.Session, changed: str | None) -> None:
-        """Runs the tests up to the first that fails, and ends this process."""
-        rank = {nodeid: place for place, nodeid in enumerate(self._killers, 1)}
+        """Runs the tests of what is changed, or all, up to the first that fails, and ends this process."""
+        rank = {nodeid: number for number, nodeid in enumerate(self._killers, 1)}
         items = sorted(session.items, key=lambda item: ("fuzz" in item.nodeid, -rank.get(item.nodeid, 0)))
         if changed:
             items = [item for item in items if changed in (self._ran[item.nodeid] or [changed])]
@@ -268,7 +268,8 @@ def main() -> int:
         print(*(described(mutant) for mutant in tried), f"{len(tried)} mutants", sep="\n")
         return 0
     try_all(tried, options.workers, "not memory" if options.long else QUICK)
-    now = {mutant: verdicts()[mutant] for mutant in map(described, everything)}
+    after = verdicts()
+    now = {mutant: after[mutant] for mutant in map(described, everything)}
     left = [mutant for mutant, result in now.items() if result == "survived"]
     REPORT.with_suffix(".txt").write_text("\n".join(left) + "\n", encoding="utf-8")
     counts = collections.Counter(now.values())
