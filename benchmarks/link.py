@@ -190,6 +190,19 @@ def strict(quick: bool) -> Rows:
     yield Row("strict call / its two scripts, bare socket", "<= 1.4", measured, found["ratio"] <= 1.4, found)
 
 
+def path(quick: bool) -> Rows:
+    """What a reader follows from the link's thread to the socket and back."""
+    with EmbeddedServer() as server:
+        found = fleet.functions_of_a_refresh(server)
+    yield Row(
+        "functions entered by a refresh of one breaker",
+        "<= 30",
+        f"{len(found)}",
+        len(found) <= 30,
+        {"functions": found},
+    )
+
+
 SECTIONS: dict[str, Callable[[bool], Rows]] = {
     "one-bad": one_bad,
     "old-rate": old_rate,
@@ -203,6 +216,7 @@ SECTIONS: dict[str, Callable[[bool], Rows]] = {
     "trip": trip,
     "writes": writes,
     "strict": strict,
+    "path": path,
 }
 
 

@@ -12,6 +12,7 @@ import codecs
 import contextlib
 import dataclasses
 import inspect
+import itertools
 import logging
 import math
 import multiprocessing
@@ -24,6 +25,7 @@ import socket
 import statistics
 import threading
 import time
+import types
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -941,6 +943,35 @@ def writes_refused(server: EmbeddedServer, how: str) -> dict[str, Any]:
 
 
 # The strict call ----------------------------------------------------------------------------------
+
+
+def functions_of_a_refresh(server: EmbeddedServer, *, seconds: float = 1.0) -> list[str]:
+    """The functions of the package that the link's thread enters, in order, to refresh one healthy breaker.
+
+    Each once, without comprehensions. Of many refreshes, the one that enters the median number.
+    """
+    entered: list[str] = []
+
+    def profile(frame: types.FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        ours = "/pybreaker_redis/" in code.co_filename and not code.co_name.startswith("<")
+        if event == "call" and ours and threading.current_thread().name == f"{THREADS}-link":
+            entered.append(code.co_qualname)
+
+    threading.setprofile(profile)
+    try:
+        breaker, end = CircuitBreaker("one", redis=server.url, redis_timeout=SLOW_MACHINE), time.monotonic() + seconds
+        while time.monotonic() < end:
+            breaker.call(fine)
+            time.sleep(0.01)
+        breaker.close()
+    finally:
+        threading.setprofile(None)
+    starts = [place for place, name in enumerate(entered) if name == "Server._refresh"]
+    parts = [entered[start:end] for start, end in itertools.pairwise([*starts, len(entered)])]
+    # after the exchange, the thread looks when to make the next one
+    refreshes = [dict.fromkeys(part[: part.index("Link.pause")]) for part in parts if "Line.read" in part]
+    return list(sorted(refreshes, key=len)[len(refreshes) // 2])
 
 
 def strict_call(server: EmbeddedServer, *, rounds: int = 15, calls: int = 200) -> dict[str, Any]:

@@ -248,7 +248,7 @@ class BreakerCore:
         view, now = self._view, self._now()
         if self._override is not None and self._override_left() <= 0:
             self._end_override()
-        if view.seen.age() >= view.lease and self._must_wait(began, now, refreshed):
+        if age(view.seen.sent, monotonic()) >= view.lease and self._must_wait(began, now, refreshed):
             return Verdict.WAIT
         seen, now = view.seen, self._now()
         verdict = Verdict.ASK if view.lease <= 0 else seen.verdict(now)
@@ -285,7 +285,7 @@ class BreakerCore:
             return began - seen.sent >= 2 * lease and age(began, now) < link.timeout
         if seen.verdict(now) is Verdict.ASK and not self._asking:
             return False
-        return seen.age() >= 2 * lease + (link.timeout if link.is_busy() else 0.0)
+        return age(seen.sent, monotonic()) >= 2 * lease + (link.timeout if link.is_busy() else 0.0)
 
     def _ask(self) -> Steps[BasePermit]:
         """Ask for a permit. Raises CircuitOpenError."""

@@ -126,14 +126,15 @@ class Line:
         rejects = seen.state != "closed" and seen.left(seen.retry_at + IDLE, now) > 0
         unused = min(age(self.used_at, monotonic()), age(seen.counter.grown_at, monotonic()))
         quiet = unused > IDLE and not rejects and not hinted
-        idle = quiet and seen.age() >= view.lease  # until then calls rely on the view, unseen by the link
+        read_for = age(seen.sent, monotonic())
+        idle = quiet and read_for >= view.lease  # until then calls rely on the view, unseen by the link
         must_renew = self._renewed_at > NEVER and age(self._renewed_at, monotonic()) >= self._renew_after
         if idle:  # it may be one of many tenants
             self._known = None
         reports: list[Request] = []
         if is_due or must_renew or (idle and keeps_window):
             reports = self._take(must_renew, as_it_ends=True)
-        stale = wanted and not quiet and seen.age() >= view.lease / 2
+        stale = wanted and not quiet and read_for >= view.lease / 2
         if stale and seen.sent == NEVER and self.used_at > NEVER:  # the first call creates the document
             return Due([*reports, self.refresh_request()], False, idle)
         return Due(reports, hinted or stale, idle)

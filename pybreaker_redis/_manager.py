@@ -12,7 +12,7 @@ from typing import Any, Generic, ParamSpec, Self, TypeAlias, TypedDict, TypeVar,
 
 from ._async import AsyncCircuitBreaker, AsyncWatch
 from ._classify import Classification, Exceptions, RetryAfter
-from ._clock import Clock
+from ._clock import Clock, age
 from ._config import Config
 from ._core import BreakerCore, check_clock
 from ._errors import ConfigError, PolicyError
@@ -295,7 +295,7 @@ def _config_from(source: Source | None) -> Config:
 def _fresh_state(breaker: BreakerCore) -> Steps[State]:
     """The state: from the view while that is fresh, else from Redis."""
     seen, now = breaker._view.seen, monotonic()
-    if seen.age() < breaker._view.lease and seen.verdict(now) is not Verdict.ASK:
+    if age(seen.sent, now) < breaker._view.lease and seen.verdict(now) is not Verdict.ASK:
         return seen.state
     snapshot = yield from breaker._snapshot()
     return breaker._isolation.state if snapshot.isolated else snapshot.state

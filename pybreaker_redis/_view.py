@@ -161,10 +161,6 @@ class Seen:
             return Verdict.ADMIT
         return Verdict.REJECT if self.left(self.retry_at, now) > 0 else Verdict.ASK
 
-    def age(self) -> float:
-        """Seconds since it was asked for."""
-        return age(self.sent, monotonic())
-
     def left(self, end: float, now: float) -> float:
         """Seconds until an end that this reply named; 0 once it is over."""
         return max(end - now, 0.0) if self.began <= now else 0.0

@@ -18,7 +18,7 @@ from .._process import renew, renew_at_forks
 from .._protocol import Snapshot, State, decode, snapshot_from
 from .._view import View
 from ..wire import commands
-from ..wire.options import BLOCKING, REDIS_ERRORS, client_of, error_kind
+from ..wire.options import BLOCKING, client_of, error_kind
 from ..wire.sync import Server
 
 CallOutcome: TypeAlias = Literal["success", "slow", "failure", "ignored", "rejected"]
@@ -145,12 +145,8 @@ class Meter(Instrument):
         asked = [place for place, snapshot in enumerate(found) if snapshot is None]
         if self._server is None or not asked:
             return found
-        try:
-            requests = [commands.run("snapshot", breakers[place]._key, breakers[place]._with_policy) for place in asked]
-            replies = self._server.exchange(requests)
-        except REDIS_ERRORS as error:
-            self._count_error(error)
-            return found
+        requests = [commands.run("snapshot", breakers[place]._key, breakers[place]._with_policy) for place in asked]
+        replies = self._server.exchange(requests)
         for lost in {reply for reply in replies if isinstance(reply, Exception)}:  # one for each lost node
             self._count_error(lost)
         for place, reply in zip(asked, replies, strict=True):

@@ -128,10 +128,7 @@ class AsyncServer(BaseServer):
         return reply
 
     async def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies, in order; that of a failed command, or of one whose cluster node is lost, is the error.
-
-        Raises redis.RedisError or OSError when the server is lost.
-        """
+        """The replies, in order; that of a failed command, or of one whose server is lost, is the error."""
         return await carry_out(self._exchange(commands), self._send)
 
     async def _send(self, leg: Leg) -> list[Any]:
@@ -313,7 +310,8 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
     def _put_back(self, pipe: AsyncPipe) -> None:
         pipe.used_at = monotonic()
         self._idle.append(pipe)
-        self._serve()
+        if self._waiting:
+            self._serve()
 
     async def _take(self, timeout: float) -> AsyncPipe:
         """A connection for this caller alone. Raises redis.RedisError if it gets none in time."""

@@ -63,8 +63,6 @@ class BaseConnections(Generic[P]):
 
         Call this after adding a caller or a connection, or closing one.
         """
-        if not self._waiting:  # the usual case
-            return
         with self._lock, contextlib.suppress(IndexError):  # a caller may take the last one without the lock
             while self._waiting:
                 pipe = self._idle.pop()

@@ -38,7 +38,7 @@ READ_AT_ONCE = 250  # breakers in one MGET
 BURST, BURST_TIME = 10, 0.1  # exchanges in the background, within so many seconds
 logger = logging.getLogger("pybreaker_redis")
 
-# Yields commands. Is sent their replies (a failed command's is its error), or is thrown the error of a lost server.
+# Yields commands. Is sent their replies; that of a failed command, or of one whose server is lost, is the error.
 Pipelines: TypeAlias = Generator[Sequence[Command], list[Any], Any]
 
 
@@ -267,20 +267,13 @@ class Link:
         """Send reports and reads. Returns their replies."""
         calls = [build.run("record", line.key, request) for line, request in reports]
         try:
-            replies = yield from self._send([*calls, *reads])
+            replies = yield [*calls, *reads]
         except NotSent:
             for line, request in reports:
                 line.give_back(request)
             raise
         self._reporting.difference_update(line for line, _ in reports)
         return replies
-
-    def _send(self, commands: Sequence[Command]) -> Pipelines:
-        """The replies; the error of a lost server in place of each reply that is missing."""
-        try:
-            return (yield commands)
-        except REDIS_ERRORS as error:
-            return [error] * len(commands)
 
     def _receive(self, line: Line, request: Request, reply: Any, sent: float, texts: Texts | None = None) -> None:
         error = reply if isinstance(reply, Exception) else None
@@ -308,14 +301,14 @@ class Link:
         self._collect(lines)
         sent, requests = monotonic(), [line.refresh_request() for line, _ in undecided]
         calls = [build.run("record", line.key, request) for (line, _), request in zip(undecided, requests, strict=True)]
-        replies = yield from self._send(calls)
+        replies = yield calls
         for (line, texts), request, reply in zip(undecided, requests, replies, strict=True):
             self._receive(line, request, reply, sent, texts)
 
     def _announce(self, lines: list[Line], news: list[Line]) -> Pipelines:
         """Read the history, and notify listeners of transitions by other instances."""
         self._collect(lines)
-        replies = yield from self._send([build.history(line.key, 10) for line in news])
+        replies = yield [build.history(line.key, 10) for line in news]
         for line, reply in zip(news, replies, strict=True):
             if not isinstance(reply, REDIS_ERRORS):  # else the next exchange asks again
                 line.announce(history_fields(reply))
@@ -369,7 +362,7 @@ class Link:
         node = self._node_of(lines[0])
         for line in [*lines[first:], *lines[:first]]:
             sent = monotonic()
-            (reply,) = yield from self._send([build.run("record", line.key, line.refresh_request(proves=True))])
+            (reply,) = yield [build.run("record", line.key, line.refresh_request(proves=True))]
             error = reply if isinstance(reply, Exception) else None
             line.notices.script_ran("record", monotonic() - sent, error)
             if error is None:

@@ -17,7 +17,10 @@ from .options import REDIS_ERRORS, Address, known_nodes, remap_of
 
 MOST_REDIRECTIONS = 5
 # errors of a node that does not serve the slot now: another node may know which one does
-_NOT_SERVING = (OSError, redis.ConnectionError, redis.TimeoutError, ClusterError, ReadOnlyError)
+_NOT_SERVING = (
+    *(OSError, redis.ConnectionError, redis.TimeoutError, redis.InvalidResponse),
+    *(ClusterError, ReadOnlyError),
+)
 _SLOTS = Command(b"", (b"CLUSTER", b"SLOTS"))
 
 
@@ -33,19 +36,22 @@ class Leg(NamedTuple):
 
 
 # Yields legs. Is sent their replies (a failed command's is its error), or is thrown the error of a lost connection.
-# Returns the replies to all commands.
+# Returns the replies to all commands; those of a lost connection are its error, since it may have executed them.
 Exchange: TypeAlias = Generator[Leg, list[Any], list[Any]]
 
 
 def to_one_server(commands: Sequence[Command], address: Address | None = None, asking: bool = False) -> Exchange:
     """The exchange with one node. A script that it does not know is loaded by its first call."""
-    replies = yield Leg(address, commands, asking)
-    missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-    if missing:
-        first = {commands[place].script: place for place in reversed(missing)}
-        again = [commands[place].loading() if place in first.values() else commands[place] for place in missing]
-        for place, reply in zip(missing, (yield Leg(address, again, asking)), strict=True):
-            replies[place] = reply
+    try:
+        replies = yield Leg(address, commands, asking)
+        missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if missing:
+            first = {commands[place].script: place for place in reversed(missing)}
+            again = [commands[place].loading() if place in first.values() else commands[place] for place in missing]
+            for place, reply in zip(missing, (yield Leg(address, again, asking)), strict=True):
+                replies[place] = reply
+    except REDIS_ERRORS as error:
+        return [error] * len(commands)
     return replies
 
 
@@ -74,13 +80,7 @@ class Routes:
                 legs.setdefault((address, asking), []).append(place)
             waiting = []
             for (address, asking), places in legs.items():
-                try:
-                    found = yield from to_one_server([commands[place] for place in places], address, asking)
-                except BaseException as error:
-                    self._lost(address)
-                    if not isinstance(error, REDIS_ERRORS):
-                        raise
-                    found = [error] * len(places)  # they may have been executed
+                found = yield from to_one_server([commands[place] for place in places], address, asking)
                 for place, reply in zip(places, found, strict=True):
                     replies[place] = reply
                     self._homes[key_slot(commands[place].key)] = address

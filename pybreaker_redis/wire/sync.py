@@ -120,10 +120,7 @@ class Server(BaseServer):
         return history_fields(self._one(build.history(key, count)))
 
     def exchange(self, commands: Sequence[Command]) -> list[Any]:
-        """The replies, in order; that of a failed command, or of one whose cluster node is lost, is the error.
-
-        Raises redis.RedisError or OSError when the server is lost.
-        """
+        """The replies, in order; that of a failed command, or of one whose server is lost, is the error."""
         return carry_out(self._exchange(commands), self._send)
 
     def masters(self) -> list[Connections]:
@@ -328,7 +325,8 @@ class Connections(BaseConnections[Pipe]):
             self._lose(astray)  # after a failover, idle connections lead to the old master
         if pipe.era == self._era:
             self._idle.append(pipe)
-            self._serve()
+            if self._waiting:
+                self._serve()
         else:
             self._drop(pipe)
         return replies

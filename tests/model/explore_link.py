@@ -389,13 +389,13 @@ class Actor:
     def begin_exchange(self) -> None:
         self.process.holder = self
         self.process.exchange = self.process.link.exchange()
-        self.advance_exchange(None, None)
+        self.advance_exchange(None)
 
-    def advance_exchange(self, replies: Any, error: BaseException | None) -> None:
+    def advance_exchange(self, replies: Any) -> None:
         process = self.process
         assert process.exchange is not None
         try:
-            step = process.exchange.send(replies) if error is None else process.exchange.throw(error)
+            step = process.exchange.send(replies)
         except StopIteration:
             process.exchange = process.holder = None
             process.refreshes += 1
@@ -409,8 +409,9 @@ class Actor:
         raise NotImplementedError
 
     def received(self, replies: Any, error: BaseException | None) -> None:
-        self.message = None
-        self.advance_exchange(replies, error)
+        message, self.message = self.message, None
+        assert message is not None
+        self.advance_exchange(replies if error is None else [error] * len(message.commands))  # as the server does
 
 
 class Worker(Actor):
@@ -600,9 +601,9 @@ class Caller(Actor):
         self.consult(refreshed=True)
 
     def received(self, replies: Any, error: BaseException | None) -> None:
-        message, self.message = self.message, None
         if self.holds():
-            return self.advance_exchange(replies, error)
+            return super().received(replies, error)
+        message, self.message = self.message, None
         assert message is not None
         if error is None and isinstance(replies[0], Exception):
             error = replies[0]
