@@ -81,7 +81,7 @@ test-docs: $(VENV)/docs.stamp $(VENV)/webtests.stamp ## build the documentation,
 soak: $(VENV)/dev.stamp ## random faults for ten minutes; another time: make soak SECONDS=3600
 	@$(BIN)/python tests/faults/soak.py $(SECONDS) $(ARGS)
 
-mutants: $(VENV)/mutation.stamp ## change the state machine in 2700 places, and count what the tests miss (an hour)
+mutants: $(VENV)/mutation.stamp ## change the state machine in 4400 places, and count what the tests miss (hours)
 	@$(BIN)/python tests/mutation/python_mutants.py
 	@$(BIN)/python tests/mutation/lua_mutants.py $(ARGS)
 
@@ -89,7 +89,7 @@ lint: $(VENV)/integrations.stamp $(VENV)/webtests.stamp bundles ## check style, 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict $(TYPED)
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --project pyproject.toml
 	$(BIN)/python tests/check_lua.py
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows .github/workflows/*.yml
 	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-issue-forms \
