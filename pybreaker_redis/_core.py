@@ -45,7 +45,7 @@ class BreakerCore:
     """
 
     __slots__ = (
-        *("_name", "_host", "_policy", "corrupt_documents", "_key", "_prefix", "_classifier", "_notices"),
+        *("_name", "_host", "_policy", "_corrupt_documents", "_key", "_prefix", "_classifier", "_notices"),
         *("_fallback", "_record_errors", "_every_result_succeeds", "_only_counts", "_client", "_redis", "_now"),
         *("_innermost", "_permit", "_view", "_slow_calls", "_override", "_override_end", "_obeyed", "_isolation"),
         *("_warned", "_warned_of_window", "_watch", "_memory", "_line", "_pid", "_instance", "_given"),
