@@ -48,24 +48,21 @@ class SlowCalls:
 
     def any_overdue(self) -> bool:
         """Whether a running call has become slow since overdue() was called."""
-        limit = self._view.policy.slow_call_duration
-        oldest = None if limit is None else self._oldest()
-        return limit is not None and oldest is not None and age(oldest.started, self._view.now()) >= limit
+        return self._oldest_overdue() is not None
 
     def overdue(self) -> list[BasePermit]:
         """Take the running calls that have become slow. Each is returned once, to one caller."""
         found: list[BasePermit] = []
-        limit = self._view.policy.slow_call_duration
-        while limit is not None and (permit := self._oldest()) is not None:
-            if age(permit.started, self._view.now()) < limit:
-                break
+        while (permit := self._oldest_overdue()) is not None:
             permit._pending_since = self._view.now()
             if self._running.pop(permit, permit) is None:
                 found.append(permit)
         return found
 
-    def _oldest(self) -> BasePermit | None:
-        while self._running:
+    def _oldest_overdue(self) -> BasePermit | None:
+        limit = self._view.policy.slow_call_duration
+        while limit is not None and self._running:
             with contextlib.suppress(StopIteration, RuntimeError):  # another thread removed one just now
-                return next(iter(self._running))
+                oldest = next(iter(self._running))
+                return oldest if age(oldest.started, self._view.now()) >= limit else None
         return None
