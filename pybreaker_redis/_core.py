@@ -268,12 +268,12 @@ class BreakerCore:
         """Refresh a view whose lease is over. Returns whether the call must wait for the refresh."""
         lease = self._view.lease
         self._notices.used()
-        if self._own_engine() is not None:
+        if (engine := self._own_engine()) is not None:
             if self._line is not None and self._redis.link.must_wait_for_retry(self._line) and not refreshed:
                 return True
             if lease > 0:
                 for report in self._reports():
-                    self._run_here("record", report)
+                    self._run_on(engine, "record", report)
             return False
         if self._watch is not None:
             self._watch._join()
@@ -393,9 +393,10 @@ class BreakerCore:
 
     def _send(self, reports: list[Request]) -> Steps[None] | None:
         """Report outcomes. Returns the steps, or None if the engine of this process has counted them."""
-        for place, report in enumerate(reports):
-            if self._run_here("record", report) is None:
-                return self._send_to_redis(reports[place:])
+        if (engine := self._own_engine()) is None:
+            return self._send_to_redis(reports)
+        for report in reports:
+            self._run_on(engine, "record", report)
         return None
 
     def _send_to_redis(self, reports: list[Request]) -> Steps[None]:
@@ -475,9 +476,10 @@ class BreakerCore:
 
     def _run(self, name: str, request: Request) -> Steps[Reply]:
         """Call a script. Its reply becomes the view, and its transition an event."""
-        if (reply := self._run_here(name, request)) is not None:
-            return reply
+        if (engine := self._own_engine()) is not None:
+            return self._run_on(engine, name, request)
         sent = monotonic()
+        reply: Reply | None = None
         try:
             if name == "acquire" and self._isolation.is_open():
                 fleet = yield from self._ask_redis("record", self._with_policy)
@@ -495,12 +497,8 @@ class BreakerCore:
         self._adopt(reply, sent)
         return reply
 
-    def _run_here(self, name: str, request: Request) -> Reply | None:
-        """Let the engine of this process run a script, as a plain call. Returns None while Redis decides."""
-        engine = self._own_engine()
-        return None if engine is None else self._run_on(engine, name, request)
-
     def _run_on(self, engine: Engine, name: str, request: Request) -> Reply:
+        """Let an engine of this process run a script."""
         sent, complete = self._now(), {**self._with_policy, **request}
         complete.pop("seen_failure", None)  # the number is the fleet's; in this engine, all outcomes come in order
         reply = engine.run(name, complete)
