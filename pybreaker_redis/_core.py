@@ -576,7 +576,6 @@ class BreakerCore:
     def _put_in_force(self, override: dict[str, Any] | None) -> None:
         self._override = override
         self._view.policy = self._policy._with_override(override)
-        self._isolation.obey(override)
 
     def _override_left(self) -> float:
         """Seconds until the policy override ends; infinite if it was given no end."""
