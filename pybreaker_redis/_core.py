@@ -48,7 +48,7 @@ class BreakerCore:
         *("_name", "_host", "_policy", "_corrupt_documents", "_key", "_prefix", "_classifier", "_notices"),
         *("_fallback", "_record_errors", "_every_result_succeeds", "_only_counts", "_client", "_redis", "_now"),
         *("_innermost", "_permit", "_view", "_slow_calls", "_override", "_override_end", "_obeyed", "_isolation"),
-        *("_warned", "_warned_of_window", "_watch", "_memory", "_line", "_pid", "_instance", "_given"),
+        *("_warned", "_warned_of_window", "_watch", "_memory", "_line", "_pid", "_given"),
         *("_judges_successes", "_asking", "_asked_for_at", "_shares", "__weakref__"),
     )
 
@@ -133,8 +133,8 @@ class BreakerCore:
     def _start_process(self) -> None:
         # The random digits tell apart the breakers of one process, and containers that share host name and process id,
         # so that each knows its own transitions. A script takes 200 characters.
-        self._instance = f"{self._host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
-        self._notices.start_process(self._instance, self._view.lock)
+        instance = f"{self._host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
+        self._notices.start_process(instance, self._view.lock)
         self._given, self._judges_successes = shared_request(self._policy)
         self._warned_of_window = False
         self._asking: tuple[object, ...] = ()  # one token for each call that asks for a permit now
@@ -202,7 +202,7 @@ class BreakerCore:
     def instance(self) -> str:
         """The name of this process in the history and in events: `host:pid-` and eight random hex digits."""
         self._check_process()
-        return self._instance
+        return self._notices.instance
 
     @property
     def state(self) -> str:  # no Literal: a type checker would take it for constant between two assertions
@@ -465,7 +465,8 @@ class BreakerCore:
     @property
     def _with_policy(self) -> Request:
         """The policy and the instance, as a request."""
-        return {"instance": self._instance, "policy": self._given} if self._given else {"instance": self._instance}
+        instance = self._notices.instance
+        return {"instance": instance, "policy": self._given} if self._given else {"instance": instance}
 
     def _complete(self, name: str, request: Request) -> Request:
         """Add the policy and the instance. A report of only successes omits them, unless a field matters to it:
