@@ -81,7 +81,7 @@ test-docs: $(VENV)/docs.stamp $(VENV)/webtests.stamp ## build the documentation,
 soak: $(VENV)/dev.stamp ## random faults for ten minutes; another time: make soak SECONDS=3600
 	@$(BIN)/python tests/faults/soak.py $(SECONDS) $(ARGS)
 
-mutants: $(VENV)/mutation.stamp ## change the state machine in 2700 places, and count what the tests miss (an hour)
+mutants: $(VENV)/mutation.stamp ## change the state machine in 4400 places, and count what the tests miss (hours)
 	@$(BIN)/python tests/mutation/python_mutants.py
 	@$(BIN)/python tests/mutation/lua_mutants.py $(ARGS)
 

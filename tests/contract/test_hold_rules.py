@@ -46,11 +46,13 @@ def test_a_held_call_is_neither_success_nor_failure(machine: Machine) -> None:
     assert hold(machine, policy, generation, 7000, instance="b:1")["transition"]["failure_count"] == 2
 
 
+@pytest.mark.parametrize("failures", [0, 1])
 @pytest.mark.parametrize("hold_ms", [0, 1])
-def test_the_shortest_hold(machine: Machine, hold_ms: int) -> None:
-    """0 is no hold, and a report of nothing else counts for nothing; 1 ms is one."""
-    reply = hold(machine, POLICY, begin(machine, POLICY), hold_ms)
-    assert (reply["applied"], reply["state"]) == ((False, "closed"), (True, "open"))[hold_ms]
+def test_the_shortest_hold(machine: Machine, hold_ms: int, failures: int) -> None:
+    """0 is no hold, and a report of nothing else counts for nothing; 1 ms is one, with a failure or without."""
+    reply = hold(machine, POLICY, begin(machine, POLICY), hold_ms, failures=failures)
+    assert (reply["applied"], reply["failure_count"]) == (hold_ms + failures > 0, failures)
+    assert reply["state"] == ("closed", "open")[hold_ms]
 
 
 @pytest.mark.parametrize(("hold_ms", "lasts"), [(4999, 4999), (5000, 5000), (5001, 5000), (10**13, 5000)])
@@ -143,16 +145,20 @@ def test_a_report_that_trips_and_holds(machine: Machine) -> None:
     assert machine.run("snapshot", POLICY)["trips"] == 1
 
 
+@pytest.mark.parametrize("failures", [0, 1])
 @pytest.mark.parametrize(("hold_ms", "lasts"), [(1, 2000), (2000, 2000), (2001, 2001), (9000, 9000)])
-def test_a_held_probe(machine: Machine, hold_ms: int, lasts: int) -> None:
-    """It is a failed probe: it opens for the longer of the two times, counts as a trip, and other probes extend it."""
+def test_a_held_probe(machine: Machine, hold_ms: int, lasts: int, failures: int) -> None:
+    """It is a failed probe, whatever its call was: it opens for the longer of the two times, and counts as a trip.
+
+    Other probes extend it.
+    """
     policy = {**BACKOFF, "half_open_max_calls": 2, "probe_failure_threshold": 5}
     first = half_open(machine, policy)
     second = machine.run("acquire", policy)
-    reply = hold(machine, policy, first["generation"], hold_ms, probe=first["probe"], failures=1)
+    reply = hold(machine, policy, first["generation"], hold_ms, probe=first["probe"], failures=failures)
     assert (reply["state"], reply["retry_after_ms"], reply["transition"]["reason"]) == ("open", lasts, "held")
     assert machine.run("snapshot", policy)["trips"] == 2
-    reply = hold(machine, policy, second["generation"], lasts + 5, probe=second["probe"], failures=1)
+    reply = hold(machine, policy, second["generation"], lasts + 5, probe=second["probe"], failures=failures)
     assert (reply["applied"], reply["retry_after_ms"], reply.get("transition")) == (True, lasts + 5, None)
 
 

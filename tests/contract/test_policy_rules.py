@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pybreaker_redis._protocol import keys_of
 
+DAY_MS = 86_400_000
 NEVER = 10**9  # a failure_threshold that no test reaches
 PLAIN = {"failure_threshold": 3, "reset_timeout_ms": 1000, "probe_timeout_ms": 400}
 RATE = {"failure_threshold": NEVER, "error_rate_threshold": 0.5, "minimum_calls": 4, "window_ms": 1000}
@@ -63,16 +64,18 @@ def recover(machine: Machine, policy: dict[str, Any]) -> dict[str, Any]:
 # Failures in the window
 
 
-def test_failures_in_the_window(machine: Machine) -> None:
+@pytest.mark.parametrize("limit", [1, 3])
+def test_failures_in_the_window(machine: Machine, limit: int) -> None:
     """It trips at the n-th failure within the window, whatever succeeded in between, of however few calls."""
-    begin(machine, COUNT)
-    for _ in range(2):
-        assert report(machine, COUNT, failures=1)["state"] == "closed"
-        assert report(machine, COUNT, successes=50)["failure_count"] == 0
+    policy = {**COUNT, "failures_in_window": limit}
+    begin(machine, policy)
+    for _ in range(limit - 1):
+        assert report(machine, policy, failures=1)["state"] == "closed"
+        assert report(machine, policy, successes=50)["failure_count"] == 0
         machine.advance(300)
-    reply = report(machine, COUNT, failures=1)
+    reply = report(machine, policy, failures=1)
     assert (reply["state"], reply["transition"]["reason"]) == ("open", "failures_in_window")
-    assert (reply["transition"]["failures"], reply["transition"]["calls"]) == (3, 103)
+    assert (reply["transition"]["failures"], reply["transition"]["calls"]) == (limit, limit + 50 * (limit - 1))
 
 
 def test_failures_that_have_left_the_window(machine: Machine) -> None:
@@ -282,6 +285,16 @@ def test_a_window_outlasts_its_rule(machine: Machine) -> None:
     assert sums(machine, PLAIN)[0] == 0
 
 
+def test_the_shortest_window(machine: Machine) -> None:
+    """Ten milliseconds are ten buckets of one, to the last of them."""
+    policy = {**RATE, "window_ms": 10, "quorum": 2}
+    begin(machine, policy)
+    report(machine, policy, failures=2, instance="a")
+    for wait, counts in ((0, (2, 2, 0)), (9, (2, 2, 0)), (1, (0, 0, 0))):
+        machine.advance(wait)
+        assert sums(machine, policy) == counts
+
+
 def test_a_window_that_is_no_multiple_of_ten(machine: Machine) -> None:
     """A bucket is a whole tenth of the window, rounded down."""
     policy = {**RATE, "window_ms": 1009}
@@ -308,7 +321,7 @@ def test_window_is_the_last_ten_buckets(machine: Machine, steps: list[tuple[int,
         assert sums(machine, RATE)[:2] == (len(recent) + sum(recent), sum(recent))
 
 
-@pytest.mark.parametrize("gap", [1000, 1001, 1999, 86_400_000])
+@pytest.mark.parametrize("gap", [1000, 1001, 1999, DAY_MS])
 def test_idle_gap(machine: Machine, gap: int) -> None:
     """Idle for a window or longer leaves nothing behind: the next failure is one of one."""
     begin(machine, RATE)
@@ -442,6 +455,15 @@ def test_any_client_judges_the_longest_window(machine: Machine) -> None:
     machine.advance(50_000)
     reply = report(machine, {**minute, "window_ms": 1_000}, failures=1, host="b")
     assert (reply["state"], reply["transition"]["calls"]) == ("open", 20)
+
+
+@pytest.mark.parametrize("counts", [{"successes": 1, "slow": 1}, {"failures": 1}, {"failures": 1, "slow": 1}])
+def test_a_single_call_keeps_the_longer_window(machine: Machine, counts: dict[str, int]) -> None:
+    """Whatever a call was, a client that asks for a shorter window leaves it where it is."""
+    minute = {**SLOW, "window_ms": 60_000}
+    begin(machine, minute)
+    report(machine, minute, **counts)
+    assert report(machine, SLOW, successes=1)["window_ms"] == 60_000
 
 
 def test_a_longer_window_ends_when_nobody_asks_for_it(machine: Machine) -> None:
@@ -656,7 +678,7 @@ def open_times(machine: Machine, policy: dict[str, Any], count: int) -> list[int
         ({"max_reset_timeout_ms": 1}, [1000, 1000, 1000]),
         ({"backoff_multiplier": 1, "max_reset_timeout_ms": 5000}, [1000, 1000, 1000]),
         ({"backoff_multiplier": 1.5}, [1000, 1500, 2250, 3375, 5062]),
-        ({"backoff_multiplier": 1000, "reset_timeout_ms": 10**6}, [10**6, 10**9, 30 * 86_400_000]),
+        ({"backoff_multiplier": 1000, "reset_timeout_ms": 10**6}, [10**6, 10**9, 30 * DAY_MS]),
     ],
 )
 def test_open_times(machine: Machine, fields: dict[str, Any], times: list[int]) -> None:
@@ -674,6 +696,17 @@ def test_a_row_of_trips_ends_with_health(machine: Machine, healthy: int, trips: 
     assert machine.run("snapshot", BACKOFF)["trips"] == trips - 1
     assert open_ms(machine, BACKOFF) == 1000 * trips
     assert machine.run("snapshot", BACKOFF)["trips"] == trips
+
+
+def test_a_row_of_trips_ends_after_thirty_days(machine: Machine) -> None:
+    """No open period is longer, so that is as much health as any row of trips asks for, to the millisecond."""
+    slow, days = {**BACKOFF, "reset_timeout_ms": 20 * DAY_MS}, 30 * DAY_MS
+    open_ms(machine, slow)
+    recover(machine, slow)
+    machine.advance(days - 1)
+    assert machine.run("snapshot", slow)["trips"] == 1
+    machine.advance(1)
+    assert machine.run("snapshot", slow)["trips"] == 0
 
 
 def test_a_flapping_breaker_opens_longer(machine: Machine) -> None:
@@ -770,22 +803,25 @@ def test_an_operator_ends_the_row(machine: Machine, action: str) -> None:
 
 def test_jitter(machine: Machine) -> None:
     """Jitter adds a share of the open time that follows from the generation alone, and differs from trip to trip."""
-    policy = {**BACKOFF, "backoff_multiplier": 1, "jitter": 0.5}
+    shortest = 10**9  # milliseconds: so many that every digit of the share shows
+    policy = {**BACKOFF, "reset_timeout_ms": shortest, "backoff_multiplier": 1, "jitter": 0.5}
     times = []
     for _ in range(20):
         times.append(open_ms(machine, policy))
         share = machine.run("snapshot", policy)["generation"] % 1000003 * 7919 % 1000003 / 1000003
-        assert times[-1] == math.floor(1000 * (1 + 0.5 * share))
+        assert times[-1] == math.floor(shortest * (1 + 0.5 * share))
         machine.advance(times[-1] + 13)
-    assert 1000 <= min(times) < 1150
-    assert 1350 < max(times) <= 1500
+    assert shortest <= min(times) < 1.15 * shortest
+    assert 1.35 * shortest < max(times) <= 1.5 * shortest
     assert len(set(times)) > 10
 
 
 def test_jitter_has_a_bound(machine: Machine) -> None:
-    """Jitter adds to the longest open time too, by its share at the most."""
+    """Jitter adds to the longest open time too, by its share at the most, and never makes it more than thirty days."""
     policy = {**BACKOFF, "max_reset_timeout_ms": 2000, "jitter": 0.1}
     assert all(2000 <= time <= 2200 for time in open_times(machine, policy, 6)[1:])
+    machine.run("control", policy, action="reset")
+    assert open_times(machine, {**BACKOFF, "reset_timeout_ms": 30 * DAY_MS, "jitter": 1}, 3) == [30 * DAY_MS] * 3
 
 
 # Quorum
@@ -854,12 +890,13 @@ def test_quorum_of_this_run_only(machine: Machine) -> None:
     assert report(machine, QUORUM, failures=1, instance="a")["state"] == "open"
 
 
-def test_successes_make_no_reporter(machine: Machine) -> None:
+@pytest.mark.parametrize("policy", [QUORUM_RATE, {**SLOW, "quorum": 2}], ids=["errors", "slow"])
+def test_successes_make_no_reporter(machine: Machine, policy: dict[str, Any]) -> None:
     """A report of successes alone counts for no quorum."""
-    begin(machine, QUORUM_RATE)
-    report(machine, QUORUM_RATE, failures=10, instance="a")
-    assert report(machine, QUORUM_RATE, successes=5, instance="b")["state"] == "closed"
-    assert list(machine.run("snapshot", QUORUM_RATE)["reporters"]) == ["a"]
+    begin(machine, policy)
+    report(machine, policy, failures=10, slow=10, instance="a")
+    assert report(machine, policy, successes=5, instance="b")["state"] == "closed"
+    assert list(machine.run("snapshot", policy)["reporters"]) == ["a"]
 
 
 @pytest.mark.parametrize(("gap", "state"), [(999, "open"), (1000, "closed")])
@@ -1299,6 +1336,63 @@ def test_health_of_each_state(machine: Machine) -> None:
     assert machine.run("snapshot", PLAIN)["health"] == 100
 
 
+def test_health_of_one_call(machine: Machine) -> None:
+    """One failed call is all there were, one slow call as well; a run past its threshold is as bad as one at it."""
+    for policy, counts, score in (
+        (SLOW, {"failures": 1}, 0),
+        (SLOW, {"successes": 1, "slow": 1}, 50),
+        (QUORUM, {"failures": 3}, 0),
+        (QUORUM, {"failures": 9}, 0),
+    ):
+        machine.run("control", policy, action="reset")
+        begin(machine, policy)
+        assert report(machine, policy, instance="a", **counts)["state"] == "closed"
+        assert machine.run("snapshot", policy)["health"] == score
+
+
+# What a reset ends
+
+
+def resets(machine: Machine, policy: dict[str, Any]) -> bool:
+    """Whether a reset changes anything; a second one does not."""
+    first, second = (machine.run("control", policy, action="reset")["changed"] for _ in range(2))
+    assert second is False
+    return first
+
+
+def test_a_reset_ends_a_ramp(machine: Machine) -> None:
+    """A ramp is something to end, also where no trip was before it."""
+    ramped = {**PLAIN, "ramp_up_ms": 3000}
+    machine.run("control", ramped, action="force_open", duration_ms=1)
+    recover(machine, ramped)
+    assert resets(machine, ramped)
+
+
+def test_a_reset_forgets_reporters(machine: Machine) -> None:
+    """Who has reported a failure is something to forget, also when its run has ended."""
+    begin(machine, QUORUM)
+    report(machine, QUORUM, failures=1, instance="a")
+    assert report(machine, QUORUM, successes=1)["failure_count"] == 0
+    assert resets(machine, QUORUM)
+    assert machine.run("snapshot", QUORUM).get("reporters") is None
+
+
+def test_a_reset_empties_a_window(machine: Machine) -> None:
+    """Calls in the window are something to end, also if all have failed and no run is left; an empty window is not."""
+    begin(machine, SLOW)
+    report(machine, SLOW, slow=1, pending=1)
+    machine.advance(1000)
+    report(machine, SLOW, failures=1)
+    assert report(machine, SLOW, successes=1, counted=1)["failure_count"] == 0
+    assert sums(machine, SLOW) == (1, 1, 0)
+    assert resets(machine, SLOW)
+    begin(machine, SLOW)
+    report(machine, SLOW, successes=1)
+    machine.advance(1000)
+    assert sums(machine, SLOW) == (0, 0, 0)
+    assert not resets(machine, SLOW)
+
+
 # What is stored
 
 
@@ -1336,11 +1430,11 @@ def test_the_document_of_a_long_healthy_breaker(client: redis.Redis) -> None:
         assert set(json.loads(client.get(keys_of("m").state))) == fields
 
 
-@pytest.mark.parametrize("quorum", [1, 2])
-def test_expiry_with_a_window(client: redis.Redis, quorum: int) -> None:
-    """A document with a window is kept for a window at least, however short its ttl."""
+@pytest.mark.parametrize("rule", [RATE, QUORUM_RATE, QUORUM], ids=["rate", "rate of a quorum", "run of a quorum"])
+def test_expiry_with_a_window(client: redis.Redis, rule: dict[str, Any]) -> None:
+    """A document with a window, or with reporters, is kept for a window at least, however short its ttl."""
     machine = lua_machine(client)
-    policy = {**RATE, "window_ms": 7_200_000, "ttl_ms": 1000, "quorum": quorum}
+    policy = {**rule, "window_ms": 7_200_000, "ttl_ms": 1000}
     generation = begin(machine, policy)
     for counts in ({"failures": 1}, {"successes": 3}, {}):
         machine.run("record", policy, generation=generation, instance="a", **counts)

@@ -1,6 +1,7 @@
 """Mutation testing of the Lua: changes one thing at a time in a copy of this tree, and runs the tests against it.
 
-`make mutants`, or alone `python tests/mutation/lua_mutants.py`; --again tries only those that survived the last time.
+`make mutants`, or alone `python tests/mutation/lua_mutants.py [FILE ...]`. Each verdict is kept at once: --again
+goes on where a run was stopped, and tries once more what no test killed.
 """
 
 from __future__ import annotations
@@ -26,13 +27,15 @@ import pytest
 from lupa.lua51 import LuaRuntime
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
-REPORT = ROOT / "build" / "mutants" / "lua.json"
+REPORT = ROOT / "build" / "mutants" / "lua.jsonl"  # a line for each verdict; of several on one mutant the last counts
 COPIES = REPORT.parent / "copies"
 # not imported: the workers must import the package of their own copy
 LIBRARY = ("model", "request", "document", "window", "rules")
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 FILES = (*LIBRARY, *SCRIPTS)
-TESTS = ("tests/contract", "tests/scripts", "-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-k")
+TESTS = ("tests/protocol/test_vectors.py::test_vector", "tests/scripts", "tests/contract")  # the fastest first
+QUICK = "not memory and not fuzz and not stories and not engines_agree and not lua-json"
+OPTIONS = ("-x", "-p", "no:cacheprovider", "--hypothesis-profile=mutants", "-k")
 SECONDS = 180  # for one mutant
 LONGEST = 6  # lines of a statement that is removed whole
 
@@ -113,20 +116,40 @@ def mutants(file: str) -> list[Mutant]:
     return list(found.values())
 
 
+FUNCTION = re.compile(r"^function breaker\.(\w+)\(.*\)$", re.MULTILINE)
+
+
+def place(mutant: Mutant) -> str | None:
+    """The function that the mutant changes, else the script; None: neither."""
+    above = "\n".join(SOURCES[mutant.file].split("\n")[: mutant.line])
+    return (FUNCTION.findall(above) or [mutant.file if mutant.file in SCRIPTS else None])[-1]
+
+
+def traced(file: str) -> str:
+    """The source of one file, with every function, or the script, telling the server's log that it runs."""
+    source, tells = SOURCES[file], "redis.log(redis.LOG_WARNING, 'ran {}')"
+    if file in SCRIPTS:
+        return source.replace("\n]]\n", f"\n]]\n{tells.format(file)} ", 1)
+    return FUNCTION.sub(lambda match: f"{match[0]} {tells.format(match[1])}", source)
+
+
 class Worker:
     """A plugin of pytest that tries mutants in a copy of the tree, each in a fork of a process with all tests at hand.
 
-    The test that killed another mutant a moment ago comes first, for it may kill its neighbour.
+    Only the tests that run the changed function are run, and those of which that is not known. The test that killed
+    another mutant a moment ago comes first, for it may kill its neighbour.
     """
 
-    def __init__(self, mine: dict[int, Mutant | None], results: Any) -> None:
+    def __init__(self, mine: dict[int, Mutant], results: Any) -> None:
         self._mine, self._results = mine, results
         self._folder = pathlib.Path(tempfile.mkdtemp(dir=COPIES))
         self._killers: list[str] = []
+        self._ran: dict[str, list[str]] = {}  # by each test
+        self._log: int | None = None  # of the server
 
     def run(self, keyword: str) -> None:
         """Makes the copy, collects its tests and tries everything."""
-        for name in ("pyproject.toml", "lua", "pybreaker_redis", "tests"):
+        for name in ("pyproject.toml", "docs", "lua", "pybreaker_redis", "tests"):
             copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
             copy(ROOT / name, self._folder / name)
         os.chdir(self._folder)
@@ -135,24 +158,30 @@ class Worker:
         output = os.open("pytest.log", os.O_WRONLY | os.O_CREAT)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        if pytest.main([*TESTS, keyword], plugins=[self]):
+        if pytest.main([*TESTS, *OPTIONS, keyword], plugins=[self]):
             self._results.put((None, pathlib.Path("pytest.log").read_text()))
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        self._write({file: traced(file) for file in FILES})
+        self._results.put((0, self._verdict(session, None)))
+        self._ran = json.loads(pathlib.Path("ran.json").read_text())
+        self._write(SOURCES)
         for number, mutant in self._mine.items():
-            path = self._folder / "lua" / f"{mutant.file if mutant else 'model'}.lua"
-            whole = path.read_text(encoding="utf-8")
-            path.write_text(mutant.source if mutant else whole, encoding="utf-8")
-            self._results.put((number, self._verdict(session)))
-            path.write_text(whole, encoding="utf-8")
+            self._write({mutant.file: mutant.source})
+            self._results.put((number, self._verdict(session, mutant)))
+            self._write({mutant.file: SOURCES[mutant.file]})
         return True
 
-    def _verdict(self, session: pytest.Session) -> str:
+    def _write(self, sources: dict[str, str]) -> None:
+        for file, source in sources.items():
+            (self._folder / "lua" / f"{file}.lua").write_text(source, encoding="utf-8")
+
+    def _verdict(self, session: pytest.Session, mutant: Mutant | None) -> str:
         """What the tests say of the copy as it stands: "killed", "survived" or "timeout"."""
         child = os.fork()
         if child == 0:
             os.setpgid(0, 0)
-            self._test(session)
+            self._test(session, mutant and place(mutant))
         deadline = time.monotonic() + SECONDS
         while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
             if time.monotonic() > deadline:
@@ -166,65 +195,90 @@ class Worker:
             self._killers.append(pathlib.Path("killer.txt").read_text())
         return "killed"
 
-    def _test(self, session: pytest.Session) -> None:
-        """Runs the tests up to the first that fails, and ends this process."""
-        rank = {nodeid: place for place, nodeid in enumerate(self._killers, 1)}
+    def _test(self, session: pytest.Session, changed: str | None) -> None:
+        """Runs the tests of what is changed, or all, up to the first that fails, and ends this process."""
+        rank = {nodeid: number for number, nodeid in enumerate(self._killers, 1)}
         items = sorted(session.items, key=lambda item: ("fuzz" in item.nodeid, -rank.get(item.nodeid, 0)))
+        if changed:
+            items = [item for item in items if changed in (self._ran[item.nodeid] or [changed])]
         for item, following in itertools.pairwise([*items, None]):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            told = os.read(self._log, 10**7) if self._log else b""
+            self._ran[item.nodeid] = [name.decode() for name in set(re.findall(rb"ran (\w+)\n", told))]
             if session.testsfailed:
                 pathlib.Path("killer.txt").write_text(item.nodeid)
                 os._exit(1)
+        if changed is None:
+            pathlib.Path("ran.json").write_text(json.dumps(self._ran))
         os._exit(0)
 
+    @pytest.hookimpl(hookwrapper=True)
+    def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
+        yield
+        if fixturedef.argname == "server":
+            self._log = os.open(f"{fixturedef.cached_result[0].directory}/log", os.O_RDONLY)
 
-def try_all(tried: list[Mutant], workers: int, keyword: str) -> list[str]:
-    """The verdict on each."""
+
+def try_all(tried: list[Mutant], workers: int, keyword: str) -> None:
+    """Keeps the verdict on each, and shows those that are not "killed". Each worker first tries the copy as it is."""
     context = multiprocessing.get_context("fork")
     results = context.SimpleQueue()
     shutil.rmtree(COPIES, ignore_errors=True)
     COPIES.mkdir(parents=True)
-    todo = dict(enumerate([None, *tried]))  # first the copy as it is
+    todo = dict(enumerate(tried, 1))
     for first in range(workers):
         mine = {number: mutant for number, mutant in todo.items() if number % workers == first}
         context.Process(target=Worker(mine, results).run, args=(keyword,), daemon=True).start()
-    verdicts = [""] * len(todo)
-    for _ in todo:
+    for _ in range(workers + len(todo)):
         number, result = results.get()
         if number is None or (number == 0 and result != "survived"):
             raise SystemExit(f"the tests do not pass without a mutant: {result}")
-        verdicts[number] = result
-        if number and result != "killed":
-            print(f"{result}: {described(tried[number - 1])}", flush=True)
-    return verdicts[1:]
+        if number == 0:
+            continue
+        mutant = described(todo[number])
+        with open(REPORT, "a", encoding="utf-8") as report:
+            print(json.dumps([mutant, result]), file=report)
+        if result != "killed":
+            print(f"{result}: {mutant}", flush=True)
+
+
+def verdicts() -> dict[str, str]:
+    """What is kept: the last verdict on each mutant, by its description."""
+    lines = REPORT.read_text(encoding="utf-8").splitlines() if REPORT.exists() else []
+    return dict(json.loads(line) for line in lines)
 
 
 def main() -> int:
     """0 when every mutant has been tried, whatever became of it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--again", action="store_true", help="only those that survived the last time")
+    parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(FILES)}, in this order (default: all)")
+    parser.add_argument("--again", action="store_true", help="only those that no run has killed, or none has tried")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--fuzz", action="store_true", help="with the fuzz tests, which take long")
+    parser.add_argument(
+        "--long", action="store_true", help="with the stories and the random tests, too, which take long"
+    )
     parser.add_argument("--list", action="store_true", help="show the mutants, and try none")
     options = parser.parse_args()
-    tried = [mutant for file in FILES for mutant in mutants(file)]
-    if options.again:
-        last = {tuple(row) for row in json.loads(REPORT.read_text())}
-        tried = [mutant for mutant in tried if (mutant.file, mutant.before, mutant.after) in last]
+    everything = [mutant for file in options.files or FILES for mutant in mutants(file)]
+    if not options.again and not options.list:
+        REPORT.unlink(missing_ok=True)
+    before = verdicts() if options.again else {}
+    tried = [mutant for mutant in everything if before.get(described(mutant)) != "killed"]
     if options.list:
         print(*(described(mutant) for mutant in tried), f"{len(tried)} mutants", sep="\n")
         return 0
-    verdicts = try_all(tried, options.workers, "not memory" if options.fuzz else "not memory and not fuzz")
-    left = [mutant for mutant, result in zip(tried, verdicts, strict=True) if result == "survived"]
-    REPORT.write_text(json.dumps([(mutant.file, mutant.before, mutant.after) for mutant in left], indent=1))
-    REPORT.with_suffix(".txt").write_text("\n".join(map(described, left)) + "\n")
-    counts = collections.Counter(verdicts)
-    print(f"Lua: {len(tried)} mutants,", ", ".join(f"{counts[one]} {one}" for one in ("killed", "survived", "timeout")))
+    try_all(tried, options.workers, "not memory" if options.long else QUICK)
+    after = verdicts()
+    now = {mutant: after[mutant] for mutant in map(described, everything)}
+    left = [mutant for mutant, result in now.items() if result == "survived"]
+    REPORT.with_suffix(".txt").write_text("\n".join(left) + "\n", encoding="utf-8")
+    counts = collections.Counter(now.values())
+    print(f"Lua: {len(now)} mutants,", ", ".join(f"{counts[one]} {one}" for one in ("killed", "survived", "timeout")))
     return 0
 
 
 def described(mutant: Mutant) -> str:
-    """For a reader."""
+    """For a reader, and by which a verdict is kept."""
     return f"{mutant.file}.lua:{mutant.line}\n    - {mutant.before}\n    + {mutant.after}"
 
 

@@ -149,16 +149,23 @@ def picture(client: redis.Redis) -> dict[bytes, bytes]:
 
 
 def must_refuse(
-    client: redis.Redis, script: str, *argv: bytes | str, names: str, keys: Sequence[str] = KEYS, stored: bool = True
+    client: redis.Redis,
+    script: str,
+    *argv: bytes | str,
+    names: str,
+    problem: str | None = None,
+    keys: Sequence[str] = KEYS,
+    stored: bool = True,
 ) -> None:
-    """The request gets a BADREQUEST that names the field, and no key, value or expiry changes."""
+    """The request gets a BADREQUEST that names the field and tells the problem, and no key, value or expiry changes."""
     client.flushall()
     if stored:
         ask(client, "control", action="force_open")
         assert client.pexpire(KEYS.state, 50_000)
         assert client.pexpire(KEYS.history, 50_000)
     before = picture(client)
-    with pytest.raises(redis.ResponseError, match=rf"^BADREQUEST {re.escape(names)}: ") as refused:
+    told = r"[^\r\n]+" if problem is None else re.escape(problem)
+    with pytest.raises(redis.ResponseError, match=rf"^BADREQUEST {re.escape(names)}: {told}\Z") as refused:
         call(client, script, *argv, keys=keys)
     assert not re.search(r"attempt to|user_script|[\r\n]", str(refused.value))
     assert picture(client) == before

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import START_MS, lua_machine
+from conftest import START_MS, Machine, lua_machine
 from script_calls import (
+    DAY_MS,
     GREATEST_GENERATION,
     KEYS,
     LARGEST,
@@ -75,11 +76,17 @@ def test_counted_successes_are_written(client: redis.Redis) -> None:
     assert (document(client)["failure_count"], client.pttl(KEYS.state) > 50_000) == (0, True)
 
 
-@pytest.mark.parametrize("begin", [trip, probe])
-def test_refusal_writes_nothing(client: redis.Redis, begin: Any) -> None:
+def force(machine: Machine, policy: dict[str, int]) -> dict[str, Any]:
+    """Opens it by hand for as long as that can be."""
+    return machine.run("control", policy, action="force_open")
+
+
+@pytest.mark.parametrize("probe_timeout_ms", [400, DAY_MS])
+@pytest.mark.parametrize("begin", [trip, probe, force])
+def test_refusal_writes_nothing(client: redis.Redis, begin: Any, probe_timeout_ms: int) -> None:
     """A refused request reads the document and does nothing else: no write, no longer expiry."""
     machine = lua_machine(client, "discovery")
-    generation = begin(machine)["generation"]
+    generation = begin(machine, {**POLICY, "probe_timeout_ms": probe_timeout_ms})["generation"]
     assert client.pexpire(KEYS.state, 50_000)
     before = picture(client)
     with commands(client) as seen:

@@ -160,13 +160,14 @@ def test_nobody_says_who_acts(client: redis.Redis) -> None:
         assert not history(client)[-1].keys() & SIGNED.keys()
 
 
-def test_until_the_next_transition(client: redis.Redis) -> None:
-    """Reports leave the operator of a reset in the document; the next transition drops it."""
+@pytest.mark.parametrize("signed", [SIGNED, {"operator": "ann"}, {"note": "repaired"}])
+def test_until_the_next_transition(client: redis.Redis, signed: dict[str, str]) -> None:
+    """Reports leave the operator or note of a reset in the document; the next transition drops them."""
     machine = lua_machine(client, "discovery")
     bring_to(machine, "open")
-    generation = machine.run("control", POLICY, action="reset", **SIGNED)["generation"]
+    generation = machine.run("control", POLICY, action="reset", **signed)["generation"]
     machine.run("record", POLICY, generation=generation, failures=1)
-    assert SIGNED.items() <= document(client).items()
+    assert signed.items() <= document(client).items()
     machine.run("record", POLICY, generation=generation, failures=2)
     assert document(client)["state"] == "open"
     assert not document(client).keys() & SIGNED.keys()

@@ -9,8 +9,22 @@ from typing import Any
 import msgpack
 import pytest
 import redis
-from conftest import lua_machine, wait_until
-from script_calls import DAY_MS, KEYS, NEEDED, POLICY, ask, bodies, call, document, messages, must_refuse, picture, put
+from conftest import START_MS, lua_machine, wait_until
+from script_calls import (
+    DAY_MS,
+    KEYS,
+    LARGEST,
+    NEEDED,
+    POLICY,
+    ask,
+    bodies,
+    call,
+    document,
+    messages,
+    must_refuse,
+    picture,
+    put,
+)
 
 from pybreaker_redis._policy import DEFAULT_REQUEST
 from pybreaker_redis.wire.scripts import SCRIPTS
@@ -217,6 +231,26 @@ def test_end_of_a_policy(client: redis.Redis) -> None:
     wait_until(lambda: not client.exists(KEYS.policy))  # a millisecond later
     generation = ask(client, "acquire")["generation"]
     assert ask(client, "record", generation=generation, failures=1)["state"] == "closed"
+
+
+@pytest.mark.parametrize(
+    ("until_ms", "left_ms"),
+    [(0, None), (START_MS, None), (START_MS + 1, 1), (LARGEST, LARGEST - START_MS)],
+)
+def test_the_last_millisecond_of_a_policy(client: redis.Redis, until_ms: int, left_ms: int | None) -> None:
+    """A stored override is in force until its end, and passed over from then on, without a warning."""
+    client.set(KEYS.policy, json.dumps({"quorum": 2, "until_ms": until_ms}))
+    seen = lua_machine(client, "discovery").run("snapshot")
+    assert (seen.get("override_left_ms"), seen.get("warning")) == (left_ms, None)
+    assert seen["policy"]["quorum"] == (1 if left_ms is None else 2)
+
+
+@pytest.mark.parametrize(("field", "most"), [("operator", 100), ("note", 200)])
+def test_the_longest_operator_of_a_policy(client: redis.Redis, field: str, most: int) -> None:
+    """A stored operator or note is told up to the length that control.lua takes, and not at all beyond it."""
+    for length in (most, most + 1):
+        client.set(KEYS.policy, json.dumps({"quorum": 2, field: "x" * length}))
+        assert ask(client, "snapshot").get(f"override_{field}") == ("x" * length if length == most else None)
 
 
 def test_the_last_duration_holds_for_all(client: redis.Redis) -> None:

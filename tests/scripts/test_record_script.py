@@ -193,11 +193,15 @@ def test_a_kept_window_outlives_the_ttl_of_others(client: redis.Redis) -> None:
         assert 50_000 < client.pttl(KEYS.state) <= 60_000
 
 
-@pytest.mark.parametrize("state", ["closed", "open", "half_open"])
-def test_what_an_empty_report_writes(client: redis.Redis, state: str) -> None:
+@pytest.mark.parametrize(
+    ("state", "reporters"), [("closed", False), ("closed", True), ("open", False), ("half_open", False)]
+)
+def test_what_an_empty_report_writes(client: redis.Redis, state: str, reporters: bool) -> None:
     """A report of nothing renews the TTL; without a generation it also asks for room, and writes nothing there."""
     machine = lua_machine(client, "discovery")
     generation = bring_to(machine, state)["generation"]
+    if reporters:
+        machine.run("record", {**POLICY, "quorum": 2}, generation=generation, failures=1)
     before = picture(client)
     given = [{"generation": asked} for asked in (generation, generation - 1, 0)]
     for request, expected in (*[(one, ["PEXPIRE"]) for one in given], ({}, ["SETRANGE", "PEXPIRE"])):

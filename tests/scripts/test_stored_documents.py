@@ -521,6 +521,39 @@ def test_limits_of_a_healthy_document(client: redis.Redis, field: str, value: in
         assert (taken[field] == value) is (odd is None)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [
+        ("changed_at_ms", 0, False),
+        ("changed_at_ms", 1, True),
+        ("changed_at_ms", 9_999_999_999_999, True),
+        ("changed_at_ms", 90_000_000_000_000, True),
+        ("changed_at_ms", 90_000_000_000_001, False),
+        ("reason", "x" * 30, True),
+        ("reason", "x" * 31, False),
+        ("operator", "x" * 100, True),
+        ("operator", "x" * 101, False),
+        ("note", "x" * 200, True),
+        ("note", "x" * 201, False),
+    ],
+)
+@pytest.mark.parametrize("brace", ["}", ' ,"x":1}'])
+@pytest.mark.parametrize("window", [False, True])
+def test_limits_of_the_last_change(
+    client: redis.Redis, field: str, value: Any, kept: bool, brace: str, window: bool
+) -> None:
+    """What a closed document says of its last change is taken to the same limits in every form of it."""
+    own = {"version": 1, "generation": START_MS, "failure_number": 0, "changed_at_ms": START_MS, "reason": "reset"}
+    own |= {"operator": "ann", "note": "repaired", field: value}
+    if window:
+        own["window"] = {"bucket_ms": 1000, "newest": NEWEST, **COUNTS}
+    stored = json.dumps({**_contract("closed"), **own}, separators=(",", ":"))
+    client.set(KEYS.state, stored[:-1] + brace)
+    seen = lua_machine(client, "discovery").run("snapshot")
+    assert (seen.get(field) == value) is kept
+    assert seen["calls"] == window * COUNTS["calls"]
+
+
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize(
     ("state", "own", "number"),
@@ -671,6 +704,90 @@ def test_odd_reporters(client: redis.Redis, reporters: Any) -> None:
     assert machine.run("record", policy, generation=START_MS, failures=1, instance="c")["state"] == "open"
 
 
+def test_a_document_without_counts(client: redis.Redis) -> None:
+    """Where another program stored no count there are no failures, and none has a number."""
+    put(client, state="closed", generation=START_MS)
+    seen = lua_machine(client, "discovery").run("snapshot")
+    assert (seen["failure_count"], seen["failure_number"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("generation", "applied"), [(0, False), (1, True), (START_MS * 1000, True), (START_MS * 1000 + 1, False)]
+)
+def test_reports_to_a_document_without_a_generation(client: redis.Redis, generation: int, applied: bool) -> None:
+    """They count under any generation that there may have been until now."""
+    put(client, **_contract("closed"))
+    reply = lua_machine(client, "discovery").run("record", POLICY, generation=generation, failures=1)
+    assert (reply["applied"], reply["failure_count"]) == (applied, int(applied))
+
+
+@pytest.mark.parametrize("since", ["the last change", "the generation"])
+@pytest.mark.parametrize(("left_ms", "forced"), [(1, "closed"), (0, None)])
+def test_the_last_millisecond_of_a_forced_state(
+    client: redis.Redis, left_ms: int, forced: str | None, since: str
+) -> None:
+    """Whatever end another program stored, it is over thirty days after it began."""
+    began = START_MS - 30 * DAY_MS + left_ms
+    own = {"generation": began * 1000 + 999}
+    if since == "the last change":
+        own = {"generation": 7, "changed_at_ms": began, "reason": "forced"}
+    put(client, **_contract("closed"), version=1, **own, forced="closed", forced_until_ms=LARGEST)
+    seen = lua_machine(client, "discovery").run("snapshot")
+    assert (seen.get("forced"), seen.get("forced_left_ms", 0)) == (forced, left_ms)
+
+
+def test_an_open_state_without_a_last_change(client: redis.Redis) -> None:
+    """It began in the second of opened_at, and its thirty days are counted from the end of that second."""
+    opened = (START_MS - 30 * DAY_MS) // 1000
+    put(client, **_contract("open", failures=3, opened=opened), generation=7, open_until_ms=LARGEST, open_ms=LARGEST)
+    assert lua_machine(client, "discovery").run("snapshot")["retry_after_ms"] == 999
+
+
+@pytest.mark.parametrize(("left_ms", "retry_after_ms"), [(2000, 2000), (2001, 0)])
+def test_a_deadline_twice_as_far_as_it_may_be(client: redis.Redis, left_ms: int, retry_after_ms: int) -> None:
+    """Beyond twice the open period the clock went back, and the deadline is due."""
+    own = {"version": 1, "generation": 7, "open_until_ms": START_MS + left_ms, "open_ms": 1000}
+    put(client, **_contract("open", failures=3, opened=START_MS // 1000), **own)
+    assert lua_machine(client, "discovery").run("snapshot")["retry_after_ms"] == retry_after_ms
+
+
+@pytest.mark.parametrize(("held", "applied"), [(0, False), (1, True), (7, True), (8, False)])
+def test_a_stored_hold_is_extended(client: redis.Redis, held: int, applied: bool) -> None:
+    """By reports under the generation that it ended, which no later one than the present can be."""
+    own = {"version": 1, "generation": 7, "open_until_ms": START_MS + 50, "open_ms": 50, "held_generation": held}
+    put(client, **_contract("open", failures=3, opened=START_MS // 1000), **own)
+    reply = lua_machine(client, "discovery").run("record", POLICY, generation=held, hold_ms=900)
+    assert (reply["applied"], reply["retry_after_ms"]) == (applied, 900 if applied else 50)
+
+
+@pytest.mark.parametrize(("failed", "state"), [(10**9, "open"), (10**9 + 1, "half_open")])
+def test_the_most_failed_probes(client: redis.Redis, failed: int, state: str) -> None:
+    """As many are read as a policy may tolerate; of more than that none."""
+    own = {"version": 1, "generation": 7, "probe_failures": failed, "probe_seq": 1, "probe_ms": 400}
+    put(client, **_contract("half_open", failures=3), **own, probes={"1": START_MS + 400})
+    policy = {**POLICY, "probe_failure_threshold": 2}
+    reply = lua_machine(client, "discovery").run("record", policy, generation=7, probe=1, failures=1)
+    assert reply["state"] == state
+
+
+def test_a_pending_probe_of_a_document_without_a_generation(client: redis.Redis) -> None:
+    """Its slot is gone: while its call is still running it gets a millisecond."""
+    put(client, **_contract("half_open", failures=3))
+    machine = lua_machine(client, "discovery")
+    reply = machine.run("record", POLICY, generation=5, probe=1, slow=1, pending=1)
+    assert (reply["applied"], reply["retry_after_ms"]) == (True, 1)
+    assert document(client)["probes"] == {"1": START_MS + 1}
+
+
+def test_a_window_without_past_buckets(client: redis.Redis) -> None:
+    """Where another program stored no past buckets they are empty, and take what ended then."""
+    machine = lua_machine(client, "discovery")
+    window = {"bucket_ms": 1000, "newest": NEWEST, "calls": 4, "failures": 2, "slow": 1, "past": ""}
+    put(client, **_contract("closed"), version=1, generation=START_MS, window=window)
+    assert machine.run("record", RATES, generation=START_MS, successes=3, age_ms=2000)["applied"] is True
+    assert document(client)["window"] == {**window, "calls": 7, "past": "3,0,0; 0,0,0 3,0,0" + 7 * " 0,0,0"}
+
+
 def test_open_since_this_very_second(client: redis.Redis) -> None:
     """Opened now is not opened in the future: a refusal writes no deadline."""
     put(client, **_contract("open", failures=5, opened=START_MS // 1000))
@@ -723,7 +840,7 @@ def test_stored_window(client: redis.Redis) -> None:
 def test_odd_window(client: redis.Redis, window: Any, later_ms: int) -> None:
     """A window that makes no sense leaves no more counts than it has in all, and failures trip by their rate."""
     machine = lua_machine(client, "discovery")
-    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "window": window}
+    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "failure_number": 0, "window": window}
     dense = (",", ":") if later_ms in (0, 1000) else None  # as save writes it, or not
     client.set(KEYS.state, json.dumps(stored, separators=dense))
     machine.advance(later_ms)
@@ -749,6 +866,10 @@ def test_odd_window(client: redis.Redis, window: Any, later_ms: int) -> None:
         ({"failures": 90_000_000_000_001}, False),
         ({"slow": 90_000_000_000_001}, False),
         ({"newest": 90_000_000_000_001}, False),
+        ({"shorter_since": 0}, True),
+        ({"shorter_since": -1}, False),
+        ({"shorter_since": 90_000_000_000_000}, True),
+        ({"shorter_since": 90_000_000_000_001}, False),
     ],
     ids=lambda changed: str(changed)[:30],
 )
@@ -757,7 +878,7 @@ def test_limits_of_a_stored_window(client: redis.Redis, dense: bool, changed: di
     machine = lua_machine(client, "discovery")
     window = {"bucket_ms": 1000, "newest": NEWEST, **COUNTS, **changed}
     window["newest"] = changed.get("newest", START_MS // window["bucket_ms"])
-    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "window": window}
+    stored = {**_contract("closed"), "version": 1, "generation": START_MS, "failure_number": 0, "window": window}
     client.set(KEYS.state, json.dumps(stored, separators=(",", ":") if dense else None))
     machine.run("record", generation=START_MS, failures=1)
     written = document(client)
@@ -817,10 +938,27 @@ def test_what_is_stored(client: redis.Redis, state: str) -> None:
     assert stored[0].keys() == {*CONTRACT, "version", "generation", "failure_number", *own[state]}
 
 
+def test_an_open_circuit_has_no_reporters(client: redis.Redis) -> None:
+    """Slow calls of two hosts trip it without a run of failures; who reported them is not stored any longer."""
+    policy = {"quorum": 2, "slow_call_rate_threshold": 0.5, "minimum_calls": 2}
+    machine = lua_machine(client, "discovery")
+    generation = machine.run("acquire", policy)["generation"]
+    for instance, state, kept in (("a", "closed", True), ("b", "open", False)):
+        machine.run("record", policy, generation=generation, successes=1, slow=1, instance=instance)
+        assert (document(client)["state"], "reporters" in document(client)) == (state, kept)
+
+
 def test_a_document_in_msgpack_is_corrupt(client: redis.Redis) -> None:
     """There is one stored form: a document in msgpack is replaced like any other garbage."""
     client.set(KEYS.state, msgpack.packb({**_contract("open", failures=5, opened=START_MS // 1000), "generation": 7}))
     _goes_on(client, "corrupt_document")
+
+
+@pytest.mark.parametrize("own", [{}, {"version": 2, "generation": 7}])
+def test_a_reset_replaces_what_others_stored(client: redis.Redis, own: dict[str, int]) -> None:
+    """A document without a generation, or of a later version, is something to reset, also if it says closed."""
+    put(client, **_contract("closed"), **own)
+    assert [ask(client, "control", action="reset")["changed"] for _ in range(2)] == [True, False]
 
 
 # A clock that goes back a little ----------------------------------------------------------------
