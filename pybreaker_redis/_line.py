@@ -170,10 +170,6 @@ class Line:
     def _wants_window(self) -> bool:
         return self._keeps_window or self.view.policy._keeps_window
 
-    def give_back(self, request: Request) -> None:
-        """Keep the outcomes of a report that no server has executed."""
-        self.view.give_back(request)
-
     def renewed(self) -> None:
         """Note that a script has renewed the TTL, and choose when to renew it next, well before the key expires."""
         ttl = self.view.policy.ttl or DEFAULTS["ttl"]
