@@ -46,23 +46,20 @@ class SlowCalls:
         pending = now - permit._pending_since < window
         return slow if slow is None else pending or slow, pending
 
-    def any_overdue(self) -> bool:
-        """Whether a running call has become slow since overdue() was called."""
-        return self._oldest_overdue() is not None
-
-    def overdue(self) -> list[BasePermit]:
-        """Take the running calls that have become slow. Each is returned once, to one caller."""
-        found: list[BasePermit] = []
-        while (permit := self._oldest_overdue()) is not None:
-            permit._pending_since = self._view.now()
-            if self._running.pop(permit, permit) is None:
-                found.append(permit)
-        return found
-
-    def _oldest_overdue(self) -> BasePermit | None:
+    def first_overdue(self) -> BasePermit | None:
+        """The oldest running call, if it has become slow since overdue() was called."""
         limit = self._view.policy.slow_call_duration
         while limit is not None and self._running:
             with contextlib.suppress(StopIteration, RuntimeError):  # another thread removed one just now
                 oldest = next(iter(self._running))
                 return oldest if age(oldest.started, self._view.now()) >= limit else None
         return None
+
+    def overdue(self) -> list[BasePermit]:
+        """Take the running calls that have become slow. Each is returned once, to one caller."""
+        found: list[BasePermit] = []
+        while (permit := self.first_overdue()) is not None:
+            permit._pending_since = self._view.now()
+            if self._running.pop(permit, permit) is None:
+                found.append(permit)
+        return found
