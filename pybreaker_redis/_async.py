@@ -403,9 +403,8 @@ class AsyncCircuitBreaker(BreakerCore):
             raise
         return result
 
-    async def _run_to_end(self, steps: Steps[T], ask: Ask | None = None, events: list[Event] | None = None) -> T:
-        """Carry out the steps, and deliver their events. ask: already taken from the steps. events: already pending."""
-        pending = events or []
+    async def _run_to_end(self, steps: Steps[T], ask: Ask, pending: list[Event]) -> T:
+        """Carry out the steps, and deliver their events. ask: already taken from the steps. pending: earlier events."""
 
         def run_script(ask: Ask) -> Awaitable[Reply]:
             pending.extend(self._notices.take())  # before another task of this thread takes them
@@ -426,10 +425,7 @@ class AsyncCircuitBreaker(BreakerCore):
 
     async def _give_back(self, permit: BasePermit) -> None:
         """Free the slot of a probe whose caller was cancelled before it had the permit."""
-        if (steps := self._report(permit, IGNORED)) is not None:
-            await self._run_to_end(steps)
-        else:
-            await self._deliver()
+        await self._drive(self._report(permit, IGNORED))
 
     async def _deliver(self, events: list[Event] | None = None) -> None:
         """Call the listeners of each event, one after the other, to the end even if the caller is cancelled."""

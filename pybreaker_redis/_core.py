@@ -45,10 +45,10 @@ class BreakerCore:
     """
 
     __slots__ = (
-        *("_name", "_host", "_policy", "corrupt_documents", "_key", "_prefix", "_classifier", "_notices"),
+        *("_name", "_host", "_policy", "_corrupt_documents", "_key", "_prefix", "_classifier", "_notices"),
         *("_fallback", "_record_errors", "_every_result_succeeds", "_only_counts", "_client", "_redis", "_now"),
         *("_innermost", "_permit", "_view", "_slow_calls", "_override", "_override_end", "_obeyed", "_isolation"),
-        *("_warned", "_warned_of_window", "_watch", "_memory", "_line", "_pid", "_instance", "_given"),
+        *("_warned", "_warned_of_window", "_watch", "_memory", "_line", "_pid", "_given"),
         *("_judges_successes", "_asking", "_asked_for_at", "_shares", "__weakref__"),
     )
 
@@ -133,8 +133,8 @@ class BreakerCore:
     def _start_process(self) -> None:
         # The random digits tell apart the breakers of one process, and containers that share host name and process id,
         # so that each knows its own transitions. A script takes 200 characters.
-        self._instance = f"{self._host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
-        self._notices.start_process(self._instance, self._view.lock)
+        instance = f"{self._host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
+        self._notices.start_process(instance, self._view.lock)
         self._given, self._judges_successes = shared_request(self._policy)
         self._warned_of_window = False
         self._asking: tuple[object, ...] = ()  # one token for each call that asks for a permit now
@@ -202,7 +202,7 @@ class BreakerCore:
     def instance(self) -> str:
         """The name of this process in the history and in events: `host:pid-` and eight random hex digits."""
         self._check_process()
-        return self._instance
+        return self._notices.instance
 
     @property
     def state(self) -> str:  # no Literal: a type checker would take it for constant between two assertions
@@ -268,12 +268,12 @@ class BreakerCore:
         """Refresh a view whose lease is over. Returns whether the call must wait for the refresh."""
         lease = self._view.lease
         self._notices.used()
-        if self._own_engine() is not None:
+        if (engine := self._own_engine()) is not None:
             if self._line is not None and self._redis.link.must_wait_for_retry(self._line) and not refreshed:
                 return True
             if lease > 0:
                 for report in self._reports():
-                    self._run_here("record", report)
+                    self._run_on(engine, "record", report)
             return False
         if self._watch is not None:
             self._watch._join()
@@ -393,9 +393,10 @@ class BreakerCore:
 
     def _send(self, reports: list[Request]) -> Steps[None] | None:
         """Report outcomes. Returns the steps, or None if the engine of this process has counted them."""
-        for place, report in enumerate(reports):
-            if self._run_here("record", report) is None:
-                return self._send_to_redis(reports[place:])
+        if (engine := self._own_engine()) is None:
+            return self._send_to_redis(reports)
+        for report in reports:
+            self._run_on(engine, "record", report)
         return None
 
     def _send_to_redis(self, reports: list[Request]) -> Steps[None]:
@@ -464,7 +465,8 @@ class BreakerCore:
     @property
     def _with_policy(self) -> Request:
         """The policy and the instance, as a request."""
-        return {"instance": self._instance, "policy": self._given} if self._given else {"instance": self._instance}
+        instance = self._notices.instance
+        return {"instance": instance, "policy": self._given} if self._given else {"instance": instance}
 
     def _complete(self, name: str, request: Request) -> Request:
         """Add the policy and the instance. A report of only successes omits them, unless a field matters to it:
@@ -475,9 +477,10 @@ class BreakerCore:
 
     def _run(self, name: str, request: Request) -> Steps[Reply]:
         """Call a script. Its reply becomes the view, and its transition an event."""
-        if (reply := self._run_here(name, request)) is not None:
-            return reply
+        if (engine := self._own_engine()) is not None:
+            return self._run_on(engine, name, request)
         sent = monotonic()
+        reply: Reply | None = None
         try:
             if name == "acquire" and self._isolation.is_open():
                 fleet = yield from self._ask_redis("record", self._with_policy)
@@ -495,12 +498,8 @@ class BreakerCore:
         self._adopt(reply, sent)
         return reply
 
-    def _run_here(self, name: str, request: Request) -> Reply | None:
-        """Let the engine of this process run a script, as a plain call. Returns None while Redis decides."""
-        engine = self._own_engine()
-        return None if engine is None else self._run_on(engine, name, request)
-
     def _run_on(self, engine: Engine, name: str, request: Request) -> Reply:
+        """Let an engine of this process run a script."""
         sent, complete = self._now(), {**self._with_policy, **request}
         complete.pop("seen_failure", None)  # the number is the fleet's; in this engine, all outcomes come in order
         reply = engine.run(name, complete)
@@ -578,7 +577,6 @@ class BreakerCore:
     def _put_in_force(self, override: dict[str, Any] | None) -> None:
         self._override = override
         self._view.policy = self._policy._with_override(override)
-        self._isolation.obey(override)
 
     def _override_left(self) -> float:
         """Seconds until the policy override ends; infinite if it was given no end."""

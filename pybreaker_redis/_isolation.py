@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ._events import Notices, logger
 from ._memory import LocalEngine, document_for
 from ._protocol import Reply, Request, State
@@ -16,22 +14,15 @@ class Isolation:
     It decides while the fleet's circuit is closed. Any other state of the fleet overrules and discards it.
     """
 
-    __slots__ = ("_notices", "_override", "_own", "_view")
+    __slots__ = ("_notices", "_own", "_view")
 
     def __init__(self, view: View, notices: Notices) -> None:
         self._view, self._notices = view, notices
-        self._override: dict[str, Any] | None = None
         self._own: LocalEngine | None = None
 
     def forget(self) -> None:
         """Discard this instance's state: a transition of the fleet supersedes it."""
         self._own = None
-
-    def obey(self, override: dict[str, Any] | None) -> None:
-        """Apply a policy override to this instance's state."""
-        self._override = override
-        if self._own is not None:
-            self._own.obey(override)
 
     @property
     def state(self) -> State:
@@ -83,16 +74,20 @@ class Isolation:
         return mine
 
     def _own_engine(self, fleet: Reply) -> LocalEngine | None:
-        """The engine of this instance's state; None while only the fleet's state decides.
+        """The engine of this instance's state, under the fleet's policy override; None while only the fleet decides.
 
         Each generation of the fleet starts a new one: a transition or reset of the fleet applies to this instance too.
         """
         if self._view.policy.quorum == 1 or _decides(fleet):
             self._own = None
-        elif self._own is None or self._own.fleet_generation < fleet["generation"]:
-            self._own = LocalEngine(document=document_for("closed"), override=self._override, quorum_of_one=True)
-            self._own.fleet_generation = fleet["generation"]
-        return self._own
+            return None
+        own = self._own
+        if own is None or own.fleet_generation < fleet["generation"]:
+            own = LocalEngine(document=document_for("closed"), quorum_of_one=True)
+            own.fleet_generation = fleet["generation"]
+            self._own = own
+        own.obey(fleet.get("override"))
+        return own
 
 
 def _isolated(mine: Reply, fleet: Reply) -> Reply:

@@ -121,7 +121,7 @@ class Line:
         seen, keeps_window = view.seen, self._wants_window()
         if view.lease <= 0:  # each call asks Redis
             return Due([], False, True)
-        is_due = view.is_due(now, keeps_window) or self.breaker._slow_calls.any_overdue()
+        is_due = view.is_due(now, keeps_window) or self.breaker._slow_calls.first_overdue() is not None
         # an open circuit is refreshed until its time is over: calls that are rejected are not counted in the view
         rejects = seen.state != "closed" and seen.left(seen.retry_at + IDLE, now) > 0
         unused = min(age(self.used_at, monotonic()), age(seen.counter.grown_at, monotonic()))
@@ -153,7 +153,7 @@ class Line:
         """Whether anything is gathered that matters to Redis."""
         view, now = self.view, monotonic()
         grown = self._wants_window() and view.seen.counter.look(now) > 0
-        return grown or view.is_due(now, False) or self.breaker._slow_calls.any_overdue()
+        return grown or view.is_due(now, False) or self.breaker._slow_calls.first_overdue() is not None
 
     def __del__(self) -> None:
         # the breaker is not in use any more: the link holds it until it has reported what is gathered
@@ -169,10 +169,6 @@ class Line:
 
     def _wants_window(self) -> bool:
         return self._keeps_window or self.view.policy._keeps_window
-
-    def give_back(self, request: Request) -> None:
-        """Keep the outcomes of a report that no server has executed."""
-        self.view.give_back(request)
 
     def renewed(self) -> None:
         """Note that a script has renewed the TTL, and choose when to renew it next, well before the key expires."""

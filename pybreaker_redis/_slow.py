@@ -46,26 +46,20 @@ class SlowCalls:
         pending = now - permit._pending_since < window
         return slow if slow is None else pending or slow, pending
 
-    def any_overdue(self) -> bool:
-        """Whether a running call has become slow since overdue() was called."""
+    def first_overdue(self) -> BasePermit | None:
+        """The oldest running call, if it has become slow since overdue() was called."""
         limit = self._view.policy.slow_call_duration
-        oldest = None if limit is None else self._oldest()
-        return limit is not None and oldest is not None and age(oldest.started, self._view.now()) >= limit
+        while limit is not None and self._running:
+            with contextlib.suppress(StopIteration, RuntimeError):  # another thread removed one just now
+                oldest = next(iter(self._running))
+                return oldest if age(oldest.started, self._view.now()) >= limit else None
+        return None
 
     def overdue(self) -> list[BasePermit]:
         """Take the running calls that have become slow. Each is returned once, to one caller."""
         found: list[BasePermit] = []
-        limit = self._view.policy.slow_call_duration
-        while limit is not None and (permit := self._oldest()) is not None:
-            if age(permit.started, self._view.now()) < limit:
-                break
+        while (permit := self.first_overdue()) is not None:
             permit._pending_since = self._view.now()
             if self._running.pop(permit, permit) is None:
                 found.append(permit)
         return found
-
-    def _oldest(self) -> BasePermit | None:
-        while self._running:
-            with contextlib.suppress(StopIteration, RuntimeError):  # another thread removed one just now
-                return next(iter(self._running))
-        return None

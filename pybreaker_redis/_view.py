@@ -245,7 +245,7 @@ class View:
             if counter is seen.counter and seen.began <= now < seen.closed_until and not reply.get("ramp_left_ms"):
                 # a new Seen would slow down failing calls
                 seen.sent, seen.arrived, seen.failure_count = sent, now, failure_count
-                self._set_ends(seen, sent + self.lease, now)
+                self._set_ends(seen, now)
             else:
                 self.seen = self._seen_from(reply, counter, sent, now)
             self.seen.forced, self.seen.forced_until = forced, NEVER
@@ -262,7 +262,7 @@ class View:
             if seen.failure_count > 0 and self.lease > 0:
                 self._stay_alert(now)
             seen.sent, seen.arrived = sent, now
-            self._set_ends(seen, sent + self.lease, now)
+            self._set_ends(seen, now)
         return True
 
     def _seen_from(self, reply: Reply, counter: Successes, sent: float, now: float) -> Seen:
@@ -274,10 +274,11 @@ class View:
             seen.retry_at = max(seen.retry_at, sent + self.lease)
         seen.ramp_until = now + reply["ramp_left_ms"] / 1000 if reply.get("ramp_left_ms") else now
         if self.lease > 0:
-            self._set_ends(seen, sent + self.lease, now)
+            self._set_ends(seen, now)
         return seen
 
-    def _set_ends(self, seen: Seen, fresh_until: float, now: float) -> None:
+    def _set_ends(self, seen: Seen, now: float) -> None:
+        fresh_until = seen.sent + self.lease
         if seen.state == "open":
             seen.open_until = min(fresh_until, seen.retry_at) if self.policy.enforce else NEVER
         elif seen.state == "closed" and seen.ramp_until <= now:
@@ -351,7 +352,7 @@ class View:
         with self.lock:
             self._claimed_at = self._ended_at = now
             if (seen := self.seen).watched_until > NEVER:
-                self._set_ends(seen, seen.watched_until, now)
+                self._set_ends(seen, now)
         return True
 
     # Gathered successes

@@ -1470,6 +1470,7 @@ def test_a_breaker_takes_attributes(shell: Any, monkeypatch: pytest.MonkeyPatch)
     """People note something about a breaker, and tests replace its methods; so do subclasses."""
     subclass = type("Mine", (shell,), {"team": "search"})
     for breaker in (shell("a"), subclass("a")):
+        assert vars(breaker) == {}  # all else has slots: there may be a breaker for each tenant
         breaker.owner = "ann"
         monkeypatch.setattr(breaker, "reset", lambda: "replaced")
         assert (breaker.owner, breaker.reset()) == ("ann", "replaced")

@@ -270,7 +270,7 @@ class Link:
             replies = yield [*calls, *reads]
         except NotSent:
             for line, request in reports:
-                line.give_back(request)
+                line.view.give_back(request)
             raise
         self._reporting.difference_update(line for line, _ in reports)
         return replies
@@ -283,7 +283,7 @@ class Link:
             return
         self.failed(line, error)
         if isinstance(error, ResponseError):  # refused: the script has changed nothing
-            line.give_back(request)
+            line.view.give_back(request)
 
     def _take_reads(self, chunks: list[list[Line]], replies: list[Any], sent: float) -> list[tuple[Line, Texts]]:
         """Let the breakers read what is stored. Returns what a script must read."""

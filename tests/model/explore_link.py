@@ -710,8 +710,7 @@ class Breaker(BreakerCore):
 
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
-        self._instance = f"process-{_world.making}"
-        self._notices.start_process(self._instance, self._view.lock)
+        self._notices.start_process(f"process-{_world.making}", self._view.lock)
         changed = self._notices.changed
 
         def once(change: dict[str, Any], source: str, instance: str | None = None) -> None:

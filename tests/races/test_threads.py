@@ -600,7 +600,7 @@ def test_events_of_a_refresh_are_delivered_outside_of_its_lock(client: redis.Red
     hanging = threading.Thread(target=breaker.call, args=(hang.wait, PATIENCE), daemon=True)
     hanging.start()
     link = breaker._redis.link
-    wait_until(breaker._slow_calls.any_overdue)
+    wait_until(breaker._slow_calls.first_overdue)
     wait_until(lambda: not link.wanted and not link.is_busy())  # else that exchange would make the view fresh
     make_stale(breaker, 3.0)
     with pytest.raises(CircuitOpenError):
