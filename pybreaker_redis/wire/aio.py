@@ -250,6 +250,10 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
 
     _pipe_class = AsyncPipe
 
+    def __init__(self, pool: Any, timeout: float) -> None:
+        super().__init__(pool, timeout)
+        self._tasks: set[asyncio.Task[None]] = set()  # those that open connections: a loop has only weak references
+
     async def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
         """The replies, in order; that of a failed command is its error. Raises NotSent if cancelled before sending."""
         pipe, sent = None, False
@@ -283,18 +287,16 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
 
     async def close(self) -> None:
         """Close the idle connections now, and each of the others after its exchange. Give up those that are opening."""
-        self._era += 1
         opening = self._opening()
         for pipe in opening:
             self._give_up(pipe)
         if opening:
             await asyncio.wait({pipe.task for pipe in opening})
-        await self._drop(*opening, *self._take_idle())
+        await self._drop(*opening, *self._end_era())
 
     async def _lose(self, error: BaseException) -> None:
         """Close the connections, since the server is lost. One that is opening may find it again."""
-        self._era += 1
-        idle = self._take_idle()
+        idle = self._end_era()
         self._tell(error)
         await self._drop(*idle)
 
@@ -322,7 +324,7 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         self._serve()
         try:
             # to open a connection takes several turns of the loop
-            async with _Deadline(timeout, _TURNS if self._opening() else 2, _busy()):
+            async with _Deadline(timeout, _TURNS if self._opening() else 2, self._busy()):
                 await turn
         except redis.TimeoutError:
             if turn.cancelled():  # else it was handed something just then
@@ -335,6 +337,17 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         if isinstance(found, BaseException):
             raise found
         return found
+
+    def _busy(self) -> Callable[[], bool]:
+        """A function that tells whether a long wait in line is not the server's fault: this thread has computed for a
+        tenth of the time since, and a connection is in use, whose exchange has a deadline of its own."""
+        began, computed = monotonic(), thread_time()
+
+        def is_busy() -> bool:
+            in_use = len(self._pipes) > len(self._opening()) + len(self._idle)
+            return in_use and thread_time() - computed > (monotonic() - began) / 10
+
+        return is_busy
 
     def _leave(self, turn: asyncio.Future[Any]) -> None:
         """Take a caller out of the line. What it was handed just then is for the next one."""
@@ -358,7 +371,14 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         return await self._take(deadline - monotonic())
 
     def _begin(self, pipe: AsyncPipe) -> None:
+        def ended(task: asyncio.Task[None]) -> None:
+            self._tasks.discard(task)
+            if task.cancelled():  # perhaps before it began
+                self._pipes.pop(pipe, None)
+
         pipe.task = in_background(self._open(pipe))
+        self._tasks.add(pipe.task)
+        pipe.task.add_done_callback(ended)
 
     async def _open(self, pipe: AsyncPipe) -> None:
         try:
@@ -421,10 +441,3 @@ class _Deadline:
             await self._timeout.__aexit__(*raised)
         except TimeoutError as error:
             raise redis.TimeoutError(f"no reply within {self._seconds:g} s") from error
-
-
-def _busy() -> Callable[[], bool]:
-    """A function that tells whether this thread has computed for a tenth of the time since. Then a long wait in line is
-    not the server's fault."""
-    began, computed = monotonic(), thread_time()
-    return lambda: thread_time() - computed > (monotonic() - began) / 10

@@ -97,6 +97,8 @@ class BaseConnections(Generic[P]):
 
     def _give_up(self, pipe: P) -> None:
         with self._lock:
+            if not pipe.opens:  # it is open since, and perhaps in use
+                return
             pipe.opens = False
         pipe.give_up()
 
@@ -107,6 +109,12 @@ class BaseConnections(Generic[P]):
             if place >= max(1, len(self._waiting)) or age(pipe.began, monotonic()) > self._longest:
                 self._give_up(pipe)
         return connects_late(timeout) if opening else none_free(self._limit, timeout)
+
+    def _end_era(self) -> list[P]:
+        """Begin another era. Returns the idle connections, to be closed; a thread that has one puts it back no more."""
+        with self._lock:
+            self._era += 1
+            return self._take_idle()
 
     def _take_idle(self) -> list[P]:
         """All idle connections, to be closed."""

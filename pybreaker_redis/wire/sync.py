@@ -251,11 +251,13 @@ class Pipe(BasePipe):
         self.settimeout = self._socket.settimeout
         self.settimeout(timeout)
         # before a command, something to read means that the server has closed the connection
-        self.readable = connection.can_read
-        if hasattr(select, "poll"):  # not on Windows; a fifth of the time
+        sock = self._socket
+        if hasattr(select, "poll"):
             poll = select.poll()
-            poll.register(self._socket, select.POLLIN)
-            self.readable = poll.poll
+            poll.register(sock, select.POLLIN)
+            self.readable: Callable[[float], Any] = poll.poll
+        else:  # on Windows; redis-py's own check may read, and raise
+            self.readable = lambda seconds: select.select([sock], [], [], seconds)[0]
 
     def close(self) -> None:
         if self._connection is not None:
@@ -307,15 +309,16 @@ class Connections(BaseConnections[Pipe]):
     def send(self, commands: Sequence[Command], asking: bool = False, left: float | None = None) -> list[Any]:
         """The replies, in order; that of a failed command is its error. left: seconds, if fewer than usual."""
         timeout = self._timeout if left is None else left
-        pipe = self._take(timeout)
-        if monotonic() - pipe.used_at > PROOF_AFTER or pipe.readable(0):
-            pipe = self._proven(pipe, timeout)
+        pipe, sent = self._take(timeout), False
         try:
+            if monotonic() - pipe.used_at > PROOF_AFTER or pipe.readable(0):
+                pipe = self._proven(pipe, timeout)
             if left is not None:
                 pipe.settimeout(left)
+            sent = True
             replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), timeout)
         except BaseException as error:
-            if isinstance(error, REDIS_ERRORS):
+            if sent and isinstance(error, REDIS_ERRORS):
                 self._lose(error)
             self._drop(pipe)
             raise
@@ -323,12 +326,7 @@ class Connections(BaseConnections[Pipe]):
             replies = replies[1::2]
         if (astray := error_of_route(replies)) is not None:
             self._lose(astray)  # after a failover, idle connections lead to the old master
-        if pipe.era == self._era:
-            self._idle.append(pipe)
-            if self._waiting:
-                self._serve()
-        else:
-            self._drop(pipe)
+        self._put_back(pipe)
         return replies
 
     def connection(self, **options: Any) -> Any:
@@ -336,10 +334,9 @@ class Connections(BaseConnections[Pipe]):
 
     def close(self) -> None:
         """Close the idle connections now, and each of the others after its exchange. Give up those that are opening."""
-        self._era += 1
         for pipe in self._opening():
             self._give_up(pipe)
-        self._drop(*self._take_idle())
+        self._drop(*self._end_era())
 
     def after_fork(self) -> None:
         """In a child: close its copies of sockets that are opening. A thread of the parent may hold the locks."""
@@ -348,8 +345,7 @@ class Connections(BaseConnections[Pipe]):
 
     def _lose(self, error: BaseException) -> None:
         """Close the connections, since the server is lost. One that is opening may find it again."""
-        self._era += 1
-        idle = self._take_idle()
+        idle = self._end_era()
         self._tell(error)
         self._drop(*idle)
 
@@ -374,17 +370,34 @@ class Connections(BaseConnections[Pipe]):
         try:
             self._serve()
             found = turn.get(timeout=timeout)
-        except BaseException as error:
-            with self._lock, contextlib.suppress(ValueError):
-                self._waiting.remove(turn)
-            if not isinstance(error, queue.Empty):
-                raise
+        except queue.Empty:
+            self._leave(turn)
             if turn.empty():
                 raise self._gave_up(timeout) from None
             found = turn.get_nowait()  # handed over just then
+        except BaseException:  # a signal handler's
+            self._leave(turn)
+            if not turn.empty() and isinstance(found := turn.get_nowait(), Pipe):
+                self._put_back(found)
+            raise
         if isinstance(found, BaseException):
             raise found
         return found
+
+    def _leave(self, turn: queue.SimpleQueue[Pipe | BaseException]) -> None:
+        with self._lock, contextlib.suppress(ValueError):
+            self._waiting.remove(turn)
+
+    def _put_back(self, pipe: Pipe) -> None:
+        """Let others use a connection, or close it if its era is over."""
+        with self._lock:
+            kept = pipe.era == self._era
+            if kept:
+                self._idle.append(pipe)
+        if not kept:
+            self._drop(pipe)
+        elif self._waiting:
+            self._serve()
 
     def _hand(self, turn: queue.SimpleQueue[Pipe | BaseException], found: Pipe | BaseException) -> bool:
         turn.put(found)

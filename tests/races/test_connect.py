@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import gc
+import itertools
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,11 +23,11 @@ import pytest
 import redis
 import redis.asyncio
 from conftest import wait_until
-from race_workers import PATIENCE, run_threads
+from race_workers import PATIENCE, interrupted_at, run_threads
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.wire import subscription
+from pybreaker_redis.wire import subscription, sync
 
 NOBODY = ("default", "")
 
@@ -280,6 +284,55 @@ def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedSer
     breaker.close()
 
 
+@pytest.mark.parametrize("how", ["close", "lost"])
+def test_a_connection_is_given_back_as_its_era_ends(server: EmbeddedServer, how: str) -> None:
+    """close(), or the loss of the server, at any point of another thread's exchange: no old connection is kept."""
+
+    def end() -> None:
+        if how == "close":
+            node.close()
+        else:
+            node._lose(redis.ConnectionError("lost"))
+
+    for line in itertools.count():
+        breaker = CircuitBreaker("ends", redis=server.url, lease=0, redis_timeout=PATIENCE)
+        breaker.call(int)
+        node = breaker._redis._node(None)
+        with contextlib.suppress(redis.ConnectionError):
+            if not interrupted_at(line, functools.partial(breaker._redis.history, breaker._key, 1), end):
+                break
+        assert all(pipe.era == node._era for pipe in node._idle), f"line {line}"
+        wait_until(lambda: len(node._pipes) == len(node._idle))  # noqa: B023
+        breaker.close()
+    assert line > 20
+    breaker.close()
+
+
+def test_an_attempt_ends_as_it_is_given_up(gate: Gate, server: EmbeddedServer) -> None:
+    """A connection that opens while a caller gives it up is closed or kept: it is not closed while it is used."""
+    for line in itertools.count():
+        gate.opened.clear()
+        breaker, asked = behind(gate, server, PATIENCE), gate.asked
+        node = breaker._redis._node(None)
+        for pipe in (sync.Pipe(), sync.Pipe()):
+            node._pipes[pipe] = None
+            node._begin(pipe)
+        wait_until(lambda: gate.asked == asked + 2)  # noqa: B023
+
+        def let_pass() -> None:
+            gate.opened.set()
+            wait_until(lambda: not node._opening())  # noqa: B023
+
+        reached = interrupted_at(line, functools.partial(node._gave_up, 1.0), let_pass)
+        gate.opened.set()
+        wait_until(lambda: len(node._pipes) == len(node._idle))  # noqa: B023
+        assert all(pipe.proves(PATIENCE) for pipe in node._idle), f"line {line}"
+        breaker.close()
+        if not reached:
+            break
+    assert line > 5
+
+
 class Interrupted(BaseException):
     """Raised by a signal handler."""
 
@@ -501,3 +554,91 @@ def test_a_task_takes_a_connection_that_becomes_free(server: EmbeddedServer) -> 
         await breaker.close()
 
     asyncio.run(main())
+
+
+class Mute:
+    """A listener that takes connections and never answers. taken: those."""
+
+    def __init__(self) -> None:
+        self.taken: list[socket.socket] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"redis://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.taken.append(self._listener.accept()[0])
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        for one in [self._listener, *self.taken]:
+            one.close()
+
+
+@pytest.fixture
+def mute() -> Iterator[Mute]:
+    """It is closed at the end."""
+    started = Mute()
+    yield started
+    started.close()
+
+
+def test_a_busy_loop_and_a_server_that_is_mute(mute: Mute) -> None:
+    """A call waits for a new connection for redis_timeout, even if its loop computes for most of the time."""
+
+    async def compute() -> None:
+        while True:
+            ends = time.thread_time() + 0.005
+            while time.thread_time() < ends:
+                pass
+            await asyncio.sleep(0.001)
+
+    async def main() -> None:
+        breaker = AsyncCircuitBreaker("mute", redis=mute.url, lease=0, redis_timeout=0.05)
+        busy = asyncio.create_task(compute())
+        assert await asyncio.wait_for(breaker.call(fine), PATIENCE / 2) == 1
+        assert (await breaker.snapshot()).source == "local"
+        busy.cancel()
+        await breaker.close()
+
+    asyncio.run(main())
+
+
+def test_an_attempt_is_not_collected(mute: Mute) -> None:
+    """An attempt for which nobody waits goes on: something refers to its task."""
+
+    async def main() -> None:
+        breaker = AsyncCircuitBreaker("mute", redis=mute.url, lease=0, redis_timeout=0.05)
+        await breaker.call(fine)
+        [number] = [id(pipe) for pipe in opening(breaker)]
+        gc.collect()
+        assert [id(pipe) for pipe in opening(breaker)] == [number]
+        await breaker.close()
+
+    asyncio.run(main())
+
+
+def test_an_attempt_is_given_up_before_it_begins(mute: Mute) -> None:
+    """It takes no place any more."""
+
+    async def main() -> None:
+        breaker = AsyncCircuitBreaker("mute", redis=mute.url, lease=0, redis_timeout=PATIENCE)
+        node = breaker._redis._node(None)
+        callers = [asyncio.create_task(breaker._redis.history(breaker._key, 1)) for _ in range(2)]
+        await asyncio.sleep(0)  # both attempts are planned
+        assert len(node._pipes) == 2
+        callers[1].cancel()
+        node._leave(node._waiting[1])
+        node._gave_up(PATIENCE)
+        with pytest.raises(asyncio.CancelledError):
+            await callers[1]
+        assert len(node._pipes) == 1
+        callers[0].cancel()
+        await breaker.close()
+
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
