@@ -112,6 +112,11 @@ def _checked(option: str, given: Any) -> tuple[Listener, ...]:
 class Notices:
     """Queues a breaker's events and counts its calls. The shells deliver the events, outside every lock."""
 
+    __slots__ = (
+        *("name", "listeners", "on_call", "instruments", "instance", "waiting"),
+        *("_notified", "_lock", "_counters"),
+    )
+
     def __init__(self, name: str, listeners: Iterable[Listener], on_call: Iterable[Listener]) -> None:
         self.name = name
         self.listeners, self.on_call = _checked("listeners", listeners), _checked("on_call", on_call)

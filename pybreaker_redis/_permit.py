@@ -175,7 +175,7 @@ class Innermost:
 
     def __init__(self, now: Callable[[], float] = machine) -> None:
         self.failed_at, self._now = NEVER, now
-        self._token = secrets.randbits(64)  # in another process, no breaker has the same
+        self._token = 0  # until the first failure: most breakers of many tenants have none
         self._last = _NOBODY
         self.after_fork()
 
@@ -191,6 +191,7 @@ class Innermost:
         running = _running()
         with self._lock:  # or a thread that read the clock earlier could set failed_at back
             self.failed_at = now = self._now()
+            self._token = self._token or secrets.randbits(64)  # in another process, no breaker has the same
             if self._last is _NOBODY or len(self._last) >= 1000:  # most of these threads and tasks have ended
                 self._last = {}
             self._last[running] = now
