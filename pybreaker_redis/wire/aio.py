@@ -17,7 +17,7 @@ from .._protocol import NotSent, Reply, Request, decode, history_fields
 from . import commands as build
 from . import sync
 from .commands import PING, Command, packed
-from .connections import BaseConnections, BasePipe
+from .connections import BaseConnections, BasePipe, Nodes
 from .options import (
     ASYNCIO,
     BLOCKING,
@@ -118,7 +118,7 @@ class AsyncServer(BaseServer):
 
     async def close(self) -> None:
         """Close this loop's connections; the next call opens others."""
-        for node in list(self._here().nodes.values()):
+        for node in list(self._nodes.values()):
             await node.close()
 
     async def _one(self, command: Command) -> Any:
@@ -132,18 +132,18 @@ class AsyncServer(BaseServer):
         return await carry_out(self._exchange(commands), self._send)
 
     async def _send(self, leg: Leg) -> list[Any]:
-        return await self._node(leg.address).send(leg.commands, leg.asking)
+        return await self._nodes[leg.address].send(leg.commands, leg.asking)
 
-    def _node(self, address: Address | None) -> AsyncConnections:
-        nodes = self._here().nodes
-        return nodes.get(address) or nodes.setdefault(address, AsyncConnections(self._pool_of(address), self._timeout))
+    @property
+    def _nodes(self) -> Nodes[AsyncConnections]:  # type: ignore[override]
+        return self._here().nodes
 
     def _here(self) -> OnLoop:
         loop = asyncio.get_running_loop()
         found = self._by_loop.get(loop)
         if found is None:
             forget_ended(self._by_loop)
-            found = self._by_loop[loop] = OnLoop()
+            found = self._by_loop[loop] = OnLoop(Nodes(AsyncConnections, self._pool_of, self._timeout))
         return found
 
 
@@ -153,9 +153,8 @@ class OnLoop:
     ends: whether the loop is being closed. A task in the background would be left pending.
     """
 
-    def __init__(self) -> None:
-        self.ends = False
-        self.nodes: dict[Address | None, AsyncConnections] = {}
+    def __init__(self, nodes: Nodes[AsyncConnections]) -> None:
+        self.ends, self.nodes = False, nodes
         self.task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self.subscription = AsyncSubscription()

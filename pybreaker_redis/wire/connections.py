@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import redis
 
 from .._clock import age
-from .options import connects_late, limit_of, none_free, patience_after
+from .options import Address, connects_late, limit_of, none_free, patience_after
 from .outage import longest_exchange
 
 
@@ -31,6 +31,7 @@ class BasePipe:
 
 
 P = TypeVar("P", bound=BasePipe)
+C = TypeVar("C")
 
 
 class BaseConnections(Generic[P]):
@@ -129,3 +130,13 @@ class BaseConnections(Generic[P]):
         with self._lock, contextlib.suppress(IndexError):
             while True:
                 self._hand(self._waiting.popleft(), error)
+
+
+class Nodes(dict[Address | None, C]):
+    """The connections to each node, made when they are first asked for. None: to the only server."""
+
+    def __init__(self, kind: Callable[[Any, float], C], pool_of: Callable[[Any], Any], timeout: float) -> None:
+        self._kind, self._pool_of, self._timeout = kind, pool_of, timeout
+
+    def __missing__(self, address: Address | None) -> C:
+        return self.setdefault(address, self._kind(self._pool_of(address), self._timeout))

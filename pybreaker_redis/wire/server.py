@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar
 from .._line import Line
 from .._process import renew, renew_at_forks
 from . import exits
+from .connections import Nodes
 from .link import Link
 from .options import Address, Kind, pools_of
 from .route import Leg, Routes, to_one_server
@@ -30,7 +31,7 @@ class BaseServer:
 
     _kind: Kind
     _start: Callable[[], None]  # begins an exchange in the background
-    _node: Callable[[Address | None], Any]  # the connections to a node; None: to the only server
+    _nodes: Nodes[Any]
 
     def __init__(self, client: Any, timeout: float) -> None:
         self._pool_of, clustered = pools_of(client, self._kind, timeout)
@@ -79,7 +80,7 @@ class BaseServer:
 
     def subscriber(self) -> Any:
         """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
-        return self._node(None if self._routes is None else self._routes.any_node()).connection(protocol=2)
+        return self._nodes[None if self._routes is None else self._routes.any_node()].connection(protocol=2)
 
     def _end_over(self, node: Callable[[Address | None], Any], ends: float) -> None:
         """Report what is gathered, over blocking connections. Raises nothing.

@@ -20,13 +20,12 @@ from .._line import Line
 from .._protocol import Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import PING, Command, packed
-from .connections import BaseConnections, BasePipe
+from .connections import BaseConnections, BasePipe, Nodes
 from .options import (
     BLOCKING,
     NO_REPLY,
     PROOF_AFTER,
     REDIS_ERRORS,
-    Address,
     connecting,
     connection,
     error_of_route,
@@ -45,10 +44,11 @@ class Server(BaseServer):
     """Blocking access. It needs one connection for each thread that talks to Redis at the same time."""
 
     _kind = BLOCKING
+    _nodes: Nodes[Connections]
 
     def _start_process(self) -> None:
         # Threads of a parent hold some of its connections and locks. A child's copies of its idle sockets are closed.
-        self._nodes: dict[Address | None, Connections] = {}
+        self._nodes = Nodes(Connections, self._pool_of, self._timeout)
         self._subscription = Subscription()
         self._refreshing = threading.RLock()
         self._refreshes = 0
@@ -89,7 +89,7 @@ class Server(BaseServer):
         lock = self._refreshing
         if lock.acquire(timeout=self._timeout):
             try:
-                self._end_over(self._node, ends)
+                self._end_over(self._nodes.__getitem__, ends)
             finally:
                 lock.release()
         self.close()
@@ -126,9 +126,9 @@ class Server(BaseServer):
     def masters(self) -> list[Connections]:
         """The connections to each node that serves keys."""
         if self._routes is None:
-            return [self._node(None)]
+            return [self._nodes[None]]
         carry_out(self._routes.learn_masters(), self._send)
-        return [self._node(address) for address in self._routes.masters()]
+        return [self._nodes[address] for address in self._routes.masters()]
 
     @property
     def clustered(self) -> bool:
@@ -146,7 +146,7 @@ class Server(BaseServer):
 
     def _one(self, command: Command) -> Any:
         if self._routes is None:  # the usual case, without the steps that pipelines and clusters need
-            (reply,) = self._node(None).send((command,))
+            (reply,) = self._nodes[None].send((command,))
         if self._routes is not None or isinstance(reply, NoScriptError):
             (reply,) = self.exchange((command,))
         if isinstance(reply, BaseException):
@@ -154,11 +154,7 @@ class Server(BaseServer):
         return reply
 
     def _send(self, leg: Leg) -> list[Any]:
-        return self._node(leg.address).send(leg.commands, leg.asking)
-
-    def _node(self, address: Address | None) -> Connections:
-        found = self._nodes.get(address)
-        return found or self._nodes.setdefault(address, Connections(self._pool_of(address), self._timeout))
+        return self._nodes[leg.address].send(leg.commands, leg.asking)
 
 
 class Worker:

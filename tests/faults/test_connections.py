@@ -393,7 +393,7 @@ def test_callers_are_served_in_their_order(target: Restartable) -> None:
 def test_a_caller_that_gives_up_as_its_turn_comes(target: Restartable, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another thread has taken it from the line, and hands it a connection: it takes that one."""
     with redis.Redis(port=target.port, max_connections=1) as client:
-        connections = sync.Server.of(client, 30.0)._node(None)
+        connections = sync.Server.of(client, 30.0)._nodes[None]
         pipe, chosen, late = connections._take(30.0), threading.Event(), threading.Event()
 
         class Line(collections.deque[Any]):

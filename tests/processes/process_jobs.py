@@ -317,7 +317,7 @@ def made_in_child(url: str, how: str) -> object:
     meter._read_all()
 
     def sockets(server: Any) -> list[int]:
-        return [os.fstat(pipe._socket.fileno()).st_ino for pipe in server._node(None)._idle]
+        return [os.fstat(pipe._socket.fileno()).st_ino for pipe in server._nodes[None]._idle]
 
     def makes() -> object:
         made = CircuitBreaker("child", redis=client, lease=0, **FIRM)

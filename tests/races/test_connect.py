@@ -88,7 +88,7 @@ def is_back(breaker: CircuitBreaker) -> bool:
 
 def opening(breaker: CircuitBreaker) -> list[Any]:
     """The connections that are being opened."""
-    return breaker._redis._node(None)._opening()
+    return breaker._redis._nodes[None]._opening()
 
 
 def test_a_late_connection_is_used_by_the_next_call(gate: Gate, server: EmbeddedServer) -> None:
@@ -109,7 +109,7 @@ def test_callers_that_wait_for_a_late_attempt(gate: Gate, server: EmbeddedServer
     """Of two callers one waits for the attempt that is late, the other for another one; both get a connection."""
     breaker = behind(gate, server)
     breaker.call(int)
-    node = breaker._redis._node(None)
+    node = breaker._redis._nodes[None]
     node._timeout = PATIENCE
     threads = [threading.Thread(target=breaker._redis.history, args=(breaker._key, 1)) for _ in range(2)]
     for thread in threads:
@@ -173,7 +173,7 @@ def test_a_late_attempt_fails(gate: Gate, server: EmbeddedServer) -> None:
     """All that wait for it get its error at once, not when redis_timeout is over; the next attempt is another one."""
     breaker = behind(gate, server, max_connections=1)
     breaker.call(int)
-    node, errors = breaker._redis._node(None), list[BaseException]()
+    node, errors = breaker._redis._nodes[None], list[BaseException]()
     node._timeout = 10 * PATIENCE
 
     def wait() -> None:
@@ -268,7 +268,7 @@ def test_a_connection_that_becomes_free_is_taken(gate: Gate, server: EmbeddedSer
     gate.opened.set()
     breaker.call(int)
     gate.opened.clear()
-    node = breaker._redis._node(None)
+    node = breaker._redis._nodes[None]
     pipe = node._take(PATIENCE)
     thread = threading.Thread(target=breaker._redis.history, args=(breaker._key, 1))
     thread.start()
@@ -297,7 +297,7 @@ def test_a_connection_is_given_back_as_its_era_ends(server: EmbeddedServer, how:
     for line in itertools.count():
         breaker = CircuitBreaker("ends", redis=server.url, lease=0, redis_timeout=PATIENCE)
         breaker.call(int)
-        node = breaker._redis._node(None)
+        node = breaker._redis._nodes[None]
         with contextlib.suppress(redis.ConnectionError):
             if not interrupted_at(line, functools.partial(breaker._redis.history, breaker._key, 1), end):
                 break
@@ -313,7 +313,7 @@ def test_an_attempt_ends_as_it_is_given_up(gate: Gate, server: EmbeddedServer) -
     for line in itertools.count():
         gate.opened.clear()
         breaker, asked = behind(gate, server, PATIENCE), gate.asked
-        node = breaker._redis._node(None)
+        node = breaker._redis._nodes[None]
         for pipe in (sync.Pipe(), sync.Pipe()):
             node._pipes[pipe] = None
             node._begin(pipe)
@@ -401,7 +401,7 @@ client = redis.Redis(unix_socket_path=sys.argv[1], credential_provider=Gate(), m
 breaker = CircuitBreaker("forks late", redis=client, lease=0)
 breaker.call(int)
 assert breaker.snapshot().source == "local"
-number = breaker._redis._node(None)._opening()[0]._connection._sock.fileno()
+number = breaker._redis._nodes[None]._opening()[0]._connection._sock.fileno()
 child = os.fork()
 if child == 0:
     try:
@@ -456,7 +456,7 @@ def test_a_late_connection_of_a_loop_is_used_by_the_next_call(server: EmbeddedSe
         for _ in range(3):
             await breaker.call(fine)
         assert gate.asked == 1
-        node = breaker._redis._node(None)
+        node = breaker._redis._nodes[None]
         node._timeout = PATIENCE
         waiting = [asyncio.create_task(breaker._redis.history(breaker._key, 1)) for _ in range(2)]
         while gate.asked < 2:  # the late attempt, and another one for the second task
@@ -500,7 +500,7 @@ def test_a_late_attempt_of_a_loop_fails(server: EmbeddedServer) -> None:
         gate = AsyncGate()
         breaker = async_behind(gate, server)
         await breaker.call(fine)
-        breaker._redis._node(None)._timeout = 10 * PATIENCE
+        breaker._redis._nodes[None]._timeout = 10 * PATIENCE
         waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         await asyncio.sleep(0.05)
         gate.fails = 1
@@ -542,7 +542,7 @@ def test_a_task_takes_a_connection_that_becomes_free(server: EmbeddedServer) -> 
         gate.opened.set()
         breaker = async_behind(gate, server, PATIENCE)
         await breaker.call(fine)
-        node = breaker._redis._node(None)
+        node = breaker._redis._nodes[None]
         gate.opened.clear()
         pipe = node._idle.pop()
         waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
@@ -624,7 +624,7 @@ def test_an_attempt_is_given_up_before_it_begins(mute: Mute) -> None:
 
     async def main() -> None:
         breaker = AsyncCircuitBreaker("mute", redis=mute.url, lease=0, redis_timeout=PATIENCE)
-        node = breaker._redis._node(None)
+        node = breaker._redis._nodes[None]
         callers = [asyncio.create_task(breaker._redis.history(breaker._key, 1)) for _ in range(2)]
         await asyncio.sleep(0)  # both attempts are planned
         assert len(node._pipes) == 2
