@@ -240,17 +240,17 @@ function breaker.take_over_operator(document, own)
   if breaker.is_text(own.note, 200) then document.note = own.note end
 end
 
--- Another program may rewrite the document without a generation many times a second. It then goes on under that of the
--- next report from its state, so that outcomes add to what that program counts.
+-- Another program may rewrite the document without a generation many times a second. The document then takes the
+-- generation of the next report from its state, so that outcomes add to what that program counts.
 function breaker.take_over_generation(document, request)
   local generation, from = request.generation or 0, request.probe and 'half_open' or 'closed'
   document.amended = document.state == from and generation >= 1 and generation <= document.generation
   if document.amended then document.generation = generation else document.is_new = true end
 end
 
--- The deadline of an open or forced state, cut to its longest time since it began: at changed_at_ms, else at opened_at, or
--- with its generation while closed. If that is missing or lies ahead, the time counts from now, and what was cut must be stored: otherwise
--- each script would count anew.
+-- The deadline of an open or forced state, cut to the longest time since the state began: at changed_at_ms, else at
+-- opened_at, or with its generation while closed. Without such a beginning, or if it lies ahead, the time counts from
+-- now. A deadline that was cut must be stored: otherwise each script would count anew.
 function breaker.bounded_ms(document, deadline)
   local began = document.changed_at_ms or document.state == 'closed' and math.floor(document.generation / 1000)
     or (document.opened_at or math.huge) * 1000 + 999
@@ -273,7 +273,7 @@ function breaker.take_over_open(document, own, request)
   local opened_at = document.opened_at or document.last_failure_time or math.floor(now / 1000)
   document.open_ms = breaker.policy_of(request).reset_timeout_ms
   document.open_until_ms = math.min(opened_at * 1000, now) + document.open_ms
-  -- Even a refusal has to store a deadline that starts now. Otherwise each script would compute it anew, and it would never pass.
+  -- Even a refusal has to store a deadline that counts from now: computed anew by each script, it would never pass.
   document.amended = not document.opened_at or document.opened_at * 1000 > now
 end
 

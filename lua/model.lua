@@ -20,8 +20,8 @@ what is stored: 64 KB, 1,000 probes, 100 reporters, 30 days for an open or force
 
   version            of this layout: 1
   generation         grows at every transition, to 9e15 at most. It is seeded from the clock in microseconds. No two
-                     scripts begin in the same one (but for those of one MULTI), so it does not repeat after the key
-                     was lost. An outcome with another generation is ignored.
+                     scripts begin in the same microsecond (except those of one MULTI), so it does not repeat after
+                     the key was lost. An outcome with another generation is ignored.
   failure_number     failures of this generation while closed, else 0; always stored. Each failure gets the next
                      number, so that a report can say which failures its successes came after. While closed it is at
                      least failure_count: if less is stored, failure_count is used instead. If another program stores
@@ -67,7 +67,7 @@ action that set it last.
 local LARGEST = 90000000000000 -- cjson writes integers of 14 digits without loss; the rest is room for additions
 local DAY_MS = 86400 * 1000 -- two locals, not more: each costs every script the capture of a variable
 
--- Nine names make room for 16 functions, which most calls do with: to let the table grow would cost more.
+-- Nine names make room for 16 functions, enough for most calls: to let the table grow would cost more.
 local breaker = {request = nil, load = nil, record = nil, reply = nil, save = nil, encode = nil, now_ms = nil,
   policy_field = nil, __index = nil}
 

@@ -162,7 +162,7 @@ end
 function breaker.override_text(fields, until_ms, operator, note)
   local texts = {}
   for field, value in pairs(fields) do
-    local text = tostring(value) -- 14 digits, as in cjson: too few for a third
+    local text = tostring(value) -- 14 digits, as in cjson: too few for 1/3
     if type(value) == 'number' and tonumber(text) ~= value then text = string.format('%.17g', value) end
     texts[#texts + 1] = string.format('"%s":%s', field, text)
   end

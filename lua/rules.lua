@@ -169,7 +169,7 @@ function breaker.note_reporter(document, policy, request)
   document.reporters = reporters
 end
 
--- Whether enough instances have failed since then for the fleet to trip.
+-- Whether enough hosts have failed since since_ms for the fleet to trip.
 function breaker.has_quorum(document, policy, since_ms)
   if policy.quorum == 1 then return true end
   local count = 0
@@ -248,7 +248,7 @@ function breaker.record_closed(document, request)
   local reason = breaker.trip_reason(document, policy, failures, hold_ms)
   if reason then
     breaker.trip(document, policy, reason, hold_ms)
-  elseif failures > 0 and document.failure_count * 2 >= policy.failure_threshold -- most do without the function
+  elseif failures > 0 and document.failure_count * 2 >= policy.failure_threshold -- spares most reports the call
       and breaker.reaches_half(document, policy, before) then
     document.hint = true
   end
@@ -282,13 +282,13 @@ function breaker.retry_after_ms(document, request)
   return math.min(math.max(document.probe_ms - left, 100), left)
 end
 
--- Enters an operator's action that is not a transition into the history.
+-- Enters into the history an operator's action that is not a transition.
 function breaker.enter(document, reason)
   document.entry = {from = document.state, to = document.state, reason = reason, generation = document.generation,
     failure_count = document.failure_count, success_count = document.success_count}
 end
 
--- Enters an action on the policy override. It stores no document: the generation is 0 where none is stored.
+-- Enters an action on the policy override. The action stores no document: the generation is 0 where none is stored.
 function breaker.enter_policy(document, action)
   breaker.enter(document, action)
   if document.is_new then document.entry.generation = 0 end

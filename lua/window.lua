@@ -92,7 +92,7 @@ function breaker.move_back(window, calls, age_ms, now)
 end
 
 -- The window now, without what has left it. It keeps its buckets if the policy in force asks for shorter ones, unless a
--- policy override does, which is every client's.
+-- policy override does, which every client follows.
 function breaker.window_at(window, request, now)
   local newest = math.floor(now / window.bucket_ms)
   local passed = newest - window.newest

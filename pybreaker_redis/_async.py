@@ -42,7 +42,7 @@ S = TypeVar("S")
 T_co = TypeVar("T_co", covariant=True)
 M = TypeVar("M", bound=contextlib.AbstractAsyncContextManager[Any])
 _IfLost: TypeAlias = Callable[[T], Coroutine[Any, Any, None]]
-# By process and loop: a loop keeps only weak references. A child keeps its parent's tasks alive, and leaves them alone.
+# By process and loop: a loop keeps only weak references. A child keeps its parent's tasks, and never touches them.
 _tasks: dict[int, weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]] = {}
 _USE_SYNC = "cannot be awaited, so AsyncCircuitBreaker cannot guard it: use CircuitBreaker"
 
@@ -210,7 +210,7 @@ class AsyncCircuitBreaker(BreakerCore):
         if inspect.iscoroutinefunction(func):
             return self._guard(func, fallback)
         plain = inspect.isroutine(func) or inspect.isclass(func)
-        if plain and inspect.unwrap(func) is func:  # else only its result tells
+        if plain and inspect.unwrap(func) is func:  # otherwise, only the result shows what func is
             raise TypeError(f"{func!r} {_USE_SYNC}")
 
         def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -226,7 +226,7 @@ class AsyncCircuitBreaker(BreakerCore):
         return guarded
 
     async def _await(self, awaitable: Awaitable[T], fallback: Fallback | None) -> T:
-        """Guard what is already there to be awaited. A coroutine that is rejected is closed."""
+        """Guard an awaitable that exists already. If the call is rejected, a coroutine is closed."""
 
         async def work() -> T:
             return await awaitable
@@ -388,7 +388,7 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            # of this task; perhaps after the result, but before this task woke up
+            # this task was cancelled, perhaps after the result had come, but before this task woke up
             if if_lost is not None and not task.cancelled():
                 _spawn(_pass_on(task, if_lost))
             raise

@@ -262,7 +262,7 @@ def _read(server: Server, keys: list[bytes]) -> list[Stored]:
 def subscribed(server: Server, *words: str) -> Iterator[Callable[[float], tuple[bytes, bytes] | None]]:
     """Subscribe for a `with` block, by a command such as "PSUBSCRIBE", pattern.
 
-    Gives a function that waits for a notification, so many seconds, and returns its channel and content, or None.
+    Gives a function that waits a number of seconds for a notification. It returns the channel and content, or None.
     Raises redis.RedisError or OSError.
     """
     connection = server.subscriber()

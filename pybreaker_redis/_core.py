@@ -296,7 +296,7 @@ class BreakerCore:
             *slow_probes, request = self._reports()
             for report in slow_probes:
                 yield from self._run("record", report)
-            # not a generation alone: with it, a closed document that another program wrote would go on under it
+            # never a generation without counts: a closed document of another program would go on under that generation
             reply = yield from self._run("acquire", request if len(request) > 1 else {})
         finally:
             with self._view.lock:
@@ -346,8 +346,8 @@ class BreakerCore:
     ) -> Steps[None] | None:
         """Count an outcome. Returns the steps that report it to Redis, or None if it was counted here.
 
-        generation, probe: of its permit. hold_ms: milliseconds after which the service said to come back. Then only a
-        failure of a probe counts as one. slow, pending: see SlowCalls.ended.
+        generation, probe: of its permit. hold_ms: milliseconds after which the service said to come back. With
+        such a hold, only the failure of a probe counts as a failure. slow, pending: see SlowCalls.ended.
         """
         if getpid() != self._pid:
             renew(self)
@@ -367,7 +367,8 @@ class BreakerCore:
             return None
         report = _report_of(outcome, generation, hold_ms, probe, slow, pending)
         if outcome == FAILURE and error is not None:
-            report["error"] = described(error, self._record_errors)  # may call this breaker: before anything is taken
+            # before anything is taken: the exception's own __str__ may call this breaker
+            report["error"] = described(error, self._record_errors)
         *slow_probes, gathered = self._reports(generation)
         return self._send([*slow_probes, *_joined(gathered, report)])
 
@@ -380,7 +381,7 @@ class BreakerCore:
         request = view.take(generation, self._own_engine() is None, as_it_ends) if view.lease > 0 else {}
         current = self._view.seen.generation
         slow_probes: list[Request] = []
-        # a report of an earlier generation counts for nothing: slow calls wait for one of the view's
+        # a report of an earlier generation does not count: slow calls wait for a report of the view's generation
         if self._view.policy.slow_call_duration is not None and generation in (None, current):
             for permit in self._slow_calls.overdue():
                 if permit.probe is not None:

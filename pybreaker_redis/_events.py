@@ -160,7 +160,7 @@ class Notices:
             self._put(Event("rejected", self.name, self.instance, retry_after=retry_after, enforced=enforced))
 
     def changed(self, change: dict[str, Any], source: str, instance: str | None = None) -> None:
-        """Notify the listeners of a transition, once for each generation of the fleet's."""
+        """Notify the listeners of a transition, once for each generation of the fleet."""
         if source in ("redis", "watch"):
             if change["generation"] in self._notified:
                 return

@@ -34,7 +34,7 @@ class Isolation:
         return self._own is not None and self._own.state != "closed"
 
     def decides_over(self, fleet: Reply) -> bool:
-        """Whether it is, and is not overruled by the fleet's state in this snapshot."""
+        """Whether this instance's own state is not closed, and the fleet's state in this reply does not overrule it."""
         own = self._own
         if own is None or own.state == "closed" or _decides(fleet):
             return False

@@ -127,9 +127,9 @@ class Line:
         unused = min(age(self.used_at, monotonic()), age(seen.counter.grown_at, monotonic()))
         quiet = unused > IDLE and not rejects and not hinted
         read_for = age(seen.sent, monotonic())
-        idle = quiet and read_for >= view.lease  # until then calls rely on the view, unseen by the link
+        idle = quiet and read_for >= view.lease  # a younger view serves calls that the link does not see
         must_renew = self._renewed_at > NEVER and age(self._renewed_at, monotonic()) >= self._renew_after
-        if idle:  # it may be one of many tenants
+        if idle:  # keep little: there may be a breaker for each of many tenants
             self._known = None
         reports: list[Request] = []
         if is_due or must_renew or (idle and keeps_window):
@@ -161,7 +161,7 @@ class Line:
             self._held.append(self)
 
     def _take(self, renews: bool = False, as_it_ends: bool = False) -> list[Request]:
-        """Take what is gathered as reports. renews: even an empty one, to renew the TTL. as_it_ends: see View.take."""
+        """Take what is gathered as reports. renews: also an empty one, to renew the TTL. as_it_ends: see View.take."""
         *reports, last = self.breaker._reports(as_it_ends=as_it_ends)
         if len(last) > 1 or renews:
             reports.append(last)

@@ -37,7 +37,7 @@ Source: TypeAlias = Config | Mapping[str, Any] | str | os.PathLike[str]
 
 
 class ManagerOptions(TypedDict, total=False):
-    """The keywords of a manager, but for redis; with_redis() takes the same. See CircuitBreakerManager."""
+    """The keywords of a manager, except redis; with_redis() takes the same. See CircuitBreakerManager."""
 
     failures: Exceptions
     ignore: Exceptions
@@ -189,7 +189,7 @@ class CircuitBreakerManager(ManagerCore[CircuitBreaker]):
     """The circuit breakers of this process, one for each service that it calls.
 
     config: a Config, the path of a file, a dict, or None for the defaults. REDIS_URL and CIRCUIT_BREAKER_ENABLED in the
-        environment override a file or a dict, but no Config, nor the defaults.
+        environment override a file or a dict, but neither a Config nor the defaults.
     redis: a redis-py client or a URL, to share the breakers with every other process, or None to keep them in memory.
         with_redis(config) takes the URL from the configuration.
     failures, ignore, is_failure, retry_after, listeners, on_call: as for CircuitBreaker, for every breaker.

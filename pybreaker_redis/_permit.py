@@ -202,9 +202,10 @@ class Innermost:
                 pass
 
     def has_counted(self, error: BaseException, since: float) -> bool:
-        """Whether a guard within a call that began then has counted this exception.
+        """Whether a guard within a call that began at `since` has counted this exception.
 
-        The same object may be raised again by later calls, and by others at the same time: such a guard began later.
+        The same object may be raised again by later calls, and by others at the same time. So a guard is within
+        the call only if it began no earlier.
         """
         token, at, began = getattr(error, "__dict__", _UNMARKED).get(_MARK, _UNMARKED[_MARK])
         if token == self._token and since < at and since <= began:

@@ -1,8 +1,8 @@
 """Reads the board for all viewers of a process: one thread, one subscription, one SCAN every few seconds.
 
 The thread starts with the first viewer and ends soon after the last one has left, so a page that nobody looks at costs
-nothing. It decodes off the event loop: an application that mounts the page goes on answering meanwhile, and a terminal
-goes on reading keys.
+nothing. The thread decodes off the event loop: an application that mounts the page goes on answering meanwhile, and a
+terminal goes on reading keys.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TIMEOUT = 5.0
 SHORTEST_PAUSE = 2.0  # seconds between two readings of all breakers
 LONGEST_PAUSE = 30.0
 SHARE = 0.005  # of the time, at most, for reading all breakers
-BURST = 0.02  # seconds for which further notifications gather after the breakers of some were read
+BURST = 0.02  # seconds for which further notifications gather after the breakers of the first were read
 RETRY = 1.0
 MOST_AT_ONCE = 1000  # notifications that are taken together: a flood must not keep the board from being read
 GLANCE = 1.0  # seconds between two readings of the breakers in sight
@@ -181,7 +181,7 @@ class BoardReader:
                 time.sleep(BURST)
 
     def _notified(self, receive: Callable[[float], tuple[bytes, bytes] | None], wait: float) -> list[bytes]:
-        """The keys of the breakers that notifications are about: all that have come when the first one has."""
+        """The keys of the breakers that notifications are about: waits for one, then takes all that have come."""
         found: list[bytes] = []
         message = receive(min(max(wait, 0.0), RETRY))
         while message is not None:

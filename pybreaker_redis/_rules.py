@@ -302,7 +302,8 @@ def count_outcomes(document: Document, request: Request, quorum: int, bucket: in
 def trip_reason(document: Document, policy: Policy, failures: int, hold_ms: int) -> str | None:
     """The reason why a closed circuit must open now, or None. failures, hold_ms: of the report.
 
-    Successes may leave a long run, and come without the policy that says how long it may be.
+    Without failures the run is not judged: a report of only successes may come without the policy that says how long
+    a run may be.
     """
     run_since_ms = document.now if document.run_since_ms is None else document.run_since_ms
     if (
@@ -371,12 +372,12 @@ def retry_after_ms(document: Document, policy: Policy) -> int | None:
 
 
 def enter(document: Document, reason: str) -> None:
-    """Enter an operator's action that is not a transition into the history."""
+    """Enter into the history an operator's action that is not a transition."""
     document.entry = document.entry_of(document.state, reason, document.generation)
 
 
 def enter_policy(document: Document, action: str) -> None:
-    """Enter an action on the policy override. It stores no document: the generation is 0 where none is stored."""
+    """Enter an action on the policy override, without a document: the generation is 0 where none is stored."""
     enter(document, action)
     if document.entry and document.is_new:
         document.entry["generation"] = 0

@@ -27,7 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
-# results that run later: their permit is for then
+# results that run later, and get a permit of their own then
 _SUSPENDED: frozenset[Any] = frozenset(
     {types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType, contextlib._GeneratorContextManager}
 )

@@ -53,7 +53,7 @@ class Counter:
 
     def total(self) -> int:
         """All ticks ever."""
-        self._reads = reads = self._reads + 1  # kept: a signal handler may read again after the tick
+        self._reads = reads = self._reads + 1  # in a local, too: a signal handler may read again after the tick
         return self.tick() - reads
 
 
@@ -102,7 +102,7 @@ class Successes(Counter):
     def take(self, now: float) -> int:
         """The successes since the last take(). Successes that end after its look() are left for the next take()."""
         self.look(now)
-        # not below zero: a signal handler may have taken them meanwhile. No call from here on: it would let one in
+        # not below zero: a signal handler may have taken them. No call from here on: a call would let a handler run
         new = self._looked_at - self._taken if self._looked_at > self._taken else 0
         self._taken += new
         return new
@@ -130,8 +130,8 @@ class Seen:
     process is alert.
     retry_at: until when an open or half-open circuit rejects. ramp_until: the end of the ramp after a recovery.
     forced_until: the end of the forced state. reason, error: why the circuit is not closed, for the rejected caller.
-    A reply is good while sent <= now < closed_until, so by default it is too old to use. After the clock was turned
-    back, sent may be in the future: then the reply is stale.
+    A reply is good while sent <= now < closed_until; a Seen with the default times is too old to use. After the
+    clock was turned back, sent may be in the future: then the reply is stale.
     """
 
     state: State = "closed"

@@ -78,7 +78,7 @@ def move_back(window: Window, calls: int, age_ms: int, now: int) -> None:
 def window_at(window: Window, bucket_ms: int | None, now: int, overridden: bool = False) -> Window:
     """The window at this time, without expired counts. It keeps its buckets if shorter ones are wanted.
 
-    bucket_ms: the wanted length, or None. overridden: whether a policy override wants it, which is every client's.
+    bucket_ms: the wanted length, or None. overridden: whether a policy override, which every client follows, wants it.
     """
     newest, since = now // window.bucket_ms, window.shorter_since
     passed = newest - window.newest

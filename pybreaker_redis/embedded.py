@@ -26,9 +26,10 @@ _LOG_TAIL_BYTES = 2000
 _LONGEST_TEMP_DIR = 80
 
 # A shell that guards the server. $1 is the directory, the rest is the server's command. The guard blocks in `read`
-# until the parent writes a line, or until the parent dies, by whatever cause, and the kernel closes the pipe. It kills
-# with SIGKILL, since a stopped or busy server would not react to SIGTERM, and there is nothing to save. Only the server
-# keeps the write end of the guard's output (as fd 3), so the parent reads end-of-file there as soon as the server dies.
+# until the parent writes a line, or until the parent dies, by whatever cause, and the kernel closes the pipe. The guard
+# then uses SIGKILL, since a stopped or busy server would not react to SIGTERM, and there is nothing to save. Only the
+# server keeps the write end of the guard's output (as fd 3), so the parent reads end-of-file there as soon as the
+# server dies.
 _GUARD = """
 trap '' HUP INT TERM
 directory=$1
@@ -76,8 +77,8 @@ class EmbeddedServer:
     port: None for a unix socket, 0 for a free TCP port on loopback, else the port.
     args: more arguments for the server's command line.
 
-    The server ends with the process that started it, however that process ends. A forked child cannot stop it, but
-    keeps it running when it outlives the parent, since it inherits the pipe that the server's guard waits on.
+    The server ends with the process that started it, however that process ends. A forked child cannot stop the
+    server, but keeps it running if the child outlives the parent: the child inherits the pipe that the guard waits on.
     Raises EmbeddedServerError when there is no binary, or when the variable does not name an executable file.
     """
 

@@ -339,7 +339,7 @@ def list_processes(
 
 
 class Act(NamedTuple):
-    """What to do to a breaker once somebody has confirmed it. question: asked before. on_policy: not on the state."""
+    """What to do to a breaker once that is confirmed. question: asked before. on_policy: to its policy override."""
 
     question: str
     carry_out: Callable[[CircuitBreaker, str | None, str | None], None]
@@ -434,7 +434,7 @@ def policy_get(
     """Show the known fields of the policy in force, and their sources.
 
     Sources: "override" is the policy override in Redis, "client" the file of --config, or else the processes that list
-    themselves. With "default" these leave the field as it is by default; with "unknown" nobody has said.
+    themselves. With "default", these do not set the field; with "unknown", nobody has said what it is.
     """
     fleet = _fleet(url, config, prefix)
     _show_policy(fleet, name, from_file=config is not None, use_json=use_json)
@@ -505,7 +505,7 @@ def _steer(
     yes: bool,
     use_json: bool,
 ) -> int:
-    """Act on a breaker that is known, if the operator confirms it, and show it then."""
+    """Act on a breaker that is known, if the operator confirms the action, and then show the breaker."""
     who, why = _short("--operator", operator, LONGEST_OPERATOR) or _login_name(), _short("--note", note, LONGEST_NOTE)
     if not create and not fleet.is_known(name):
         err.print(_unknown(fleet, name) + ("; --create acts all the same" if act.may_create else ""), style="red")

@@ -86,7 +86,7 @@ def known_policy(fleet: Fleet, snapshot: Snapshot, from_file: bool) -> dict[str,
 
 
 def _processes(fleet: Fleet) -> list[Process]:
-    """The processes; none if this user may not read the list, which the rest of the policy does not need."""
+    """The processes; none if this user may not read the list: the rest of the policy can be shown without it."""
     try:
         return read_processes(fleet.server, fleet.prefix)
     except REDIS_ERRORS as error:

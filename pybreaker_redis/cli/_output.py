@@ -37,7 +37,7 @@ err = _Console(highlight=False, soft_wrap=True, markup=False, emoji=False, stder
 
 
 def put(lines: Sequence[rich.text.Text]) -> None:
-    """Print many lines at once. Those without a style do without Rich, which needs more time for them than Redis."""
+    """Print many lines at once. Lines without a style bypass Rich, which takes longer for them than Redis."""
     for styled, group in itertools.groupby(lines, lambda text: out.is_terminal and bool(text.style or text.spans)):
         if styled:
             out.print(rich.text.Text("\n").join(group))
@@ -54,7 +54,7 @@ def put_json(value: object) -> None:
 
 
 def ago(at: float | None) -> str:
-    """How long ago this was, in unix seconds."""
+    """How long ago a time was. at: the time in unix seconds."""
     return "-" if at is None else f"{span(max(time.time() - at, 0.0))} ago"
 
 

@@ -34,7 +34,7 @@ def serve(
 ) -> None:
     """Serve the page until Ctrl-C.
 
-    authorize: "module:function", or None. names: of this server, for other hosts. root: the path that a proxy strips.
+    authorize: "module:function", or None. names: further names of this server. root: the path that a proxy strips.
     """
     _check_extra()
     asks = _authorizer(authorize)
@@ -53,7 +53,7 @@ def serve(
 
 
 def _application(client: Any, prefix: str, read_only: bool, authorize: Any, health: bool, hosts: Sequence[str]) -> Any:
-    """The page; for a loopback address, or with `hosts`, only under these names: no other site can pretend to be it."""
+    """The page. With `hosts`, it answers only to these and loopback names: no other site can pretend to be it."""
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     from ..web import breakers_app

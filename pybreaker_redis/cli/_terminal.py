@@ -1,4 +1,4 @@
-"""The terminal of `watch`: the second screen, keys one by one, and everything as it was before at any end."""
+"""The terminal of `watch`: the second screen, keys one by one; however the program ends, the terminal is as before."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def key_names(text: str) -> list[str]:
 class Terminal:
     """A `with` block on the second screen of the terminal, in which keys are read one by one.
 
-    However the block ends, also by SIGTERM, SIGHUP or Ctrl-C, the terminal is as it was before. While the process is
-    suspended by Ctrl-Z, too. Without a terminal on standard input there are no keys.
+    However the block ends, also by SIGTERM, SIGHUP or Ctrl-C, the terminal is as it was before. The same holds
+    while Ctrl-Z suspends the process. Without a terminal on standard input there are no keys.
     """
 
     def __init__(self, console: rich.console.Console) -> None:

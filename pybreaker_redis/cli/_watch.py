@@ -150,7 +150,7 @@ class _View:
         """The keys pressed meanwhile."""
         is_known = board.is_read or board.error
         pressed = self._terminal.read(TICK if is_known else 0.0)
-        self._watched.reader.changed(board, TICK if pressed is None or not is_known else 0.0)  # it ends when unused
+        self._watched.reader.changed(board, TICK if pressed is None or not is_known else 0.0)  # unused, it ends
         return pressed or []
 
     def _draw(self, width: int, height: int) -> None:

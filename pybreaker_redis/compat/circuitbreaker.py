@@ -14,8 +14,8 @@ Differences from circuitbreaker 2.1, on purpose:
 - A result of a call that began before the last change of the state does not count. While the circuit is open, call()
   and `with` blocks still run, as in circuitbreaker, but count as nothing: their success does not close it.
 - Nested guards of one breaker count a failure once.
-- A value out of range is a PolicyError, which is a ValueError. A decorated function does not go through call() and its
-  kin, so overriding those changes nothing; overriding `opened` does.
+- A value out of range is a PolicyError, which is a ValueError. A decorated function does not go through call(),
+  call_async() and the like, so overriding those changes nothing; overriding `opened` does.
 - A call that is cancelled or interrupted (CancelledError, KeyboardInterrupt, an iteration that is abandoned) counts as
   nothing; in circuitbreaker it counts as a success. A group of exceptions counts as the worst exception that it holds.
 - If a predicate in `expected_exception` raises, that is logged, the call counts as failed, and its own exception is
@@ -105,11 +105,11 @@ class CircuitBreaker:
 
     failure_threshold: failures in a row that open the circuit. recovery_timeout: seconds until a call may try again.
     expected_exception: what counts as a failure: a type, several types, or a function of type and exception. name: for
-    the monitor, and in Redis for the key; None: that of the first decorated function. fallback_function: called with
-    the arguments of a rejected call, of the same kind as the decorated function.
+    the monitor, and in Redis for the key; None: that of the first decorated function. fallback_function: a
+    function of the same kind as the decorated one, called with the arguments of a rejected call.
 
-    A subclass may set the defaults. Raises ValueError for an expected_exception that is none, and PolicyError for a
-    value out of range.
+    A subclass may set the defaults. Raises ValueError for an expected_exception that is none of these, and
+    PolicyError for a value out of range.
     """
 
     FAILURE_THRESHOLD: ClassVar[int] = 5
@@ -127,7 +127,7 @@ class CircuitBreaker:
     ) -> None:
         self._failure_threshold = failure_threshold or self.FAILURE_THRESHOLD
         self._recovery_timeout = recovery_timeout or self.RECOVERY_TIMEOUT
-        # from the class: a function there is no method
+        # read from the class, where a function is not bound as a method
         expected = expected_exception or vars(type(self)).get("EXPECTED_EXCEPTION", CircuitBreaker.EXPECTED_EXCEPTION)
         self.is_failure = _predicate(expected)
         self._fallback_function = fallback_function or self.FALLBACK_FUNCTION
@@ -146,7 +146,7 @@ class CircuitBreaker:
 
     def _make(self) -> Shells:
         if self._key is None and _options.get("redis") is not None:
-            raise PolicyError("give a CircuitBreaker that is not used as a decorator a name: it is its key in Redis")
+            raise PolicyError("a CircuitBreaker that is not used as a decorator needs a name, for its key in Redis")
         return Shells(self._key or str(self), policy=self._policy, failures=self._is_failure, **_options)
 
     def _is_failure(self, error: BaseException) -> bool:
@@ -365,9 +365,9 @@ class _Rejected(BaseException):
 
 
 class _Call:
-    """The block of one guarded call, in both worlds.
+    """The block of one guarded call, blocking and asyncio.
 
-    may_reject: whether an open circuit rejects the call, which else runs and counts as nothing.
+    may_reject: whether an open circuit rejects the call; otherwise the call runs, and counts as nothing.
     """
 
     __slots__ = ("_may_reject", "_permit", "breaker")

@@ -4,7 +4,7 @@
     breaker = pybreaker.CircuitBreaker(fail_max=5, reset_timeout=60, state_storage=storage)
 
 The storage says how a breaker runs: CircuitMemoryStorage in this process, CircuitRedisStorage(..., lease=0.1) shared
-through Redis, with lease=0 one exchange before and one after each call.
+through Redis. With lease=0, there is one exchange before each call and one after it.
 
 Differences from pybreaker 1.4, on purpose:
 
@@ -34,7 +34,7 @@ State:
 - Limits out of range and unknown states are a PolicyError, which is a ValueError. fail_max and success_threshold are at
   least 1; a reset_timeout of 0 is a millisecond.
 - open(), half_open() and close() raise RedisUnavailableError if Redis does not answer.
-- While half open, fail_counter keeps the failures from before until the circuit closes.
+- While half open, fail_counter keeps the earlier failures, until the circuit closes.
 - opened_at has whole seconds and the time zone UTC, in memory, too, and is None once the circuit has closed.
 - The methods of state classes are no hooks, nor are open(), half_open() and close(), which a trip does not call. Only
   the two storages of this module can hold a state.
@@ -250,8 +250,8 @@ class CircuitBreakerStorage:
     def _shells(self, name: str | None, policy: Policy, **options: Any) -> Shells:
         """A breaker of ours with the state that is here. name: of the compatible breaker."""
         raise PolicyError(
-            f"state_storage must be a CircuitMemoryStorage or a CircuitRedisStorage, not {self!r}: there, one step both"
-            " counts and decides"
+            f"state_storage must be a CircuitMemoryStorage or a CircuitRedisStorage, not {self!r}: in those, one step"
+            " both counts and decides"
         )
 
     def _reader(self) -> Guard:
@@ -276,7 +276,7 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
     def _shells(self, name: str | None, policy: Policy, **options: Any) -> Shells:
         if self._reset_timeout is None:
             self._reset_timeout = policy.reset_timeout
-            self._change()  # what was stored before: only now it is known how long a circuit is open
+            self._change()  # what was stored before: only now is it known how long a circuit is open
         return Shells(name or "unnamed", memory=self._memory, policy=policy, **options)
 
     def _reader(self) -> Guard:
@@ -294,7 +294,8 @@ class CircuitMemoryStorage(CircuitBreakerStorage):
 class CircuitRedisStorage(CircuitBreakerStorage):
     """Shares the state through Redis.
 
-    state: where nothing is stored yet. redis_object: a redis.Redis or redis.RedisCluster; its options stay as they are.
+    state: the first state, if nothing is stored yet. redis_object: a redis.Redis or redis.RedisCluster; its options
+    stay as they are.
     namespace: names the key; None: the name of the breaker does. fallback_circuit_state: while Redis is down,
     STATE_CLOSED admits every call, and STATE_OPEN rejects every call. cluster_mode: has no effect, as clusters need no
     mode of their own.
@@ -302,7 +303,7 @@ class CircuitRedisStorage(CircuitBreakerStorage):
     adopt: take over a circuit that pybreaker left open under this namespace within the last hour, unless one of ours is
     stored already. That reads Redis when the breaker is made.
 
-    Raises PolicyError for a value out of range, and for a client that is none.
+    Raises PolicyError for a value out of range, and for a redis_object that is not a client.
     """
 
     BASE_NAMESPACE = "pybreaker"
@@ -534,7 +535,7 @@ class CircuitBreaker:
     def _notice(self, name: str | None = None) -> CircuitBreakerState:
         """Notify the listeners if the state is no longer the one that they know. The caller holds the lock.
 
-        name: of the state, if it was asked; else the one that this process has read last.
+        name: of the state, if the caller has just read it; else that of the state that this process read last.
         """
         name = name or _THEIRS[self._shells.seen().state]
         if self._state is None:
@@ -599,7 +600,7 @@ class CircuitBreaker:
     # Calls
 
     def call(self, func: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call func(*args, **kwargs), guarded. Its result; of a coroutine function, what is to be awaited.
+        """Call func(*args, **kwargs), guarded. Returns its result; for a coroutine function, an awaitable.
 
         Raises CircuitBreakerError if the call is rejected, or opens the circuit; else the exceptions of func.
         """
@@ -628,7 +629,7 @@ class CircuitBreaker:
 
     def _guarded(self, func: Callable[..., Any]) -> Callable[..., Any]:
         """call() bound to one function, which saves most of its time while nobody listens."""
-        if isgeneratorfunction(func):  # which asks when it is called, too
+        if isgeneratorfunction(func):  # it asks when it is called, and again when its iteration starts
             return lambda *args, **kwargs: self.call(func, *args, **kwargs)
         bound = self._guard(func)
 

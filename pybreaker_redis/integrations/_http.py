@@ -151,7 +151,7 @@ def unavailable_headers(error: CircuitOpenError) -> dict[str, str]:
 
 
 class Rules:
-    """Decides how an HTTP call counts. Any other response counts as success, any other error as nothing.
+    """Decides how an HTTP call counts. Responses that the options do not name count as success, errors as nothing.
 
     failures, ignore: exception types, one or several, or a function of the exception. failure_statuses: the statuses
     that count as failures. retry_after: a function of the response that returns the seconds to hold, or None. The

@@ -127,7 +127,7 @@ class Guard(Generic[BreakersT, RequestT, ResponseT, TransportT]):
 
 
 class SyncGuard(Guard[BreakersT, RequestT, ResponseT, TransportT]):
-    """A transport that guards each request of another one."""
+    """A transport that guards each request of another transport."""
 
     _kinds = (CircuitBreakerManager, CircuitBreaker)
     _default_transport = "HTTPTransport"

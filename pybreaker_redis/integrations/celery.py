@@ -63,7 +63,8 @@ class BreakerTask(Task):  # type: ignore[misc]
             except CircuitOpenError as rejected:
                 self._send_again(rejected)
 
-        self.run = guarded  # before autoretry_for wraps run(), so that it sees no rejection, and the breaker each error
+        # before autoretry_for wraps run(): then autoretry_for sees no rejection, and the breaker sees each error
+        self.run = guarded
 
     def _check_options(self) -> None:
         if isinstance(self.breaker, str):

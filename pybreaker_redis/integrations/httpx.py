@@ -41,7 +41,7 @@ class _AsyncBody(_httpx.AsyncBody, httpx.AsyncByteStream):
 class BreakerTransport(
     _httpx.SyncGuard[_Breakers, httpx.Request, httpx.Response, httpx.BaseTransport], httpx.BaseTransport
 ):
-    """A transport that guards each request of another one.
+    """A transport that guards each request of another transport.
 
     breakers: a manager, or one breaker for every request.
     transport: sends the requests. None: a new httpx.HTTPTransport(). Connection options, such as verify, http2,

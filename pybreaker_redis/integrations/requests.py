@@ -42,7 +42,7 @@ class CircuitOpenConnectionError(CircuitOpenError, requests.ConnectionError):
 
 
 class BreakerAdapter(BaseAdapter):
-    """An adapter that guards each request of another one: session.mount("https://", BreakerAdapter(breakers)).
+    """An adapter that guards each request of another adapter: session.mount("https://", BreakerAdapter(breakers)).
 
     breakers: a manager, or one breaker for every request.
     adapter: sends the requests. None: a new HTTPAdapter(). Its retries by urllib3 (max_retries) happen inside the

@@ -128,7 +128,7 @@ def order_from_json(action: str, body: Any, operator: str | None) -> Order:
 
 
 def checked(action: str, order: Order) -> Order:
-    """The order with what the action takes. Raises PolicyError unless it has what the action needs."""
+    """The order, without what the action does not take. Raises PolicyError unless it has what the action needs."""
     if order.note is not None and (not isinstance(order.note, str) or len(order.note) > LONGEST_NOTE):
         raise PolicyError(f"A reason is a text of at most {LONGEST_NOTE} characters.")
     taken = order._replace(

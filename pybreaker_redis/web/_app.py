@@ -53,8 +53,8 @@ _threads: RunVar[anyio.CapacityLimiter] = RunVar("pybreaker_redis.web threads")
 
 
 async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
-    """Run a function that waits for Redis in a thread. Such threads have a limit of their own: those of the application
-    that mounts the page must not all wait for a Redis that hangs."""
+    """Run a function that waits for Redis in a thread. Such threads have a limit of their own: the threads of the
+    application that mounts the page must not all wait for a Redis that hangs."""
     try:
         limiter = _threads.get()
     except LookupError:

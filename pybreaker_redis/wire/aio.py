@@ -150,7 +150,7 @@ class AsyncServer(BaseServer):
 class OnLoop:
     """What an AsyncServer has on one event loop: connections, and the task or timer of its next exchange.
 
-    ends: whether the loop is being closed. A task in the background would be left pending.
+    ends: whether the loop is being closed: a task that begins now would be left pending.
     """
 
     def __init__(self, nodes: Nodes[AsyncConnections]) -> None:
@@ -159,7 +159,7 @@ class OnLoop:
         self._timer: asyncio.TimerHandle | None = None
         self.subscription = AsyncSubscription()
         self._end = self._close_with_the_loop()
-        with contextlib.suppress(StopIteration):  # started, it is known to the loop
+        with contextlib.suppress(StopIteration):  # once started, it is known to the loop, which closes it
             self._end.asend(None).send(None)
 
     async def _close_with_the_loop(self) -> AsyncGenerator[None, None]:
@@ -238,7 +238,7 @@ class AsyncPipe(BasePipe):
         return [await self._read() for _ in range(count)]
 
     async def _read(self) -> Any:
-        try:  # the caller disconnects: redis-py would fail to if the event loop is closed already
+        try:  # the caller disconnects: redis-py's own attempt would fail on a closed event loop
             return await self._connection.read_response(disconnect_on_error=False)
         except redis.ResponseError as error:
             return error
@@ -338,8 +338,8 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         return found
 
     def _busy(self) -> Callable[[], bool]:
-        """A function that tells whether a long wait in line is not the server's fault: this thread has computed for a
-        tenth of the time since, and a connection is in use, whose exchange has a deadline of its own."""
+        """A function that tells whether a long wait in line is not the server's fault. That is so if this thread has
+        computed for a tenth of the time since, and a connection is in use: its exchange has a deadline of its own."""
         began, computed = monotonic(), thread_time()
 
         def is_busy() -> bool:

@@ -49,7 +49,7 @@ class BaseConnections(Generic[P]):
 
     def __init__(self, pool: Any, timeout: float) -> None:
         self._pool, self._timeout, self._limit = pool, timeout, limit_of(pool)
-        self._patience = timeout / 2  # seconds for the answer to a PING: later, as long as connecting took
+        self._patience = timeout / 2  # seconds a PING may take; after connecting, as long as connecting took
         self._longest = longest_exchange(timeout)  # seconds after which opening a connection is given up
         self._idle: collections.deque[P] = collections.deque()
         # idle, in use or opening, the oldest first; weak, since a signal handler's exception may let a thread lose one

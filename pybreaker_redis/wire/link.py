@@ -33,7 +33,7 @@ from .options import REDIS_ERRORS, Address, concerns_server
 from .outage import Outage, longest_exchange
 
 SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
-LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins held
+LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins _held
 READ_AT_ONCE = 250  # breakers in one MGET
 BURST, BURST_TIME = 10, 0.1  # exchanges in the background, within so many seconds
 logger = logging.getLogger("pybreaker_redis")
@@ -67,7 +67,7 @@ class Link:
         self._listing = Listing()
         self._empty_since = float("inf")  # when a check first found no breaker
         self._turn = 0
-        self._burst = 0, NEVER  # exchanges since when
+        self._burst = 0, NEVER  # how many exchanges there were, since when
 
     def line_of(self, breaker: BreakerCore, mode: OnRedisFailure, listed: bool) -> Line:
         """A new line. mode: the breaker's on_redis_failure. listed: whether to list it in the fleet."""

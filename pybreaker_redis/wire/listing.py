@@ -73,7 +73,7 @@ class Listing:
         return [build.listing(prefix, *self._entry(host, by_policy)) for (prefix, host), by_policy in some]
 
     def replied(self, replies: Sequence[Any], now: float) -> None:
-        """Note that the commands were sent. An error is no outage: the reports of the same exchange tell those."""
+        """Note that the commands were sent. An error is no outage: the reports of the same exchange show outages."""
         self._put_off(now, EVERY)
         for error in replies:
             refused = isinstance(error, Exception) and (refuses_command(error) or not concerns_server(error))

@@ -128,7 +128,7 @@ def limit_of(pool: Any) -> int:
 
 
 def patience_after(connecting_took: float, timeout: float) -> float:
-    """How long an answer may take that proves a connection. As long as opening another one would; all in seconds."""
+    """How long the answer that proves a connection may take: as long as opening another one would. All in seconds."""
     return min(max(connecting_took, SHORTEST_PATIENCE), timeout / 2)
 
 

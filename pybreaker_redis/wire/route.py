@@ -70,7 +70,7 @@ class Routes:
         self._learned: list[Address] = []  # all nodes of the last CLUSTER SLOTS, with replicas and lost nodes
 
     def exchange(self, commands: Sequence[Command]) -> Exchange:
-        """Through the cluster. Sends again only redirected commands, which no node has executed."""
+        """An exchange through the cluster. Sends again only redirected commands, which no node has executed."""
         replies: list[Any] = [None] * len(commands)
         waiting = [(self.address(command.key), False, place) for place, command in enumerate(commands)]
         news: Address | None = None

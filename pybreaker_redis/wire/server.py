@@ -46,7 +46,7 @@ class BaseServer:
 
     @classmethod
     def of(cls, client: Any, timeout: float) -> Self:
-        """The one of a client; all breakers of the process share it.
+        """The access to the Redis of a client; all breakers of the process share it.
 
         timeout: seconds for one exchange, and to wait for a connection.
         """
@@ -79,7 +79,7 @@ class BaseServer:
         self._start()
 
     def subscriber(self) -> Any:
-        """A connection for a subscription, not yet open. Any node of a cluster serves: all get every message."""
+        """A connection for a subscription, not yet open. Any node of a cluster will do: all get every message."""
         return self._nodes[None if self._routes is None else self._routes.any_node()].connection(protocol=2)
 
     def _end_over(self, node: Callable[[Address | None], Any], ends: float) -> None:

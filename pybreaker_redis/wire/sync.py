@@ -197,7 +197,7 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
         try:
             self._thread.start()
-        except BaseException as error:  # perhaps a signal handler's, as the thread runs already: it will end
+        except BaseException as error:  # perhaps a signal handler's, after the start: the thread will end
             self._thread = None
             if isinstance(error, RuntimeError):
                 return False
