@@ -41,6 +41,7 @@ from fleet_sim import stored
 from pybreaker_redis import CircuitOpenError, Policy, _clock, _core, _line, _memory, _rules, _view
 from pybreaker_redis._classify import FAILURE, SUCCESS
 from pybreaker_redis._core import BreakerCore
+from pybreaker_redis._events import Notices
 from pybreaker_redis._memory import MemoryEngine
 from pybreaker_redis._permit import BasePermit
 from pybreaker_redis._protocol import decode, encode
@@ -119,6 +120,7 @@ def virtual_time() -> Iterator[None]:
     kept = [(module, "monotonic", module.monotonic) for module in _CLOCKED]
     kept += [(module, "random", module.random) for module in (_line, _view, outage_module, listing)]
     kept += [(_memory, "clock_ms", _memory.clock_ms), (_core, "clock_ms", _core.clock_ms), (_core, "View", _core.View)]
+    kept.append((_core, "Notices", _core.Notices))
     kept += [(_rules, "_local_generations", _rules._local_generations), (_core, "address_of", _core.address_of)]
     level = logging.getLogger("pybreaker_redis").level
     try:
@@ -128,6 +130,7 @@ def virtual_time() -> Iterator[None]:
             module.random = Still  # type: ignore[attr-defined]
         _memory.clock_ms = _core.clock_ms = lambda: _world.now_ms()
         _core.View = TrueView  # type: ignore[misc]
+        _core.Notices = OpenNotices  # type: ignore[misc]
         _core.address_of = id  # a process is its own client
         logging.getLogger("pybreaker_redis").setLevel(logging.CRITICAL + 1)
         yield
@@ -170,6 +173,10 @@ class Taken:
     successes: list[Success]
     fate: str = ""
     given_up: bool = False
+
+
+class OpenNotices(Notices):
+    """Notices whose methods an instance may replace: unlike those of the package, it has a dictionary."""
 
 
 class TrueView(View):
