@@ -17,6 +17,8 @@ from pybreaker_redis.embedded import EmbeddedServer
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "watch.json"
 POLICY = Policy(failure_threshold=1, reset_timeout=600)
+# Seconds between two rounds: a process makes at most ten exchanges in a tenth of a second, whatever is published.
+PAUSE = 0.2
 EVERY = 0.001  # seconds between the calls of a worker
 
 
@@ -71,6 +73,7 @@ def measure(url: str, watched: bool, processes: int, rounds: int) -> dict[str, A
         breaker.reset()
         for ours, _ in pipes:
             ours.recv()
+        time.sleep(PAUSE)
     for ours, _ in pipes:
         ours.send("end")
     for worker in workers:
