@@ -235,7 +235,9 @@ class AsyncPipe(BasePipe):
     async def exchange(self, data: bytes, count: int) -> list[Any]:
         """Send commands, and read so many replies."""
         await self._connection.send_packed_command([data], check_health=False)
-        return [await self._read() for _ in range(count)]
+        replies = [await self._read() for _ in range(count)]
+        self.used_at = monotonic()
+        return replies
 
     async def _read(self) -> Any:
         try:  # the caller disconnects: redis-py's own attempt would fail on a closed event loop
@@ -275,10 +277,7 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
             replies = replies[1::2]
         if (astray := error_of_route(replies)) is not None:
             await self._lose(astray)  # after a failover, idle connections lead to the old master
-        if pipe.era == self._era:
-            self._put_back(pipe)
-        else:
-            await self._drop(pipe)
+        await self._put_back(pipe)
         return replies
 
     def connection(self, **options: Any) -> Any:
@@ -308,8 +307,11 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
             self._pipes.pop(pipe, None)
         self._serve()
 
-    def _put_back(self, pipe: AsyncPipe) -> None:
-        pipe.used_at = monotonic()
+    async def _put_back(self, pipe: AsyncPipe) -> None:
+        """Let others use a connection, or close it if its era is over."""
+        if pipe.era != self._era:
+            await self._drop(pipe)
+            return
         self._idle.append(pipe)
         if self._waiting:
             self._serve()
@@ -327,10 +329,10 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
                 await turn
         except redis.TimeoutError:
             if turn.cancelled():  # else it was handed something just then
-                self._leave(turn)
+                await self._leave(turn)
                 raise self._gave_up(timeout) from None
         except asyncio.CancelledError:
-            self._leave(turn)
+            await self._leave(turn)
             raise
         found: AsyncPipe | BaseException = turn.result()
         if isinstance(found, BaseException):
@@ -348,12 +350,12 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
 
         return is_busy
 
-    def _leave(self, turn: asyncio.Future[Any]) -> None:
-        """Take a caller out of the line. What it was handed just then is for the next one."""
+    async def _leave(self, turn: asyncio.Future[Any]) -> None:
+        """Take a caller out of the line. A connection that it was handed just then goes to the next caller."""
         with contextlib.suppress(ValueError):
             self._waiting.remove(turn)
         if not turn.cancelled() and isinstance(turn.result(), AsyncPipe):
-            self._put_back(turn.result())
+            await self._put_back(turn.result())
 
     def _hand(self, turn: asyncio.Future[Any], found: AsyncPipe | BaseException) -> bool:
         if turn.done():

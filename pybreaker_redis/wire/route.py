@@ -17,10 +17,7 @@ from .options import REDIS_ERRORS, Address, known_nodes, remap_of
 
 MOST_REDIRECTIONS = 5
 # errors of a node that does not serve the slot now: another node may know which one does
-_NOT_SERVING = (
-    *(OSError, redis.ConnectionError, redis.TimeoutError, redis.InvalidResponse),
-    *(ClusterError, ReadOnlyError),
-)
+_NOT_SERVING = (OSError, redis.ConnectionError, redis.TimeoutError, redis.InvalidResponse, ClusterError, ReadOnlyError)
 _SLOTS = Command(b"", (b"CLUSTER", b"SLOTS"))
 
 

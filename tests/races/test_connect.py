@@ -548,9 +548,38 @@ def test_a_task_takes_a_connection_that_becomes_free(server: EmbeddedServer) -> 
         waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         while gate.asked < 2:
             await asyncio.sleep(0.005)
-        node._put_back(pipe)
+        await node._put_back(pipe)
         await asyncio.wait_for(waiting, PATIENCE)
         gate.opened.set()
+        await breaker.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_task_is_cancelled_as_it_is_handed_a_connection(server: EmbeddedServer, lost: bool) -> None:
+    """The connection is there for the next task, as old as it was; if its era has ended meanwhile, it is closed."""
+
+    async def main() -> None:
+        breaker = AsyncCircuitBreaker(
+            "handed", redis=f"{server.url}?max_connections=1", lease=0, redis_timeout=PATIENCE
+        )
+        await breaker.call(fine)
+        node = breaker._redis._nodes[None]
+        pipe = node._idle.pop()
+        waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
+        while not node._waiting:
+            await asyncio.sleep(0)
+        pipe.used_at = used_at = pipe.used_at - 0.5
+        await node._put_back(pipe)
+        waiting.cancel()
+        if lost:
+            node._end_era()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert list(node._idle) == ([] if lost else [pipe])
+        assert (pipe in node._pipes) is not lost
+        assert pipe.used_at == used_at
         await breaker.close()
 
     asyncio.run(main())
@@ -629,7 +658,7 @@ def test_an_attempt_is_given_up_before_it_begins(mute: Mute) -> None:
         await asyncio.sleep(0)  # both attempts are planned
         assert len(node._pipes) == 2
         callers[1].cancel()
-        node._leave(node._waiting[1])
+        await node._leave(node._waiting[1])
         node._gave_up(PATIENCE)
         with pytest.raises(asyncio.CancelledError):
             await callers[1]
