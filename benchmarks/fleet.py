@@ -69,9 +69,7 @@ def simulate(pipe: Connection, url: str, name: str, lease: float, numbers: range
             continue
         sent = monotonic()
         late.append(sent - due[0][0])
-        connection.send_packed_command(
-            [commands.packed([commands.read([keys.state.encode()])] * len(due), asking=False)]
-        )
+        connection.send_packed_command([commands.packed([commands.read([keys.state.encode()])] * len(due))])
         for _, one in due:
             known = one.learned
             one.adopt(connection.read_response(), monotonic())

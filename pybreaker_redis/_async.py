@@ -417,11 +417,12 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._deliver(pending)
 
     async def _run_script(self, ask: Ask) -> Reply:
-        if "failures" in ask.request and self._redis.link.is_reporting(self._line):
+        name, request = ask
+        if "failures" in request and self._redis.link.is_reporting(self._line):
             await self._redis.wait_for_reports()
             if (outage := self._redis.link.outage(self._line)) is not None:  # the server was lost
                 raise outage.error
-        return await self._redis.run(ask.name, self._key, ask.request)
+        return await self._redis.run(name, self._key, request)
 
     async def _give_back(self, permit: BasePermit) -> None:
         """Free the slot of a probe whose caller was cancelled before it had the permit."""

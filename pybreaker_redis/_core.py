@@ -22,7 +22,7 @@ from ._memory import FixedEngine, LocalEngine, MemoryEngine, clock_ms, document_
 from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
 from ._policy import Policy, override_request, shared_request
 from ._process import renew
-from ._protocol import Action, Ask, NotSent, Reply, Request, Snapshot, State, Steps, seconds
+from ._protocol import Action, NotSent, Reply, Request, Snapshot, State, Steps, seconds
 from ._slow import SlowCalls
 from ._view import Verdict, View
 from ._watch import BaseWatch
@@ -137,7 +137,7 @@ class BreakerCore:
         self._notices.start_process(instance, self._view.lock)
         self._given, self._judges_successes = shared_request(self._policy)
         self._warned_of_window = False
-        self._asking: tuple[object, ...] = ()  # one token for each call that asks for a permit now
+        self._asking = 0  # calls that ask for a permit now
 
     def _follow(self, policy: Policy) -> None:
         """Follow another policy of this process from now on."""
@@ -259,7 +259,7 @@ class BreakerCore:
             return self._permit(self, None, now)  # part of the probe, whose own outcome counts
         if verdict is Verdict.REJECT:
             return self._reject(seen.state, seen.left(seen.retry_at, now), seen.reason, seen.error)
-        if view.lease > 0 and len(self._asking) >= view.policy.half_open_max_calls:
+        if view.lease > 0 and self._asking >= view.policy.half_open_max_calls:
             # the calls before this one are asking for all slots
             return self._reject("half_open", ASKED_AGAIN, seen.reason, seen.error)
         return verdict
@@ -289,9 +289,8 @@ class BreakerCore:
 
     def _ask(self) -> Steps[BasePermit]:
         """Ask for a permit. Raises CircuitOpenError."""
-        token = object()
         with self._view.lock:
-            self._asking = (*self._asking, token)
+            self._asking += 1
         try:
             *slow_probes, request = self._reports()
             for report in slow_probes:
@@ -300,12 +299,11 @@ class BreakerCore:
             reply = yield from self._run("acquire", request if len(request) > 1 else {})
         finally:
             with self._view.lock:
-                self._asking = tuple(one for one in self._asking if one is not token)
+                self._asking = max(self._asking - 1, 0)  # a child that was forked meanwhile started from 0
         if not reply["admitted"] or reply.get("shadow"):
             wait = seconds(reply.get("retry_after_ms")) or 0.0
             return self._reject(reply["state"], wait, reply.get("reason"), reply.get("error"))
-        ramp_left = seconds(reply.get("ramp_left_ms")) or 0.0
-        if ramp_left > 0 and self._view.held_back(ramp_left):
+        if "ramp_left_ms" in reply and self._view.held_back(ramp_left := reply["ramp_left_ms"] / 1000):
             return self._reject("closed", ramp_left)
         return self._admitted(reply["generation"], reply.get("probe"))
 
@@ -393,11 +391,11 @@ class BreakerCore:
         return [*slow_probes, request]
 
     def _send(self, reports: list[Request]) -> Steps[None] | None:
-        """Report outcomes. Returns the steps, or None if the engine of this process has counted them."""
-        if (engine := self._own_engine()) is None:
+        """Report outcomes. Returns the steps, or None if the engine in memory has counted them."""
+        if self._memory is None:
             return self._send_to_redis(reports)
         for report in reports:
-            self._run_on(engine, "record", report)
+            self._run_on(self._memory, "record", report)
         return None
 
     def _send_to_redis(self, reports: list[Request]) -> Steps[None]:
@@ -520,11 +518,12 @@ class BreakerCore:
             request = {key: value for key, value in request.items() if key not in _OUTCOMES}
         began = monotonic()
         try:
-            reply: Reply = yield Ask(name, request)
+            reply: Reply = yield name, request
         except REDIS_ERRORS as error:
             self._notices.script_ran(name, monotonic() - began, error)
             raise
-        self._notices.script_ran(name, monotonic() - began, None)
+        if self._notices.instruments:
+            self._notices.script_ran(name, monotonic() - began, None)
         if self._line is not None:
             self._redis.link.asked(self._line)
         reply["source"] = "redis"

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, Literal, NamedTuple, TypeAlias, TypeVar
 
 import msgpack
@@ -23,13 +23,9 @@ Request: TypeAlias = dict[str, Any]
 Reply: TypeAlias = dict[str, Any]
 
 
-class Ask(NamedTuple):
-    """A step of the decision code: run a script on Redis. The shell sends back the Reply, or throws the error."""
-
-    name: str
-    request: Request
-
-
+# A step of the decision code: the name of a script that Redis must run, and the request. The shell sends back the
+# reply, or throws the error.
+Ask: TypeAlias = tuple[str, Request]
 Steps: TypeAlias = Generator[Ask, Any, T]
 
 
@@ -98,14 +94,8 @@ def _check_text(what: str, text: object) -> None:
         raise PolicyError(f"{what} must be at most {LONGEST_NAME} bytes, not {size}")
 
 
-def encode(request: Request) -> bytes:
-    """A request as ARGV[1]."""
-    return msgpack.packb(request)  # type: ignore[no-any-return]
-
-
-def decode(reply: bytes) -> Reply:
-    """A script's reply to an encoded request."""
-    return msgpack.unpackb(reply)  # type: ignore[no-any-return]
+encode: Callable[[Request], bytes] = msgpack.packb  # a request as ARGV[1]
+decode: Callable[[bytes], Reply] = msgpack.unpackb  # a script's reply to an encoded request
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

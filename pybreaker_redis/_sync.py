@@ -300,7 +300,7 @@ class CircuitBreaker(BreakerCore):
             while answer is Verdict.WAIT:
                 self._redis.refresh()
                 answer = self._consult(began, refreshed=True)
-            return answer if isinstance(answer, BasePermit) else self._drive(self._ask())
+            return answer if isinstance(answer, BasePermit) else carry_out(self._ask(), self._run_script)
         finally:
             self._deliver()
 
@@ -319,11 +319,12 @@ class CircuitBreaker(BreakerCore):
             self._deliver()
 
     def _run_script(self, ask: Ask) -> Reply:
-        if "failures" in ask.request and self._redis.link.is_reporting(self._line):
+        name, request = ask
+        if "failures" in request and self._redis.link.is_reporting(self._line):
             self._redis.wait_for_reports()
             if (outage := self._redis.link.outage(self._line)) is not None:  # the server was lost
                 raise outage.error
-        return self._redis.run(ask.name, self._key, ask.request)
+        return self._redis.run(name, self._key, request)
 
     def _deliver(self, events: Iterable[Event] | None = None) -> None:
         notices = self._notices

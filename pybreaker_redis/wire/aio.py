@@ -132,7 +132,7 @@ class AsyncServer(BaseServer):
         return await carry_out(self._exchange(commands), self._send)
 
     async def _send(self, leg: Leg) -> list[Any]:
-        return await self._nodes[leg.address].send(leg.commands, leg.asking)
+        return await self._nodes[leg.address].send(leg.commands)
 
     @property
     def _nodes(self) -> Nodes[AsyncConnections]:  # type: ignore[override]
@@ -228,14 +228,14 @@ class AsyncPipe(BasePipe):
                 return False
             if monotonic() - self.used_at > PROOF_AFTER:
                 async with _Deadline(patience):
-                    await self.exchange(PING, 1)
+                    await self.exchange((PING,))
             return True
         return False
 
-    async def exchange(self, data: bytes, count: int) -> list[Any]:
-        """Send commands, and read so many replies."""
-        await self._connection.send_packed_command([data], check_health=False)
-        replies = [await self._read() for _ in range(count)]
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands, and read their replies."""
+        await self._connection.send_packed_command([packed(commands)], check_health=False)
+        replies = [await self._read() for _ in commands]
         self.used_at = monotonic()
         return replies
 
@@ -255,7 +255,7 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         super().__init__(pool, timeout)
         self._tasks: set[asyncio.Task[None]] = set()  # those that open connections: a loop has only weak references
 
-    async def send(self, commands: Sequence[Command], asking: bool = False) -> list[Any]:
+    async def send(self, commands: Sequence[Command]) -> list[Any]:
         """The replies, in order; that of a failed command is its error. Raises NotSent if cancelled before sending."""
         pipe, sent = None, False
         try:
@@ -263,7 +263,7 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
             pipe = await self._proven(pipe)
             async with _Deadline(self._timeout):
                 sent = True
-                replies = await pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1))
+                replies = await pipe.exchange(commands)
         except BaseException as error:
             is_collected = isinstance(error, GeneratorExit)  # its loop is gone, and so are the sockets
             if pipe is not None and not is_collected:
@@ -273,8 +273,6 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
             if sent or not (is_collected or isinstance(error, asyncio.CancelledError) or _is_closed()):
                 raise
             raise NotSent from error
-        if asking:
-            replies = replies[1::2]
         if (astray := error_of_route(replies)) is not None:
             await self._lose(astray)  # after a failover, idle connections lead to the old master
         await self._put_back(pipe)

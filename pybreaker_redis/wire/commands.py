@@ -11,8 +11,7 @@ import hiredis
 from .._protocol import Request, encode, fleet_key
 from .scripts import FLEET, compose, sha1
 
-PING = b"*1\r\n$4\r\nPING\r\n"
-_ASKING = b"*1\r\n$6\r\nASKING\r\n"
+_new = tuple.__new__
 
 
 class Command(NamedTuple):
@@ -27,6 +26,9 @@ class Command(NamedTuple):
         return Command(self.key, (b"EVAL", compose(self.script).encode(), *self.words[2:]), self.script)
 
 
+PING, ASKING = (Command(b"", (word,)) for word in (b"PING", b"ASKING"))
+
+
 class _Keys(NamedTuple):
     state: bytes
     history: bytes
@@ -39,9 +41,15 @@ def _keys_of(state: bytes) -> _Keys:
     return _Keys(state, b"{%b}:history" % state, b"{%b}:policy" % state)
 
 
+@functools.lru_cache(maxsize=4000)
+def _call_of(name: str, key: bytes) -> tuple[bytes, ...]:
+    return b"EVALSHA", sha1(name).encode(), b"3", *_keys_of(key)
+
+
 def run(name: str, key: bytes, request: Request) -> Command:
     """A call of the script called name. key: the breaker's state key."""
-    return Command(key, (b"EVALSHA", sha1(name).encode(), b"3", *_keys_of(key), encode(request)), name)
+    # without the class's own constructor, which is a function in Python
+    return _new(Command, (key, (*_call_of(name, key), encode(request)), name))
 
 
 def history(key: bytes, count: int) -> Command:
@@ -68,9 +76,9 @@ def listing(prefix: str, process: str, entry: str) -> Command:
     return Command(key, (b"EVALSHA", sha1(FLEET).encode(), b"1", key, process.encode(), entry.encode()), FLEET)
 
 
-def packed(commands: Sequence[Command], asking: bool) -> bytes:
+def packed(commands: Sequence[Command]) -> bytes:
     """The commands as bytes of the protocol."""
     pack = hiredis.pack_command
-    if len(commands) == 1 and not asking:
+    if len(commands) == 1:
         return pack(commands[0].words)  # type: ignore[arg-type, no-any-return]
-    return b"".join((_ASKING if asking else b"") + pack(command.words) for command in commands)  # type: ignore[arg-type]
+    return b"".join(pack(command.words) for command in commands)  # type: ignore[arg-type]

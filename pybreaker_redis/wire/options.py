@@ -97,8 +97,10 @@ def _is_fake(given: Any) -> bool:
 
 def error_of_route(replies: list[Any]) -> Exception | None:
     """The first error that shows a connection to be worse than before. A refusal is no fault of the connection."""
-    errors = (reply for reply in replies if isinstance(reply, Exception))
-    return next((error for error in errors if isinstance(error, _ASTRAY) or _ASTRAY_TEXTS.search(str(error))), None)
+    for reply in replies:
+        if isinstance(reply, Exception) and (isinstance(reply, _ASTRAY) or _ASTRAY_TEXTS.search(str(reply))):
+            return reply
+    return None
 
 
 def is_cluster(client: Any) -> bool:

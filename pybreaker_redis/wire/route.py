@@ -12,7 +12,7 @@ from redis.crc import key_slot
 from redis.exceptions import AskError, ClusterError, MovedError, NoScriptError, ReadOnlyError
 
 from .._protocol import NotSent
-from .commands import Command
+from .commands import ASKING, Command
 from .options import REDIS_ERRORS, Address, known_nodes, remap_of
 
 MOST_REDIRECTIONS = 5
@@ -22,14 +22,10 @@ _SLOTS = Command(b"", (b"CLUSTER", b"SLOTS"))
 
 
 class Leg(NamedTuple):
-    """Commands for one node, to be sent in one pipeline. address: None for the only server.
-
-    asking: the slot is migrating to this node, so each command needs an ASKING before it.
-    """
+    """Commands for one node, to be sent in one pipeline. address: None for the only server."""
 
     address: Address | None
     commands: Sequence[Command]
-    asking: bool = False
 
 
 # Yields legs. Is sent their replies (a failed command's is its error), or is thrown the error of a lost connection.
@@ -38,18 +34,27 @@ Exchange: TypeAlias = Generator[Leg, list[Any], list[Any]]
 
 
 def to_one_server(commands: Sequence[Command], address: Address | None = None, asking: bool = False) -> Exchange:
-    """The exchange with one node. A script that it does not know is loaded by its first call."""
+    """The exchange with one node. A script that it does not know is loaded by its first call.
+
+    asking: the slot is migrating to this node, so each command needs an ASKING before it.
+    """
+    every = 2 if asking else 1
     try:
-        replies = yield Leg(address, commands, asking)
+        replies = (yield Leg(address, _after_asking(commands) if asking else commands))[every - 1 :: every]
         missing = [place for place, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if missing:
             first = {commands[place].script: place for place in reversed(missing)}
             again = [commands[place].loading() if place in first.values() else commands[place] for place in missing]
-            for place, reply in zip(missing, (yield Leg(address, again, asking)), strict=True):
+            loaded = yield Leg(address, _after_asking(again) if asking else again)
+            for place, reply in zip(missing, loaded[every - 1 :: every], strict=True):
                 replies[place] = reply
     except REDIS_ERRORS as error:
         return [error] * len(commands)
     return replies
+
+
+def _after_asking(commands: Sequence[Command]) -> list[Command]:
+    return [one for command in commands for one in (ASKING, command)]
 
 
 class Routes:

@@ -89,7 +89,7 @@ class BaseServer:
         """
 
         def send(leg: Leg) -> list[Any]:
-            return node(leg.address).send(leg.commands, leg.asking, ends - monotonic())  # type: ignore[no-any-return]
+            return node(leg.address).send(leg.commands, ends - monotonic())  # type: ignore[no-any-return]
 
         with contextlib.suppress(Exception):
             carry_out(self.link.end(), lambda commands: carry_out(self._exchange(commands), send))

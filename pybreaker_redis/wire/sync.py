@@ -154,7 +154,7 @@ class Server(BaseServer):
         return reply
 
     def _send(self, leg: Leg) -> list[Any]:
-        return self._nodes[leg.address].send(leg.commands, leg.asking)
+        return self._nodes[leg.address].send(leg.commands)
 
 
 class Worker:
@@ -267,30 +267,31 @@ class Pipe(BasePipe):
         usual = self._socket.gettimeout()
         try:
             self._socket.settimeout(seconds)
-            self.exchange(PING, 1, seconds)
+            self.exchange((PING,), seconds)
             self._socket.settimeout(usual)
         except REDIS_ERRORS:
             return False
         return True
 
-    def exchange(self, data: bytes, count: int, timeout: float) -> list[Any]:
-        """Send commands, and read so many replies."""
-        deadline = monotonic() + timeout + _PER_COMMAND * count
-        self._socket.sendall(data)
+    def exchange(self, commands: Sequence[Command], timeout: float) -> list[Any]:
+        """Send commands, and read their replies."""
+        began, count, reader = monotonic(), len(commands), self._reader
+        self._socket.sendall(packed(commands))
         replies: list[Any] = []
-        while len(replies) < count:
+        while True:
             received = self._socket.recv(_CHUNK)
             if not received:
                 raise redis.ConnectionError("the server has closed the connection")
-            self._reader.feed(received)
-            while (reply := self._reader.gets()) is not NO_REPLY:
+            reader.feed(received)
+            while (reply := reader.gets()) is not NO_REPLY:
                 replies.append(reply)
-            if len(replies) < count and monotonic() > deadline:
+            self.used_at = monotonic()
+            if len(replies) == count:
+                return replies
+            if len(replies) > count:
+                raise redis.ConnectionError(f"{len(replies)} replies to {count} commands")
+            if self.used_at - began > timeout + _PER_COMMAND * count:
                 raise redis.TimeoutError(f"{count} replies took longer than {timeout:g} s")
-        if len(replies) > count:
-            raise redis.ConnectionError(f"{len(replies)} replies to {count} commands")
-        self.used_at = monotonic()
-        return replies
 
 
 class Connections(BaseConnections[Pipe]):
@@ -302,7 +303,7 @@ class Connections(BaseConnections[Pipe]):
         super().__init__(pool, timeout)
         self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
 
-    def send(self, commands: Sequence[Command], asking: bool = False, left: float | None = None) -> list[Any]:
+    def send(self, commands: Sequence[Command], left: float | None = None) -> list[Any]:
         """The replies, in order; that of a failed command is its error. left: seconds, if fewer than usual."""
         timeout = self._timeout if left is None else left
         pipe, sent = self._take(timeout), False
@@ -312,14 +313,12 @@ class Connections(BaseConnections[Pipe]):
             if left is not None:
                 pipe.settimeout(left)
             sent = True
-            replies = pipe.exchange(packed(commands, asking), len(commands) * (2 if asking else 1), timeout)
+            replies = pipe.exchange(commands, timeout)
         except BaseException as error:
             if sent and isinstance(error, REDIS_ERRORS):
                 self._lose(error)
             self._drop(pipe)
             raise
-        if asking:
-            replies = replies[1::2]
         if (astray := error_of_route(replies)) is not None:
             self._lose(astray)  # after a failover, idle connections lead to the old master
         self._put_back(pipe)

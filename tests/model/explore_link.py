@@ -487,7 +487,7 @@ class Caller(Actor):
     def consult(self, refreshed: bool = False) -> None:
         breaker = self.breaker
         assert breaker is not None
-        seen, asking = breaker._view.seen, len(breaker._asking)
+        seen, asking = breaker._view.seen, breaker._asking
         try:
             answer = breaker._consult(self.began, refreshed)
         except CircuitOpenError:
@@ -503,7 +503,7 @@ class Caller(Actor):
         if answer is Verdict.ASK:
             self.stage = "asking"
             self.drive(breaker._ask())
-            if len(breaker._asking) > breaker._view.policy.half_open_max_calls:
+            if breaker._asking > breaker._view.policy.half_open_max_calls:
                 raise Broken("more calls of a process ask than there can be probes")
             return None
         breaker.check_decision(self, breaker._view.seen, self.began, refreshed)
@@ -571,9 +571,9 @@ class Caller(Actor):
     def perform(self, ask: Any) -> None:
         """_sync._run_script."""
         assert self.breaker is not None
-        if self.failure is not None and "failures" not in ask.request:
+        if self.failure is not None and "failures" not in ask[1]:
             self.failure.fate = "generation ended"  # of a local engine
-        if "failures" in ask.request and self.process.link.is_reporting(self.breaker._line):
+        if "failures" in ask[1] and self.process.link.is_reporting(self.breaker._line):
             self.ask = ask
             self.wait()
         else:
@@ -581,8 +581,8 @@ class Caller(Actor):
 
     def send_ask(self, ask: Any) -> None:
         assert self.breaker is not None
-        failure = self.failure if "failures" in ask.request else None
-        self.send([build.run(ask.name, self.breaker._key, ask.request)], failure)
+        failure = self.failure if "failures" in ask[1] else None
+        self.send([build.run(ask[0], self.breaker._key, ask[1])], failure)
         assert self.message is not None
         self.message.view = self.breaker._view.seen.sent
 
@@ -595,8 +595,8 @@ class Caller(Actor):
             if error is None:
                 self.send_ask(ask)
             else:
-                if self.failure is not None and "_taken" in ask.request:
-                    self.process.world.taken[ask.request["_taken"]].fate = "down"
+                if self.failure is not None and "_taken" in ask[1]:
+                    self.process.world.taken[ask[1]["_taken"]].fate = "down"
                 self.advance(None, error)
         elif self.process.holder is None and before == self.process.refreshes:
             self.process.link.wanted = True
@@ -1313,7 +1313,7 @@ class _Fingerprint:
                 self.future(view._claimed_at + LEASE),
             ),
             *(self.time(view._ended_at, JUST_NOW), view._ended_at > view._reported_at),
-            *(view._base[0], self.time(view._base[1], 1.0), len(breaker._asking)),
+            *(view._base[0], self.time(view._base[1], 1.0), breaker._asking),
             *(known, local, bool(line.news), self.outage(line.refusal)),
         )
 
@@ -1328,7 +1328,7 @@ class _Fingerprint:
                 None if seen is None else (self.generations.get(seen.generation), seen is actor.breaker._view.seen),
                 None if permit is None else (self.generations.get(permit.generation), permit.probe),
                 None if actor.failure is None else (self.ranks.get(actor.failure.ended), actor.failure.in_redis),
-                None if actor.ask is None else self.request(actor.ask.request),
+                None if actor.ask is None else self.request(actor.ask[1]),
                 None if actor.stage == "idle" else self.time(actor.began),
             )
         where = _where(process.exchange) if actor.holds() else None

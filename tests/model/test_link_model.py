@@ -165,7 +165,7 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
     ),
     "lets all calls ask": (
         *("more calls of a process ask", setup(policy={"failure_threshold": 1}), BreakerCore, "_consult"),
-        (("len(self._asking) >= view.policy.half_open_max_calls", "False"),),
+        (("self._asking >= view.policy.half_open_max_calls", "False"),),
     ),
     "lets a read end an outage": (
         *("although Redis has executed no script", WALK, Link, "_take_reads"),
