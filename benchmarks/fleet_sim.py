@@ -23,7 +23,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pybreaker_redis import CircuitOpenError, Policy, _clock, _core, _line, _slow, _view
+from pybreaker_redis import CircuitOpenError, Policy, _clock, _core, _line, _runner, _slow, _view
 from pybreaker_redis._classify import FAILURE
 from pybreaker_redis._core import BreakerCore
 from pybreaker_redis._memory import MemoryEngine
@@ -40,7 +40,7 @@ from pybreaker_redis.wire.scripts import FLEET
 RESULTS = pathlib.Path(__file__).parent / "results" / "fleet_sim.json"
 START_MS = 1_700_000_000_000
 ONE_WAY, JITTER, HOP, CALL = 0.0002, 0.0002, 0.00005, 0.005  # seconds
-_CLOCKED = (_clock, _core, _line, _slow, _view, link_module, outage)  # the modules that read a clock
+_CLOCKED = (_clock, _core, _runner, _line, _slow, _view, link_module, outage)  # the modules that read a clock
 
 
 class World:

@@ -13,43 +13,36 @@ from typing import Any, TypeAlias, TypeVar
 
 from . import _protocol
 from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, RetryAfter, described
-from ._clock import NEVER, Clock, age, machine
+from ._clock import NEVER, Clock, age
 from ._config import OnRedisFailure, check_flag, check_options, host_of
 from ._errors import CircuitOpenError, ForcedStateError, PolicyError, RedisUnavailableError
-from ._events import Counts, Event, Listener, Notices, logger
-from ._isolation import Isolation
-from ._memory import FixedEngine, LocalEngine, MemoryEngine, clock_ms, document_for
+from ._events import Counts, Event, Listener, Notices
 from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
-from ._policy import Policy, override_request, shared_request
+from ._policy import Policy, override_request
 from ._process import renew
-from ._protocol import Action, NotSent, Reply, Request, Snapshot, State, Steps, seconds
+from ._protocol import Action, Request, Snapshot, State, Steps, seconds
+from ._runner import Runner
 from ._slow import SlowCalls
-from ._view import Verdict, View
+from ._view import Verdict
 from ._watch import BaseWatch
 from .wire.options import BLOCKING, REDIS_ERRORS, Kind, address_of, client_of
 
 W = TypeVar("W", bound=BaseWatch)
 Fallback: TypeAlias = Callable[[CircuitOpenError], Any]
-Engine: TypeAlias = MemoryEngine | FixedEngine
 ASKED_AGAIN = 0.1  # retry_after in seconds while other calls of this process ask for the slots of probes
-_NO_OVERRIDE = NEVER, float("inf")
-_NEEDS_POLICY = frozenset({"failures", "slow", "hold_ms", "probe", "counted"})
-_OUTCOMES = {"generation", "successes", "seen_failure", "age_ms", *_NEEDS_POLICY, "pending", "error"}
 
 
-class BreakerCore:
-    """Options, view and decisions of one breaker. The shells, _sync and _async, add the I/O. See CircuitBreaker.
+class BreakerCore(Runner):
+    """Options and decisions of one breaker. The shells, _sync and _async, add the I/O. See CircuitBreaker.
 
     A process may have a breaker for each of 20,000 tenants, so its parts are small. They have slots, share what is the
     same for all, and share one lock, that of the view.
     """
 
     __slots__ = (
-        *("_name", "_host", "_policy", "_corrupt_documents", "_key", "_prefix", "_classifier", "_notices"),
-        *("_fallback", "_record_errors", "_every_result_succeeds", "_only_counts", "_client", "_redis", "_now"),
-        *("_innermost", "_permit", "_view", "_slow_calls", "_override", "_override_end", "_obeyed", "_isolation"),
-        *("_warned", "_warned_of_window", "_watch", "_memory", "_line", "_pid", "_given"),
-        *("_judges_successes", "_asking", "_asked_for_at", "_shares", "__weakref__"),
+        *("_host", "_prefix", "_classifier", "_fallback", "_record_errors", "_every_result_succeeds", "_only_counts"),
+        *("_client", "_innermost", "_permit", "_slow_calls", "_watch", "_pid", "_asking", "_asked_for_at", "_shares"),
+        "__weakref__",
     )
 
     # set by the shell
@@ -90,41 +83,29 @@ class BreakerCore:
             raise PolicyError(f"policy must be a Policy, as in Policy(failure_threshold=3), not {policy!r}")
         if fallback is not None:
             check_fallback(fallback)
-        self._fallback, self._record_errors = fallback, record_errors
-        self._name, self._host = name, host_of(host)
-        self._policy = policy or Policy()
-        self._key = _protocol.keys_of(name, prefix).state.encode()
-        self._corrupt_documents = 0
-        self._prefix = prefix
-        self._now = machine if clock is None else clock.monotonic
-        # clock= needs a lease of 0: then no call takes the fast path, which reads the machine's clock
-        self._view = View(float(lease) if clock is None else 0.0, self._policy, self._now)
-        self._classifier = Classifier(name, failures, ignore, is_failure, retry_after)
-        self._notices = Notices(name, listeners, on_call)
-        for listener in (*self._notices.listeners, *self._notices.on_call):
+        notices = Notices(name, listeners, on_call)
+        for listener in (*notices.listeners, *notices.on_call):
             if self._kind is BLOCKING and inspect.iscoroutinefunction(listener):
                 raise PolicyError(f"listener {listener!r} is a coroutine function: use AsyncCircuitBreaker")
+        self._host, self._prefix = host_of(host), prefix
+        self._classifier = Classifier(name, failures, ignore, is_failure, retry_after)
+        self._fallback, self._record_errors = fallback, record_errors
         self._every_result_succeeds = is_failure is None and retry_after is None
         # a success only has to be counted: the fast path
-        self._only_counts = self._every_result_succeeds and not self._notices.on_call
+        self._only_counts = self._every_result_succeeds and not notices.on_call
+        key = _protocol.keys_of(name, prefix).state.encode()
         self._client = None if redis is None else client_of(redis, self._kind)
-        self._redis: Any = None if redis is None else self._server_of(self._client, redis_timeout)
+        server = None if redis is None else self._server_of(self._client, redis_timeout)
+        super().__init__(name, key, policy or Policy(), lease, clock, notices, server)
+        if server is not None:
+            self._line = server.link.line_of(self, on_redis_failure, listed)
         # in memory, each object is a breaker of its own
-        self._innermost = Innermost(self._now) if redis is None else innermost_of(self._key, address_of(self._client))
+        self._innermost = Innermost(self._now) if redis is None else innermost_of(key, address_of(self._client))
         self._permit = self._warning_permit if resource_warnings_are_shown() else self._permit_type
         self._slow_calls = SlowCalls(self._view)
-        self._override: dict[str, Any] | None = None  # the policy override, as last read
-        self._override_end = _NO_OVERRIDE  # when it was read, and how many seconds it then had left
-        self._obeyed = NEVER  # when the request of the last obeyed reply was sent
-        self._isolation = Isolation(self._view, self._notices)
-        self._warned: str | None = None
         self._watch: BaseWatch | None = None
         self._asked_for_at = NEVER  # when a manager last gave it to somebody
         self._shares: BreakerCore | None = None  # whose view and engine this breaker uses
-        # one of the two: the state machine in this process, or the breaker's line, which the link makes and calls
-        now_ms = clock_ms if clock is None else clock.now_ms
-        self._memory = MemoryEngine(now_ms, quorum_of_one=True, lock=self._view.lock) if redis is None else None
-        self._line: Any = None if self._redis is None else self._redis.link.line_of(self, on_redis_failure, listed)
         self._pid = getpid()
         self._start_process()
         for instrument in self._notices.instruments:
@@ -135,15 +116,8 @@ class BreakerCore:
         # so that each knows its own transitions. A script takes 200 characters.
         instance = f"{self._host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
         self._notices.start_process(instance, self._view.lock)
-        self._given, self._judges_successes = shared_request(self._policy)
         self._warned_of_window = False
         self._asking = 0  # calls that ask for a permit now
-
-    def _follow(self, policy: Policy) -> None:
-        """Follow another policy of this process from now on."""
-        self._policy = policy
-        self._view.policy = policy._with_override(self._override)
-        self._given, self._judges_successes = shared_request(policy)
 
     def _check_process(self) -> None:
         """Start anew if this is a child. The fast path repeats these lines, to save a call."""
@@ -449,179 +423,6 @@ class BreakerCore:
         if permit is not None:
             return self._report(permit, outcome, error, hold_ms)
         return self._count(outcome, generation, error, hold_ms)
-
-    # Script calls and their replies
-
-    def _own_engine(self) -> Engine | None:
-        """The engine that decides in this process: in memory, or while Redis is down. None while Redis decides."""
-        if self._line is None:
-            return self._memory
-        engine: Engine | None = self._redis.link.engine(self._line)
-        if engine is not None and self._redis.link.retry_is_due(self._line):
-            self._redis.soon(self._line)
-        return engine
-
-    @property
-    def _with_policy(self) -> Request:
-        """The policy and the instance, as a request."""
-        instance = self._notices.instance
-        return {"instance": instance, "policy": self._given} if self._given else {"instance": instance}
-
-    def _complete(self, name: str, request: Request) -> Request:
-        """Add the policy and the instance. A report of only successes omits them, unless a field matters to it:
-        parsing them costs the script time."""
-        plain = name == "record" and "generation" in request and _NEEDS_POLICY.isdisjoint(request)
-        omits_policy = plain and not self._override and not self._judges_successes
-        return {**request} if omits_policy else {**self._with_policy, **request}
-
-    def _run(self, name: str, request: Request) -> Steps[Reply]:
-        """Call a script. Its reply becomes the view, and its transition an event."""
-        if (engine := self._own_engine()) is not None:
-            return self._run_on(engine, name, request)
-        sent = monotonic()
-        reply: Reply | None = None
-        try:
-            if name == "acquire" and self._isolation.is_open():
-                fleet = yield from self._ask_redis("record", self._with_policy)
-                reply = self._isolation.admit(fleet, self._complete(name, request))
-            if reply is None:
-                fleet = yield from self._ask_redis(name, self._complete(name, request))
-                reply = self._isolated(request, fleet)
-        except NotSent:
-            self._view.give_back(request)
-            raise
-        except REDIS_ERRORS as error:
-            self._redis.link.failed(self._line, error)
-            # the outage may be over already, but a report is never repeated
-            return self._run_on(self._own_engine() or self._last_known(), name, request)
-        self._adopt(reply, sent)
-        return reply
-
-    def _run_on(self, engine: Engine, name: str, request: Request) -> Reply:
-        """Let an engine of this process run a script."""
-        sent, complete = self._now(), {**self._with_policy, **request}
-        complete.pop("seen_failure", None)  # the number is the fleet's; in this engine, all outcomes come in order
-        reply = engine.run(name, complete)
-        self._isolation.forget()
-        if self._override is not None or "override" in reply:  # else, in this process, there is nothing to put in force
-            self._obey(reply, sent)
-        seen = self._view.seen
-        news = "transition" in reply or reply["generation"] != seen.generation or self._override is not None
-        # only this process changes the state: under the generation of a closed view, a reply says nothing new
-        if news or not seen.sent <= sent < seen.closed_until:
-            self._adopt(reply, sent)
-        return reply
-
-    def _ask_redis(self, name: str, request: Request) -> Steps[Reply]:
-        """Let Redis run a script. Raises errors of redis-py."""
-        if request.get("generation", 0) < 0:  # of a local engine: Redis does not know it
-            request = {key: value for key, value in request.items() if key not in _OUTCOMES}
-        began = monotonic()
-        try:
-            reply: Reply = yield name, request
-        except REDIS_ERRORS as error:
-            self._notices.script_ran(name, monotonic() - began, error)
-            raise
-        if self._notices.instruments:
-            self._notices.script_ran(name, monotonic() - began, None)
-        if self._line is not None:
-            self._redis.link.asked(self._line)
-        reply["source"] = "redis"
-        self._obey(reply, began)
-        return reply
-
-    def _adopt(self, reply: Reply, sent: float) -> bool:
-        """Take over a reply. Returns whether it became the view."""
-        adopted = self._view.adopt(reply, sent)
-        if self._warned or "warning" in reply:
-            self._check(reply)
-        if "window_ms" in reply and not self._warned_of_window:
-            self._check_window(reply["window_ms"] / 1000)
-        if change := reply.get("transition"):
-            logger.info("circuit breaker %r: %s -> %s (%s)", self.name, change["from"], change["to"], change["reason"])
-            self._notices.changed(change, reply["source"])
-        return adopted
-
-    def _adopt_fleet(self, request: Request, reply: Reply, sent: float) -> bool:
-        """_adopt() for a reply that the link has received, or a document that it has read."""
-        self._obey(reply, sent)
-        return self._adopt(self._isolated(request, reply), sent)
-
-    def _isolated(self, request: Request, fleet: Reply) -> Reply:
-        """The fleet's reply; while this instance is isolated, its own."""
-        if self._view.policy.quorum > 1:
-            return self._isolation.applied(request, fleet, self._with_policy)
-        self._isolation.forget()
-        return fleet
-
-    def _obey(self, reply: Reply, sent: float) -> None:
-        """Put the policy override of a reply in force, unless a newer reply is known."""
-        if reply["source"] == "local":
-            return
-        with self._view.lock:
-            override, latest, now = reply.get("override"), self._view.seen.sent, self._now()
-            if sent < self._obeyed <= now or sent < latest <= now:
-                return
-            self._obeyed = sent
-            if override is not None:
-                self._override_end = now, seconds(reply.get("override_left_ms")) or float("inf")
-            if override != self._override:
-                self._put_in_force(override)
-
-    def _end_override(self) -> None:
-        """End the policy override when its time is over, without waiting for Redis to say so."""
-        with self._view.lock:
-            if self._override_left() <= 0:
-                self._put_in_force(None)
-
-    def _put_in_force(self, override: dict[str, Any] | None) -> None:
-        self._override = override
-        self._view.policy = self._policy._with_override(override)
-
-    def _override_left(self) -> float:
-        """Seconds until the policy override ends; infinite if it was given no end."""
-        since, left = self._override_end
-        return left if left == float("inf") else left - age(since, self._now())
-
-    def _check(self, reply: Reply) -> None:
-        warning = reply.get("warning")
-        if warning:
-            self._corrupt_documents += 1
-        if warning and warning != self._warned:  # log it once, not for every call
-            key = self.keys.policy if warning == "corrupt_policy" else self.keys.state
-            logger.warning("circuit breaker %r: %s under key %r", self.name, warning, key)
-        self._warned = warning
-
-    def _check_window(self, kept: float) -> None:
-        """Warn once if another client's window is kept instead of this policy's."""
-        policy = self._view.policy
-        if policy._keeps_window and policy.window < kept:
-            self._warned_of_window = True
-            logger.warning(
-                "circuit breaker %r: the window is the last %g s, the longest that a client asks for, not %g s as"
-                " this policy says",
-                self.name,
-                kept,
-                policy.window,
-            )
-
-    # Engines of this process
-
-    def _last_known(self) -> LocalEngine:
-        """An engine that starts from the view."""
-        seen, now = self._view.seen, monotonic()
-        open_for = seen.left(seen.retry_at, now) if seen.state == "open" else 0.0
-        forced_for = seen.left(seen.forced_until, now)
-        forced = seen.forced if forced_for > 0 else None
-        left = self._override_left()
-        return LocalEngine(
-            document=document_for(
-                seen.state, seen.generation, seen.failure_count, open_for, forced, forced_for, seen.reason, seen.error
-            ),
-            override=self._override,
-            override_until_ms=None if left == float("inf") else clock_ms() + round(max(left, 0.0) * 1000),
-            quorum_of_one=True,
-        )
 
     # Watching
 

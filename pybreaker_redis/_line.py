@@ -240,7 +240,8 @@ class Line:
             now = monotonic()
             length = reply["forced_left_ms"] / 1000 if "forced_left_ms" in reply else float("inf")
             self._known = texts, seen, now, length if seen.state == "closed" else seen.left(seen.retry_at, now)
-        if 0 < before.generation < seen.generation and breaker._watch is not None and "transition" not in reply:
+        watches = breaker._watch is not None and self.notices.listeners
+        if watches and 0 < before.generation < seen.generation and "transition" not in reply:
             self.news = {"from": before.state, "to": seen.state, "reason": None, "generation": seen.generation}
 
     # Other instances' transitions

@@ -38,7 +38,7 @@ from typing import Any
 import redis
 from fleet_sim import stored
 
-from pybreaker_redis import CircuitOpenError, Policy, _clock, _core, _line, _memory, _rules, _view
+from pybreaker_redis import CircuitOpenError, Policy, _clock, _core, _line, _memory, _rules, _runner, _view
 from pybreaker_redis._classify import FAILURE, SUCCESS
 from pybreaker_redis._core import BreakerCore
 from pybreaker_redis._events import Notices
@@ -60,7 +60,7 @@ LEASE, TIMEOUT = 0.125, 0.25  # binary fractions: sums of times are exact
 STEPS_OF_CLOCK = 1024  # in a second
 INSTANT = 2.0**-30  # seconds
 NEVER = float("-inf")
-_CLOCKED = (_clock, _core, _line, _view, link_module, outage_module)
+_CLOCKED = (_clock, _core, _runner, _line, _view, link_module, outage_module)
 LEGAL = {
     ("closed", "open"): {"failure_threshold", "error_rate", "slow_rate"},
     ("open", "half_open"): {"timeout"},
@@ -119,7 +119,11 @@ def virtual_time() -> Iterator[None]:
     """The clock and the chance of the client are those of the world that was made last."""
     kept = [(module, "monotonic", module.monotonic) for module in _CLOCKED]
     kept += [(module, "random", module.random) for module in (_line, _view, outage_module, listing)]
-    kept += [(_memory, "clock_ms", _memory.clock_ms), (_core, "clock_ms", _core.clock_ms), (_core, "View", _core.View)]
+    kept += [
+        (_memory, "clock_ms", _memory.clock_ms),
+        (_runner, "clock_ms", _runner.clock_ms),
+        (_runner, "View", _runner.View),
+    ]
     kept.append((_core, "Notices", _core.Notices))
     kept += [(_rules, "_local_generations", _rules._local_generations), (_core, "address_of", _core.address_of)]
     level = logging.getLogger("pybreaker_redis").level
@@ -128,8 +132,8 @@ def virtual_time() -> Iterator[None]:
             module.monotonic = lambda: getattr(_world, "now", 0.0)  # type: ignore[attr-defined]
         for module in (_line, _view, outage_module, listing):
             module.random = Still  # type: ignore[attr-defined]
-        _memory.clock_ms = _core.clock_ms = lambda: _world.now_ms()
-        _core.View = TrueView  # type: ignore[misc]
+        _memory.clock_ms = _runner.clock_ms = lambda: _world.now_ms()
+        _runner.View = TrueView  # type: ignore[misc]
         _core.Notices = OpenNotices  # type: ignore[misc]
         _core.address_of = id  # a process is its own client
         logging.getLogger("pybreaker_redis").setLevel(logging.CRITICAL + 1)

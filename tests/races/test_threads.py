@@ -40,6 +40,7 @@ from pybreaker_redis import (
     _clock,
     _core,
     _events,
+    _runner,
     _view,
 )
 from pybreaker_redis._permit import Innermost
@@ -197,7 +198,7 @@ def test_a_view_ends_on_time(monkeypatch: pytest.MonkeyPatch) -> None:
     view, server, link = breaker._view, breaker._redis, breaker._redis.link
     refreshes: list[float] = []
     clock = [0.0]
-    for module in (_clock, _core, _view, link_module):
+    for module in (_clock, _core, _runner, _view, link_module):
         monkeypatch.setattr(module, "monotonic", lambda: clock[0])
     monkeypatch.setattr(server, "soon", lambda member: refreshes.append(clock[0]))
 
@@ -632,7 +633,7 @@ def test_a_transition_is_notified_though_another_thread_adopts_it_first() -> Non
         changes.clear()
         breaker.acquire().failure()
         wait_until(lambda: breaker.state == "half_open")
-        if not signalled_at(place, _core, breaker.acquire().success, call_in_a_thread):
+        if not signalled_at(place, _runner, breaker.acquire().success, call_in_a_thread):
             break
         calling.pop().join(PATIENCE)
         assert [event.new for event in changes] == ["open", "half_open", "closed"], f"place {place}"
