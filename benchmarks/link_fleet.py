@@ -514,7 +514,7 @@ class ThreadCount:
 async def one_outage_async(
     server: EmbeddedServer, *, breakers: int = 20, redis_timeout: float = 0.25
 ) -> dict[str, Any]:
-    """The same in one task of an event loop, for as long as the calls take and two more time-outs."""
+    """The same in one task of an event loop, for as long as the calls take and two more timeouts."""
     client = redis.asyncio.Redis.from_url(server.url)
     made = [AsyncCircuitBreaker(f"a{number}", redis=client, redis_timeout=redis_timeout) for number in range(breakers)]
     for breaker in made:

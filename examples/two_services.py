@@ -28,7 +28,7 @@ def orders(url: str) -> None:
 
 
 def invoices(url: str) -> None:
-    """A quiet service: by itself it would need three time-outs to find out."""
+    """A quiet service: by itself it would need three timeouts to find out."""
     with CircuitBreakerManager.with_redis(Config(services=CONFIG, redis_url=url)) as manager:
         while manager.get_state("payments") == "closed":
             time.sleep(0.05)

@@ -271,7 +271,7 @@ function breaker.record(document, request)
   return (request.successes or 0) > 0
 end
 
--- Milliseconds after which a refused caller should ask again; nil while a slot is free. In half open, the time for
+-- Milliseconds after which a refused caller should try again; nil while a slot is free. In half open, the time for
 -- which the probes have been running, since most probes end long before their deadline.
 function breaker.retry_after_ms(document, request)
   if document.state == 'open' then return math.max(document.open_until_ms - document.now, 0) end

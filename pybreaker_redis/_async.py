@@ -78,7 +78,7 @@ class AsyncPermit(BasePermit):
         await self._breaker._drive(self._settle(FAILURE, error, retry_after))
 
     async def release(self) -> None:
-        """Count the call as nothing, and free the slot of a probe. Raises PermitError if the permit is settled."""
+        """Do not count the call, and free the slot of a probe. Raises PermitError if the permit is settled."""
         await self._breaker._drive(self._settle(IGNORED, None))
 
     async def __aenter__(self) -> Self:

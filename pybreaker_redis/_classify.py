@@ -71,7 +71,7 @@ class Classifier:
         self._logged: tuple[str, ...] = ()
 
     def of_exception(self, exception: BaseException) -> Outcome:
-        """Cancelled and ignored calls count as nothing. An exception outside `failures` counts as success.
+        """Cancelled and ignored calls do not count. An exception outside `failures` counts as success.
 
         If a predicate raises, that is logged once, and the call counts as failed. Of an exception group, predicates get
         the single exceptions.

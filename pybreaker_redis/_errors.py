@@ -31,7 +31,7 @@ class CircuitOpenError(CircuitBreakerError):
     """The call was rejected, and the guarded function did not run.
 
     name: the name of the breaker. state: "open", "half_open", or "closed" during the ramp after a recovery.
-    retry_after: seconds after which to ask again. While open: until the next probe. While half open: the time for which
+    retry_after: seconds after which to try again. While open: until the next probe. While half open: the time for which
     the probes have been running, at least 0.1 s, at most until the next slot expires. During a ramp: until it ends.
     reason: why the state last changed, as in HistoryEntry; None while closed. error: type and message of the failure
     that opened the circuit, as in "ConnectionError: refused", or None.

@@ -37,8 +37,8 @@ class Event(NamedTuple):
     HistoryEntry. generation: the generation that a state_change begins. counts: the counts just before a state_change:
     failure_count, success_count and, with a window, calls, failures and slow. error: type and message of the failure
     that opened the circuit, if one did.
-    retry_after: seconds after which a rejected call should ask again. enforced: whether a rejection took effect; False
-    in shadow mode, where the call ran anyway.
+    retry_after: seconds after which a rejected caller should try again. enforced: whether a rejection took effect;
+    False in shadow mode, where the call ran anyway.
     exception: the exception of a failure, an ignored call or a redis_error.
     slow: whether a success or failure took slow_call_duration or longer; None if the policy does not measure it.
     source: "redis", "memory" (redis=None), "local" (Redis is down), "isolated" (below the quorum, for this instance
@@ -70,7 +70,7 @@ class Counts:
     """The calls of one breaker in this process, by outcome; they only grow.
 
     successes: all successes, including slow ones. slow_successes: successes that took slow_call_duration or longer.
-    failures: those of the guarded functions. ignored: calls that counted as nothing. rejected: calls that did not run.
+    failures: those of the guarded functions. ignored: calls that did not count. rejected: calls that did not run.
     Successes, failures, ignored and rejected add up to all calls. shadow_rejected: calls that shadow mode would have
     rejected; they ran, and count by their outcome, too.
     """

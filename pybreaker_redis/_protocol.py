@@ -106,7 +106,7 @@ class Snapshot:
     generation; 0 if nothing is stored. failure_count: failures in a row. success_count: probes that succeeded since the
     circuit became half open. last_failure_time: unix seconds of the last failure that counted, or None. opened_at: unix
     seconds of the last trip, or None while closed.
-    retry_after: seconds after which a rejected call should ask again; None while calls are admitted.
+    retry_after: seconds after which a rejected caller should try again; None while calls are admitted.
     forced: "open" or "closed" while an operator forces the state. forced_until: when the forced state ends, in unix
     seconds.
     trips: consecutive trips. probes_in_flight: probes that run now, in the whole fleet.

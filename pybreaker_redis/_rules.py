@@ -359,7 +359,7 @@ def record(document: Document, request: Request, policy: Policy) -> bool:
 
 
 def retry_after_ms(document: Document, policy: Policy) -> int | None:
-    """Milliseconds after which a refused caller should ask again; None while a slot is free.
+    """Milliseconds after which a refused caller should try again; None while a slot is free.
 
     In half open, the time for which the probes have been running: most end long before their deadline.
     """

@@ -58,7 +58,7 @@ class Permit(BasePermit):
         self._breaker._drive(self._settle(FAILURE, error, retry_after))
 
     def release(self) -> None:
-        """Count the call as nothing, and free the slot of a probe. Raises PermitError if the permit is settled."""
+        """Do not count the call, and free the slot of a probe. Raises PermitError if the permit is settled."""
         self._breaker._drive(self._settle(IGNORED, None))
 
     def __enter__(self) -> Self:
@@ -413,7 +413,7 @@ class CircuitBreaker(BreakerCore):
     ) -> None:
         """Set a policy override for the whole fleet: fields of Policy, added to those set before.
 
-        Every instance obeys within two leases, or within milliseconds if it watches. duration: seconds until the whole
+        Every process obeys within two leases, or within milliseconds if it watches. duration: seconds until the whole
         policy override ends; None: until clear_policy(). Changes nothing if the fields have these values already, and
         the end stays the same. operator, note: as for force_open; kept with the policy override and in the history.
         Raises PolicyError; RedisUnavailableError.
@@ -421,7 +421,7 @@ class CircuitBreaker(BreakerCore):
         self._drive(self._command(Action("set_policy", operator, note, duration), fields))
 
     def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
-        """End the policy override: every instance follows its own policy again.
+        """End the policy override: every process follows its own policy again.
 
         operator, note: as for force_open; kept in the history. Raises RedisUnavailableError.
         """

@@ -257,7 +257,7 @@ def test_services_share_an_outage(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def test_states_of_a_server_that_hangs(own_server: EmbeddedServer) -> None:
-    """get_all_states() waits for one time-out, not for one of each breaker."""
+    """get_all_states() waits for one timeout, not for one of each breaker."""
     services = {f"s{number}": ONE for number in range(20)}
     config = Config(redis_url=own_server.url, services=services, redis_timeout=0.3, lease=0.0, watch=False)
     with CircuitBreakerManager.with_redis(config) as manager:

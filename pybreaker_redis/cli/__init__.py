@@ -486,11 +486,11 @@ _acting(
     policy_app,
     "clear",
     Act(
-        "End the policy override, so that every instance follows its own policy?",
+        "End the policy override, so that every process follows its own policy?",
         lambda breaker, who, why: breaker.clear_policy(operator=who, note=why),
         on_policy=True,
     ),
-    "End the policy override: each instance follows its own policy.",
+    "End the policy override: each process follows its own policy.",
 )
 
 

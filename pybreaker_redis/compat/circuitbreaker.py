@@ -12,7 +12,7 @@ Differences from circuitbreaker 2.1, on purpose:
 
 - While half open, one call runs at a time, in the whole fleet. Other calls are rejected, or get the fallback.
 - A result of a call that began before the last change of the state does not count. While the circuit is open, call()
-  and `with` blocks still run, as in circuitbreaker, but count as nothing: their success does not close it.
+  and `with` blocks still run, as in circuitbreaker, but do not count: their success does not close it.
 - Nested guards of one breaker count a failure once.
 - A value out of range is a PolicyError, which is a ValueError. A decorated function does not go through call(),
   call_async() and the like, so overriding those changes nothing; overriding `opened` does.
@@ -85,7 +85,7 @@ def configure(redis: Any = None, *, lease: float = 0.1) -> None:
 class CircuitBreakerError(BaseError):
     """A decorated function was not called, since the circuit is open.
 
-    The cause (`__cause__`) is the CircuitOpenError that says when to ask again.
+    The cause (`__cause__`) is the CircuitOpenError that says when to try again.
     """
 
     def __init__(self, circuit_breaker: CircuitBreaker, *args: Any) -> None:
@@ -367,7 +367,7 @@ class _Rejected(BaseException):
 class _Call:
     """The block of one guarded call, blocking and asyncio.
 
-    may_reject: whether an open circuit rejects the call; otherwise the call runs, and counts as nothing.
+    may_reject: whether an open circuit rejects the call; otherwise the call runs, and does not count.
     """
 
     __slots__ = ("_may_reject", "_permit", "breaker")

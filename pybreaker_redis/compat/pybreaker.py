@@ -15,7 +15,7 @@ Calls:
 - A result of a call that began before the last change of the state does not count. If such a call fails after failures
   have opened the circuit, it raises CircuitBreakerError like the call that opened it.
 - Nested guards of one breaker count a failure once, not once for each guard.
-- A call that is cancelled or interrupted (CancelledError, KeyboardInterrupt, GeneratorExit) counts as nothing. A group
+- A call that is cancelled or interrupted (CancelledError, KeyboardInterrupt, GeneratorExit) does not count. A group
   of exceptions counts as the worst exception that it holds.
 - If a function in `exclude` raises, that is logged, and the call counts as failed. Such a function may run twice for
   one exception. If before_call raises, the call counts as failed.
@@ -110,7 +110,7 @@ logger = logging.getLogger("pybreaker_redis")
 class CircuitBreakerError(BaseError):
     """The call was rejected, or its failure opened the circuit.
 
-    The cause (`__cause__`) is a CircuitOpenError, which says when to ask again, or the exception of the function.
+    The cause (`__cause__`) is a CircuitOpenError, which says when to try again, or the exception of the function.
     """
 
     breaker: CircuitBreaker | None = None

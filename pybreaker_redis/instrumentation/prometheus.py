@@ -145,7 +145,7 @@ class _Files:
 
     def write(self, reading: Reading) -> None:
         """Write a reading, unless another thread does that just now."""
-        # with a time-out: a signal handler may scrape amid a write of its own thread
+        # with a timeout: a signal handler may scrape amid a write of its own thread
         if not self._lock.acquire(timeout=_WRITE_EVERY):
             return
         try:

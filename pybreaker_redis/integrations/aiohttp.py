@@ -56,13 +56,13 @@ def breaker_middleware(
     name: the name of a request's breaker, or a function of the ClientRequest. None from it: the request is not guarded.
     failure_statuses: the statuses that count as failures. Any other response is a success.
     failures: the exceptions that count as failures: types, or a function of the exception. Any other
-        exception counts as nothing.
+        exception does not count.
     ignore: exceptions in `failures` that are not counted: types, or a function of the exception.
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.
 
     A call ends with the headers of the response. To guard the body as well, read it in a block of your own. aiohttp
-    repeats an idempotent request once when its connection breaks: each try is a call. A time-out of ClientTimeout is a
-    failure, including `total`. A task that is cancelled counts as nothing.
+    repeats an idempotent request once when its connection breaks: each try is a call. A timeout of ClientTimeout is a
+    failure, including `total`. A task that is cancelled does not count.
 
     The breakers' own options for failures do not apply. A rejected request raises CircuitOpenClientError. Raises
     PolicyError for breakers that do not fit.

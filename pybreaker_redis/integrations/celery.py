@@ -118,4 +118,4 @@ class BreakerTask(Task):  # type: ignore[misc]
 
 
 class _NoOutcome(concurrent.futures.CancelledError):
-    """Passes a breaker as a cancelled call, which counts as nothing."""
+    """Passes a breaker as a cancelled call, which does not count."""

@@ -115,7 +115,7 @@ class BreakerInterceptor(
     """For grpc.intercept_channel(channel, BreakerInterceptor(breaker)). A rejected call raises CircuitOpenRpcError.
 
     breaker: a CircuitBreaker for all calls, or a function of the method ("/package.Service/Method") that returns one.
-    failure_codes: the status codes that count as failures. CANCELLED counts as nothing, any other code as success: the
+    failure_codes: the status codes that count as failures. CANCELLED does not count, any other code is a success: the
         service did answer.
 
     Raises PolicyError for an invalid option.

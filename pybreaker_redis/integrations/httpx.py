@@ -52,7 +52,7 @@ class BreakerTransport(
     rejected: a function of the CircuitOpenTransportError that returns a response. None: the error is raised.
     failure_statuses: the statuses that count as failures. Any other response is a success.
     failures: the exceptions that count as failures: types, or a function of the exception. Any other
-        exception counts as nothing. None: httpx.TransportError.
+        exception does not count. None: httpx.TransportError.
     ignore: exceptions in `failures` that are not counted: types, or a function of the exception. None: the caller's
         own faults, which are PoolTimeout, UnsupportedProtocol and LocalProtocolError.
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.

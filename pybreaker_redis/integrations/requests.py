@@ -53,7 +53,7 @@ class BreakerAdapter(BaseAdapter):
         body that breaks off is a failure; with stream=True it still ends with the headers.
     failure_statuses: the statuses that count as failures. Any other response is a success.
     failures: the exceptions that count as failures: types, or a function of the exception. Any other
-        exception counts as nothing: an invalid URL is the caller's own fault.
+        exception does not count: an invalid URL is the caller's own fault.
     ignore: exceptions in `failures` that are not counted: types, or a function of the exception. None: the errors of
         a closed pool.
     retry_after: a function of the response: for how many seconds the service asked not to be called, or None.

@@ -88,7 +88,7 @@ ACTIONS: dict[str, Action] = {
     ),
     "clear-policy": Action(
         "End policy override",
-        "Every instance follows its own policy again. Shadow mode by a policy override ends, too.",
+        "Every process follows its own policy again. Shadow mode by a policy override ends, too.",
         lambda breaker, order: breaker.clear_policy(**_who(order)),
     ),
 }

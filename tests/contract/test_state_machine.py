@@ -101,7 +101,7 @@ def test_slots(machine: Machine, slots: int) -> None:
 
 
 def test_the_oldest_probe_says_when_to_ask_again(machine: Machine) -> None:
-    """Of several probes, the one that has been out longest counts, whatever time-out its client gave it."""
+    """Of several probes, the one that has been out longest counts, whatever timeout its client gave it."""
     policy = {**POLICY, "half_open_max_calls": 2, "probe_timeout_ms": 1000}
     probe(machine, policy)
     machine.advance(300)

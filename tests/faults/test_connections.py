@@ -186,7 +186,7 @@ def test_idle_connections_are_dropped(
 def test_healthy_calls_over_dropped_connections(
     proxy: FaultProxy, shell: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nor do calls that succeed wait for a time-out, nor do the reports that the background sends for them."""
+    """Nor do calls that succeed wait for a timeout, nor do the reports that the background sends for them."""
     policy = Policy(error_rate_threshold=0.5, window=10)
     with caller(shell, proxy.url, policy=policy, redis_timeout=LONG) as made:
         assert all(made.call(fails=False, lasting=PAUSE) for _ in range(4))

@@ -318,7 +318,7 @@ def test_a_dead_service_is_left_alone_on_asyncio(echo: Server, kind: str) -> Non
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_a_status_counts_as_on_asyncio(echo: Server, kind: str) -> None:
-    """Three codes and a time-out are failures; CANCELLED is nothing; by any other the service did answer."""
+    """Three codes and a timeout are failures; CANCELLED is nothing; by any other the service did answer."""
 
     async def main() -> None:
         breaker = AsyncCircuitBreaker("echo")

@@ -106,7 +106,7 @@ def test_statuses_that_succeed(call: Callable[..., Caller], status: int) -> None
     [("/reset", "ReadError"), ("/close", "RemoteProtocolError"), ("/hang", "ReadTimeout")],
 )
 def test_errors_that_fail(call: Callable[..., Caller], path: str, error: str) -> None:
-    """A broken connection, a broken protocol and a time-out are failures, and pass through as they are."""
+    """A broken connection, a broken protocol and a timeout are failures, and pass through as they are."""
     caller = call()
     for _ in range(3):
         assert type(caller.error_of(path, timeout=0.1)).__name__ == error

@@ -63,7 +63,7 @@ def test_statuses(session: requests.Session, service: Service, manager: CircuitB
 def test_errors(
     session: requests.Session, service: Service, manager: CircuitBreakerManager, path: str, error: type[Exception]
 ) -> None:
-    """Broken connections and time-outs are failures."""
+    """Broken connections and timeouts are failures."""
     for _ in range(3):
         with pytest.raises(error):
             session.get(service.url + path, timeout=0.2)

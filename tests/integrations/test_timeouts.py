@@ -1,4 +1,4 @@
-"""Where a time-out belongs: what docs/how-to/timeouts.md says of each client and server."""
+"""Where a timeout belongs: what docs/how-to/timeouts.md says of each client and server."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_clients_own_time_out_is_a_failure(silent: str, client: str) -> None:
 
 
 def test_the_same_on_asyncio(silent: str) -> None:
-    """The time-outs of httpx and aiohttp, and asyncio.timeout() within the guarded function."""
+    """The timeouts of httpx and aiohttp, and asyncio.timeout() within the guarded function."""
 
     async def by_httpx() -> None:
         httpx = pytest.importorskip("httpx")
@@ -84,7 +84,7 @@ def test_the_same_on_asyncio(silent: str) -> None:
             return (1, 1, 0)
         except Exception:
             return counted(await breaker.snapshot())
-        raise AssertionError("no time-out")
+        raise AssertionError("no timeout")
 
     for func in (by_httpx, by_aiohttp, by_asyncio):
         assert asyncio.run(main(func)) == (1, 1, 0)
@@ -157,7 +157,7 @@ def application(environ, start_response):
 def test_gunicorn_ends_a_worker(
     tmp_path: pathlib.Path, own_server: EmbeddedServer, limit: float, expected: tuple[int, int, int]
 ) -> None:
-    """Its time-out raises SystemExit in a sync worker: nothing, or slow. The worker reports it before it ends."""
+    """Its timeout raises SystemExit in a sync worker: nothing, or slow. The worker reports it before it ends."""
     pytest.importorskip("gunicorn")
     (tmp_path / "silent_app.py").write_text(textwrap.dedent(APPLICATION))
     port, log = free_port(), tmp_path / "log"
