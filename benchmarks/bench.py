@@ -47,7 +47,6 @@ from contenders import (
     PYBREAKER_REDIS,
     STRICT,
     TWO_EVALSHA,
-    TWO_RAW,
     TWO_SCRIPTS,
     WAYS,
     WITH,
@@ -658,7 +657,6 @@ def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append((f"{name}, overhead", over(memory, ours, theirs), "<=", 8, 4))
         rows.append((f"{name}, whole time", whole(memory, ours, theirs), "<=", 8, 4))
     rows += [
-        ("strict call / two empty EVALSHA over a bare socket", whole(strict, STRICT, TWO_RAW), "<=", 1.4, 1.25),
         ("strict call / two empty EVALSHA over redis-py", whole(strict, STRICT, TWO_EVALSHA), "<=", 1.25, 1.1),
         ("strict call / nopanic-redis", whole(strict, STRICT, NOPANIC), "<=", 0.9, 0.75),
         ("decorator / pybreaker's in memory, overhead", over(success, OURS, PYBREAKER), "<=", 0.5, 0.3),

@@ -139,6 +139,10 @@ class LuaEngine:
             raw = self._client.eval(text, 3, *self._keys, body)
         return json.loads(raw) if self._json else decode(raw)
 
+    def history(self, count: int) -> list[dict[str, Any]]:
+        entries = self._client.xrevrange(self._keys.history, count=count)
+        return [{name.decode(): value.decode() for name, value in entry.items()} for _, entry in entries]
+
 
 @functools.cache
 def on_frozen_clock(name: str) -> str:
@@ -163,16 +167,21 @@ class Machine:
     def run(self, name: str, policy: dict[str, int] | None = None, **request: Any) -> dict[str, Any]:
         return self._engine.run(name, {**request, **({"policy": policy} if policy else {})})
 
+    def history(self) -> list[dict[str, str]]:
+        """All entries, newest first, as texts."""
+        entries = self._engine.history(1000)
+        return [{name: str(value) for name, value in entry.items() if value is not None} for entry in entries]
+
 
 def lua_machine(client: redis.Redis, name: str = "m", *, use_json: bool = False) -> Machine:
     """The Lua on the tests' clock."""
     return Machine(LuaEngine(client, keys_of(name), use_json=use_json), lambda now: client.set("test:now_ms", now))
 
 
-def memory_machine() -> Machine:
+def memory_machine(publish: Callable[[dict[str, Any]], None] | None = None) -> Machine:
     """The in-memory engine on the tests' clock."""
     clock = [START_MS]
-    return Machine(MemoryEngine(now_ms=lambda: clock[0]), lambda now: clock.__setitem__(0, now))
+    return Machine(MemoryEngine(now_ms=lambda: clock[0], publish=publish), lambda now: clock.__setitem__(0, now))
 
 
 class InPlaceMachine(Machine):

@@ -77,7 +77,7 @@ def targets() -> str:
         (target["measure"], short(target["value"]), target["must"], "yes" if target["must_reached"] else "**no**")
         for target in result("bench")["targets"]
     ]
-    return table(("measure", "found", "limit", "kept"), rows)
+    return table(("measure", "found", "limit", "met"), rows)
 
 
 def reach() -> str:
@@ -101,8 +101,12 @@ def processes() -> str:
 
 def simulated() -> str:
     """What fleet_sim.py found."""
-    rows = [(row["measure"], row["must"], row["measured"].replace("; ", ", ")) for row in result("fleet_sim")]
-    return table(("fleet", "bound", "found"), rows)
+    rows = []
+    for row in result("fleet_sim"):
+        found, sent, oldest = [*row["measured"].split("; "), "", ""][:3]
+        sent, oldest = sent.removeprefix("per second "), oldest.removeprefix("oldest view ")
+        rows.append((row["measure"], row["must"], found, sent, oldest))
+    return table(("fleet", "limit", "found", "sent per second", "oldest view"), rows)
 
 
 def documents() -> str:

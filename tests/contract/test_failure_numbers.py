@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import START_MS, Machine, lua_machine, published
+from conftest import START_MS, Machine, lua_machine, memory_machine, published
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_state_machine import POLICIES, STEPS, parsed, play
@@ -268,9 +268,7 @@ def told(engine: str, client: redis.Redis, play_it: Any) -> list[dict[str, Any]]
     """What is published while play_it uses a machine of the engine."""
     heard: list[dict[str, Any]] = []
     if engine == "memory":
-        clock = [START_MS]
-        engine_in_memory = MemoryEngine(now_ms=lambda: clock[0], publish=heard.append)
-        play_it(Machine(engine_in_memory, lambda now: clock.__setitem__(0, now)))
+        play_it(memory_machine(heard.append))
     else:
         with published(client, keys_of("m").state) as heard:
             play_it(lua_machine(client))

@@ -8,7 +8,15 @@ from typing import Any
 
 from conftest import START_MS, Machine, in_place_machine, memory_machine
 
-from pybreaker_redis._memory import HISTORY_ENTRIES, Document, LocalEngine, MemoryEngine, clock_ms, document_for
+from pybreaker_redis._memory import (
+    HISTORY_ENTRIES,
+    Document,
+    FixedEngine,
+    LocalEngine,
+    MemoryEngine,
+    clock_ms,
+    document_for,
+)
 from pybreaker_redis._view import View
 
 POLICY = {"failure_threshold": 1, "reset_timeout_ms": 1000, "backoff_multiplier": 2}
@@ -203,3 +211,132 @@ def test_a_local_engine_takes_generations_of_its_own() -> None:
     assert (fresh.state, fresh.generation) == ("closed", 0)
     fresh.run("control", {"action": "force_open"})
     assert fresh.generation < 0
+
+
+def test_a_local_engine_starts_from_what_the_view_says_besides() -> None:
+    """A forced state keeps its end, and an open circuit its reason and error; without them there are none."""
+    now = clock_ms()
+    forced = document_for("open", 7, open_for=2.0, forced="open", forced_for=1.5, reason="forced", error="Boom: bang")
+    assert (forced.forced, forced.reason, forced.error) == ("open", "forced", "Boom: bang")
+    assert now + 1500 <= (forced.forced_until_ms or 0) <= clock_ms() + 1500
+    plain = document_for("closed")
+    assert (plain.forced, plain.forced_until_ms, plain.reason, plain.error) == (None, None, None, None)
+    assert (plain.failure_count, plain.open_until_ms <= clock_ms(), plain.generation < 0) == (0, True, True)
+    assert document_for("closed", 7, forced="closed").forced_until_ms <= clock_ms()  # type: ignore[operator]
+
+
+def test_a_local_engine_starts_with_the_policy_override_and_its_end() -> None:
+    """What was set for a time ends at that time."""
+    clock = [START_MS]
+    engine = MemoryEngine(now_ms=lambda: clock[0], override={"quorum": 3}, override_until_ms=START_MS + 500)
+    assert engine.run("snapshot", {})["override_left_ms"] == 500
+    clock[0] += 499
+    assert engine.run("snapshot", {})["override_left_ms"] == 1
+    clock[0] += 1
+    assert not {"override", "override_left_ms"} & engine.run("snapshot", {}).keys()
+
+
+def test_a_fixed_engine() -> None:
+    """It admits every call or none, whatever it is asked, and its generation is one that Redis rejects."""
+    nothing = {"applied": False, "generation": -1, "failure_count": 0, "failure_number": 0, "success_count": 0}
+    for state, admitted, wait in (("closed", True, None), ("open", False, 1000)):
+        engine = FixedEngine(state, 1000)  # type: ignore[arg-type]
+        expected = {**nothing, "admitted": admitted, "state": state, "retry_after_ms": wait, "source": "local"}
+        assert engine.run("acquire", {}) == engine.run("record", {"generation": -1, "failures": 9}) == expected
+
+
+def test_a_document_is_replaced() -> None:
+    """The state goes on from the given fields, under a new generation; calls of the old one do not count."""
+    machine = memory_machine()
+    engine = engine_of(machine)
+    engine.replace(failure_count=2)
+    fresh = machine.run("snapshot", POLICY)
+    assert (fresh["exists"], fresh["state"], fresh["failure_count"]) == (True, "closed", 2)
+    assert fresh["generation"] == START_MS * 1000
+    engine.replace(state="open", open_until_ms=START_MS + 50)
+    reply = machine.run("acquire", POLICY)
+    assert (reply["admitted"], reply["retry_after_ms"], reply["generation"]) == (False, 50, START_MS * 1000 + 1)
+    assert not machine.run("record", POLICY, generation=fresh["generation"], failures=1)["applied"]
+
+
+def test_every_time_moves_back_with_the_clock() -> None:
+    """What is left of a probe's slot, of an open period and of a reporter's failure stays the same."""
+    clock = [START_MS]
+    policy = {**POLICY, "quorum": 2, "failure_threshold": 9, "probe_timeout_ms": 400}
+    engine = MemoryEngine(now_ms=lambda: clock[0])
+    generation = engine.run("acquire", {"policy": policy})["generation"]
+    engine.run("record", {"policy": policy, "generation": generation, "failures": 1, "host": "a", "instance": "a"})
+    before = engine.run("snapshot", {"policy": policy})
+    clock[0] -= 10_000
+    after = engine.run("snapshot", {"policy": policy})
+    assert after["last_failure_time"] == before["last_failure_time"] - 10
+    assert {host: at + 10_000 for host, at in after["reporters"].items()} == before["reporters"] != {}
+
+    engine.run("control", {"action": "force_open", "duration_ms": 100})
+    clock[0] += 100
+    slot = engine.run("acquire", {"policy": policy})
+    assert (slot["admitted"], engine.run("acquire", {"policy": policy})["admitted"]) == (True, False)
+    clock[0] -= 10_000
+    engine.run("snapshot", {"policy": policy})
+    clock[0] += 399
+    assert not engine.run("acquire", {"policy": policy})["admitted"]
+    clock[0] += 1
+    assert engine.run("acquire", {"policy": policy})["admitted"]
+
+
+def test_successes_that_the_view_has_gathered_end_the_run_first() -> None:
+    """A failure that is counted in place takes them along, if they are of its generation."""
+    policy = {"failure_threshold": 5}
+    for others, count in ((0, 3), (1, 1)):
+        machine, view = in_place_machine(), View(0.1)
+        generation = machine.run("acquire", policy)["generation"]
+        for _ in range(2):
+            assert engine_of(machine).count_failure(generation, policy, view)
+        view.adopt({**machine.run("acquire", policy), "generation": generation, "source": "memory"}, 0.0)
+        for _ in range(others):
+            view.seen.tick()
+        assert engine_of(machine).count_failure(generation, policy, view)
+        assert machine.run("snapshot", policy)["failure_count"] == count
+        assert view.seen.counter.take_unseen() == 0
+
+
+def test_a_failure_of_another_policy_or_generation_is_left_to_the_rules() -> None:
+    """Nothing is counted in place for the caller of another policy, under a policy override, or of the past."""
+    policy = {"failure_threshold": 5}
+    machine = in_place_machine()
+    engine, generation = engine_of(machine), machine.run("acquire", policy)["generation"]
+    assert not engine.count_failure(generation, dict(policy), View(0.0))
+    assert not engine.count_failure(generation - 1, policy, View(0.0))
+    assert engine.count_failure(generation, policy, View(0.0))
+    engine.obey({"failure_threshold": 9})
+    assert not engine.count_failure(generation, policy, View(0.0))
+
+
+def test_what_an_action_enters_into_the_history() -> None:
+    """Each action of an operator has one entry, whether it was a transition or not."""
+    machine = memory_machine()
+    actions = [
+        {"action": "set_policy", "override": {"quorum": 2}, "duration_ms": 500},
+        {"action": "force_open", "duration_ms": 100},
+        {"action": "force_open", "duration_ms": 900, "operator": "ann", "note": "why"},
+        {"action": "probe"},  # refused while a state is forced
+        {"action": "clear_forced"},
+        {"action": "clear_policy"},
+        {"action": "reset"},
+        {"action": "reset"},  # changes nothing
+    ]
+    for request in actions:
+        machine.run("control", **request)
+    entries = engine_of(machine).history(9)[::-1]
+    assert [(entry["from"], entry["to"], entry["reason"]) for entry in entries] == [
+        ("closed", "closed", "set_policy"),
+        ("closed", "open", "forced"),
+        ("open", "open", "forced"),
+        ("open", "open", "clear_forced"),
+        ("open", "open", "clear_policy"),
+        ("open", "closed", "reset"),
+    ]
+    assert entries[0]["override"] == f'{{"quorum":2,"until_ms":{START_MS + 500}}}'
+    generation = START_MS * 1000
+    assert [entry["generation"] for entry in entries] == [0, *[generation + 1] * 4, generation + 2]
+    assert (entries[2]["operator"], entries[2]["note"]) == ("ann", "why")

@@ -502,6 +502,7 @@ def play(machine: Machine, steps: list[Any], policy: dict[str, Any], other: dict
         elif kind == "other client":
             policy, other = other, policy
         tell("snapshot", machine.run("snapshot", policy))
+    told.append(("history", [parsed(entry) for entry in machine.history()]))
     return told
 
 
@@ -510,7 +511,7 @@ def play(machine: Machine, steps: list[Any], policy: dict[str, Any], other: dict
 def test_engines_agree(client: redis.Redis, steps: list[Any], policy: dict[str, Any], other: dict[str, Any]) -> None:
     """The Lua and the Python mirror reply the same, step by step, to random sequences of two clients' requests.
 
-    With a snapshot after each step.
+    With a snapshot after each step. In the end, they have the same history.
     """
     client.delete(*keys_of("m"))
     said = play(lua_machine(client), steps, policy, other)
