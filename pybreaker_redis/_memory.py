@@ -87,7 +87,7 @@ class MemoryEngine:
         """Go on from a document with these fields, under a new generation: calls that are running will not count."""
         with self._lock:
             generation = 0 if self._document is None else self._document.generation
-            document = Document(generation, now=self._now_ms(), is_new=False, **fields)
+            document = Document(generation, now=self._now_ms(), **fields)
             document.generation = _rules.next_generation(document)
             self._document = document
 

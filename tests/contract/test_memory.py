@@ -267,10 +267,10 @@ def test_every_time_moves_back_with_the_clock() -> None:
     generation = engine.run("acquire", {"policy": policy})["generation"]
     engine.run("record", {"policy": policy, "generation": generation, "failures": 1, "host": "a", "instance": "a"})
     before = engine.run("snapshot", {"policy": policy})
-    clock[0] -= 10_000
+    clock[0] -= 10_500
     after = engine.run("snapshot", {"policy": policy})
     assert after["last_failure_time"] == before["last_failure_time"] - 10
-    assert {host: at + 10_000 for host, at in after["reporters"].items()} == before["reporters"] != {}
+    assert {host: at + 10_500 for host, at in after["reporters"].items()} == before["reporters"] != {}
 
     engine.run("control", {"action": "force_open", "duration_ms": 100})
     clock[0] += 100
@@ -287,17 +287,17 @@ def test_every_time_moves_back_with_the_clock() -> None:
 def test_successes_that_the_view_has_gathered_end_the_run_first() -> None:
     """A failure that is counted in place takes them along, if they are of its generation."""
     policy = {"failure_threshold": 5}
-    for others, count in ((0, 3), (1, 1)):
+    for successes, older, count, left in ((0, 0, 3, 0), (1, 0, 1, 0), (1, 1, 3, 1)):
         machine, view = in_place_machine(), View(0.1)
         generation = machine.run("acquire", policy)["generation"]
         for _ in range(2):
             assert engine_of(machine).count_failure(generation, policy, view)
-        view.adopt({**machine.run("acquire", policy), "generation": generation, "source": "memory"}, 0.0)
-        for _ in range(others):
+        view.adopt({**machine.run("acquire", policy), "generation": generation - older, "source": "memory"}, 0.0)
+        for _ in range(successes):
             view.seen.tick()
         assert engine_of(machine).count_failure(generation, policy, view)
         assert machine.run("snapshot", policy)["failure_count"] == count
-        assert view.seen.counter.take_unseen() == 0
+        assert view.seen.counter.take_unseen() == left
 
 
 def test_a_failure_of_another_policy_or_generation_is_left_to_the_rules() -> None:

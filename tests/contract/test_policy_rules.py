@@ -1465,3 +1465,27 @@ def test_expiry_after_a_recovery(client: redis.Redis) -> None:
 def test_machine_starts_on_a_bucket() -> None:
     """The clock of these tests starts where a bucket does, as they assume."""
     assert START_MS % 10_000 == 0
+
+
+def test_a_shorter_window_applies_after_ten_buckets_of_the_longer(machine: Machine) -> None:
+    """Once nobody has asked for the longer one for its whole length, its buckets make room for shorter ones."""
+    longer, shorter = ({**RATE, "minimum_calls": NEVER, "window_ms": window_ms} for window_ms in (1000, 500))
+    generation = machine.run("acquire", longer)["generation"]
+    machine.run("record", longer, generation=generation, successes=1)
+    assert machine.run("record", shorter, generation=generation, successes=1)["window_ms"] == 1000
+    machine.advance(900)
+    assert machine.run("record", shorter, generation=generation, successes=1)["window_ms"] == 1000
+    machine.advance(100)
+    assert machine.run("record", shorter, generation=generation, successes=1).get("window_ms") is None
+
+
+def test_a_reset_drops_failures_that_have_left_the_window(machine: Machine) -> None:
+    """The run of failures goes on when they leave the window, so there is something to drop."""
+    policy = {**RATE, "failure_threshold": NEVER, "minimum_calls": NEVER}
+    for times, calls in ((1, 0), (2, 1)):
+        generation = machine.run("acquire", policy)["generation"]
+        for _ in range(times):
+            machine.run("record", policy, generation=generation, failures=1)
+            machine.advance(1000 // times)
+        assert machine.run("snapshot", policy)["calls"] == calls
+        assert machine.run("control", policy, action="reset")["transition"]["failure_count"] == times
