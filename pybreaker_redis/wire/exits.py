@@ -6,6 +6,7 @@ import atexit
 import functools
 import os
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -41,6 +42,17 @@ def _end() -> None:
     if _pid == os.getpid():  # else the links are copies of the parent's
         for server in list(servers):
             server._at_exit()
+
+
+def starts(thread: threading.Thread) -> bool:
+    """Start a thread. Returns False if none can start: the interpreter ends, or a limit is reached."""
+    if sys.is_finalizing():  # Python 3.11 would wait for ever until the thread runs
+        return False
+    try:
+        thread.start()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _end_after(on_exit: Callable[..., Any] | None, *given: Any) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.resources
 import itertools
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any
 
 SCRIPTS = ("acquire", "record", "control", "snapshot")
 FLEET = "fleet"  # a script of its own, about processes: without the library
@@ -30,10 +28,11 @@ GROUPS = (
 _FUNCTION = re.compile(r"^(?=function breaker\.(\w+)\()", re.MULTILINE)
 
 
-def folder() -> Any:
+def folder() -> pathlib.Path:
     """Where the Lua is: in the installed package, or in the checkout."""
-    packaged = importlib.resources.files("pybreaker_redis") / "lua"
-    return packaged if packaged.is_dir() else pathlib.Path(__file__).parent.parent.parent / "lua"
+    package = pathlib.Path(__file__).parent.parent
+    packaged = package / "lua"
+    return packaged if packaged.is_dir() else package.parent / "lua"
 
 
 def lazy(library: str) -> str:

@@ -16,6 +16,7 @@ from redis.exceptions import ConnectionError, ResponseError
 
 from .._core import BreakerCore
 from .._protocol import state_pattern
+from .exits import starts
 
 PING_EVERY = 1.0  # seconds of silence before a PING; after as many without an answer the connection is lost
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
@@ -142,9 +143,7 @@ class Subscription(BaseSubscription):
 
     def _start(self, connect: Callable[[], Any]) -> None:
         thread = threading.Thread(target=self._run, args=(connect,), name="pybreaker_redis-watch", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:  # the interpreter exits, or a limit is reached: the next call tries again
+        if not starts(thread):  # the next call tries again
             self.stop()
 
     def _run(self, connect: Callable[[], Any]) -> None:

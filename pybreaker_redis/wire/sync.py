@@ -21,6 +21,7 @@ from .._protocol import Reply, Request, decode, history_fields
 from . import commands as build
 from .commands import PING, Command, packed
 from .connections import BaseConnections, BasePipe, Nodes
+from .exits import starts
 from .options import (
     BLOCKING,
     NO_REPLY,
@@ -193,16 +194,14 @@ class Worker:
             work()
 
     def _start(self) -> bool:
-        """Start the thread. Returns False if none can start: the interpreter exits, or a limit is reached."""
-        self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+        """Start the thread. Returns False if none can start."""
+        self._thread, started = threading.Thread(target=self._run, name=self._name, daemon=True), False
         try:
-            self._thread.start()
-        except BaseException as error:  # perhaps a signal handler's, after the start: the thread will end
-            self._thread = None
-            if isinstance(error, RuntimeError):
-                return False
-            raise
-        return True
+            started = starts(self._thread)
+        finally:
+            if not started:  # or a signal handler has raised after the start: the thread will end
+                self._thread = None
+        return started
 
     def _run(self) -> None:
         try:
@@ -412,9 +411,7 @@ class Connections(BaseConnections[Pipe]):
         return self._take(deadline - monotonic())
 
     def _begin(self, pipe: Pipe) -> None:
-        try:
-            threading.Thread(target=self._open, args=(pipe,), name="pybreaker_redis-connect", daemon=True).start()
-        except RuntimeError:  # no thread can start: the interpreter exits, or a limit is reached
+        if not starts(threading.Thread(target=self._open, args=(pipe,), name="pybreaker_redis-connect", daemon=True)):
             self._open(pipe)
 
     def _open(self, pipe: Pipe) -> None:

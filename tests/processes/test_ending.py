@@ -60,3 +60,17 @@ def test_flush_waits_for_a_report_under_way(own_server: EmbeddedServer) -> None:
     flushing.join(20)
     assert waits
     assert not flushing.is_alive()
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("state", ["answers", "hangs", "is gone"])
+def test_a_call_while_the_interpreter_is_finalized(own_server: EmbeddedServer, state: str, calls: int) -> None:
+    """It runs, and the process ends: Python 3.11 would wait for ever for a thread that starts then."""
+    url = "redis://127.0.0.1:1" if state == "is gone" else own_server.url
+    command = [sys.executable, str(programs.HERE / "finalizing.py"), url, str(calls)]
+    with stopped(own_server) if state == "hangs" else contextlib.nullcontext():
+        done = subprocess.run(
+            command, env=programs.environment(), capture_output=True, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stdout) == (0, "called\n"), done.stderr
+    assert "Exception ignored" not in done.stderr
