@@ -506,6 +506,7 @@ def play(machine: Machine, steps: list[Any], policy: dict[str, Any], other: dict
     return told
 
 
+@pytest.mark.timeout(120 + SEQUENCES / 2)
 @settings(max_examples=SEQUENCES, deadline=None, suppress_health_check=list(HealthCheck))
 @given(steps=STEPS, policy=POLICIES, other=POLICIES)
 def test_engines_agree(client: redis.Redis, steps: list[Any], policy: dict[str, Any], other: dict[str, Any]) -> None:
