@@ -650,7 +650,9 @@ class Process:
         self.hint_due: dict[bytes, bool] = {}
         world.making = number
         self.breakers = [
-            Breaker(f"service-{index}", redis=self, policy=world.policy, lease=LEASE) for index in range(setup.breakers)
+            # a listener, since the history is read for listeners only
+            Breaker(f"service-{index}", redis=self, policy=world.policy, lease=LEASE, listeners=[repr])
+            for index in range(setup.breakers)
         ]
         for breaker in self.breakers:
             breaker.process = self
