@@ -20,7 +20,7 @@ from collections.abc import (
 )
 from os import getpid
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore, Fallback
@@ -41,7 +41,6 @@ T = TypeVar("T")
 S = TypeVar("S")
 T_co = TypeVar("T_co", covariant=True)
 M = TypeVar("M", bound=contextlib.AbstractAsyncContextManager[Any])
-_IfLost: TypeAlias = Callable[[T], Coroutine[Any, Any, None]]
 # By process and loop: a loop keeps only weak references. A child keeps its parent's tasks, and never touches them.
 _tasks: dict[int, weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]] = {}
 _USE_SYNC = "cannot be awaited, so AsyncCircuitBreaker cannot guard it: use CircuitBreaker"
@@ -291,7 +290,7 @@ class AsyncCircuitBreaker(BreakerCore):
             return self._drive(self._report_result(self._permit(self, seen.generation, now), result))
         seen.tick()
         self._notices.call_ended(SUCCESS, seen.generation)
-        return self._start_delivery(iter(self._notices.next, None))
+        return self._start_delivery()
 
     def _guard_generator(self, func: Callable[..., AsyncGenerator[Any, Any]], fallback: Fallback | None) -> Any:
         async def guarded(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
@@ -366,13 +365,13 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._deliver()
             raise
         if isinstance(answer, BasePermit):
-            return await self._deliver_then(answer, self._give_back)
-        return await self._drive(self._ask(), self._give_back)
+            return await self._deliver_then(answer)
+        return await self._drive(self._ask())
 
-    async def _drive(self, steps: Steps[T] | None, if_lost: _IfLost[T] | None = None) -> T:
-        """Carry out the steps, deliver their events, and return their result.
+    async def _drive(self, steps: Steps[T] | None) -> T:
+        """Carry out the steps, deliver their events, and return their result: None without steps.
 
-        An exchange with Redis completes even if the caller is cancelled. Then if_lost(result) runs.
+        An exchange with Redis completes even if the caller is cancelled. A permit that it brings is then given back.
         """
         if steps is None:
             await self._deliver()
@@ -380,7 +379,7 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             ask = next(steps)
         except StopIteration as end:
-            return await self._deliver_then(cast(T, end.value), if_lost)
+            return await self._deliver_then(cast(T, end.value))
         except BaseException:
             await self._deliver()
             raise
@@ -389,17 +388,16 @@ class AsyncCircuitBreaker(BreakerCore):
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             # this task was cancelled, perhaps after the result had come, but before this task woke up
-            if if_lost is not None and not task.cancelled():
-                _spawn(_pass_on(task, if_lost))
+            task.add_done_callback(self._give_back)
             raise
 
-    async def _deliver_then(self, result: T, if_lost: _IfLost[T] | None) -> T:
-        """Deliver the events, then return the result. If the caller is cancelled meanwhile, if_lost(result) runs."""
+    async def _deliver_then(self, result: T) -> T:
+        """Deliver the events, then return the result. If the caller is cancelled meanwhile, a permit is given back."""
         try:
             await self._deliver()
         except BaseException:
-            if if_lost is not None:
-                _spawn(if_lost(result))
+            if isinstance(result, BasePermit):
+                _spawn(self._drive(self._report(result, IGNORED)))
             raise
         return result
 
@@ -424,30 +422,28 @@ class AsyncCircuitBreaker(BreakerCore):
                 raise outage.error
         return await self._redis.run(name, self._key, request)
 
-    async def _give_back(self, permit: BasePermit) -> None:
-        """Free the slot of a probe whose caller was cancelled before it had the permit."""
-        await self._drive(self._report(permit, IGNORED))
+    def _give_back(self, task: asyncio.Task[Any]) -> None:
+        """Free the slot of a probe whose caller was cancelled before it had the permit that this task has returned."""
+        if not task.cancelled() and task.exception() is None and isinstance(permit := task.result(), BasePermit):
+            _spawn(self._drive(self._report(permit, IGNORED)))
 
     async def _deliver(self, events: list[Event] | None = None) -> None:
         """Call the listeners of each event, one after the other, to the end even if the caller is cancelled."""
-        rest = self._start_delivery(iter(self._notices.next, None) if events is None else iter(events))
-        if rest is not None:
+        if (rest := self._start_delivery(events)) is not None:
             await rest
 
     def _deliver_events(self, events: list[Event]) -> None:
         _spawn(self._deliver(events))
 
-    def _start_delivery(self, events: Iterator[Event]) -> Awaitable[None] | None:
+    def _start_delivery(self, events: list[Event] | None = None) -> Awaitable[None] | None:
         """Call the plain listeners. Returns what has to be awaited from the first awaitable listener on."""
         notices = self._notices
-        for event in events:
-            listeners = iter(notices.receivers(event))
-            for listener in listeners:
+        if events is not None or notices.waiting:
+            calls = notices.deliveries(events)
+            for listener, event in calls:
                 result = notices.call(listener, event)
                 if result is not None and inspect.isawaitable(result):
-                    # all of them now: another task of this thread must not take what is left
-                    rest = [(one, event) for one in listeners]
-                    rest += [(one, later) for later in events for one in notices.receivers(later)]
+                    rest = list(calls)  # all of them now: another task of this thread must not take what is left
                     return asyncio.shield(_spawn(_call_the_rest(notices, listener, result, iter(rest))))
         return None
 
@@ -540,13 +536,6 @@ def _spawn(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
-
-
-async def _pass_on(task: asyncio.Task[T], if_lost: _IfLost[T]) -> None:
-    """Hand the result of a task to if_lost(), if there is one."""
-    with contextlib.suppress(Exception):
-        result = await task
-        await if_lost(result)
 
 
 async def _call_the_rest(

@@ -304,17 +304,10 @@ class CircuitBreaker(BreakerCore):
         finally:
             self._deliver()
 
-    @overload
-    def _drive(self, steps: Steps[T]) -> T: ...
-    @overload
-    def _drive(self, steps: None) -> None: ...
-    @overload
-    def _drive(self, steps: Steps[T] | None) -> T | None: ...
-
-    def _drive(self, steps: Steps[T] | None) -> T | None:
-        """Carry out the steps, deliver their events, and return their result."""
+    def _drive(self, steps: Steps[T] | None) -> T:
+        """Carry out the steps, deliver their events, and return their result: None without steps."""
         try:
-            return None if steps is None else carry_out(steps, self._run_script)
+            return None if steps is None else carry_out(steps, self._run_script)  # type: ignore[return-value]
         finally:
             self._deliver()
 
@@ -328,10 +321,8 @@ class CircuitBreaker(BreakerCore):
 
     def _deliver(self, events: Iterable[Event] | None = None) -> None:
         notices = self._notices
-        if events is None and not notices.waiting:
-            return
-        for event in iter(notices.next, None) if events is None else events:
-            for listener in notices.receivers(event):
+        if events is not None or notices.waiting:
+            for listener, event in notices.deliveries(events):
                 notices.call(listener, event)
 
     _deliver_events = _deliver
