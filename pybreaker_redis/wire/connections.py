@@ -24,6 +24,7 @@ class BasePipe:
     """
 
     give_up: Callable[[], None]  # lets it be closed; what it waits for may go on for a while
+    _connection: Any = None
 
     def __init__(self) -> None:
         self.opens, self.era = True, 0
@@ -92,6 +93,16 @@ class BaseConnections(Generic[P]):
         self._serve()
         return True
 
+    def _keep(self, pipe: P) -> bool:
+        """Let others use a connection. Returns False if its era is over: it is to be closed."""
+        with self._lock:
+            kept = pipe.era == self._era
+            if kept:
+                self._idle.append(pipe)
+        if kept and self._waiting:
+            self._serve()
+        return kept
+
     def _opening(self) -> list[P]:
         pipes = [pipe for reference in self._pipes.keyrefs() if (pipe := reference()) is not None]
         return [pipe for pipe in pipes if pipe.opens]
@@ -125,11 +136,16 @@ class BaseConnections(Generic[P]):
                 idle.append(self._idle.pop())
         return idle
 
-    def _tell(self, error: BaseException) -> None:
-        """End the turns of all callers by this error; else each would time out on the dead server in turn."""
+    def _lose(self, error: BaseException) -> list[P]:
+        """End the era and the turns of all callers: each would time out on the lost server in turn.
+
+        Returns the idle connections, to be closed. One that is opening may find the server again.
+        """
+        idle = self._end_era()
         with self._lock, contextlib.suppress(IndexError):
             while True:
                 self._hand(self._waiting.popleft(), error)
+        return idle
 
 
 class Nodes(dict[Address | None, C]):
