@@ -26,7 +26,7 @@ from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore, Fallback
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event, Listener, Notices
-from ._permit import SETTLED, BasePermit, warns_if_lost
+from ._permit import SETTLED, BasePermit
 from ._process import renew
 from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
@@ -160,7 +160,6 @@ class AsyncCircuitBreaker(BreakerCore):
 
     __slots__ = ("__dict__",)  # as for CircuitBreaker
     _permit_type: type[AsyncPermit] = AsyncPermit
-    _warning_permit = warns_if_lost(AsyncPermit)
     _kind, _server_of = ASYNCIO, AsyncServer.of
     _redis: AsyncServer
 

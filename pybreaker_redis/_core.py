@@ -17,7 +17,7 @@ from ._clock import NEVER, Clock, age
 from ._config import OnRedisFailure, check_flag, check_options, host_of
 from ._errors import CircuitOpenError, ForcedStateError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices
-from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
+from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, shown_if_lost
 from ._policy import Policy, override_request
 from ._process import renew
 from ._protocol import Action, Request, Snapshot, State, Steps, seconds
@@ -47,7 +47,6 @@ class BreakerCore(Runner):
 
     # set by the shell
     _permit_type: type[BasePermit]
-    _warning_permit: type[BasePermit]
     _kind: Kind
     _server_of: Callable[[Any, float], Any]
     _deliver_events: Callable[[list[Event]], None]
@@ -101,7 +100,7 @@ class BreakerCore(Runner):
             self._line = server.link.line_of(self, on_redis_failure, listed)
         # in memory, each object is a breaker of its own
         self._innermost = Innermost(self._now) if redis is None else innermost_of(key, address_of(self._client))
-        self._permit = self._warning_permit if resource_warnings_are_shown() else self._permit_type
+        self._permit = shown_if_lost(self._permit_type)
         self._slow_calls = SlowCalls(self._view)
         self._watch: BaseWatch | None = None
         self._asked_for_at = NEVER  # when a manager last gave it to somebody
@@ -243,8 +242,10 @@ class BreakerCore(Runner):
         lease = self._view.lease
         self._notices.used()
         if (engine := self._own_engine()) is not None:
-            if self._line is not None and self._redis.link.must_wait_for_retry(self._line) and not refreshed:
-                return True
+            if self._line is not None and not refreshed:
+                outage = self._redis.link.due_outage(self._line)
+                if outage is not None and outage.abandoned:  # an event loop that ended soon has cut the last retry off
+                    return True
             if lease > 0:
                 for report in self._reports():
                     self._run_on(engine, "record", report)

@@ -63,7 +63,7 @@ class Runner:
         if self._line is None:
             return self._memory
         engine: Engine | None = self._redis.link.engine(self._line)
-        if engine is not None and self._redis.link.retry_is_due(self._line):
+        if engine is not None and self._redis.link.due_outage(self._line) is not None:
             self._redis.soon(self._line)
         return engine
 
@@ -87,7 +87,7 @@ class Runner:
         sent = monotonic()
         reply: Reply | None = None
         try:
-            if name == "acquire" and self._isolation.is_open():
+            if name == "acquire" and self._isolation.state != "closed":
                 fleet = yield from self._ask_redis("record", self._with_policy)
                 reply = self._isolation.admit(fleet, self._complete(name, request))
             if reply is None:

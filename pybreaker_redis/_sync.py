@@ -14,7 +14,7 @@ from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore, Fallback
 from ._errors import CircuitOpenError, RedisUnavailableError
 from ._events import Event
-from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
+from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit
 from ._process import renew
 from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
@@ -137,7 +137,6 @@ class CircuitBreaker(BreakerCore):
 
     __slots__ = ("__dict__",)  # empty, until somebody sets an attribute or a test replaces a method
     _permit_type: type[Permit] = Permit
-    _warning_permit = warns_if_lost(Permit)
     _kind, _server_of = BLOCKING, Server.of
     _redis: Server
 

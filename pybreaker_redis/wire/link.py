@@ -120,18 +120,10 @@ class Link:
             outage = self.outage(line)
             return line.engine(None if outage is None else outage.error)
 
-    def retry_is_due(self, line: Line) -> bool:
-        """Whether the breaker or its server is down, and should be retried now."""
+    def due_outage(self, line: Line) -> Outage | None:
+        """The outage of this breaker or its server, if it should be retried now."""
         outage = self.outage(line)
-        return outage is not None and outage.is_due()
-
-    def must_wait_for_retry(self, line: Line) -> bool:
-        """Whether a call must wait for the retry that is due, because the last one did not end.
-
-        A short-lived event loop may end before its background retry does.
-        """
-        outage = self.outage(line)
-        return outage is not None and outage.is_due() and outage.abandoned
+        return outage if outage is not None and outage.is_due() else None
 
     # Exchanges
 

@@ -716,7 +716,7 @@ KIND = types.SimpleNamespace(__name__="simulation", Redis=Process, RedisCluster=
 class Breaker(BreakerCore):
     """The breaker of one process. Its shell is the simulation."""
 
-    _kind, _permit_type, _warning_permit = KIND, BasePermit, BasePermit
+    _kind, _permit_type = KIND, BasePermit
     _server_of = staticmethod(lambda client, _: client)
     process: Process
     _view: TrueView
