@@ -28,7 +28,7 @@ from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event, Listener, Notices
 from ._permit import SETTLED, BasePermit
 from ._process import renew
-from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
+from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from ._watch import BaseWatch
 from .wire.aio import AsyncServer, carry_out, forget_ended
@@ -65,19 +65,15 @@ class AsyncPermit(BasePermit):
     __slots__ = ()
 
     async def success(self) -> None:
-        """Count the call as a success. Raises PermitError if the permit is settled."""
+        """See Permit.success."""
         await self._breaker._drive(self._settle(SUCCESS, None))
 
     async def failure(self, error: BaseException | None = None, retry_after: float | str | None = None) -> None:
-        """Count the call as a failure. error: the exception, for on_call and the breaker's retry_after.
-
-        retry_after: seconds after which the service said to come back; the circuit holds for that long. Raises
-        PermitError if the permit is settled, and PolicyError if retry_after is not a number.
-        """
+        """See Permit.failure."""
         await self._breaker._drive(self._settle(FAILURE, error, retry_after))
 
     async def release(self) -> None:
-        """Do not count the call, and free the slot of a probe. Raises PermitError if the permit is settled."""
+        """See Permit.release."""
         await self._breaker._drive(self._settle(IGNORED, None))
 
     async def __aenter__(self) -> Self:
@@ -449,32 +445,32 @@ class AsyncCircuitBreaker(BreakerCore):
     # State and operator actions
 
     async def snapshot(self) -> Snapshot:
-        """Read the whole state from Redis; while Redis is down, from this process's local engine."""
+        """See CircuitBreaker.snapshot."""
         return await self._drive(self._snapshot())
 
     async def force_open(
         self, duration: float | None = None, *, operator: str | None = None, note: str | None = None
     ) -> None:
         """See CircuitBreaker.force_open."""
-        await self._drive(self._command(Action("force_open", operator, note, duration)))
+        await self._drive(self._command("force_open", operator, note, duration))
 
     async def force_closed(
         self, duration: float | None = None, *, operator: str | None = None, note: str | None = None
     ) -> None:
         """See CircuitBreaker.force_closed."""
-        await self._drive(self._command(Action("force_closed", operator, note, duration)))
+        await self._drive(self._command("force_closed", operator, note, duration))
 
     async def clear_forced(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.clear_forced."""
-        await self._drive(self._command(Action("clear_forced", operator, note)))
+        await self._drive(self._command("clear_forced", operator, note))
 
     async def probe(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.probe."""
-        await self._drive(self._command(Action("probe", operator, note)))
+        await self._drive(self._command("probe", operator, note))
 
     async def reset(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.reset."""
-        await self._drive(self._command(Action("reset", operator, note)))
+        await self._drive(self._command("reset", operator, note))
 
     async def watch(self) -> AsyncWatch:
         """See CircuitBreaker.watch. All breakers of this event loop share one subscription, held by one task."""
@@ -489,17 +485,14 @@ class AsyncCircuitBreaker(BreakerCore):
         **fields: Any,
     ) -> None:
         """See CircuitBreaker.set_policy."""
-        await self._drive(self._command(Action("set_policy", operator, note, duration), fields))
+        await self._drive(self._command("set_policy", operator, note, duration, fields))
 
     async def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.clear_policy."""
-        await self._drive(self._command(Action("clear_policy", operator, note)))
+        await self._drive(self._command("clear_policy", operator, note))
 
     async def history(self, count: int = 100) -> list[HistoryEntry]:
-        """Up to `count` transitions and operators' actions, newest first.
-
-        Raises RedisUnavailableError; PolicyError for count < 1.
-        """
+        """See CircuitBreaker.history."""
         check_history_count(count)
         self._check_process()
         if self._memory is not None:
@@ -510,7 +503,7 @@ class AsyncCircuitBreaker(BreakerCore):
             raise RedisUnavailableError(f"the history could not be read: {error}") from error
 
     async def flush(self) -> None:
-        """Report the gathered successes to Redis now."""
+        """See CircuitBreaker.flush."""
         await self._drive(self._flush())
         if self._line is not None and self._redis.link.is_reporting(self._line):
             await self._redis.wait_for_reports()

@@ -20,7 +20,7 @@ from ._events import Counts, Event, Listener, Notices
 from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, shown_if_lost
 from ._policy import Policy, override_request
 from ._process import renew
-from ._protocol import Action, Request, Snapshot, State, Steps, seconds
+from ._protocol import Request, Snapshot, State, Steps, seconds
 from ._runner import Runner
 from ._slow import SlowCalls
 from ._view import Verdict
@@ -124,7 +124,7 @@ class BreakerCore(Runner):
             renew(self)
 
     def _after_fork(self) -> None:
-        if self._redis is not None and self._redis._pid != getpid():
+        if self._redis is not None:
             renew(self._redis)
         if self._shares is not None:
             self._shares._check_process()
@@ -459,10 +459,17 @@ class BreakerCore(Runner):
         self._check(reply)
         return _protocol.snapshot_from(self.name, reply, self.policy, self._isolation.decides_over(reply))
 
-    def _command(self, action: Action, policy: Mapping[str, Any] | None = None) -> Steps[None]:
+    def _command(
+        self,
+        action: str,
+        operator: str | None,
+        note: str | None,
+        duration: float | None = None,
+        policy: Mapping[str, Any] | None = None,
+    ) -> Steps[None]:
         """Carry out an operator's action in Redis, or not at all. Raises RedisUnavailableError."""
         self._check_process()
-        request = {**self._with_policy, **_protocol.control_request(action)}
+        request = {**self._with_policy, **_protocol.control_request(action, operator, note, duration)}
         if policy is not None:
             request["override"] = override_request(policy)
             duration_of_slow = policy.get("slow_call_duration", self._view.policy.slow_call_duration)
@@ -476,15 +483,15 @@ class BreakerCore(Runner):
             try:
                 reply = yield from self._ask_redis("control", request)
             except REDIS_ERRORS as error:
-                raise RedisUnavailableError(f"{action.name} was not carried out: {error}") from error
+                raise RedisUnavailableError(f"{action} was not carried out: {error}") from error
         changed = "transition" in reply
-        if changed or action.name == "reset":
+        if changed or action == "reset":
             self._isolation.forget()
         if changed or reply["generation"] == self._view.seen.generation:
             self._adopt(reply, sent)
         else:
             self._check(reply)
-        if action.name == "probe" and (forced := reply.get("forced")):
+        if action == "probe" and (forced := reply.get("forced")):
             raise ForcedStateError(f"circuit breaker {self.name!r} is forced {forced}: call clear_forced() first")
         if not changed:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
             self._view.drop()

@@ -16,7 +16,7 @@ from ._errors import CircuitOpenError, RedisUnavailableError
 from ._events import Event
 from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit
 from ._process import renew
-from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
+from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from ._watch import BaseWatch
 from .wire.options import BLOCKING, REDIS_ERRORS
@@ -344,7 +344,7 @@ class CircuitBreaker(BreakerCore):
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
-        self._drive(self._command(Action("force_open", operator, note, duration)))
+        self._drive(self._command("force_open", operator, note, duration))
 
     def force_closed(
         self, duration: float | None = None, *, operator: str | None = None, note: str | None = None
@@ -355,14 +355,14 @@ class CircuitBreaker(BreakerCore):
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
-        self._drive(self._command(Action("force_closed", operator, note, duration)))
+        self._drive(self._command("force_closed", operator, note, duration))
 
     def clear_forced(self, *, operator: str | None = None, note: str | None = None) -> None:
         """End a forced state. After force_open the next call probes; after force_closed the circuit stays closed.
 
         operator, note: as for force_open. Raises RedisUnavailableError.
         """
-        self._drive(self._command(Action("clear_forced", operator, note)))
+        self._drive(self._command("clear_forced", operator, note))
 
     def probe(self, *, operator: str | None = None, note: str | None = None) -> None:
         """Let the next call probe now, whatever is left of an open period or a hold.
@@ -370,7 +370,7 @@ class CircuitBreaker(BreakerCore):
         Unlike a reset, this admits one call, not the full load. In any state other than open it does nothing.
         operator, note: as for force_open. Raises ForcedStateError while a state is forced; RedisUnavailableError.
         """
-        self._drive(self._command(Action("probe", operator, note)))
+        self._drive(self._command("probe", operator, note))
 
     def reset(self, *, operator: str | None = None, note: str | None = None) -> None:
         """Close the circuit; drop all counts, any forced state and the policy override. The history stays.
@@ -380,7 +380,7 @@ class CircuitBreaker(BreakerCore):
 
         operator, note: as for force_open. Raises RedisUnavailableError.
         """
-        self._drive(self._command(Action("reset", operator, note)))
+        self._drive(self._command("reset", operator, note))
 
     def watch(self) -> Watch:
         """Subscribe to the messages about this breaker, so that its view follows within milliseconds.
@@ -408,14 +408,14 @@ class CircuitBreaker(BreakerCore):
         the end stays the same. operator, note: as for force_open; kept with the policy override and in the history.
         Raises PolicyError; RedisUnavailableError.
         """
-        self._drive(self._command(Action("set_policy", operator, note, duration), fields))
+        self._drive(self._command("set_policy", operator, note, duration, fields))
 
     def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
         """End the policy override: every process follows its own policy again.
 
         operator, note: as for force_open; kept in the history. Raises RedisUnavailableError.
         """
-        self._drive(self._command(Action("clear_policy", operator, note)))
+        self._drive(self._command("clear_policy", operator, note))
 
     def history(self, count: int = 100) -> list[HistoryEntry]:
         """Up to `count` transitions and operators' actions, newest first.

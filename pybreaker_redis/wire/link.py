@@ -228,8 +228,9 @@ class Link:
     def _refresh(self, lines: list[Line], hinted: set[Line], wanted: bool) -> Pipelines:
         sent = monotonic()
         due = {line: line.due(sent, wanted, line in hinted) for line in lines}
-        for line in [line for line, what in due.items() if what.idle]:
-            self.leave(line)
+        for line, what in due.items():
+            if what.idle:
+                self.leave(line)
         reports = [(line, request) for line, what in due.items() for request in what.reports]
         self._reporting.difference_update({*lines} - {line for line, _ in reports})
         size = self._read_at_once
