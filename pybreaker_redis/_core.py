@@ -412,9 +412,7 @@ class BreakerCore(Runner):
         """
         innermost, hold_ms = self._innermost, 0
         outcome: Outcome = IGNORED
-        if isinstance(error, CircuitOpenError) and error.name == self._name:
-            pass  # a nested rejection says nothing about the service
-        elif began >= innermost.failed_at or not (innermost.has_counted(error, began) or innermost.has_failed(began)):
+        if began >= innermost.failed_at or not (innermost.has_counted(error, began) or innermost.has_failed(began)):
             outcome = self._classifier.of_exception(error)
             hold_ms = 0 if outcome == IGNORED else self._classifier.hold_ms_of(error)
             if outcome == FAILURE or hold_ms > 0:
