@@ -52,12 +52,12 @@ class Isolation:
         own = self._own_engine(fleet)
         if own is None:
             return fleet
-        if request.get("generation", 0) < 0:
-            mine = self._ask_own(own, "record", {**full, **request})  # the outcome of its own probe
+        outcomes: Request = {}
+        if request.get("generation", 0) < 0:  # of its own probe
+            outcomes = request
         elif "admitted" in fleet or fleet.get("applied"):
-            mine = self._ask_own(own, "record", {**full, **request, "generation": own.generation})
-        else:
-            mine = self._ask_own(own, "record", full)
+            outcomes = {**request, "generation": own.generation}
+        mine = self._ask_own(own, "record", {**full, **outcomes})
         return fleet if mine["state"] == "closed" else _isolated(mine, fleet)
 
     def _ask_own(self, own: LocalEngine, name: str, request: Request) -> Reply:

@@ -83,15 +83,13 @@ class BaseConnections(Generic[P]):
             return pipe
 
     def _opened(self, pipe: P) -> bool:
-        """Take a connection that is open now. Returns False if it was given up."""
+        """Take a connection that is open now. Returns False if it is to be closed, since it was given up."""
         with self._lock:
             if not pipe.opens:
                 return False
             pipe.opens, pipe.era, pipe.used_at = False, self._era, monotonic()
             self._patience = patience_after(pipe.used_at - pipe.began, self._timeout)
-            self._idle.append(pipe)
-        self._serve()
-        return True
+        return self._keep(pipe)
 
     def _keep(self, pipe: P) -> bool:
         """Let others use a connection. Returns False if its era is over: it is to be closed."""
