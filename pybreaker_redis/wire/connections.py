@@ -49,7 +49,8 @@ class BaseConnections(Generic[P]):
     _hand: Callable[[Any, P | BaseException], bool]  # ends a caller's turn; returns False if the caller has left
 
     def __init__(self, pool: Any, timeout: float) -> None:
-        self._pool, self._timeout, self._limit = pool, timeout, limit_of(pool)
+        self._pool, self._limit = pool, limit_of(pool)
+        self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
         self._patience = timeout / 2  # seconds a PING may take; after connecting, as long as connecting took
         self._longest = longest_exchange(timeout)  # seconds after which opening a connection is given up
         self._idle: collections.deque[P] = collections.deque()

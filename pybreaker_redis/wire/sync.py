@@ -297,10 +297,6 @@ class Connections(BaseConnections[Pipe]):
 
     _pipe_class = Pipe
 
-    def __init__(self, pool: Any, timeout: float) -> None:
-        super().__init__(pool, timeout)
-        self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
-
     def send(self, commands: Sequence[Command], left: float | None = None) -> list[Any]:
         """The replies, in order; that of a failed command is its error. left: seconds, if fewer than usual."""
         timeout = self._timeout if left is None else left
