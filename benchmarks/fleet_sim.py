@@ -235,7 +235,7 @@ KIND = types.SimpleNamespace(__name__="simulation", Redis=Process, RedisCluster=
 class Breaker(BreakerCore):
     """The breaker of one process. Its shell is the simulation: nothing blocks, each step happens at its time."""
 
-    _kind, _permit_type, _warning_permit = KIND, BasePermit, BasePermit
+    _kind, _permit_type = KIND, BasePermit
     _server_of = staticmethod(lambda client, _: client)
 
     def _deliver_events(self, events: list[Any]) -> None:

@@ -20,15 +20,15 @@ from collections.abc import (
 )
 from os import getpid
 from time import monotonic
-from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeAlias, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec, Protocol, Self, TypeVar, cast, overload
 
 from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore, Fallback
 from ._errors import CircuitOpenError, PermitError, RedisUnavailableError
 from ._events import Event, Listener, Notices
-from ._permit import SETTLED, BasePermit, warns_if_lost
+from ._permit import SETTLED, BasePermit
 from ._process import renew
-from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
+from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from ._watch import BaseWatch
 from .wire.aio import AsyncServer, carry_out, forget_ended
@@ -41,7 +41,6 @@ T = TypeVar("T")
 S = TypeVar("S")
 T_co = TypeVar("T_co", covariant=True)
 M = TypeVar("M", bound=contextlib.AbstractAsyncContextManager[Any])
-_IfLost: TypeAlias = Callable[[T], Coroutine[Any, Any, None]]
 # By process and loop: a loop keeps only weak references. A child keeps its parent's tasks, and never touches them.
 _tasks: dict[int, weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, set[asyncio.Task[Any]]]] = {}
 _USE_SYNC = "cannot be awaited, so AsyncCircuitBreaker cannot guard it: use CircuitBreaker"
@@ -66,19 +65,15 @@ class AsyncPermit(BasePermit):
     __slots__ = ()
 
     async def success(self) -> None:
-        """Count the call as a success. Raises PermitError if the permit is settled."""
+        """See Permit.success."""
         await self._breaker._drive(self._settle(SUCCESS, None))
 
     async def failure(self, error: BaseException | None = None, retry_after: float | str | None = None) -> None:
-        """Count the call as a failure. error: the exception, for on_call and the breaker's retry_after.
-
-        retry_after: seconds after which the service said to come back; the circuit holds for that long. Raises
-        PermitError if the permit is settled, and PolicyError if retry_after is not a number.
-        """
+        """See Permit.failure."""
         await self._breaker._drive(self._settle(FAILURE, error, retry_after))
 
     async def release(self) -> None:
-        """Do not count the call, and free the slot of a probe. Raises PermitError if the permit is settled."""
+        """See Permit.release."""
         await self._breaker._drive(self._settle(IGNORED, None))
 
     async def __aenter__(self) -> Self:
@@ -161,7 +156,6 @@ class AsyncCircuitBreaker(BreakerCore):
 
     __slots__ = ("__dict__",)  # as for CircuitBreaker
     _permit_type: type[AsyncPermit] = AsyncPermit
-    _warning_permit = warns_if_lost(AsyncPermit)
     _kind, _server_of = ASYNCIO, AsyncServer.of
     _redis: AsyncServer
 
@@ -291,7 +285,7 @@ class AsyncCircuitBreaker(BreakerCore):
             return self._drive(self._report_result(self._permit(self, seen.generation, now), result))
         seen.tick()
         self._notices.call_ended(SUCCESS, seen.generation)
-        return self._start_delivery(iter(self._notices.next, None))
+        return self._start_delivery()
 
     def _guard_generator(self, func: Callable[..., AsyncGenerator[Any, Any]], fallback: Fallback | None) -> Any:
         async def guarded(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, Any]:
@@ -366,13 +360,13 @@ class AsyncCircuitBreaker(BreakerCore):
             await self._deliver()
             raise
         if isinstance(answer, BasePermit):
-            return await self._deliver_then(answer, self._give_back)
-        return await self._drive(self._ask(), self._give_back)
+            return await self._deliver_then(answer)
+        return await self._drive(self._ask())
 
-    async def _drive(self, steps: Steps[T] | None, if_lost: _IfLost[T] | None = None) -> T:
-        """Carry out the steps, deliver their events, and return their result.
+    async def _drive(self, steps: Steps[T] | None) -> T:
+        """Carry out the steps, deliver their events, and return their result: None without steps.
 
-        An exchange with Redis completes even if the caller is cancelled. Then if_lost(result) runs.
+        An exchange with Redis completes even if the caller is cancelled. A permit that it brings is then given back.
         """
         if steps is None:
             await self._deliver()
@@ -380,7 +374,7 @@ class AsyncCircuitBreaker(BreakerCore):
         try:
             ask = next(steps)
         except StopIteration as end:
-            return await self._deliver_then(cast(T, end.value), if_lost)
+            return await self._deliver_then(cast(T, end.value))
         except BaseException:
             await self._deliver()
             raise
@@ -389,17 +383,16 @@ class AsyncCircuitBreaker(BreakerCore):
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             # this task was cancelled, perhaps after the result had come, but before this task woke up
-            if if_lost is not None and not task.cancelled():
-                _spawn(_pass_on(task, if_lost))
+            task.add_done_callback(self._give_back)
             raise
 
-    async def _deliver_then(self, result: T, if_lost: _IfLost[T] | None) -> T:
-        """Deliver the events, then return the result. If the caller is cancelled meanwhile, if_lost(result) runs."""
+    async def _deliver_then(self, result: T) -> T:
+        """Deliver the events, then return the result. If the caller is cancelled meanwhile, a permit is given back."""
         try:
             await self._deliver()
         except BaseException:
-            if if_lost is not None:
-                _spawn(if_lost(result))
+            if isinstance(result, BasePermit):
+                _spawn(self._drive(self._report(result, IGNORED)))
             raise
         return result
 
@@ -424,62 +417,60 @@ class AsyncCircuitBreaker(BreakerCore):
                 raise outage.error
         return await self._redis.run(name, self._key, request)
 
-    async def _give_back(self, permit: BasePermit) -> None:
-        """Free the slot of a probe whose caller was cancelled before it had the permit."""
-        await self._drive(self._report(permit, IGNORED))
+    def _give_back(self, task: asyncio.Task[Any]) -> None:
+        """Free the slot of a probe whose caller was cancelled before it had the permit that this task has returned."""
+        if not task.cancelled() and task.exception() is None and isinstance(permit := task.result(), BasePermit):
+            _spawn(self._drive(self._report(permit, IGNORED)))
 
     async def _deliver(self, events: list[Event] | None = None) -> None:
         """Call the listeners of each event, one after the other, to the end even if the caller is cancelled."""
-        rest = self._start_delivery(iter(self._notices.next, None) if events is None else iter(events))
-        if rest is not None:
+        if (rest := self._start_delivery(events)) is not None:
             await rest
 
     def _deliver_events(self, events: list[Event]) -> None:
         _spawn(self._deliver(events))
 
-    def _start_delivery(self, events: Iterator[Event]) -> Awaitable[None] | None:
+    def _start_delivery(self, events: list[Event] | None = None) -> Awaitable[None] | None:
         """Call the plain listeners. Returns what has to be awaited from the first awaitable listener on."""
         notices = self._notices
-        for event in events:
-            listeners = iter(notices.receivers(event))
-            for listener in listeners:
+        if events is not None or notices.waiting:
+            calls = notices.deliveries(events)
+            for listener, event in calls:
                 result = notices.call(listener, event)
                 if result is not None and inspect.isawaitable(result):
-                    # all of them now: another task of this thread must not take what is left
-                    rest = [(one, event) for one in listeners]
-                    rest += [(one, later) for later in events for one in notices.receivers(later)]
+                    rest = list(calls)  # all of them now: another task of this thread must not take what is left
                     return asyncio.shield(_spawn(_call_the_rest(notices, listener, result, iter(rest))))
         return None
 
     # State and operator actions
 
     async def snapshot(self) -> Snapshot:
-        """Read the whole state from Redis; while Redis is down, from this process's local engine."""
+        """See CircuitBreaker.snapshot."""
         return await self._drive(self._snapshot())
 
     async def force_open(
         self, duration: float | None = None, *, operator: str | None = None, note: str | None = None
     ) -> None:
         """See CircuitBreaker.force_open."""
-        await self._drive(self._command(Action("force_open", operator, note, duration)))
+        await self._drive(self._command("force_open", operator, note, duration))
 
     async def force_closed(
         self, duration: float | None = None, *, operator: str | None = None, note: str | None = None
     ) -> None:
         """See CircuitBreaker.force_closed."""
-        await self._drive(self._command(Action("force_closed", operator, note, duration)))
+        await self._drive(self._command("force_closed", operator, note, duration))
 
     async def clear_forced(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.clear_forced."""
-        await self._drive(self._command(Action("clear_forced", operator, note)))
+        await self._drive(self._command("clear_forced", operator, note))
 
     async def probe(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.probe."""
-        await self._drive(self._command(Action("probe", operator, note)))
+        await self._drive(self._command("probe", operator, note))
 
     async def reset(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.reset."""
-        await self._drive(self._command(Action("reset", operator, note)))
+        await self._drive(self._command("reset", operator, note))
 
     async def watch(self) -> AsyncWatch:
         """See CircuitBreaker.watch. All breakers of this event loop share one subscription, held by one task."""
@@ -494,17 +485,14 @@ class AsyncCircuitBreaker(BreakerCore):
         **fields: Any,
     ) -> None:
         """See CircuitBreaker.set_policy."""
-        await self._drive(self._command(Action("set_policy", operator, note, duration), fields))
+        await self._drive(self._command("set_policy", operator, note, duration, fields))
 
     async def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
         """See CircuitBreaker.clear_policy."""
-        await self._drive(self._command(Action("clear_policy", operator, note)))
+        await self._drive(self._command("clear_policy", operator, note))
 
     async def history(self, count: int = 100) -> list[HistoryEntry]:
-        """Up to `count` transitions and operators' actions, newest first.
-
-        Raises RedisUnavailableError; PolicyError for count < 1.
-        """
+        """See CircuitBreaker.history."""
         check_history_count(count)
         self._check_process()
         if self._memory is not None:
@@ -515,7 +503,7 @@ class AsyncCircuitBreaker(BreakerCore):
             raise RedisUnavailableError(f"the history could not be read: {error}") from error
 
     async def flush(self) -> None:
-        """Report the gathered successes to Redis now."""
+        """See CircuitBreaker.flush."""
         await self._drive(self._flush())
         if self._line is not None and self._redis.link.is_reporting(self._line):
             await self._redis.wait_for_reports()
@@ -540,13 +528,6 @@ def _spawn(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
     tasks.add(task)
     task.add_done_callback(tasks.discard)
     return task
-
-
-async def _pass_on(task: asyncio.Task[T], if_lost: _IfLost[T]) -> None:
-    """Hand the result of a task to if_lost(), if there is one."""
-    with contextlib.suppress(Exception):
-        result = await task
-        await if_lost(result)
 
 
 async def _call_the_rest(

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Literal, TypeAlias
 
-from ._errors import PolicyError
+from ._errors import CircuitOpenError, PolicyError
 from ._policy import LONGEST_OPEN
 from ._protocol import printable
 
@@ -20,6 +20,7 @@ Exceptions: TypeAlias = (
 )  # types, or a predicate, which may take a narrower type than BaseException
 RetryAfter: TypeAlias = Callable[[Any], float | str | None]
 CANCELLED = (asyncio.CancelledError, concurrent.futures.CancelledError, KeyboardInterrupt, GeneratorExit)
+_SPECIAL = (*CANCELLED, CircuitOpenError, BaseExceptionGroup)
 _ANY = (Exception,)  # shared by most breakers
 logger = logging.getLogger("pybreaker_redis")
 
@@ -48,7 +49,7 @@ class Classification:
 class Classifier:
     """Turns exceptions and results into outcomes. Raises PolicyError for an invalid option.
 
-    owner: whose options these are, for the log: the name of a breaker.
+    owner: whose options these are: the name of a breaker.
     """
 
     __slots__ = ("_failures", "_ignore", "_is_failure", "_logged", "_owner", "_retry_after")
@@ -71,14 +72,14 @@ class Classifier:
         self._logged: tuple[str, ...] = ()
 
     def of_exception(self, exception: BaseException) -> Outcome:
-        """Cancelled and ignored calls do not count. An exception outside `failures` counts as success.
+        """Cancelled, rejected and ignored calls do not count. An exception outside `failures` counts as success.
 
         If a predicate raises, that is logged once, and the call counts as failed. Of an exception group, predicates get
         the single exceptions.
         """
         ignore, failures = self._ignore, self._failures
         try:
-            if isinstance(exception, CANCELLED):
+            if isinstance(exception, _SPECIAL) and self._says_nothing(exception):
                 return IGNORED
             if ignore and (isinstance(exception, ignore) if type(ignore) is tuple else _holds(ignore, exception)):
                 return IGNORED
@@ -91,6 +92,13 @@ class Classifier:
             found = {self.of_exception(one) for one in exception.exceptions}
             return next(one for one in (FAILURE, SUCCESS, IGNORED) if one in found)
         return SUCCESS if isinstance(exception, Exception) else IGNORED
+
+    def _says_nothing(self, exception: BaseException) -> bool:
+        """Whether this says nothing about the service: a cancellation, a nested rejection, or a group of what is
+        ignored."""
+        if isinstance(exception, BaseExceptionGroup):
+            return all(self.of_exception(one) == IGNORED for one in exception.exceptions)
+        return not isinstance(exception, CircuitOpenError) or exception.name == self._owner
 
     def of_result(self, result: Any) -> Outcome:
         """Success, unless is_failure(result) is true. Raises the exceptions of is_failure."""

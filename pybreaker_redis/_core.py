@@ -17,10 +17,10 @@ from ._clock import NEVER, Clock, age
 from ._config import OnRedisFailure, check_flag, check_options, host_of
 from ._errors import CircuitOpenError, ForcedStateError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices
-from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, resource_warnings_are_shown
+from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, shown_if_lost
 from ._policy import Policy, override_request
 from ._process import renew
-from ._protocol import Action, Request, Snapshot, State, Steps, seconds
+from ._protocol import Request, Snapshot, State, Steps, seconds
 from ._runner import Runner
 from ._slow import SlowCalls
 from ._view import Verdict
@@ -47,7 +47,6 @@ class BreakerCore(Runner):
 
     # set by the shell
     _permit_type: type[BasePermit]
-    _warning_permit: type[BasePermit]
     _kind: Kind
     _server_of: Callable[[Any, float], Any]
     _deliver_events: Callable[[list[Event]], None]
@@ -101,7 +100,7 @@ class BreakerCore(Runner):
             self._line = server.link.line_of(self, on_redis_failure, listed)
         # in memory, each object is a breaker of its own
         self._innermost = Innermost(self._now) if redis is None else innermost_of(key, address_of(self._client))
-        self._permit = self._warning_permit if resource_warnings_are_shown() else self._permit_type
+        self._permit = shown_if_lost(self._permit_type)
         self._slow_calls = SlowCalls(self._view)
         self._watch: BaseWatch | None = None
         self._asked_for_at = NEVER  # when a manager last gave it to somebody
@@ -125,7 +124,7 @@ class BreakerCore(Runner):
             renew(self)
 
     def _after_fork(self) -> None:
-        if self._redis is not None and self._redis._pid != getpid():
+        if self._redis is not None:
             renew(self._redis)
         if self._shares is not None:
             self._shares._check_process()
@@ -243,8 +242,10 @@ class BreakerCore(Runner):
         lease = self._view.lease
         self._notices.used()
         if (engine := self._own_engine()) is not None:
-            if self._line is not None and self._redis.link.must_wait_for_retry(self._line) and not refreshed:
-                return True
+            if self._line is not None and not refreshed:
+                outage = self._redis.link.due_outage(self._line)
+                if outage is not None and outage.abandoned:  # an event loop that ended soon has cut the last retry off
+                    return True
             if lease > 0:
                 for report in self._reports():
                     self._run_on(engine, "record", report)
@@ -411,9 +412,7 @@ class BreakerCore(Runner):
         """
         innermost, hold_ms = self._innermost, 0
         outcome: Outcome = IGNORED
-        if isinstance(error, CircuitOpenError) and error.name == self._name:
-            pass  # a nested rejection says nothing about the service
-        elif began >= innermost.failed_at or not (innermost.has_counted(error, began) or innermost.has_failed(began)):
+        if began >= innermost.failed_at or not (innermost.has_counted(error, began) or innermost.has_failed(began)):
             outcome = self._classifier.of_exception(error)
             hold_ms = 0 if outcome == IGNORED else self._classifier.hold_ms_of(error)
             if outcome == FAILURE or hold_ms > 0:
@@ -458,10 +457,17 @@ class BreakerCore(Runner):
         self._check(reply)
         return _protocol.snapshot_from(self.name, reply, self.policy, self._isolation.decides_over(reply))
 
-    def _command(self, action: Action, policy: Mapping[str, Any] | None = None) -> Steps[None]:
+    def _command(
+        self,
+        action: str,
+        operator: str | None,
+        note: str | None,
+        duration: float | None = None,
+        policy: Mapping[str, Any] | None = None,
+    ) -> Steps[None]:
         """Carry out an operator's action in Redis, or not at all. Raises RedisUnavailableError."""
         self._check_process()
-        request = {**self._with_policy, **_protocol.control_request(action)}
+        request = {**self._with_policy, **_protocol.control_request(action, operator, note, duration)}
         if policy is not None:
             request["override"] = override_request(policy)
             duration_of_slow = policy.get("slow_call_duration", self._view.policy.slow_call_duration)
@@ -475,15 +481,15 @@ class BreakerCore(Runner):
             try:
                 reply = yield from self._ask_redis("control", request)
             except REDIS_ERRORS as error:
-                raise RedisUnavailableError(f"{action.name} was not carried out: {error}") from error
+                raise RedisUnavailableError(f"{action} was not carried out: {error}") from error
         changed = "transition" in reply
-        if changed or action.name == "reset":
+        if changed or action == "reset":
             self._isolation.forget()
         if changed or reply["generation"] == self._view.seen.generation:
             self._adopt(reply, sent)
         else:
             self._check(reply)
-        if action.name == "probe" and (forced := reply.get("forced")):
+        if action == "probe" and (forced := reply.get("forced")):
             raise ForcedStateError(f"circuit breaker {self.name!r} is forced {forced}: call clear_forced() first")
         if not changed:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
             self._view.drop()

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from threading import get_ident
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -222,9 +222,11 @@ class Notices:
         """Take all events that this thread has to deliver."""
         return list(iter(self.next, None))
 
-    def receivers(self, event: Event) -> tuple[Listener, ...]:
-        """The listeners of an event."""
-        return self.on_call if event.kind in CALL_KINDS else self.listeners
+    def deliveries(self, events: Iterable[Event] | None) -> Iterator[tuple[Listener, Event]]:
+        """The listeners to call, each with its event. events: None: all that this thread has to deliver."""
+        for event in iter(self.next, None) if events is None else events:
+            for listener in self.on_call if event.kind in CALL_KINDS else self.listeners:
+                yield listener, event
 
     def call(self, listener: Listener, event: Event) -> Any:
         """Call a listener. Returns its result, or None if it raises, which is logged."""

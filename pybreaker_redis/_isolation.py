@@ -29,17 +29,12 @@ class Isolation:
         """This instance's own state."""
         return "closed" if self._own is None else self._own.state
 
-    def is_open(self) -> bool:
-        """Whether this instance's own state is open or half open."""
-        return self._own is not None and self._own.state != "closed"
-
     def decides_over(self, fleet: Reply) -> bool:
         """Whether this instance's own state is not closed, and the fleet's state in this reply does not overrule it."""
         own = self._own
         if own is None or own.state == "closed" or _decides(fleet):
             return False
-        generation: int = fleet["generation"]
-        return own.fleet_generation >= generation
+        return own.fleet_generation >= int(fleet["generation"])
 
     def admit(self, fleet: Reply, request: Request) -> Reply | None:
         """This instance's reply to acquire; None if the fleet decides. fleet: its state."""
@@ -57,12 +52,12 @@ class Isolation:
         own = self._own_engine(fleet)
         if own is None:
             return fleet
-        if request.get("generation", 0) < 0:
-            mine = self._ask_own(own, "record", {**full, **request})  # the outcome of its own probe
+        outcomes: Request = {}
+        if request.get("generation", 0) < 0:  # of its own probe
+            outcomes = request
         elif "admitted" in fleet or fleet.get("applied"):
-            mine = self._ask_own(own, "record", {**full, **request, "generation": own.generation})
-        else:
-            mine = self._ask_own(own, "record", full)
+            outcomes = {**request, "generation": own.generation}
+        mine = self._ask_own(own, "record", {**full, **outcomes})
         return fleet if mine["state"] == "closed" else _isolated(mine, fleet)
 
     def _ask_own(self, own: LocalEngine, name: str, request: Request) -> Reply:

@@ -19,7 +19,6 @@ from ._clock import NEVER, machine
 from ._errors import PermitError
 from ._protocol import Steps
 
-P = TypeVar("P", bound="BasePermit")
 T = TypeVar("T")
 # each with its process id: a child that was forked during a probe is not part of the probe
 _probes: contextvars.ContextVar[tuple[tuple[int, weakref.ref[BasePermit]], ...]] = contextvars.ContextVar(
@@ -120,13 +119,21 @@ class BasePermit:
         return report
 
 
-def warns_if_lost(kind: type[P]) -> type[P]:
+def shown_if_lost(kind: type[BasePermit]) -> type[BasePermit]:
+    """The kind of permit to use: where Python shows a ResourceWarning, as in its development mode, one that warns."""
+    actions = (action for action, _, category, *_ in warnings.filters if issubclass(ResourceWarning, category))
+    # mypy looks for the __hash__ of a permit, not of its class
+    return kind if next(actions, "default") == "ignore" else _warning(kind)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _warning(kind: type[BasePermit]) -> type[BasePermit]:
     """A subclass of a permit that warns when it is garbage-collected before it is settled.
 
-    Used only where Python shows the warning: the destructor costs a quarter of the time of a block.
+    Its destructor costs a quarter of the time of a block.
     """
 
-    def __del__(permit: P) -> None:
+    def __del__(permit: BasePermit) -> None:
         if permit._stage != SETTLED:
             warnings.warn(
                 f"a permit of circuit breaker {permit._breaker.name!r} was lost: end its call with success(), failure()"
@@ -137,12 +144,6 @@ def warns_if_lost(kind: type[P]) -> type[P]:
             )
 
     return type(kind.__name__, (kind,), {"__slots__": (), "__del__": __del__, "__doc__": kind.__doc__})
-
-
-def resource_warnings_are_shown() -> bool:
-    """Whether Python shows a ResourceWarning now, as in its development mode."""
-    actions = (action for action, _, category, *_ in warnings.filters if issubclass(ResourceWarning, category))
-    return next(actions, "default") != "ignore"
 
 
 def in_probe(innermost: Innermost) -> bool:

@@ -375,27 +375,18 @@ def printable(text: str, most: int) -> str:
     return shown.encode("ascii", "backslashreplace").decode()[:most]
 
 
-class Action(NamedTuple):
-    """An operator's action. name: of an action of control.lua. duration: seconds. operator, note: who asks, and why."""
+def control_request(action: str, operator: str | None, note: str | None, duration: float | None = None) -> Request:
+    """The request for control.lua. action: its name. duration: seconds. operator, note: who asks, and why.
 
-    name: str
-    operator: str | None
-    note: str | None
-    duration: float | None = None
-
-
-def control_request(action: Action) -> Request:
-    """The request for control.lua. Long texts are cut. Raises PolicyError for a value that cannot be sent."""
-    request: Request = {"action": action.name}
-    for field, text, most in (
-        ("operator", action.operator, LONGEST_OPERATOR),
-        ("note", action.note, LONGEST_NOTE),
-    ):
+    Long texts are cut. Raises PolicyError for a value that cannot be sent.
+    """
+    request: Request = {"action": action}
+    for field, text, most in (("operator", operator, LONGEST_OPERATOR), ("note", note, LONGEST_NOTE)):
         if text is not None and not isinstance(text, str):
             raise PolicyError(f"{field} must be a text, or None, not {text!r}")
         if text:
             request[field] = printable(text, most)
-    if action.duration is None:
+    if duration is None:
         return request
-    check_seconds("duration", action.duration, 0.001, LONGEST_OPEN)
-    return {**request, "duration_ms": round(action.duration * 1000)}
+    check_seconds("duration", duration, 0.001, LONGEST_OPEN)
+    return {**request, "duration_ms": round(duration * 1000)}

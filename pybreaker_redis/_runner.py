@@ -32,7 +32,7 @@ class Runner:
     def __init__(
         self, name: str, key: bytes, policy: Policy, lease: float, clock: Clock | None, notices: Notices, server: Any
     ) -> None:
-        self._name, self._key, self._policy, self._notices = name, key, policy, notices
+        self._name, self._key, self._notices = name, key, notices
         self._now = machine if clock is None else clock.monotonic
         # clock= needs a lease of 0: then no call takes the fast path, which reads the machine's clock
         self._view = View(float(lease) if clock is None else 0.0, policy, self._now)
@@ -42,10 +42,10 @@ class Runner:
         self._memory = MemoryEngine(now_ms, quorum_of_one=True, lock=self._view.lock) if server is None else None
         self._redis = server
         self._line: Any = None
-        self._given, self._judges_successes = shared_request(policy)
         self._override: dict[str, Any] | None = None  # the policy override, as last read
         self._override_end = _NO_OVERRIDE  # when it was read, and how many seconds it then had left
         self._obeyed = NEVER  # when the request of the last obeyed reply was sent
+        self._follow(policy)
         self._warned: str | None = None
         self._warned_of_window = False
         self._corrupt_documents = 0
@@ -53,8 +53,8 @@ class Runner:
     def _follow(self, policy: Policy) -> None:
         """Follow another policy of this process from now on."""
         self._policy = policy
-        self._view.policy = policy._with_override(self._override)
         self._given, self._judges_successes = shared_request(policy)
+        self._put_in_force(self._override)
 
     # Running a script
 
@@ -63,7 +63,7 @@ class Runner:
         if self._line is None:
             return self._memory
         engine: Engine | None = self._redis.link.engine(self._line)
-        if engine is not None and self._redis.link.retry_is_due(self._line):
+        if engine is not None and self._redis.link.due_outage(self._line) is not None:
             self._redis.soon(self._line)
         return engine
 
@@ -87,7 +87,7 @@ class Runner:
         sent = monotonic()
         reply: Reply | None = None
         try:
-            if name == "acquire" and self._isolation.is_open():
+            if name == "acquire" and self._isolation.state != "closed":
                 fleet = yield from self._ask_redis("record", self._with_policy)
                 reply = self._isolation.admit(fleet, self._complete(name, request))
             if reply is None:

@@ -14,9 +14,9 @@ from ._classify import FAILURE, IGNORED, SUCCESS
 from ._core import BreakerCore, Fallback
 from ._errors import CircuitOpenError, RedisUnavailableError
 from ._events import Event
-from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit, warns_if_lost
+from ._permit import ADMITTED, ENTERED, SETTLED, BasePermit
 from ._process import renew
-from ._protocol import Action, Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
+from ._protocol import Ask, HistoryEntry, Reply, Snapshot, Steps, check_history_count, history_entries
 from ._view import Seen, Verdict
 from ._watch import BaseWatch
 from .wire.options import BLOCKING, REDIS_ERRORS
@@ -137,7 +137,6 @@ class CircuitBreaker(BreakerCore):
 
     __slots__ = ("__dict__",)  # empty, until somebody sets an attribute or a test replaces a method
     _permit_type: type[Permit] = Permit
-    _warning_permit = warns_if_lost(Permit)
     _kind, _server_of = BLOCKING, Server.of
     _redis: Server
 
@@ -304,17 +303,10 @@ class CircuitBreaker(BreakerCore):
         finally:
             self._deliver()
 
-    @overload
-    def _drive(self, steps: Steps[T]) -> T: ...
-    @overload
-    def _drive(self, steps: None) -> None: ...
-    @overload
-    def _drive(self, steps: Steps[T] | None) -> T | None: ...
-
-    def _drive(self, steps: Steps[T] | None) -> T | None:
-        """Carry out the steps, deliver their events, and return their result."""
+    def _drive(self, steps: Steps[T] | None) -> T:
+        """Carry out the steps, deliver their events, and return their result: None without steps."""
         try:
-            return None if steps is None else carry_out(steps, self._run_script)
+            return None if steps is None else carry_out(steps, self._run_script)  # type: ignore[return-value]
         finally:
             self._deliver()
 
@@ -328,10 +320,8 @@ class CircuitBreaker(BreakerCore):
 
     def _deliver(self, events: Iterable[Event] | None = None) -> None:
         notices = self._notices
-        if events is None and not notices.waiting:
-            return
-        for event in iter(notices.next, None) if events is None else events:
-            for listener in notices.receivers(event):
+        if events is not None or notices.waiting:
+            for listener, event in notices.deliveries(events):
                 notices.call(listener, event)
 
     _deliver_events = _deliver
@@ -354,7 +344,7 @@ class CircuitBreaker(BreakerCore):
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
-        self._drive(self._command(Action("force_open", operator, note, duration)))
+        self._drive(self._command("force_open", operator, note, duration))
 
     def force_closed(
         self, duration: float | None = None, *, operator: str | None = None, note: str | None = None
@@ -365,14 +355,14 @@ class CircuitBreaker(BreakerCore):
 
         Raises RedisUnavailableError; PolicyError for a duration out of range.
         """
-        self._drive(self._command(Action("force_closed", operator, note, duration)))
+        self._drive(self._command("force_closed", operator, note, duration))
 
     def clear_forced(self, *, operator: str | None = None, note: str | None = None) -> None:
         """End a forced state. After force_open the next call probes; after force_closed the circuit stays closed.
 
         operator, note: as for force_open. Raises RedisUnavailableError.
         """
-        self._drive(self._command(Action("clear_forced", operator, note)))
+        self._drive(self._command("clear_forced", operator, note))
 
     def probe(self, *, operator: str | None = None, note: str | None = None) -> None:
         """Let the next call probe now, whatever is left of an open period or a hold.
@@ -380,7 +370,7 @@ class CircuitBreaker(BreakerCore):
         Unlike a reset, this admits one call, not the full load. In any state other than open it does nothing.
         operator, note: as for force_open. Raises ForcedStateError while a state is forced; RedisUnavailableError.
         """
-        self._drive(self._command(Action("probe", operator, note)))
+        self._drive(self._command("probe", operator, note))
 
     def reset(self, *, operator: str | None = None, note: str | None = None) -> None:
         """Close the circuit; drop all counts, any forced state and the policy override. The history stays.
@@ -390,7 +380,7 @@ class CircuitBreaker(BreakerCore):
 
         operator, note: as for force_open. Raises RedisUnavailableError.
         """
-        self._drive(self._command(Action("reset", operator, note)))
+        self._drive(self._command("reset", operator, note))
 
     def watch(self) -> Watch:
         """Subscribe to the messages about this breaker, so that its view follows within milliseconds.
@@ -418,14 +408,14 @@ class CircuitBreaker(BreakerCore):
         the end stays the same. operator, note: as for force_open; kept with the policy override and in the history.
         Raises PolicyError; RedisUnavailableError.
         """
-        self._drive(self._command(Action("set_policy", operator, note, duration), fields))
+        self._drive(self._command("set_policy", operator, note, duration, fields))
 
     def clear_policy(self, *, operator: str | None = None, note: str | None = None) -> None:
         """End the policy override: every process follows its own policy again.
 
         operator, note: as for force_open; kept in the history. Raises RedisUnavailableError.
         """
-        self._drive(self._command(Action("clear_policy", operator, note)))
+        self._drive(self._command("clear_policy", operator, note))
 
     def history(self, count: int = 100) -> list[HistoryEntry]:
         """Up to `count` transitions and operators' actions, newest first.

@@ -528,6 +528,16 @@ def test_an_outage_keeps_nothing_of_its_callers(
     assert breaker.snapshot().source == "local"
 
 
+def test_a_shorter_timeout_of_the_client(make: Make) -> None:
+    """A call waits for a server that does not answer only as long as its client would."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://127.0.0.1:{silent.getsockname()[1]}?socket_timeout=0.05"
+        breaker, began = make(url, redis_timeout=30), time.monotonic()
+        breaker.call(fine)
+        assert time.monotonic() - began < 10
+        assert breaker.snapshot().source == "local"
+
+
 def refusal_of(breaker: Any) -> Any:
     """Why Redis refuses the commands of this breaker, once it does."""
     return wait_until(lambda: breaker._line.refusal)

@@ -15,7 +15,6 @@ from pybreaker_redis import HistoryEntry, PolicyError
 from pybreaker_redis._policy import LONGEST_OPEN
 from pybreaker_redis._protocol import (
     LONGEST_NAME,
-    Action,
     control_request,
     decode,
     encode,
@@ -127,10 +126,10 @@ def test_history_entry() -> None:
 
 def test_control_request() -> None:
     """A command carries its duration in whole milliseconds, if it has one."""
-    assert control_request(Action("reset", None, None)) == {"action": "reset"}
-    assert control_request(Action("force_open", None, None, 1.5)) == {"action": "force_open", "duration_ms": 1500}
-    assert control_request(Action("force_open", None, None, 0.001))["duration_ms"] == 1
-    assert control_request(Action("force_open", None, None, LONGEST_OPEN))["duration_ms"] == 30 * 86400 * 1000
+    assert control_request("reset", None, None) == {"action": "reset"}
+    assert control_request("force_open", None, None, 1.5) == {"action": "force_open", "duration_ms": 1500}
+    assert control_request("force_open", None, None, 0.001)["duration_ms"] == 1
+    assert control_request("force_open", None, None, LONGEST_OPEN)["duration_ms"] == 30 * 86400 * 1000
 
 
 @pytest.mark.parametrize(
@@ -147,8 +146,8 @@ def test_control_request() -> None:
 )
 def test_who_acts(given: str | None, sent: str | None) -> None:
     """Operator and note are sent as the scripts require them: long ones are cut, other letters escaped."""
-    assert control_request(Action("reset", given, None)).get("operator") == sent
-    note = control_request(Action("reset", None, given)).get("note")
+    assert control_request("reset", given, None).get("operator") == sent
+    note = control_request("reset", None, given).get("note")
     assert (note or "")[:100] == (sent or "")
     assert len(note or "") <= 200
 
@@ -157,16 +156,16 @@ def test_who_acts(given: str | None, sent: str | None) -> None:
 def test_who_acts_is_text(given: Any) -> None:
     """An operator or a note that is no text is refused."""
     with pytest.raises(PolicyError, match="operator must be a text"):
-        control_request(Action("reset", given, None))
+        control_request("reset", given, None)
     with pytest.raises(PolicyError, match="note must be a text"):
-        control_request(Action("reset", None, given))
+        control_request("reset", None, given)
 
 
 @pytest.mark.parametrize("duration", [0, 0.0009, -1, LONGEST_OPEN + 1, float("nan"), float("-inf"), False, "1"])
 def test_control_request_out_of_range(duration: Any) -> None:
     """A duration that makes no sense is refused."""
     with pytest.raises(PolicyError, match="duration must be from"):
-        control_request(Action("force_open", None, None, duration))
+        control_request("force_open", None, None, duration)
 
 
 # Stored documents

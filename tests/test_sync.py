@@ -1371,6 +1371,26 @@ def test_groups_of_exceptions() -> None:
     assert fail(KeyError(), ValueError()) == 0
 
 
+@pytest.mark.parametrize("failures", [Exception, lambda error: True], ids=["types", "a function"])
+def test_a_group_of_what_does_not_count(failures: Any) -> None:
+    """Rejections of nested calls, as during a ramp, and ignored errors count for nothing in a group, too."""
+    breaker = CircuitBreaker("groups", failures=failures, ignore=KeyError)
+    rejected = CircuitOpenError("groups", "closed", 1.0)
+
+    def fan_out(*errors: Exception) -> None:
+        raise ExceptionGroup("of a TaskGroup", errors)
+
+    for errors in ([rejected], [KeyError()], [rejected, ExceptionGroup("inner", [KeyError()])]):
+        with pytest.raises(ExceptionGroup):
+            breaker.call(fan_out, *errors)
+    assert breaker.counts.failures == 0
+    assert breaker.counts.ignored == 3
+    for errors in ([rejected, ValueError()], [CircuitOpenError("another", "open", 1.0)]):
+        with pytest.raises(ExceptionGroup):
+            breaker.call(fan_out, *errors)
+    assert breaker.counts.failures == 2
+
+
 def test_a_reply_from_before_the_view_was_dropped(server: EmbeddedServer) -> None:
     """What was asked before the view was dropped may have missed a trip: it does not become the view."""
     breaker = CircuitBreaker("overtaken", redis=server.url, **PATIENT)

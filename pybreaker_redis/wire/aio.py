@@ -208,7 +208,6 @@ class AsyncPipe(BasePipe):
     """One of the connections. task: opens it."""
 
     task: asyncio.Task[None]
-    _connection: Any = None
 
     async def open(self, connection: Any) -> None:
         self._connection = connection
@@ -267,15 +266,14 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         except BaseException as error:
             is_collected = isinstance(error, GeneratorExit)  # its loop is gone, and so are the sockets
             if pipe is not None and not is_collected:
-                if sent and isinstance(error, REDIS_ERRORS):
-                    await self._lose(error)
-                await self._drop(pipe)
+                await self._drop(pipe, *(self._lose(error) if sent and isinstance(error, REDIS_ERRORS) else ()))
             if sent or not (is_collected or isinstance(error, asyncio.CancelledError) or _is_closed()):
                 raise
             raise NotSent from error
         if (astray := error_of_route(replies)) is not None:
-            await self._lose(astray)  # after a failover, idle connections lead to the old master
-        await self._put_back(pipe)
+            await self._drop(*self._lose(astray))  # after a failover, idle connections lead to the old master
+        if not self._keep(pipe):
+            await self._drop(pipe)
         return replies
 
     def connection(self, **options: Any) -> Any:
@@ -290,12 +288,6 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
             await asyncio.wait({pipe.task for pipe in opening})
         await self._drop(*opening, *self._end_era())
 
-    async def _lose(self, error: BaseException) -> None:
-        """Close the connections, since the server is lost. One that is opening may find it again."""
-        idle = self._end_era()
-        self._tell(error)
-        await self._drop(*idle)
-
     async def _drop(self, *pipes: AsyncPipe) -> None:
         """Close connections; others may take their places."""
         if _is_closed():  # so are their sockets
@@ -304,15 +296,6 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
             await pipe.close()
             self._pipes.pop(pipe, None)
         self._serve()
-
-    async def _put_back(self, pipe: AsyncPipe) -> None:
-        """Let others use a connection, or close it if its era is over."""
-        if pipe.era != self._era:
-            await self._drop(pipe)
-            return
-        self._idle.append(pipe)
-        if self._waiting:
-            self._serve()
 
     async def _take(self, timeout: float) -> AsyncPipe:
         """A connection for this caller alone. Raises redis.RedisError if it gets none in time."""
@@ -352,8 +335,8 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         """Take a caller out of the line. A connection that it was handed just then goes to the next caller."""
         with contextlib.suppress(ValueError):
             self._waiting.remove(turn)
-        if not turn.cancelled() and isinstance(turn.result(), AsyncPipe):
-            await self._put_back(turn.result())
+        if not turn.cancelled() and isinstance(found := turn.result(), AsyncPipe) and not self._keep(found):
+            await self._drop(found)
 
     def _hand(self, turn: asyncio.Future[Any], found: AsyncPipe | BaseException) -> bool:
         if turn.done():
@@ -386,11 +369,10 @@ class AsyncConnections(BaseConnections[AsyncPipe]):
         except GeneratorExit:  # collected while it ran: its loop is gone, and so are the sockets
             raise
         except BaseException as error:
-            if pipe.opens and isinstance(error, Exception):
-                await self._lose(error)
-            await self._drop(pipe)
-            if not isinstance(error, Exception):
+            if not isinstance(error, Exception):  # cancelled
+                await self._drop(pipe)
                 raise
+            await self._drop(pipe, *(self._lose(error) if pipe.opens else ()))
             return
         if not self._opened(pipe):
             await self._drop(pipe)

@@ -24,6 +24,7 @@ class BasePipe:
     """
 
     give_up: Callable[[], None]  # lets it be closed; what it waits for may go on for a while
+    _connection: Any = None
 
     def __init__(self) -> None:
         self.opens, self.era = True, 0
@@ -48,7 +49,8 @@ class BaseConnections(Generic[P]):
     _hand: Callable[[Any, P | BaseException], bool]  # ends a caller's turn; returns False if the caller has left
 
     def __init__(self, pool: Any, timeout: float) -> None:
-        self._pool, self._timeout, self._limit = pool, timeout, limit_of(pool)
+        self._pool, self._limit = pool, limit_of(pool)
+        self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
         self._patience = timeout / 2  # seconds a PING may take; after connecting, as long as connecting took
         self._longest = longest_exchange(timeout)  # seconds after which opening a connection is given up
         self._idle: collections.deque[P] = collections.deque()
@@ -82,15 +84,23 @@ class BaseConnections(Generic[P]):
             return pipe
 
     def _opened(self, pipe: P) -> bool:
-        """Take a connection that is open now. Returns False if it was given up."""
+        """Take a connection that is open now. Returns False if it is to be closed, since it was given up."""
         with self._lock:
             if not pipe.opens:
                 return False
             pipe.opens, pipe.era, pipe.used_at = False, self._era, monotonic()
             self._patience = patience_after(pipe.used_at - pipe.began, self._timeout)
-            self._idle.append(pipe)
-        self._serve()
-        return True
+        return self._keep(pipe)
+
+    def _keep(self, pipe: P) -> bool:
+        """Let others use a connection. Returns False if its era is over: it is to be closed."""
+        with self._lock:
+            kept = pipe.era == self._era
+            if kept:
+                self._idle.append(pipe)
+        if kept and self._waiting:
+            self._serve()
+        return kept
 
     def _opening(self) -> list[P]:
         pipes = [pipe for reference in self._pipes.keyrefs() if (pipe := reference()) is not None]
@@ -125,11 +135,16 @@ class BaseConnections(Generic[P]):
                 idle.append(self._idle.pop())
         return idle
 
-    def _tell(self, error: BaseException) -> None:
-        """End the turns of all callers by this error; else each would time out on the dead server in turn."""
+    def _lose(self, error: BaseException) -> list[P]:
+        """End the era and the turns of all callers: each would time out on the lost server in turn.
+
+        Returns the idle connections, to be closed. One that is opening may find the server again.
+        """
+        idle = self._end_era()
         with self._lock, contextlib.suppress(IndexError):
             while True:
                 self._hand(self._waiting.popleft(), error)
+        return idle
 
 
 class Nodes(dict[Address | None, C]):

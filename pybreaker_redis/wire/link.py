@@ -120,18 +120,10 @@ class Link:
             outage = self.outage(line)
             return line.engine(None if outage is None else outage.error)
 
-    def retry_is_due(self, line: Line) -> bool:
-        """Whether the breaker or its server is down, and should be retried now."""
+    def due_outage(self, line: Line) -> Outage | None:
+        """The outage of this breaker or its server, if it should be retried now."""
         outage = self.outage(line)
-        return outage is not None and outage.is_due()
-
-    def must_wait_for_retry(self, line: Line) -> bool:
-        """Whether a call must wait for the retry that is due, because the last one did not end.
-
-        A short-lived event loop may end before its background retry does.
-        """
-        outage = self.outage(line)
-        return outage is not None and outage.is_due() and outage.abandoned
+        return outage if outage is not None and outage.is_due() else None
 
     # Exchanges
 
@@ -236,8 +228,9 @@ class Link:
     def _refresh(self, lines: list[Line], hinted: set[Line], wanted: bool) -> Pipelines:
         sent = monotonic()
         due = {line: line.due(sent, wanted, line in hinted) for line in lines}
-        for line in [line for line, what in due.items() if what.idle]:
-            self.leave(line)
+        for line, what in due.items():
+            if what.idle:
+                self.leave(line)
         reports = [(line, request) for line, what in due.items() for request in what.reports]
         self._reporting.difference_update({*lines} - {line for line, _ in reports})
         size = self._read_at_once

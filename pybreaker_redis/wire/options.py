@@ -53,15 +53,9 @@ def client_of(given: Any, kind: Kind) -> Any:
         if found is None:
             found = _by_url[key] = client_from_url(given, kind)
         return found
-    remedy = next((text for types, text in _REMEDIES if isinstance(given, types)), "")
-    if not remedy and _is_fake(given):
-        remedy = "in tests, pass None or the URL of a pybreaker_redis.embedded.EmbeddedServer"
-    elif not remedy and isinstance(given, (kind.Redis, kind.RedisCluster, ClusterUrl)):
+    remedy = _remedy(given, kind)
+    if not remedy and isinstance(given, (kind.Redis, kind.RedisCluster, ClusterUrl)):
         return given
-    elif not remedy and isinstance(
-        given, (redis.Redis, redis.RedisCluster, redis.asyncio.Redis, redis.asyncio.RedisCluster)
-    ):
-        remedy = f"use {'AsyncCircuitBreaker' if kind is BLOCKING else 'CircuitBreaker'} for this client"
     article, shown = ("the class", given) if isinstance(given, type) else ("a", type(given))
     what = f"{article} {shown.__module__}.{shown.__qualname__}"
     expected = f"redis must be a {kind.__name__}.Redis (or cluster) client or a URL"
@@ -84,6 +78,19 @@ _REMEDIES: tuple[tuple[tuple[type, ...], str], ...] = (
     ((redis.Sentinel, redis.asyncio.Sentinel), "pass its master_for(service)"),
     ((redis.ConnectionPool, redis.asyncio.ConnectionPool), "pass a client with this connection_pool"),
 )
+
+
+def _remedy(given: Any, kind: Kind) -> str:
+    """What to do instead of passing this; empty for a client of this kind, and for anything unknown."""
+    for types, text in _REMEDIES:
+        if isinstance(given, types):
+            return text
+    if _is_fake(given):
+        return "in tests, pass None or the URL of a pybreaker_redis.embedded.EmbeddedServer"
+    other = _other(kind)
+    if isinstance(given, (other.Redis, other.RedisCluster)):
+        return f"use {'AsyncCircuitBreaker' if kind is BLOCKING else 'CircuitBreaker'} for this client"
+    return ""
 
 
 def _is_fake(given: Any) -> bool:

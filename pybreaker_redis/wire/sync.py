@@ -236,8 +236,6 @@ class Worker:
 class Pipe(BasePipe):
     """Reads and writes its socket directly, since redis-py's layers take a third of the time of a script call."""
 
-    _connection: Any = None
-
     def open(self, connection: Any, timeout: float) -> None:
         """Open it. timeout: seconds for each read."""
         self._connection = connection
@@ -298,10 +296,6 @@ class Connections(BaseConnections[Pipe]):
 
     _pipe_class = Pipe
 
-    def __init__(self, pool: Any, timeout: float) -> None:
-        super().__init__(pool, timeout)
-        self._timeout = min(timeout, pool.connection_kwargs.get("socket_timeout") or timeout)
-
     def send(self, commands: Sequence[Command], left: float | None = None) -> list[Any]:
         """The replies, in order; that of a failed command is its error. left: seconds, if fewer than usual."""
         timeout = self._timeout if left is None else left
@@ -314,13 +308,12 @@ class Connections(BaseConnections[Pipe]):
             sent = True
             replies = pipe.exchange(commands, timeout)
         except BaseException as error:
-            if sent and isinstance(error, REDIS_ERRORS):
-                self._lose(error)
-            self._drop(pipe)
+            self._drop(pipe, *(self._lose(error) if sent and isinstance(error, REDIS_ERRORS) else ()))
             raise
         if (astray := error_of_route(replies)) is not None:
-            self._lose(astray)  # after a failover, idle connections lead to the old master
-        self._put_back(pipe)
+            self._drop(*self._lose(astray))  # after a failover, idle connections lead to the old master
+        if not self._keep(pipe):
+            self._drop(pipe)
         return replies
 
     def connection(self, **options: Any) -> Any:
@@ -336,12 +329,6 @@ class Connections(BaseConnections[Pipe]):
         """In a child: close its copies of sockets that are opening. A thread of the parent may hold the locks."""
         for pipe in self._opening():
             pipe.close()
-
-    def _lose(self, error: BaseException) -> None:
-        """Close the connections, since the server is lost. One that is opening may find it again."""
-        idle = self._end_era()
-        self._tell(error)
-        self._drop(*idle)
 
     def _drop(self, *pipes: Pipe) -> None:
         """Close connections; others may take their places."""
@@ -371,8 +358,8 @@ class Connections(BaseConnections[Pipe]):
             found = turn.get_nowait()  # handed over just then
         except BaseException:  # a signal handler's
             self._leave(turn)
-            if not turn.empty() and isinstance(found := turn.get_nowait(), Pipe):
-                self._put_back(found)
+            if not turn.empty() and isinstance(found := turn.get_nowait(), Pipe) and not self._keep(found):
+                self._drop(found)
             raise
         if isinstance(found, BaseException):
             raise found
@@ -381,17 +368,6 @@ class Connections(BaseConnections[Pipe]):
     def _leave(self, turn: queue.SimpleQueue[Pipe | BaseException]) -> None:
         with self._lock, contextlib.suppress(ValueError):
             self._waiting.remove(turn)
-
-    def _put_back(self, pipe: Pipe) -> None:
-        """Let others use a connection, or close it if its era is over."""
-        with self._lock:
-            kept = pipe.era == self._era
-            if kept:
-                self._idle.append(pipe)
-        if not kept:
-            self._drop(pipe)
-        elif self._waiting:
-            self._serve()
 
     def _hand(self, turn: queue.SimpleQueue[Pipe | BaseException], found: Pipe | BaseException) -> bool:
         turn.put(found)
@@ -419,9 +395,7 @@ class Connections(BaseConnections[Pipe]):
             with connecting():
                 pipe.open(self.connection(), self._timeout)
         except BaseException as error:
-            if pipe.opens:
-                self._lose(error)
-            self._drop(pipe)
+            self._drop(pipe, *(self._lose(error) if pipe.opens else ()))
             return
         if not self._opened(pipe):
             self._drop(pipe)

@@ -650,7 +650,9 @@ class Process:
         self.hint_due: dict[bytes, bool] = {}
         world.making = number
         self.breakers = [
-            Breaker(f"service-{index}", redis=self, policy=world.policy, lease=LEASE) for index in range(setup.breakers)
+            # a listener, since the history is read for listeners only
+            Breaker(f"service-{index}", redis=self, policy=world.policy, lease=LEASE, listeners=[repr])
+            for index in range(setup.breakers)
         ]
         for breaker in self.breakers:
             breaker.process = self
@@ -714,7 +716,7 @@ KIND = types.SimpleNamespace(__name__="simulation", Redis=Process, RedisCluster=
 class Breaker(BreakerCore):
     """The breaker of one process. Its shell is the simulation."""
 
-    _kind, _permit_type, _warning_permit = KIND, BasePermit, BasePermit
+    _kind, _permit_type = KIND, BasePermit
     _server_of = staticmethod(lambda client, _: client)
     process: Process
     _view: TrueView

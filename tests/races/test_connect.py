@@ -292,7 +292,7 @@ def test_a_connection_is_given_back_as_its_era_ends(server: EmbeddedServer, how:
         if how == "close":
             node.close()
         else:
-            node._lose(redis.ConnectionError("lost"))
+            node._drop(*node._lose(redis.ConnectionError("lost")))
 
     for line in itertools.count():
         breaker = CircuitBreaker("ends", redis=server.url, lease=0, redis_timeout=PATIENCE)
@@ -548,7 +548,7 @@ def test_a_task_takes_a_connection_that_becomes_free(server: EmbeddedServer) -> 
         waiting = asyncio.create_task(breaker._redis.history(breaker._key, 1))
         while gate.asked < 2:
             await asyncio.sleep(0.005)
-        await node._put_back(pipe)
+        node._keep(pipe)
         await asyncio.wait_for(waiting, PATIENCE)
         gate.opened.set()
         await breaker.close()
@@ -571,7 +571,7 @@ def test_a_task_is_cancelled_as_it_is_handed_a_connection(server: EmbeddedServer
         while not node._waiting:
             await asyncio.sleep(0)
         pipe.used_at = used_at = pipe.used_at - 0.5
-        await node._put_back(pipe)
+        node._keep(pipe)
         waiting.cancel()
         if lost:
             node._end_era()
