@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -205,28 +206,28 @@ class Notices:
                 self.failed(instrument)
 
     def _put(self, event: Event) -> None:
-        queue = self.waiting.get(get_ident())
-        if queue is None:
+        if (queue := self.waiting.get(get_ident())) is None:
             queue = self.waiting.setdefault(get_ident(), collections.deque())
         queue.append(event)
 
-    def next(self) -> Event | None:
-        """Take the next event that this thread has to deliver, or None."""
-        queue = self.waiting.get(get_ident())
-        try:
-            return queue.popleft() if queue else None
-        except IndexError:  # a signal handler delivered the last one
-            return None
-
     def take(self) -> list[Event]:
         """Take all events that this thread has to deliver."""
-        return list(iter(self.next, None))
+        queue, taken = self.waiting.get(get_ident()), []
+        with contextlib.suppress(IndexError):  # a signal handler delivered the last one
+            while queue:
+                taken.append(queue.popleft())
+        return taken
 
     def deliveries(self, events: Iterable[Event] | None) -> Iterator[tuple[Listener, Event]]:
         """The listeners to call, each with its event. events: None: all that this thread has to deliver."""
-        for event in iter(self.next, None) if events is None else events:
-            for listener in self.on_call if event.kind in CALL_KINDS else self.listeners:
-                yield listener, event
+        queue = self.waiting.get(get_ident()) if events is None else collections.deque(events)
+        try:
+            while queue:
+                event = queue.popleft()
+                for listener in self.on_call if event.kind in CALL_KINDS else self.listeners:
+                    yield listener, event
+        except IndexError:  # a signal handler delivered the last one
+            pass
 
     def call(self, listener: Listener, event: Event) -> Any:
         """Call a listener. Returns its result, or None if it raises, which is logged."""
