@@ -84,6 +84,22 @@ def check_flag(option: str, value: object) -> None:
         raise PolicyError(f"{option} must be True or False, not {value!r}")
 
 
+def check_clock(clock: object, redis: object) -> None:
+    """Raise PolicyError unless this is a clock, of a breaker that may have one."""
+    if clock is None:
+        return
+    if not callable(getattr(clock, "monotonic", None)) or not callable(getattr(clock, "now_ms", None)):
+        raise PolicyError(f"clock must be a pybreaker_redis.testing.FakeClock, or None, not {clock!r}")
+    if redis is not None:
+        raise PolicyError("clock= is for breakers in memory, without redis=: Redis decides on the server's own clock")
+
+
+def check_fallback(given: object) -> None:
+    """Raise PolicyError unless this can be called with the CircuitOpenError of a rejected call."""
+    if not callable(given):
+        raise PolicyError(f"fallback must be a function of the CircuitOpenError, or None, not {given!r}")
+
+
 def host_of(host: object) -> str:
     """The option `host`, or the machine's host name for None. Raises PolicyError."""
     if host is None:

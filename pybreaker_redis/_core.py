@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 from . import _protocol
 from ._classify import FAILURE, IGNORED, SUCCESS, Classifier, Exceptions, Outcome, RetryAfter, described
 from ._clock import NEVER, Clock, age
-from ._config import OnRedisFailure, check_flag, check_options, host_of
+from ._config import OnRedisFailure, check_clock, check_fallback, check_flag, check_options, host_of
 from ._errors import CircuitOpenError, ForcedStateError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices
 from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, shown_if_lost
@@ -493,22 +493,6 @@ class BreakerCore(Runner):
             raise ForcedStateError(f"circuit breaker {self.name!r} is forced {forced}: call clear_forced() first")
         if not changed:  # perhaps nothing is stored, and no outcome would count: let the next call ask Redis
             self._view.drop()
-
-
-def check_clock(clock: object, redis: object) -> None:
-    """Raise PolicyError unless this is a clock, of a breaker that may have one."""
-    if clock is None:
-        return
-    if not callable(getattr(clock, "monotonic", None)) or not callable(getattr(clock, "now_ms", None)):
-        raise PolicyError(f"clock must be a pybreaker_redis.testing.FakeClock, or None, not {clock!r}")
-    if redis is not None:
-        raise PolicyError("clock= is for breakers in memory, without redis=: Redis decides on the server's own clock")
-
-
-def check_fallback(given: object) -> None:
-    """Raise PolicyError unless this can be called with the CircuitOpenError of a rejected call."""
-    if not callable(given):
-        raise PolicyError(f"fallback must be a function of the CircuitOpenError, or None, not {given!r}")
 
 
 def _report_of(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import random
 import re
 from time import monotonic
@@ -44,21 +43,21 @@ class Due(NamedTuple):
 class Line:
     """A breaker as a member of its process's link, which calls these methods.
 
-    key: the breaker's state key. mode: its on_redis_failure. listed: whether to list the breaker in the fleet. held:
-    takes the lines of freed breakers that have something to report. used_at: when the breaker last asked for a refresh.
-    refusal: why Redis refuses the commands of this breaker, or None. local: the engine that decides while Redis is
-    down, or None. news: a transition by another instance, of which the listeners must still be notified, or None.
+    key: the breaker's state key. mode: its on_redis_failure. listed: whether to list the breaker in the fleet.
+    used_at: when the breaker last asked for a refresh. refusal: why Redis refuses its commands, or None. local: the
+    engine that decides while Redis is down, or None. news: a transition by another instance, of which the listeners
+    must still be notified, or None.
     """
 
     __slots__ = (
-        *("breaker", "key", "view", "notices", "listed", "used_at", "refusal", "local", "news", "_mode", "_held"),
+        *("breaker", "key", "view", "notices", "listed", "used_at", "refusal", "local", "news", "_mode"),
         *("_known", "_policy", "_keeps_window", "_renewed_at", "_renew_after", "__weakref__"),
     )
 
-    def __init__(self, breaker: BreakerCore, mode: OnRedisFailure, listed: bool, held: collections.deque[Line]) -> None:
+    def __init__(self, breaker: BreakerCore, mode: OnRedisFailure, listed: bool) -> None:
         self.breaker, self.key = breaker, breaker._key
         self.view, self.notices = breaker._view, breaker._notices
-        self.listed, self._mode, self._held = listed, mode, held
+        self.listed, self._mode = listed, mode
         self.start_process()
 
     def start_process(self) -> None:
@@ -158,7 +157,7 @@ class Line:
     def __del__(self) -> None:
         # the breaker is not in use any more: the link holds it until it has reported what is gathered
         if self.view.lease > 0 and self.local is None and self._has_news():
-            self._held.append(self)
+            self.breaker._redis.link.held.append(self)
 
     def _take(self, renews: bool = False, as_it_ends: bool = False) -> list[Request]:
         """Take what is gathered as reports. renews: also an empty one, to renew the TTL. as_it_ends: see View.take."""

@@ -13,8 +13,8 @@ from typing import Any, Generic, ParamSpec, Self, TypeAlias, TypedDict, TypeVar,
 from ._async import AsyncCircuitBreaker, AsyncWatch
 from ._classify import Classification, Exceptions, RetryAfter
 from ._clock import Clock, age
-from ._config import Config
-from ._core import BreakerCore, check_clock
+from ._config import Config, check_clock
+from ._core import BreakerCore
 from ._errors import ConfigError, PolicyError
 from ._events import Listener, Notices
 from ._extras import MissingExtraError

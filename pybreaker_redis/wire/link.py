@@ -19,7 +19,6 @@ from typing import Any, TypeAlias
 from redis.exceptions import ResponseError
 
 from .._clock import NEVER, age
-from .._config import OnRedisFailure
 from .._core import BreakerCore
 from .._events import Event
 from .._line import IDLE, Line, Texts
@@ -33,7 +32,7 @@ from .options import REDIS_ERRORS, Address, concerns_server
 from .outage import Outage, longest_exchange
 
 SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
-LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins _held
+LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins held
 READ_AT_ONCE = 250  # breakers in one MGET
 BURST, BURST_TIME = 10, 0.1  # exchanges in the background, within so many seconds
 logger = logging.getLogger("pybreaker_redis")
@@ -47,8 +46,11 @@ class Link:
 
     timeout: the longest time in seconds that one exchange with a server takes. home: returns the node that serves a
     key; None if there is only one server. undelivered: events of exchanges, with their breakers. ended: whether the
-    process is ending, so that nothing will look at what its breakers gather.
+    process is ending, so that nothing will look at what its breakers gather. held: the lines of freed breakers that
+    have something to report.
     """
+
+    line_of = Line  # for breakers, whose module Line imports
 
     def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
         self.timeout = timeout
@@ -57,21 +59,17 @@ class Link:
         self.wanted = False  # a breaker waits for an exchange
         self.busy_since = NEVER  # when the exchange that is under way began
         self.undelivered: collections.deque[tuple[BreakerCore, list[Event]]] = collections.deque()
+        self.held: collections.deque[Line] = collections.deque()
         self._home = home or (lambda key: None)
         self._read_at_once = READ_AT_ONCE if home is None else 1  # two breakers have different slots in a cluster
         self._outages: dict[Address | None, Outage] = {}  # by node
         self._used: weakref.WeakKeyDictionary[Line, None] = weakref.WeakKeyDictionary()
         self._hinted: weakref.WeakKeyDictionary[Line, bool] = weakref.WeakKeyDictionary()
-        self._held: collections.deque[Line] = collections.deque()  # of freed breakers, with reports that matter
         self._reporting: set[Line] = set()
         self._listing = Listing()
         self._empty_since = float("inf")  # when a check first found no breaker
         self._turn = 0
         self._burst = 0, NEVER  # how many exchanges there were, since when
-
-    def line_of(self, breaker: BreakerCore, mode: OnRedisFailure, listed: bool) -> Line:
-        """A new line. mode: the breaker's on_redis_failure. listed: whether to list it in the fleet."""
-        return Line(breaker, mode, listed, self._held)
 
     def after_fork(self) -> list[Line]:
         """In a child: start empty, without the outages, since a thread of the parent may hold their locks.
@@ -80,7 +78,7 @@ class Link:
         """
         used = _alive(self._used)
         self.wanted, self.busy_since = False, NEVER
-        for kept in (self._outages, self._used, self._hinted, self._held, self._reporting):
+        for kept in (self._outages, self._used, self._hinted, self.held, self._reporting):
             kept.clear()
         self.undelivered.clear()
         self._listing.start_process()
@@ -162,7 +160,7 @@ class Link:
 
     def pause(self) -> float | None:
         """Seconds until the next check for due reports; None if no breaker is in use."""
-        pauses = [line.pause() for line in [*_alive(self._used), *self._held]]
+        pauses = [line.pause() for line in [*_alive(self._used), *self.held]]
         if pauses:
             self._empty_since = float("inf")
             return max(min(*pauses, IDLE), SHORTEST_PAUSE)
@@ -181,7 +179,7 @@ class Link:
         wanted, self.wanted = self.wanted, False
         self.busy_since = monotonic()
         try:
-            if self._held:
+            if self.held:
                 yield from self._report_held()
             # another event loop may take some of them
             hinted = {line for line in _alive(self._hinted) if self._hinted.pop(line, False)}
@@ -208,12 +206,12 @@ class Link:
     def _report_held(self) -> Pipelines:
         held = []
         with contextlib.suppress(IndexError):  # another event loop may take them, too
-            while self._held:
-                held.append(self._held.popleft())
+            while self.held:
+                held.append(self.held.popleft())
         try:
             yield from self.report(held)
         except NotSent:
-            self._held.extend(held)
+            self.held.extend(held)
             raise
 
     def report(self, lines: list[Line]) -> Pipelines:

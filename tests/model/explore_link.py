@@ -723,6 +723,7 @@ class Breaker(BreakerCore):
 
     def __init__(self, *given: Any, **options: Any) -> None:
         super().__init__(*given, **options)
+        self._permit = BasePermit  # no warning of permits that are lost: a walk ends amid calls
         self._notices.start_process(f"process-{_world.making}", self._view.lock)
         changed = self._notices.changed
 
