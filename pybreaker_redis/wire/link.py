@@ -32,7 +32,7 @@ from .options import REDIS_ERRORS, Address, concerns_server
 from .outage import Outage, longest_exchange
 
 SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
-LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins _held
+LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins held
 READ_AT_ONCE = 250  # breakers in one MGET
 BURST, BURST_TIME = 10, 0.1  # exchanges in the background, within so many seconds
 logger = logging.getLogger("pybreaker_redis")
