@@ -260,7 +260,7 @@ def test_a_distant_server(target: Restartable, shell: str) -> None:
     with target.client() as admin:
         admin.config_set("requirepass", "secret")
     with proxy_to(target.port) as proxy:
-        proxy.delay(TIMEOUT * 0.4)
+        proxy.delay(TIMEOUT * 0.55)  # asyncio connections take two to four round trips to open
         with caller(shell, f"redis://:secret@127.0.0.1:{proxy.port}/1", lease=0) as made:
             made.call(fails=False)
             assert made.events == ["redis_error"]
