@@ -158,7 +158,7 @@ class CircuitBreaker(BreakerCore):
         if self._only_counts and type(result) not in _SUSPENDED and now >= self._innermost.failed_at:
             seen.tick()
             return result
-        return self._judge(func, result, seen, now)
+        return self._judge(func, result, seen, now, self._fallback)
 
     @overload
     def __call__(self, func: F, /) -> F: ...
@@ -204,7 +204,7 @@ class CircuitBreaker(BreakerCore):
             if only_counts and type(result) not in _SUSPENDED and now >= innermost.failed_at:
                 seen.tick()
                 return result
-            return self._judge(func, result, seen, now)
+            return self._judge(func, result, seen, now, fallback)
 
         return guarded
 
@@ -231,25 +231,25 @@ class CircuitBreaker(BreakerCore):
             raise
         finally:
             permit._end()
-        return self._settle_result(func, result, permit)
+        return self._settle_result(func, result, permit, fallback)
 
-    def _judge(self, func: Any, result: R, seen: Seen, now: float) -> R:
+    def _judge(self, func: Any, result: R, seen: Seen, now: float, fallback: Fallback | None) -> R:
         """Count a result of the fast path that is_failure or on_call must see, or that must still be iterated."""
         if not self._every_result_succeeds or type(result) in _SUSPENDED or self._innermost.has_failed(now):
-            return self._settle_result(func, result, self._permit(self, seen.generation, now))
+            return self._settle_result(func, result, self._permit(self, seen.generation, now), fallback)
         seen.tick()
         self._notices.call_ended(SUCCESS, seen.generation)
         self._deliver()
         return result
 
-    def _settle_result(self, func: Any, result: R, permit: BasePermit) -> R:
+    def _settle_result(self, func: Any, result: R, permit: BasePermit, fallback: Fallback | None) -> R:
         if type(result) not in _SUSPENDED:
             self._drive(self._report_result(permit, result))
             return result
         # nothing has run yet: a generator asks for its own permit when it starts
         self._drive(self._report(permit, IGNORED))
         if isinstance(result, types.GeneratorType):
-            return cast(R, self._iterate(result, None))
+            return cast(R, self._iterate(result, fallback))
         if isinstance(result, contextlib._GeneratorContextManager):
             return cast(R, self._around(result))
         if isinstance(result, types.CoroutineType):

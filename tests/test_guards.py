@@ -274,6 +274,21 @@ def test_a_fallback_of_a_generator(make_breaker: Callable[..., CircuitBreaker]) 
     assert list(pages()) == ["found"]
 
 
+def test_a_fallback_of_a_generator_that_a_plain_function_returns(make_breaker: Callable[..., CircuitBreaker]) -> None:
+    """It is rejected when it starts: the circuit has opened since the function returned it."""
+    breaker = make_breaker(fallback=lambda error: ["cached"])
+
+    def pages() -> Iterator[str]:
+        return (page for page in ["found"])
+
+    special = breaker(fallback=lambda error: ["special"])(pages)
+    started = [breaker.call(pages), breaker(pages)(), special()]
+    breaker.force_open()
+    assert [list(one) for one in started] == [["cached"], ["cached"], ["special"]]
+    breaker.reset()
+    assert list(breaker.call(pages)) == ["found"]
+
+
 def test_async_fallbacks(server: EmbeddedServer, client: redis.Redis) -> None:
     """On asyncio a fallback may be a plain or a coroutine function; for async generators it gives async iterables."""
 
