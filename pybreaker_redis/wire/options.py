@@ -32,6 +32,7 @@ MOST_CONNECTIONS = 100  # to one server, of a client that names no limit; redis-
 _UNLIMITED = 2**31  # what earlier ones name
 PROOF_AFTER = 1.0  # seconds after which an idle connection must prove that it still leads to the server
 SHORTEST_PATIENCE = 0.02
+CHUNK = 65536  # bytes to read from a socket at once
 NO_REPLY = object()  # from a reader that has no whole reply yet
 REDIS_ERRORS = (redis.RedisError, OSError)
 ERROR_REPLY = redis.ResponseError  # the server has answered

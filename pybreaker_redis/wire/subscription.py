@@ -17,6 +17,7 @@ from redis.exceptions import ConnectionError, ResponseError
 from .._core import BreakerCore
 from .._protocol import state_pattern
 from .exits import starts
+from .options import CHUNK, NO_REPLY, socket_of
 
 PING_EVERY = 1.0  # seconds of silence before a PING; after as many without an answer the connection is lost
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 1.0
@@ -110,15 +111,14 @@ class BaseSubscription:
         self._pinged = silent
         return ("PING",) if silent else ()
 
-    def receive(self, read: Callable[[], Any]) -> None:
+    def receive(self, reply: Any) -> None:
         """Take a reply or a message. The content of a message is not read: anyone can publish."""
         self._pinged = False
-        try:
-            kind, *rest = read()
-        except ResponseError:
+        if isinstance(reply, Exception):
             if self._unconfirmed:
-                raise
+                raise reply
             return  # a refused PING shows that the server is alive: its disk may be full, or an ACL may forbid PING
+        kind, *rest = reply
         if kind in (b"pmessage", "pmessage"):
             channel = rest[1] if isinstance(rest[1], bytes) else rest[1].encode()
             first = self._members.get(channel)
@@ -162,14 +162,24 @@ class Subscription(BaseSubscription):
             giving_up.start()
             connection.connect()  # only connect() asks a Sentinel for the master
             giving_up.cancel()
+            sock, reader = socket_of(connection)
+            sock.settimeout(PING_EVERY)
             self.opened()
             silent = False
             while self.is_needed():
                 if command := self.to_send(silent):
                     connection.send_command(*command)
-                silent = not connection.can_read(PING_EVERY)
-                if not silent:
-                    self.receive(connection.read_response)
+                try:
+                    received = sock.recv(CHUNK)
+                except TimeoutError:
+                    silent = True
+                    continue
+                if not received:
+                    raise ConnectionError("the server has closed the subscription")
+                silent = False
+                reader.feed(received)
+                while (reply := reader.gets()) is not NO_REPLY:
+                    self.receive(reply)
         finally:
             giving_up.cancel()
             connection.disconnect()
@@ -209,7 +219,8 @@ class AsyncSubscription(BaseSubscription):
                 await asyncio.wait({reader}, timeout=PING_EVERY)
                 silent = not reader.done()
                 if not silent:
-                    self.receive(reader.result)
+                    error = reader.exception()
+                    self.receive(error if isinstance(error, ResponseError) else reader.result())
                     reader = None
         except GeneratorExit:  # collected while it ran: its loop is gone, and so are the sockets
             raise

@@ -24,6 +24,7 @@ from .connections import BaseConnections, BasePipe, Nodes
 from .exits import starts
 from .options import (
     BLOCKING,
+    CHUNK,
     NO_REPLY,
     PROOF_AFTER,
     REDIS_ERRORS,
@@ -37,7 +38,6 @@ from .server import BaseServer, carry_out
 from .subscription import Subscription
 
 logger = logging.getLogger("pybreaker_redis")
-_CHUNK = 65536  # bytes
 _PER_COMMAND = 0.001  # seconds by which each command of a pipeline extends the deadline
 
 
@@ -276,7 +276,7 @@ class Pipe(BasePipe):
         self._socket.sendall(packed(commands))
         replies: list[Any] = []
         while True:
-            received = self._socket.recv(_CHUNK)
+            received = self._socket.recv(CHUNK)
             if not received:
                 raise redis.ConnectionError("the server has closed the connection")
             reader.feed(received)
