@@ -143,7 +143,7 @@ class Policy:
         on_success=False,
     )
     slow_call_rate_threshold: float | None = _share(
-        "Share of slow calls in the window, 0 to 1, that trips the breaker. A slow probe then reopens it."
+        "Share of slow calls in the window, 0 to 1, that trips the breaker. A slow probe then counts as a failed one."
         " None turns this rule off."
     )
     backoff_multiplier: float = _field(
