@@ -79,7 +79,7 @@ function breaker.policy_field(_, field)
   if field == 'quorum' then return 1, 1, 100, false, 'failure_threshold' end
   if field == 'failure_threshold' then return 5, 1, 1e9, false, 'minimum_calls' end
   if field == 'minimum_calls' then return 20, 1, 1e9, false, 'window_ms' end
-  if field == 'window_ms' then return 60000, 10, 365 * DAY_MS, false, 'error_rate_threshold' end
+  if field == 'window_ms' then return 60000, 10, DAY_MS, false, 'error_rate_threshold' end
   if field == 'error_rate_threshold' then return 0, 0, 1, true, 'slow_call_rate_threshold' end
   if field == 'slow_call_rate_threshold' then return 0, 0, 1, true, 'failures_in_window' end
   if field == 'failures_in_window' then return 0, 0, 1e9, false, 'slow_call_duration_ms' end

@@ -12,7 +12,7 @@ from ._errors import PolicyError
 WINDOW_RULES = ("error_rate_threshold", "slow_call_rate_threshold", "failures_in_window")  # fields that need a window
 LONGEST = 365 * 86400.0
 LONGEST_OPEN = 30 * 86400.0  # of a forced state, too
-LONGEST_PROBE = 86400.0
+LONGEST_PROBE = LONGEST_WINDOW = 86400.0
 _KINDS = {"count": "an integer", "seconds": "a number of seconds", "number": "a number", "flag": "true or false"}
 
 
@@ -132,7 +132,7 @@ class Policy:
     window: float = _seconds(
         60.0,
         0.01,
-        LONGEST,
+        LONGEST_WINDOW,
         "Length of the sliding window. It moves by a tenth at a time, so a call counts for 0.9 to 1 window.",
     )
     slow_call_duration: float | None = _seconds(

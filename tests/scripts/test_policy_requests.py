@@ -41,7 +41,7 @@ LIMITS: dict[str, tuple[float, float, bool]] = {
     "probe_timeout_ms": (1, DAY_MS, False),
     "error_rate_threshold": (0, 1, True),
     "minimum_calls": (1, 10**9, False),
-    "window_ms": (10, YEAR_MS, False),
+    "window_ms": (10, DAY_MS, False),
     "slow_call_duration_ms": (0, YEAR_MS, False),
     "slow_call_rate_threshold": (0, 1, True),
     "backoff_multiplier": (1, 1000, True),
