@@ -17,7 +17,7 @@ from ._clock import NEVER, Clock, age
 from ._config import OnRedisFailure, check_clock, check_fallback, check_flag, check_options, host_of
 from ._errors import CircuitOpenError, ForcedStateError, PolicyError, RedisUnavailableError
 from ._events import Counts, Event, Listener, Notices
-from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, shown_if_lost
+from ._permit import SETTLED, BasePermit, Innermost, in_probe, innermost_of, permit_to_use
 from ._policy import Policy, override_request
 from ._process import renew
 from ._protocol import Request, Snapshot, State, Steps, seconds
@@ -100,7 +100,7 @@ class BreakerCore(Runner):
             self._line = server.link.line_of(self, on_redis_failure, listed)
         # in memory, each object is a breaker of its own
         self._innermost = Innermost(self._now) if redis is None else innermost_of(key, address_of(self._client))
-        self._permit = shown_if_lost(self._permit_type)
+        self._permit = permit_to_use(self._permit_type)
         self._slow_calls = SlowCalls(self._view)
         self._watch: BaseWatch | None = None
         self._asked_for_at = NEVER  # when a manager last gave it to somebody
@@ -244,7 +244,7 @@ class BreakerCore(Runner):
         if (engine := self._own_engine()) is not None:
             if self._line is not None and not refreshed:
                 outage = self._redis.link.due_outage(self._line)
-                if outage is not None and outage.abandoned:  # an event loop that ended soon has cut the last retry off
+                if outage is not None and outage.abandoned:  # the last retry never ended: its loop may have ended first
                     return True
             if lease > 0:
                 for report in self._reports():

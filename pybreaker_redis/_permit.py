@@ -119,7 +119,7 @@ class BasePermit:
         return report
 
 
-def shown_if_lost(kind: type[BasePermit]) -> type[BasePermit]:
+def permit_to_use(kind: type[BasePermit]) -> type[BasePermit]:
     """The kind of permit to use: where Python shows a ResourceWarning, as in its development mode, one that warns."""
     actions = (action for action, _, category, *_ in warnings.filters if issubclass(ResourceWarning, category))
     # mypy looks for the __hash__ of a permit, not of its class

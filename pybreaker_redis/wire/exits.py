@@ -46,7 +46,7 @@ def _end() -> None:
 
 def starts(thread: threading.Thread) -> bool:
     """Start a thread. Returns False if none can start: the interpreter ends, or a limit is reached."""
-    if sys.is_finalizing():  # Python 3.11 would wait for ever until the thread runs
+    if sys.is_finalizing():  # Python 3.11 would wait for ever: the thread never runs
         return False
     try:
         thread.start()

@@ -50,7 +50,7 @@ class Link:
     have something to report.
     """
 
-    line_of = Line  # for breakers, whose module Line imports
+    line_of = Line  # breakers make their lines by it, since the module of Line imports theirs
 
     def __init__(self, timeout: float, home: Callable[[bytes], Address | None] | None = None) -> None:
         self.timeout = timeout

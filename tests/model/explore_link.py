@@ -575,9 +575,10 @@ class Caller(Actor):
     def perform(self, ask: Any) -> None:
         """_sync._run_script."""
         assert self.breaker is not None
-        if self.failure is not None and "failures" not in ask[1]:
+        _, request = ask
+        if self.failure is not None and "failures" not in request:
             self.failure.fate = "generation ended"  # of a local engine
-        if "failures" in ask[1] and self.process.link.is_reporting(self.breaker._line):
+        if "failures" in request and self.process.link.is_reporting(self.breaker._line):
             self.ask = ask
             self.wait()
         else:
@@ -585,8 +586,9 @@ class Caller(Actor):
 
     def send_ask(self, ask: Any) -> None:
         assert self.breaker is not None
-        failure = self.failure if "failures" in ask[1] else None
-        self.send([build.run(ask[0], self.breaker._key, ask[1])], failure)
+        name, request = ask
+        failure = self.failure if "failures" in request else None
+        self.send([build.run(name, self.breaker._key, request)], failure)
         assert self.message is not None
         self.message.view = self.breaker._view.seen.sent
 

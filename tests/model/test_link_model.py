@@ -20,8 +20,6 @@ from pybreaker_redis.wire.link import Link
 from pybreaker_redis.wire.options import REDIS_ERRORS
 from pybreaker_redis.wire.outage import Outage
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # a search drops the permits of each world
-
 
 def setup(base: Setup = WALK, /, policy: dict[str, Any] | None = None, **changed: Any) -> Setup:
     """A setup like another one."""
