@@ -131,6 +131,7 @@ def outcome(within, error, limit):
 
 assert outcome(False, None, 30) == (0, 0, 0)
 assert outcome(False, None, 0.1) == (1, 0, 1)
+assert outcome(False, TimeoutError, 30) == (1, 1, 0)
 assert outcome(True, None, 30) == (0, 0, 0)
 assert outcome(True, TimeoutError, 30) == (1, 1, 0)
 """
