@@ -39,12 +39,13 @@ Writes     a new document, a probe, gathered counts that apply, or a correction 
   redis-cli EVALSHA $ACQUIRE 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"instance":"me"}'
 ]]
-local function limit_of(field)
+local function kind_of(field)
+  if field == 'generation' then return 100 * LARGEST end
   if field == 'seen_failure' then return LARGEST end
   if field == 'successes' or field == 'slow' or field == 'pending' then return 1e9 end
   if field == 'age_ms' then return 365 * DAY_MS end
 end
-local request, problem, encode = breaker.request(limit_of)
+local request, problem, encode = breaker.request(kind_of)
 if not request then return redis.error_reply(problem) end
 
 local document = breaker.load(request)

@@ -23,8 +23,12 @@ Publishes  the history entry of each action that changes anything
   redis-cli EVALSHA $CONTROL 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"action":"force_open","duration_ms":600000,"operator":"ann","note":"maintenance"}'
 ]]
-local request, problem, encode = breaker.request(nil, {action = 'text', duration_ms = 'duration', override = 'policy',
-  operator = 'text', note = 'text'})
+local function kind_of(field)
+  if field == 'action' or field == 'operator' or field == 'note' then return nil, 'text' end
+  if field == 'duration_ms' then return 30 * DAY_MS, 'duration' end
+  if field == 'override' then return nil, 'policy' end
+end
+local request, problem, encode = breaker.request(kind_of)
 if not request then return redis.error_reply(problem) end
 local action = request.action
 local forces = action == 'force_open' or action == 'force_closed'

@@ -25,9 +25,14 @@ function breaker.load(request)
     .. '"generation":([1-9]%d*),"failure_number":(%d+)(.*)}$')
   local failed_s, window, changed_at, reason = failed_at ~= 'null' and tonumber(failed_at) or nil, nil, nil, nil
   local sound, operator, note = rest == '', nil, nil
-  if rest and string.byte(rest, 3) == 99 then -- c
+  if rest and not sound and string.byte(rest, 3) == 99 then -- c
     changed_at, reason, rest = string.match(rest, '^,"changed_at_ms":([1-9]%d*),"reason":"([a-z_]+)"(.*)$')
-    if rest and rest ~= '' and string.byte(rest, 3) ~= 119 then operator, note, rest = breaker.read_operator(rest) end -- w
+    local letter = rest and string.byte(rest, 3)
+    if letter == 110 or letter == 111 then -- n, o
+      operator, note, rest = breaker.read_operator(rest)
+    elseif letter and letter ~= 119 then -- w
+      rest = nil
+    end
     sound = rest == '' and #changed_at <= 13 and #reason <= 30
   end
   if rest and rest ~= '' then
@@ -234,20 +239,6 @@ function breaker.take_over_change(document, own)
   if document.state ~= 'closed' and breaker.is_text(error, 200) then document.error = error end
 end
 
--- Who acted on the state last, and why.
-function breaker.take_over_operator(document, own)
-  if breaker.is_text(own.operator, 100) then document.operator = own.operator end
-  if breaker.is_text(own.note, 200) then document.note = own.note end
-end
-
--- Another program may rewrite the document without a generation many times a second. The document then takes the
--- generation of the next report from its state, so that outcomes add to what that program counts.
-function breaker.take_over_generation(document, request)
-  local generation, from = request.generation or 0, request.probe and 'half_open' or 'closed'
-  document.amended = document.state == from and generation >= 1 and generation <= document.generation
-  if document.amended then document.generation = generation else document.is_new = true end
-end
-
 -- The deadline of an open or forced state, cut to the longest time since the state began: at changed_at_ms, else at
 -- opened_at, or with its generation while closed. Without such a beginning, or if it lies ahead, the time counts from
 -- now. A deadline that was cut must be stored: otherwise each script would count anew.
@@ -275,6 +266,20 @@ function breaker.take_over_open(document, own, request)
   document.open_until_ms = math.min(opened_at * 1000, now) + document.open_ms
   -- Even a refusal has to store a deadline that counts from now: computed anew by each script, it would never pass.
   document.amended = not document.opened_at or document.opened_at * 1000 > now
+end
+
+-- Who acted on the state last, and why.
+function breaker.take_over_operator(document, own)
+  if breaker.is_text(own.operator, 100) then document.operator = own.operator end
+  if breaker.is_text(own.note, 200) then document.note = own.note end
+end
+
+-- Another program may rewrite the document without a generation many times a second. The document then takes the
+-- generation of the next report from its state, so that outcomes add to what that program counts.
+function breaker.take_over_generation(document, request)
+  local generation, from = request.generation or 0, request.probe and 'half_open' or 'closed'
+  document.amended = document.state == from and generation >= 1 and generation <= document.generation
+  if document.amended then document.generation = generation else document.is_new = true end
 end
 
 function breaker.take_over_half_open(document, own, request)

@@ -32,14 +32,16 @@ Publishes  the transition, or {failure_count, instance, time_ms} when a run of a
   redis-cli EVALSHA $RECORD 3 circuit_breaker:discovery:state '{circuit_breaker:discovery:state}:history' \
     '{circuit_breaker:discovery:state}:policy' '{"generation":1733500795000000,"failures":1}'
 ]]
-local function limit_of(field)
+local function kind_of(field)
+  if field == 'generation' then return 100 * LARGEST end
   if field == 'seen_failure' or field == 'probe' or field == 'hold_ms' then return LARGEST end
   if field == 'successes' or field == 'failures' or field == 'slow' or field == 'pending' or field == 'counted' then
     return 1e9
   end
   if field == 'age_ms' then return 365 * DAY_MS end
+  if field == 'error' then return nil, 'text' end
 end
-local request, problem, encode = breaker.request(limit_of, {error = 'text'})
+local request, problem, encode = breaker.request(kind_of)
 local empty = request
   and not (request.successes or request.failures or request.slow or request.probe or request.hold_ms)
 if request and not request.generation and not empty then

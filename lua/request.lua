@@ -2,21 +2,21 @@
 The request and the reply: checks the fields of the request, and finds the policy in force.
 ]]
 
--- Returns the checked request, or nil, an error message, and the encoder of the reply. limit_of: a function that gives
--- the greatest value of one of the script's integer fields besides generation, or nil. kinds: {field: kind} of its
--- other fields, "text", "duration" (milliseconds) or "policy".
-function breaker.request(limit_of, kinds)
+-- Returns the checked request, or nil, an error message, and the encoder of the reply. kind_of: a function of one of
+-- the script's own fields. It returns the greatest value of an integer, and the kind of any other field: nil and "text",
+-- nil and "policy", or the greatest value and "duration" (milliseconds, at least 1).
+function breaker.request(kind_of)
   local is_json = string.byte(ARGV[1] or '') == 123
   local ok, request = pcall(is_json and cjson.decode or cmsgpack.unpack, ARGV[1] or '')
   if #KEYS ~= 3 or #ARGV ~= 1 or not ok or type(request) ~= 'table' then return nil, breaker.bad_call() end
   for field, value in next, request do
-    local limit = limit_of and (field == 'generation' and 100 * LARGEST or limit_of(field))
-    local kind = limit or (field == 'instance' or field == 'host') and 'text' or field == 'policy' and 'policy' or kinds and kinds[field]
-    local fits = limit and type(value) == 'number' and value >= 0 and value <= limit and value % 1 == 0
+    local limit, kind = nil, (field == 'instance' or field == 'host') and 'text' or field == 'policy' and 'policy'
+    if not kind and kind_of then limit, kind = kind_of(field) end
+    local fits = limit and type(value) == 'number' and value >= (kind and 1 or 0) and value <= limit and value % 1 == 0
       or kind == 'text' and type(value) == 'string' and #value <= 200 and string.find(value, '^[ -~]*$')
     local is_map = kind == 'policy' and type(value) == 'table'
     local problem = is_map and breaker.policy_problem(field, value)
-      or not (is_map or fits) and breaker.field_problem(request, field, value, kind)
+      or not (is_map or fits) and breaker.field_problem(request, field, value, kind or limit)
     if problem then return nil, breaker.bad_request(problem) end
   end
   local problem = (request.pending or request.counted) and breaker.miscount(request)
@@ -51,7 +51,6 @@ function breaker.field_problem(request, field, value, kind)
     return nil
   end
   if kind == 'policy' then return breaker.policy_problem(field, value) end
-  if kind == 'duration' and breaker.is_integer(value, 1, 30 * DAY_MS) then return nil end
   if not kind then return tostring(field) .. ': unknown field' end
   local wanted = 'a string of at most 200 printable ASCII characters'
   if kind == 'duration' then wanted = 'an integer from 1 to 30 days of milliseconds' end

@@ -285,7 +285,8 @@ end
 -- Enters into the history an operator's action that is not a transition.
 function breaker.enter(document, reason)
   document.entry = {from = document.state, to = document.state, reason = reason, generation = document.generation,
-    failure_count = document.failure_count, success_count = document.success_count}
+    failure_count = document.failure_count, success_count = document.success_count, instance = nil, time_ms = nil,
+    retry_after_ms = nil} -- announce() sets them: adding one later would grow the table
 end
 
 -- Enters an action on the policy override. The action stores no document: the generation is 0 where none is stored.

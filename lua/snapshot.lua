@@ -45,12 +45,17 @@ for _ in pairs(document.probes or {}) do probes_in_flight = probes_in_flight + 1
 
 local reply = breaker.reply(document, request)
 reply.exists, reply.now_ms, reply.policy = document.exists, document.now, breaker.whole_policy(request)
-reply.last_failure_time, reply.opened_at = document.last_failure_time, document.opened_at
-reply.forced_until_ms, reply.reporters = document.forced_until_ms, document.reporters
-reply.reason, reply.changed_at_ms = document.reason, document.changed_at_ms
-reply.operator, reply.note = document.operator, document.note
-reply.override_operator, reply.override_note = request.override_operator, request.override_note
 reply.trips, reply.probes_in_flight = breaker.recent_trips(document, policy), probes_in_flight
 reply.calls, reply.failures, reply.slow = calls, failures, slow
 reply.health = breaker.health(document, policy, calls, failures, slow)
+-- Rare fields only if they are there: assigning nil to a new key grows the table.
+if document.last_failure_time then reply.last_failure_time = document.last_failure_time end
+if document.opened_at then reply.opened_at = document.opened_at end
+if document.changed_at_ms then reply.reason, reply.changed_at_ms = document.reason, document.changed_at_ms end
+if document.forced then reply.forced_until_ms = document.forced_until_ms end
+if document.reporters then reply.reporters = document.reporters end
+if document.operator or document.note then reply.operator, reply.note = document.operator, document.note end
+if request.override_in_force then
+  reply.override_operator, reply.override_note = request.override_operator, request.override_note
+end
 return encode(reply)
