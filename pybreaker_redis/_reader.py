@@ -23,6 +23,7 @@ from typing import Any
 from ._board import Row, Stored, counts, read_keys, read_stored, row_of, subscribed, urgency
 from ._process import renew, renew_at_forks
 from ._protocol import state_pattern
+from .wire.exits import starts
 from .wire.options import ERROR_REPLY, REDIS_ERRORS
 from .wire.sync import Server
 
@@ -58,6 +59,9 @@ class Board:
     def now(self) -> float:
         """The server's clock, in unix seconds."""
         return self.clock + monotonic()
+
+
+_NO_THREAD = Board(error="no thread can start to read the board")
 
 
 class BoardReader:
@@ -132,7 +136,8 @@ class BoardReader:
             if self._thread is None:
                 self.board = Board()  # the last one is old
                 self._thread = threading.Thread(target=self._run, name="pybreaker_redis-board", daemon=True)
-                self._thread.start()
+                if not starts(self._thread):
+                    self._thread, self.board = None, _NO_THREAD
 
     def _is_wanted(self) -> bool:
         with self._changed:

@@ -235,6 +235,15 @@ def stopped(server: EmbeddedServer) -> Iterator[None]:
         os.kill(server.pid, signal.SIGCONT)
 
 
+def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread can start from here on."""
+
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr("threading.Thread.start", start)
+
+
 def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
     """What the condition gives as soon as it is true; fails after timeout seconds."""
     deadline = time.monotonic() + timeout

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 import redis
-from conftest import lua_machine, wait_until
+from conftest import lua_machine, no_threads, wait_until
 
 from pybreaker_redis import CircuitBreaker, Policy, _reader
 from pybreaker_redis._board import (
@@ -439,6 +439,17 @@ def test_a_trip_while_all_breakers_are_read_is_not_undone(
         seen.append(board.rows[0].condition)
     first = seen.index("open")
     assert set(seen[first:]) == {"open"}
+
+
+def test_no_thread_can_start(client: redis.Redis, board_reader: BoardReader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The board says so at once, and does not change until a thread starts."""
+    make(client, "api").call(int)
+    with monkeypatch.context() as patch:
+        no_threads(patch)
+        board = board_reader.current()
+        assert (board.error, board.is_read) == ("no thread can start to read the board", False)
+        assert board_reader.changed(board, 0.05) is board
+    assert [row.name for row in board_reader.changed(board, 5.0).rows or board_reader.current().rows] == ["api"]
 
 
 def test_a_viewer_that_comes_as_the_thread_ends_gets_a_board(

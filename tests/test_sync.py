@@ -24,7 +24,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import nonzero, stored_calls, wait_until
+from conftest import no_threads, nonzero, stored_calls, wait_until
 
 from pybreaker_redis import (
     AsyncCircuitBreaker,
@@ -1313,15 +1313,6 @@ def test_no_thread_can_start(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(Boom):
             breaker.call(boom)
     assert breaker.snapshot().source == "local"
-
-
-def no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No thread can start from here on."""
-
-    def start(_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr("threading.Thread.start", start)
 
 
 def test_without_threads_the_caller_refreshes(monkeypatch: pytest.MonkeyPatch, server: EmbeddedServer) -> None:
