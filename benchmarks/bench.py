@@ -43,6 +43,7 @@ from contenders import (
     ON_REDIS,
     OURS,
     PACKAGES,
+    PREDICATE,
     PYBREAKER,
     PYBREAKER_REDIS,
     STRICT,
@@ -640,7 +641,7 @@ def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
     success, reject = ("sync", SUCCESS), ("sync", REJECT)
     plain, call, block = way(OURS, DECORATOR), way(OURS, CALL), way(OURS, ACQUIRE)
     peer, peer_call, peer_block = (way(CIRCUITBREAKER, how) for how in (DECORATOR, CALL, WITH))
-    observed, on_call = way(OURS, LISTENERS), way(OURS, ON_CALL)
+    observed, on_call, judged = way(OURS, LISTENERS), way(OURS, ON_CALL), way(OURS, PREDICATE)
     rows: list[tuple[str, float | None, str, float, float | None]] = [
         ("`call` / circuitbreaker's, overhead", over(sync, call, peer_call), "<=", 1.1, 0.95),
         ("`with acquire()` / circuitbreaker's `with`, overhead", over(sync, block, peer_block), "<=", 3, 2),
@@ -650,6 +651,8 @@ def targets(found: dict[str, Any]) -> list[dict[str, Any]]:
         ("the same, asyncio", over(aio, observed, plain), "<=", 1.1, None),
         ("decorator with `on_call` / without, overhead", over(sync, on_call, plain), "<=", 6, None),
         ("the same, asyncio", over(aio, on_call, plain), "<=", 6, None),
+        ("decorator with a function as `failures` / without, overhead", over(sync, judged, plain), "<=", 1.05, None),
+        ("the same, asyncio", over(aio, judged, plain), "<=", 1.05, None),
     ]
     for how in (DECORATOR, CALL):
         ours, theirs = way(IN_PROCESS, how), way(CIRCUITBREAKER, how)

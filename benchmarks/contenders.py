@@ -352,12 +352,13 @@ def _ways(name: str, build: Build, *hows: str) -> dict[str, Contender]:
     return {way(name, how): Contender(build, how) for how in hows}
 
 
-LISTENERS, ON_CALL = "decorator, listeners=[f]", "decorator, on_call=[f]"
+LISTENERS, ON_CALL, PREDICATE = "decorator, listeners=[f]", "decorator, on_call=[f]", "decorator, failures=f"
 WAYS = {
     "sync": {
         **_ways(OURS, SYNC[OURS], DECORATOR, CALL, ACQUIRE),
         way(OURS, LISTENERS): Contender(_ours(CircuitBreaker, 0.1, Env.client, listeners=[listener])),
         way(OURS, ON_CALL): Contender(_ours(CircuitBreaker, 0.1, Env.client, on_call=[listener])),
+        way(OURS, PREDICATE): Contender(_ours(CircuitBreaker, 0.1, Env.client, failures=bool)),
         **_ways(CIRCUITBREAKER, SYNC[CIRCUITBREAKER], DECORATOR, CALL, WITH),
         way(PYBREAKER, LISTENERS): Contender(_pybreaker(False, observed=True)),
     },
@@ -365,6 +366,7 @@ WAYS = {
         **_ways(OURS, ASYNC[OURS], DECORATOR, CALL, ASYNC_ACQUIRE),
         way(OURS, LISTENERS): Contender(_ours(AsyncCircuitBreaker, 0.1, Env.async_client, listeners=[listener])),
         way(OURS, ON_CALL): Contender(_ours(AsyncCircuitBreaker, 0.1, Env.async_client, on_call=[listener])),
+        way(OURS, PREDICATE): Contender(_ours(AsyncCircuitBreaker, 0.1, Env.async_client, failures=bool)),
         **_ways(CIRCUITBREAKER, ASYNC[CIRCUITBREAKER], DECORATOR, CALL, WITH),
         **_ways(INTERLOCK, ASYNC[INTERLOCK], DECORATOR, CALL, ASYNC_WITH),
         way(INTERLOCK, LISTENERS): Contender(_interlock(None, _nobody, True, observed=True)),
