@@ -398,7 +398,8 @@ class Bench:
     def calibrate(self, work: Work, entry: Entry) -> None:
         """Find how many calls fill a slice, and how many rounds they are worth."""
         calls = max(work.width, 20)
-        taken = self.slice(work, entry, calls)  # the first slice connects
+        self.slice(work, entry, calls)  # the first slice connects, which may take longer than all the others
+        taken = self.slice(work, entry, calls)
         while taken < self.slice_seconds / 2:
             grow = min(self.slice_seconds / taken, 20.0)
             calls = max(int(calls * grow) // work.width, 1) * work.width

@@ -105,6 +105,11 @@ def listener(event: Any) -> None:
     """The cheapest listener."""
 
 
+def fails(error: BaseException) -> bool:
+    """The cheapest function that tells which exceptions are failures."""
+    return True
+
+
 def _ours(kind: Any, lease: float, client: Callable[[Env], Any], **options: Any) -> Build:
     def build(env: Env, trips: bool) -> Made:
         policy = Policy(failure_threshold=TRIP if trips else MANY, reset_timeout=LONG)
@@ -358,7 +363,7 @@ WAYS = {
         **_ways(OURS, SYNC[OURS], DECORATOR, CALL, ACQUIRE),
         way(OURS, LISTENERS): Contender(_ours(CircuitBreaker, 0.1, Env.client, listeners=[listener])),
         way(OURS, ON_CALL): Contender(_ours(CircuitBreaker, 0.1, Env.client, on_call=[listener])),
-        way(OURS, PREDICATE): Contender(_ours(CircuitBreaker, 0.1, Env.client, failures=bool)),
+        way(OURS, PREDICATE): Contender(_ours(CircuitBreaker, 0.1, Env.client, failures=fails)),
         **_ways(CIRCUITBREAKER, SYNC[CIRCUITBREAKER], DECORATOR, CALL, WITH),
         way(PYBREAKER, LISTENERS): Contender(_pybreaker(False, observed=True)),
     },
@@ -366,7 +371,7 @@ WAYS = {
         **_ways(OURS, ASYNC[OURS], DECORATOR, CALL, ASYNC_ACQUIRE),
         way(OURS, LISTENERS): Contender(_ours(AsyncCircuitBreaker, 0.1, Env.async_client, listeners=[listener])),
         way(OURS, ON_CALL): Contender(_ours(AsyncCircuitBreaker, 0.1, Env.async_client, on_call=[listener])),
-        way(OURS, PREDICATE): Contender(_ours(AsyncCircuitBreaker, 0.1, Env.async_client, failures=bool)),
+        way(OURS, PREDICATE): Contender(_ours(AsyncCircuitBreaker, 0.1, Env.async_client, failures=fails)),
         **_ways(CIRCUITBREAKER, ASYNC[CIRCUITBREAKER], DECORATOR, CALL, WITH),
         **_ways(INTERLOCK, ASYNC[INTERLOCK], DECORATOR, CALL, ASYNC_WITH),
         way(INTERLOCK, LISTENERS): Contender(_interlock(None, _nobody, True, observed=True)),
