@@ -133,7 +133,6 @@ class BreakerCore(Runner):
         self._view.after_fork()
         self._start_process()
         self._slow_calls.after_fork()
-        self._innermost.after_fork()
         self._isolation.forget()  # a thread of the parent may hold the lock of its engine
         if self._memory is not None:
             self._memory.after_fork(self._view.lock)

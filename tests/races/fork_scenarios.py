@@ -127,7 +127,7 @@ def held(url: str, which: str) -> object:
     locks = {
         "isolated": isolated and isolated._lock,
         "breaker": breaker._view.lock,
-        "nested": breaker._innermost._lock,
+        "nested": _process.lock,
         "refreshing": server._refreshing,
         "outage": outage and outage._lock,
         "refusal": outage and outage._lock,
@@ -150,6 +150,32 @@ def held(url: str, which: str) -> object:
         breaker.flush()
         breaker.reset()
         breaker.watch().close()
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    inside.wait(PATIENCE)
+    end = ended(fork(call), CHILD_PATIENCE / 2)
+    done.set()
+    thread.join(PATIENCE)
+    return {"ends": [end]}
+
+
+def held_in_memory(url: str, which: str) -> object:
+    """The same without Redis: a failing call takes the fast path, which does not check the process id."""
+    breaker = CircuitBreaker("fork-held", policy=MANY, lease=600.0)
+    breaker.call(fine)
+    inside, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with {"breaker": breaker._view.lock, "nested": _process.lock}[which]:
+            inside.set()
+            done.wait(PATIENCE)
+
+    def call() -> None:
+        with contextlib.suppress(Boom):
+            breaker.call(boom)
+        breaker.call(fine)
+        assert (breaker.counts.failures, breaker.counts.successes) == (1, 1)
 
     thread = threading.Thread(target=hold, daemon=True)
     thread.start()
