@@ -225,4 +225,5 @@ _innermost: dict[str, weakref.WeakValueDictionary[bytes, Innermost]] = {}  # by 
 def innermost_of(state_key: bytes, address: str) -> Innermost:
     """The Innermost that all breakers with the same name, prefix and Redis share."""
     there = _innermost.get(address) or _innermost.setdefault(address, weakref.WeakValueDictionary())
-    return there.get(state_key) or there.setdefault(state_key, Innermost())
+    with _process.lock:  # setdefault() of a weak dictionary is not atomic
+        return there.get(state_key) or there.setdefault(state_key, Innermost())

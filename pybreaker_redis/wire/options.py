@@ -21,6 +21,7 @@ import redis.sentinel
 from redis import exceptions
 from redis.backoff import NoBackoff
 
+from .. import _process
 from .._errors import PolicyError
 from .url import ClusterUrl, client_from_url
 
@@ -52,7 +53,9 @@ def client_of(given: Any, kind: Kind) -> Any:
         key = kind, given
         found = _by_url.get(key)
         if found is None:
-            found = _by_url[key] = client_from_url(given, kind)
+            found = client_from_url(given, kind)
+            with _process.lock:  # another thread may have made one meanwhile
+                found = _by_url.setdefault(key, found)
         return found
     remedy = _remedy(given, kind)
     if not remedy and isinstance(given, (kind.Redis, kind.RedisCluster, ClusterUrl)):

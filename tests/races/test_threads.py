@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import sys
 import threading
 import time
 from collections import Counter
@@ -300,6 +301,26 @@ def test_gathering_loses_nothing(monkeypatch: pytest.MonkeyPatch, has_global_loc
 
     run_threads(33, work)
     assert sum(taken) + view.take().get("successes", 0) == 32 * 2000
+
+
+def test_breakers_that_are_made_at_once_share_their_link() -> None:
+    """Threads make breakers of one name and URL: one client, one link, and one rule for nested guards."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for number in range(50):
+            made: list[CircuitBreaker] = []
+            ready = threading.Barrier(8)
+
+            def make(_: int, number: int = number, made: list[CircuitBreaker] = made, ready: Any = ready) -> None:
+                ready.wait(PATIENCE)
+                made.append(CircuitBreaker("made-at-once", redis=f"redis://localhost:1/{number}"))
+
+            run_threads(8, make)
+            assert len({breaker._redis for breaker in made}) == 1
+            assert len({breaker._innermost for breaker in made}) == 1
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def test_a_failure_of_another_thread_sets_no_time_back() -> None:
