@@ -295,12 +295,14 @@ def remap_of(client: Any) -> Callable[[Address], Address]:
 
 
 def address_of(client: Any) -> str:
-    """A text that is the same for blocking and asyncio clients of the same server."""
+    """A text that is the same for all clients of the same server: blocking or asyncio, made from a URL or not."""
     if is_cluster(client):
         return repr(sorted(known_nodes(client)()))
     pool = client.connection_pool
-    given = pool.connection_kwargs
-    return repr([getattr(pool, "service_name", None), *(given.get(key) for key in ("path", "host", "port", "db"))])
+    given = {"host": "localhost", "port": 6379, "db": 0, **pool.connection_kwargs}
+    sentinels = getattr(pool, "sentinel_manager", None)
+    master = sentinels and (pool.service_name, sorted(map(address_of, sentinels.sentinels)))
+    return repr([master, *(given.get(key) for key in ("path", "host", "port", "db"))])
 
 
 def socket_of(connection: Any) -> tuple[Any, Any]:
