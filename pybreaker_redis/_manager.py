@@ -177,8 +177,10 @@ class ManagerCore(Generic[B]):
 
     def _unsubscribe(self) -> list[B]:
         # a forgotten breaker may be in use by whoever holds it
-        breakers = list((dict(self._forgotten.items()) | self._breakers).values())
+        forgotten = [breaker for reference in self._forgotten.valuerefs() if (breaker := reference()) is not None]
+        breakers = list(dict.fromkeys([*forgotten, *self._breakers.values()]))
         for breaker in breakers:
+            breaker._check_process()
             if breaker._watch is not None:
                 breaker._watch._leave()
                 breaker._watch = None

@@ -25,7 +25,15 @@ from typing import Any
 
 import redis
 
-from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy
+from pybreaker_redis import (
+    AsyncCircuitBreaker,
+    CircuitBreaker,
+    CircuitBreakerManager,
+    CircuitOpenError,
+    Config,
+    Event,
+    Policy,
+)
 from pybreaker_redis.instrumentation._meter import Meter
 from pybreaker_redis.wire import exits, sync
 
@@ -306,6 +314,23 @@ def gathered(url: str, how: str) -> object:
     report = children.report()
     breaker.flush()
     return {**report, "calls": breaker.snapshot().calls}
+
+
+def closed_managers(url: str, how: str) -> object:
+    """The parent's manager has gathered seven successes. Children close it before they call anything."""
+    config = Config(redis_url=url, defaults=COUNTS, watch=False, lease=600.0, redis_timeout=10.0)
+    manager = CircuitBreakerManager.with_redis(config)
+    manager.call("managed", fine)
+    manager.get_or_create("managed").flush()
+    for _ in range(7):
+        manager.call("managed", fine)
+
+    children = Children(how)
+    for _ in range(4):
+        children.start(manager.close)
+    report = children.report()
+    manager.close()
+    return {**report, "calls": manager.get_or_create("managed").snapshot().calls}
 
 
 def made_in_child(url: str, how: str) -> object:
