@@ -546,6 +546,7 @@ def test_breakers_that_nobody_asks_for_are_forgotten(
     trip(manager, "open")
     idle = weakref.ref(manager.get_or_create("idle"))
     time.sleep(0.1)
+    assert set(manager.get_all_states()) == {"idle", "held", "open"}  # a look at all of them keeps none
     manager.call("other", int)
     assert repr(manager) == "<CircuitBreakerManager ['open', 'other']>"
     wait_until(lambda: gc.collect() >= 0 and idle() is None)
