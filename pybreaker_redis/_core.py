@@ -249,8 +249,8 @@ class BreakerCore(Runner):
                 for report in self._reports():
                     self._run_on(engine, "record", report)
             return False
-        if self._watch is not None:
-            self._watch._join()
+        if (watch := self._watch) is not None:
+            watch._join()
         if lease <= 0:
             return False
         self._redis.soon(self._line)

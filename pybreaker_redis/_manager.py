@@ -184,7 +184,6 @@ class ManagerCore(Generic[B]):
             breaker._check_process()
             if breaker._watch is not None:
                 breaker._watch._leave()
-                breaker._watch = None
         return breakers
 
 
