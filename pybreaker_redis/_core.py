@@ -306,6 +306,12 @@ class BreakerCore(Runner):
         slow, pending = self._slow_calls.ended(permit)
         return self._count(outcome, permit.generation, error, hold_ms, permit.probe, slow, pending)
 
+    def _take_back(self, permit: BasePermit) -> Steps[None] | None:
+        """Settle the permit of a call that has not begun: it counts nowhere, and the slot of a probe is free again."""
+        permit._stage = SETTLED
+        self._slow_calls.ended(permit)
+        return None if permit.probe is None else self._send([{"generation": permit.generation, "probe": permit.probe}])
+
     def _count(
         self,
         outcome: Outcome,
