@@ -151,7 +151,8 @@ class Line:
     def _has_news(self) -> bool:
         """Whether anything is gathered that matters to Redis."""
         view, now = self.view, monotonic()
-        grown = self._wants_window() and view.seen.counter.look(now) > 0
+        with view.lock:  # only one thread may read a counter
+            grown = self._wants_window() and view.seen.counter.look(now) > 0
         return grown or view.is_due(now, False) or self.breaker._slow_calls.first_overdue() is not None
 
     def __del__(self) -> None:
