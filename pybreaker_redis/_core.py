@@ -92,6 +92,7 @@ class BreakerCore(Runner):
         self._every_result_succeeds = is_failure is None and retry_after is None
         # a success only has to be counted: the fast path
         self._only_counts = self._every_result_succeeds and not notices.on_call
+        self._pid = getpid()
         key = _protocol.keys_of(name, prefix).state.encode()
         self._client = None if redis is None else client_of(redis, self._kind)
         server = None if redis is None else self._server_of(self._client, redis_timeout)
@@ -105,7 +106,6 @@ class BreakerCore(Runner):
         self._watch: BaseWatch | None = None
         self._asked_for_at = NEVER  # when a manager last gave it to somebody
         self._shares: BreakerCore | None = None  # whose view and engine this breaker uses
-        self._pid = getpid()
         self._start_process()
         for instrument in self._notices.instruments:
             instrument._attach(self)

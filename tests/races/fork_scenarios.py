@@ -186,6 +186,33 @@ def held_in_memory(url: str, which: str) -> object:
     return {"ends": [end]}
 
 
+def freed(url: str) -> object:
+    """Forked while a thread reads the counts of a breaker that is not in use; the child only frees the breaker."""
+    breaker = CircuitBreaker("fork-freed", redis=url, policy=MANY, lease=0.001, **FIRM)
+    breaker.call(fine)
+    breaker._redis.link.leave(breaker._line)
+    breakers, lock = [breaker], breaker._view.lock
+    del breaker
+    inside, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            inside.set()
+            done.wait(PATIENCE)
+
+    def free() -> None:
+        breakers.clear()
+        gc.collect()
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    inside.wait(PATIENCE)
+    end = ended(fork(free), CHILD_PATIENCE / 2)
+    done.set()
+    thread.join(PATIENCE)
+    return {"ends": [end]}
+
+
 def renewed(url: str) -> object:
     """Forked while another thread renews a part of this process."""
     began, goes_on = threading.Event(), threading.Event()
