@@ -3,8 +3,8 @@ The request and the reply: checks the fields of the request, and finds the polic
 ]]
 
 -- Returns the checked request, or nil, an error message, and the encoder of the reply. kind_of: a function of one of
--- the script's own fields. It returns the greatest value of an integer, and the kind of any other field: nil and "text",
--- nil and "policy", or the greatest value and "duration" (milliseconds, at least 1).
+-- the script's own fields. It returns the greatest value of an integer. For any other field it returns two values: nil
+-- and "text", nil and "policy", or the greatest value and "duration" (milliseconds, at least 1).
 function breaker.request(kind_of)
   local is_json = string.byte(ARGV[1] or '') == 123
   local ok, request = pcall(is_json and cjson.decode or cmsgpack.unpack, ARGV[1] or '')

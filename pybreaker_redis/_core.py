@@ -92,6 +92,7 @@ class BreakerCore(Runner):
         self._every_result_succeeds = is_failure is None and retry_after is None
         # a success only has to be counted: the fast path
         self._only_counts = self._every_result_succeeds and not notices.on_call
+        self._pid = getpid()
         key = _protocol.keys_of(name, prefix).state.encode()
         self._client = None if redis is None else client_of(redis, self._kind)
         server = None if redis is None else self._server_of(self._client, redis_timeout)
@@ -105,7 +106,6 @@ class BreakerCore(Runner):
         self._watch: BaseWatch | None = None
         self._asked_for_at = NEVER  # when a manager last gave it to somebody
         self._shares: BreakerCore | None = None  # whose view and engine this breaker uses
-        self._pid = getpid()
         self._start_process()
         for instrument in self._notices.instruments:
             instrument._attach(self)
@@ -133,7 +133,6 @@ class BreakerCore(Runner):
         self._view.after_fork()
         self._start_process()
         self._slow_calls.after_fork()
-        self._innermost.after_fork()
         self._isolation.forget()  # a thread of the parent may hold the lock of its engine
         if self._memory is not None:
             self._memory.after_fork(self._view.lock)
@@ -250,8 +249,8 @@ class BreakerCore(Runner):
                 for report in self._reports():
                     self._run_on(engine, "record", report)
             return False
-        if self._watch is not None:
-            self._watch._join()
+        if (watch := self._watch) is not None:
+            watch._join()
         if lease <= 0:
             return False
         self._redis.soon(self._line)
@@ -306,6 +305,12 @@ class BreakerCore(Runner):
         permit._stage = SETTLED
         slow, pending = self._slow_calls.ended(permit)
         return self._count(outcome, permit.generation, error, hold_ms, permit.probe, slow, pending)
+
+    def _take_back(self, permit: BasePermit) -> Steps[None] | None:
+        """Settle the permit of a call that has not begun: it counts nowhere, and the slot of a probe is free again."""
+        permit._stage = SETTLED
+        self._slow_calls.ended(permit)
+        return None if permit.probe is None else self._send([{"generation": permit.generation, "probe": permit.probe}])
 
     def _count(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from os import getpid
 from time import monotonic
 from typing import Any, NamedTuple
 
@@ -151,12 +152,15 @@ class Line:
     def _has_news(self) -> bool:
         """Whether anything is gathered that matters to Redis."""
         view, now = self.view, monotonic()
-        grown = self._wants_window() and view.seen.counter.look(now) > 0
+        with view.lock:  # only one thread may read a counter
+            grown = self._wants_window() and view.seen.counter.look(now) > 0
         return grown or view.is_due(now, False) or self.breaker._slow_calls.first_overdue() is not None
 
     def __del__(self) -> None:
-        # the breaker is not in use any more: the link holds it until it has reported what is gathered
-        if self.view.lease > 0 and self.local is None and self._has_news():
+        # The breaker is not in use any more: the link holds it until it has reported what is gathered. A child leaves
+        # that to its parent, one of whose threads may hold a lock.
+        is_ours = self.breaker._pid == getpid()
+        if is_ours and self.view.lease > 0 and self.local is None and self._has_news():
             self.breaker._redis.link.held.append(self)
 
     def _take(self, renews: bool = False, as_it_ends: bool = False) -> list[Request]:

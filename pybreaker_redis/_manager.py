@@ -173,15 +173,17 @@ class ManagerCore(Generic[B]):
     def _all(self) -> Iterator[tuple[str, B]]:
         """The breakers of every service that is configured or was used."""
         for service in sorted({*self.config.services, *self._breakers}):
-            yield service, self.get_or_create(service)
+            # to look at all breakers keeps none of them from being forgotten
+            yield service, self._breakers.get(service) or self.get_or_create(service)
 
     def _unsubscribe(self) -> list[B]:
         # a forgotten breaker may be in use by whoever holds it
-        breakers = list((dict(self._forgotten.items()) | self._breakers).values())
+        forgotten = [breaker for reference in self._forgotten.valuerefs() if (breaker := reference()) is not None]
+        breakers = list(dict.fromkeys([*forgotten, *self._breakers.values()]))
         for breaker in breakers:
+            breaker._check_process()
             if breaker._watch is not None:
                 breaker._watch._leave()
-                breaker._watch = None
         return breakers
 
 

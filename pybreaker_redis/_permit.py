@@ -6,7 +6,6 @@ import asyncio
 import contextvars
 import functools
 import secrets
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Generator
@@ -14,6 +13,7 @@ from os import getpid
 from threading import get_ident
 from typing import Any, TypeVar, cast
 
+from . import _process
 from ._classify import FAILURE, Outcome, hold_ms
 from ._clock import NEVER, machine
 from ._errors import PermitError
@@ -172,17 +172,12 @@ class Innermost:
     moment of a frozen clock each count for themselves.
     """
 
-    __slots__ = ("__weakref__", "_last", "_lock", "_now", "_token", "failed_at")
+    __slots__ = ("__weakref__", "_last", "_now", "_token", "failed_at")
 
     def __init__(self, now: Callable[[], float] = machine) -> None:
         self.failed_at, self._now = NEVER, now
         self._token = 0  # until the first failure: most breakers of many tenants have none
         self._last = _NOBODY
-        self.after_fork()
-
-    def after_fork(self) -> None:
-        """In a child: replace the lock, which a thread of the parent may hold."""
-        self._lock = threading.RLock()
 
     def failed(self, error: BaseException | None, began: float) -> None:
         """Note that a guard counts a failure. error: the exception, if any, which may yet pass other guards.
@@ -190,7 +185,7 @@ class Innermost:
         began: when the call began.
         """
         running = _running()
-        with self._lock:  # or a thread that read the clock earlier could set failed_at back
+        with _process.lock:  # or a thread that read the clock earlier could set failed_at back
             self.failed_at = now = self._now()
             self._token = self._token or secrets.randbits(64)  # in another process, no breaker has the same
             if self._last is _NOBODY or len(self._last) >= 1000:  # most of these threads and tasks have ended
@@ -230,4 +225,5 @@ _innermost: dict[str, weakref.WeakValueDictionary[bytes, Innermost]] = {}  # by 
 def innermost_of(state_key: bytes, address: str) -> Innermost:
     """The Innermost that all breakers with the same name, prefix and Redis share."""
     there = _innermost.get(address) or _innermost.setdefault(address, weakref.WeakValueDictionary())
-    return there.get(state_key) or there.setdefault(state_key, Innermost())
+    with _process.lock:  # setdefault() of a weak dictionary is not atomic
+        return there.get(state_key) or there.setdefault(state_key, Innermost())

@@ -22,6 +22,9 @@ class Part(Protocol):
     def _after_fork(self) -> None: ...
 
 
+# Of all breakers, for what takes a moment and comes before any check of the process id. Read it here at each use: a
+# child replaces it, since a thread of the parent may hold it. (A fork without hooks survives no such thread anyway.)
+lock = threading.RLock()
 _renewed_at_forks: weakref.WeakKeyDictionary[Part, None] = weakref.WeakKeyDictionary()  # in the order they were made
 _locks: dict[int, threading.RLock] = {}  # by process id: a thread of the parent may hold the parent's
 _renewing: list[tuple[int, Part]] = []  # with the process: another thread may fork meanwhile
@@ -47,6 +50,8 @@ def renew_at_forks(part: Part) -> None:
 
 
 def _in_child() -> None:
+    global lock
+    lock = threading.RLock()
     for part in list(_renewed_at_forks):
         renew(part)
 

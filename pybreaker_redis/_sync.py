@@ -247,7 +247,7 @@ class CircuitBreaker(BreakerCore):
             self._drive(self._report_result(permit, result))
             return result
         # nothing has run yet: a generator asks for its own permit when it starts
-        self._drive(self._report(permit, IGNORED))
+        self._drive(self._take_back(permit))
         if isinstance(result, types.GeneratorType):
             return cast(R, self._iterate(result, fallback))
         if isinstance(result, contextlib._GeneratorContextManager):

@@ -9,11 +9,10 @@ from typing import Any
 class BaseWatch:
     """A breaker's membership in the subscription of its link; on asyncio, of each event loop that calls it."""
 
-    __slots__ = ("_breaker", "_closed", "_joined")
+    __slots__ = ("_breaker", "_joined")
 
     def __init__(self, breaker: Any) -> None:
         self._breaker = breaker
-        self._closed = False
         self._joined: tuple[weakref.ref[Any], ...] = ()  # subscriptions
 
     @property
@@ -27,15 +26,16 @@ class BaseWatch:
 
     def _join(self) -> None:
         """Join the subscription, unless the breaker has joined it already. The first breaker to join starts it."""
-        if not self._closed:
+        if self._breaker._watch is self:
             subscription = self._breaker._redis.subscription()
             if subscription not in (joined := self._subscriptions()):
                 self._joined = (*map(weakref.ref, joined), weakref.ref(subscription))
             subscription.join(self._breaker)
 
     def _leave(self) -> None:
-        self._closed = True
         self._breaker._check_process()
+        if self._breaker._watch is self:
+            self._breaker._watch = None
         for subscription in self._subscriptions():
             subscription.leave(self._breaker)
         self._joined = ()

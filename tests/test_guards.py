@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import gc
 import inspect
+import itertools
 import json
 import pickle
 import threading
@@ -700,6 +701,27 @@ def test_nested_guards_of_other_breakers_count(make_breaker: Callable[..., Circu
     assert [other.counts.failures for other in others] == [1, 1, 1]
     # in memory each object is a breaker of its own
     assert breaker.counts.failures == (2 if breaker._memory is None else 3)
+
+
+def test_nested_guards_by_a_url_and_by_a_client(server: EmbeddedServer, client: redis.Redis) -> None:
+    """They are the same breaker, though a URL may leave out what a client names, such as database 0."""
+    options: list[Any] = [server.url, f"{server.url}?db=0", redis.Redis(unix_socket_path=server.url[len("unix://") :])]
+    breakers = [CircuitBreaker("a", redis=given, policy=Policy(failure_threshold=9)) for given in options]
+    for outer, inner in itertools.permutations(breakers, 2):
+        with pytest.raises(Boom):
+            outer.call(lambda inner=inner: inner.call(raising, Boom()))
+    assert [breaker.counts.failures for breaker in breakers] == [2, 2, 2]
+
+
+def test_nested_guards_behind_other_sentinels() -> None:
+    """Masters of one name, behind other Sentinels, are other servers."""
+    urls = [f"redis+sentinel://{nodes}/mymaster" for nodes in ("localhost:1,localhost:2", "localhost:3")]
+    given: list[Any] = [*urls, redis.Sentinel([("localhost", 2), ("localhost", 1)]).master_for("mymaster")]
+    one, other, same = (CircuitBreaker("a", redis=redis, policy=Policy(failure_threshold=9)) for redis in given)
+    for outer, inner in ((one, other), (one, same)):
+        with pytest.raises(Boom):
+            outer.call(lambda inner=inner: inner.call(raising, Boom()))
+    assert (one.counts.failures, other.counts.failures, same.counts.failures) == (1, 1, 1)
 
 
 def test_async_nested_guards(server: EmbeddedServer, client: redis.Redis) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import contextlib
 import gc
 import inspect
+import itertools
 import logging
 import os
 import pathlib
@@ -544,6 +546,7 @@ def test_breakers_that_nobody_asks_for_are_forgotten(
     trip(manager, "open")
     idle = weakref.ref(manager.get_or_create("idle"))
     time.sleep(0.1)
+    assert set(manager.get_all_states()) == {"idle", "held", "open"}  # a look at all of them keeps none
     manager.call("other", int)
     assert repr(manager) == "<CircuitBreakerManager ['open', 'other']>"
     wait_until(lambda: gc.collect() >= 0 and idle() is None)
@@ -574,6 +577,31 @@ def test_close_includes_breakers_that_were_forgotten(
 
     asyncio.run(main())
     wait_until(lambda: not client.client_list(_type="pubsub"))
+
+
+def test_close_while_another_thread_makes_breakers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And so forgets idle ones, which somebody still holds: close() raises nothing."""
+    monkeypatch.setattr(_manager, "FORGET_EVERY", 0.0)
+    manager, ends, interval = CircuitBreakerManager(Config(idle_after=0.0)), threading.Event(), sys.getswitchinterval()
+    held: collections.deque[CircuitBreaker] = collections.deque(maxlen=300)
+
+    def make() -> None:
+        for number in itertools.count():
+            held.append(manager.get_or_create(f"tenant-{number}"))
+            if ends.is_set():
+                return
+
+    thread = threading.Thread(target=make)
+    sys.setswitchinterval(1e-6)
+    try:
+        thread.start()
+        wait_until(lambda: len(held) == 300)
+        for _ in range(200):
+            manager.close()
+    finally:
+        ends.set()
+        thread.join()
+        sys.setswitchinterval(interval)
 
 
 def test_nothing_is_forgotten_while_it_is_used(make_manager: Callable[..., CircuitBreakerManager]) -> None:

@@ -704,6 +704,39 @@ def test_generator_counts(make_breaker: Make, lease: float) -> None:
     assert nonzero(breaker.counts) == {"successes": 1, "failures": 1, "ignored": 1}
 
 
+@pytest.mark.parametrize("lease", [0, 60])
+def test_what_runs_later_is_one_call(make_breaker: Make, lease: float) -> None:
+    """A generator that call() returns, and a context manager, count when they have run, and notify once."""
+    events: list[Event] = []
+    for options in ({}, {"on_call": [events.append]}):
+        breaker = make_breaker(lease=lease, **options, **PATIENT)
+
+        @breaker
+        @contextlib.contextmanager
+        def block() -> Iterator[int]:
+            yield 1
+
+        for _ in range(2):
+            assert list(breaker.call(numbers)) == list(numbers())
+            with block():
+                pass
+        breaker.call(numbers)  # never started
+        assert nonzero(breaker.counts) == {"successes": 4}
+    assert [event.kind for event in events] == ["success"] * 4
+
+
+def test_what_runs_later_takes_no_slot_before_it_runs(make_breaker: Make) -> None:
+    """In half open, the function that only makes a generator gives its slot back; the generator is the probe."""
+    breaker = make_breaker(policy=Policy(failure_threshold=1, reset_timeout=0.001), **PATIENT)
+    with pytest.raises(Boom):
+        breaker.call(boom)
+    wait_until(lambda: breaker.state == "half_open")
+    probe = breaker.call(numbers)
+    assert breaker.snapshot().probes_in_flight == 0
+    list(probe)
+    assert breaker.state == "closed"
+
+
 def test_generator_result_is_judged(make_breaker: Make) -> None:
     """The predicate sees the return value of a generator."""
     seen: list[Any] = []

@@ -25,7 +25,7 @@ from pybreaker_redis import (
     PolicyError,
 )
 from pybreaker_redis.embedded import EmbeddedServer
-from pybreaker_redis.wire.options import BLOCKING, client_like
+from pybreaker_redis.wire.options import BLOCKING, address_of, client_like
 from pybreaker_redis.wire.url import ClusterUrl, client_from_url, parse, without_password
 
 NAME = "discovery"
@@ -70,6 +70,13 @@ def test_urls(url: str, kind: str, nodes: list[tuple[str, int]], options: dict[s
     for module in (redis, redis.asyncio):
         client = client_from_url(url, module)
         assert isinstance(client, ClusterUrl if kind == "cluster" else module.Redis)
+
+
+def test_the_same_server() -> None:
+    """A URL may leave out what a client names; another database is another server."""
+    same = [client_from_url(f"redis://{rest}") for rest in ("localhost", "localhost:6379", "localhost/0")]
+    assert {address_of(client) for client in [*same, redis.Redis(), redis.asyncio.Redis()]} == {address_of(same[0])}
+    assert address_of(redis.Redis(db=1)) != address_of(same[0])
 
 
 def test_sentinels_own_options() -> None:

@@ -738,13 +738,30 @@ def test_a_subscription_that_nobody_needs_ends(client: redis.Redis, watched: Cal
     """The last that leaves ends it; who joins at the next moment gets another one, and whoever left may leave again."""
     breaker = watched()
     before = subscriptions(client)
-    breaker._watch.close()  # type: ignore[union-attr]
-    assert not breaker._watch.active  # type: ignore[union-attr]
+    watch: Any = breaker._watch
+    watch.close()
+    assert not watch.active
     other = watched("search")
-    breaker._watch.close()  # type: ignore[union-attr]
+    watch.close()
     wait_until(lambda: left_over(client) == before)
     trip(elsewhere(client, "search"))
     wait_until(lambda: other.state == "open")
+
+
+def test_a_watch_that_was_closed_notifies_nobody(client: redis.Redis, watched: Callable[..., CircuitBreaker]) -> None:
+    """The breaker learns of a transition with its lease, but its listeners are not notified, as before it watched."""
+    received: list[Event] = []
+    breaker = watched(lease=0.05, listeners=[received.append])
+    breaker.call(int)
+    watch: Any = breaker._watch
+    watch.close()
+    reads = commands(client, "xrevrange")
+    trip(elsewhere(client, "discovery"))
+    wait_until(lambda: rejects(breaker))
+    CircuitBreaker("discovery", redis=client).reset()
+    wait_until(lambda: not rejects(breaker))
+    assert received == []
+    assert commands(client, "xrevrange") == reads
 
 
 def test_async_watch_ends_with_its_loop(client: redis.Redis) -> None:

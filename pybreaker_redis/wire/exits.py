@@ -39,8 +39,8 @@ def begin() -> None:
 
 @atexit.register  # at import: handlers that are registered later run first, and may still make guarded calls
 def _end() -> None:
-    if _pid == os.getpid():  # else the links are copies of the parent's
-        for server in list(servers):
+    for server in list(servers):
+        if _pid == server._pid == os.getpid():  # else the link is a copy of the parent's
             server._at_exit()
 
 

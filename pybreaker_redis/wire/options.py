@@ -21,6 +21,7 @@ import redis.sentinel
 from redis import exceptions
 from redis.backoff import NoBackoff
 
+from .. import _process
 from .._errors import PolicyError
 from .url import ClusterUrl, client_from_url
 
@@ -52,7 +53,9 @@ def client_of(given: Any, kind: Kind) -> Any:
         key = kind, given
         found = _by_url.get(key)
         if found is None:
-            found = _by_url[key] = client_from_url(given, kind)
+            found = client_from_url(given, kind)
+            with _process.lock:  # another thread may have made one meanwhile
+                found = _by_url.setdefault(key, found)
         return found
     remedy = _remedy(given, kind)
     if not remedy and isinstance(given, (kind.Redis, kind.RedisCluster, ClusterUrl)):
@@ -292,12 +295,14 @@ def remap_of(client: Any) -> Callable[[Address], Address]:
 
 
 def address_of(client: Any) -> str:
-    """A text that is the same for blocking and asyncio clients of the same server."""
+    """A text that is the same for all clients of the same server: blocking or asyncio, made from a URL or not."""
     if is_cluster(client):
         return repr(sorted(known_nodes(client)()))
     pool = client.connection_pool
-    given = pool.connection_kwargs
-    return repr([getattr(pool, "service_name", None), *(given.get(key) for key in ("path", "host", "port", "db"))])
+    given = {"host": "localhost", "port": 6379, "db": 0, **pool.connection_kwargs}
+    sentinels = getattr(pool, "sentinel_manager", None)
+    master = sentinels and (pool.service_name, sorted(map(address_of, sentinels.sentinels)))
+    return repr([master, *(given.get(key) for key in ("path", "host", "port", "db"))])
 
 
 def socket_of(connection: Any) -> tuple[Any, Any]:

@@ -119,11 +119,11 @@ class BaseSubscription:
                 raise reply
             return  # a refused PING shows that the server is alive: its disk may be full, or an ACL may forbid PING
         kind, *rest = reply
-        if kind in (b"pmessage", "pmessage"):
-            channel = rest[1] if isinstance(rest[1], bytes) else rest[1].encode()
+        if kind == b"pmessage":
+            channel = rest[1]
             first = self._members.get(channel)
             self._hint([one for one in self._others() if one._key == channel] + ([first] if first else []))
-        elif kind in (b"psubscribe", "psubscribe"):
+        elif kind == b"psubscribe":
             self._unconfirmed -= 1
             self.connected = True
             references = self._members.valuerefs()

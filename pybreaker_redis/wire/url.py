@@ -12,7 +12,7 @@ import redis
 import redis.retry
 import redis.sentinel
 from redis.backoff import NoBackoff
-from redis.connection import parse_url
+from redis.connection import URL_QUERY_ARGUMENT_PARSERS, parse_url
 
 from .._errors import PolicyError
 
@@ -61,8 +61,10 @@ def client_from_url(url: str, kind: ModuleType = redis, /, **options: Any) -> An
         return ClusterUrl(target.nodes, target.options)
     if target.kind == "sentinel":
         own = {"retry": kind.retry.Retry(NoBackoff(), 0), **target.sentinel_options}
-        sentinel = kind.sentinel.Sentinel(target.nodes, sentinel_kwargs=own)
-        return _checked(url, lambda: sentinel.master_for(target.service, **target.options))
+        make = kind.sentinel.Sentinel
+        return _checked(
+            url, lambda: make(target.nodes, sentinel_kwargs=own).master_for(target.service, **target.options)
+        )
     return _checked(url, lambda: kind.Redis.from_url(url, **options))
 
 
@@ -78,7 +80,12 @@ def _checked(url: str, make: Callable[[], Any]) -> Any:
 
 def parse(url: str, /, **options: Any) -> Target:
     """Where a URL leads. Raises PolicyError, which never shows a password."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # its message may show a part of the password
+        raise PolicyError(
+            "redis must be the URL of a server: this one has a [ or ] out of place; in a password, write %5B and %5D"
+        ) from None
     if parts.scheme not in SCHEMES:
         known = ", ".join(f"{scheme}://" for scheme in SCHEMES)
         shown = without_password(url)
@@ -112,7 +119,10 @@ def _parse_many(scheme: str, kind: str, parts: Any, options: dict[str, Any]) -> 
     if kind == "cluster":
         given.pop("db", None)
     tls = {"ssl": True} if scheme == "rediss" else {}
-    of_sentinels = {key.removeprefix("sentinel_"): value for key, value in query if key.startswith("sentinel_")}
+    types: dict[str, Any] = {f"sentinel_{name}": parser for name, parser in URL_QUERY_ARGUMENT_PARSERS.items()}
+    of_sentinels = {
+        key.removeprefix("sentinel_"): types.get(key, str)(value) for key, value in query if key.startswith("sentinel_")
+    }
     shared = {key: value for key, value in given.items() if key.startswith(("ssl_", "socket_"))}
     given = {**options, **tls, **given}
     return Target(kind, nodes, given, unquote(service), {**tls, **shared, **of_sentinels} if service else {})

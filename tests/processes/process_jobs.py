@@ -25,7 +25,15 @@ from typing import Any
 
 import redis
 
-from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, Policy
+from pybreaker_redis import (
+    AsyncCircuitBreaker,
+    CircuitBreaker,
+    CircuitBreakerManager,
+    CircuitOpenError,
+    Config,
+    Event,
+    Policy,
+)
 from pybreaker_redis.instrumentation._meter import Meter
 from pybreaker_redis.wire import exits, sync
 
@@ -306,6 +314,44 @@ def gathered(url: str, how: str) -> object:
     report = children.report()
     breaker.flush()
     return {**report, "calls": breaker.snapshot().calls}
+
+
+def ended(url: str, how: str) -> object:
+    """The parent has gathered seven successes on one link. Children call over another link only, and end."""
+    breaker, other = (CircuitBreaker(name, redis=redis.Redis.from_url(url), policy=COUNTS, lease=600.0, **FIRM)
+                      for name in ("gathered", "other"))  # fmt: skip
+    breaker.call(fine)
+    breaker.flush()
+    for _ in range(7):
+        breaker.call(fine)
+
+    def child() -> None:
+        other.call(fine)
+        exits._end()
+
+    children = Children(how)
+    for _ in range(4):
+        children.start(child)
+    report = children.report()
+    breaker.flush()
+    return {**report, "calls": (breaker.snapshot().calls, other.snapshot().calls)}
+
+
+def closed_managers(url: str, how: str) -> object:
+    """The parent's manager has gathered seven successes. Children close it before they call anything."""
+    config = Config(redis_url=url, defaults=COUNTS, watch=False, lease=600.0, redis_timeout=10.0)
+    manager = CircuitBreakerManager.with_redis(config)
+    manager.call("managed", fine)
+    manager.get_or_create("managed").flush()
+    for _ in range(7):
+        manager.call("managed", fine)
+
+    children = Children(how)
+    for _ in range(4):
+        children.start(manager.close)
+    report = children.report()
+    manager.close()
+    return {**report, "calls": manager.get_or_create("managed").snapshot().calls}
 
 
 def made_in_child(url: str, how: str) -> object:

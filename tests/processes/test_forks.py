@@ -108,6 +108,20 @@ def test_gathered_counts_stay_the_parents(server: EmbeddedServer, client: redis.
 
 
 @pytest.mark.parametrize("how", HOW)
+def test_a_child_that_ends_reports_its_own_calls_only(server: EmbeddedServer, client: redis.Redis, how: str) -> None:
+    """It has used one link; those that only its parent has used are not its own."""
+    report = run("ended", server.url, how)
+    assert report["calls"] == [1 + 7, 4], report
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_a_child_closes_its_parents_manager(server: EmbeddedServer, client: redis.Redis, how: str) -> None:
+    """It reports nothing that the parent has gathered, and uses no connection of the parent."""
+    report = run("closed_managers", server.url, how)
+    assert report["calls"] == 1 + 7, report
+
+
+@pytest.mark.parametrize("how", HOW)
 def test_a_child_outlives_the_probe_that_forked_it(server: EmbeddedServer, client: redis.Redis, how: str) -> None:
     """A child that a probe's function forked is no part of that probe: it needs a slot, as everybody does."""
     report = run("probe", server.url, how)

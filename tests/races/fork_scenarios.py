@@ -127,7 +127,7 @@ def held(url: str, which: str) -> object:
     locks = {
         "isolated": isolated and isolated._lock,
         "breaker": breaker._view.lock,
-        "nested": breaker._innermost._lock,
+        "nested": _process.lock,
         "refreshing": server._refreshing,
         "outage": outage and outage._lock,
         "refusal": outage and outage._lock,
@@ -155,6 +155,59 @@ def held(url: str, which: str) -> object:
     thread.start()
     inside.wait(PATIENCE)
     end = ended(fork(call), CHILD_PATIENCE / 2)
+    done.set()
+    thread.join(PATIENCE)
+    return {"ends": [end]}
+
+
+def held_in_memory(url: str, which: str) -> object:
+    """The same without Redis: a failing call takes the fast path, which does not check the process id."""
+    breaker = CircuitBreaker("fork-held", policy=MANY, lease=600.0)
+    breaker.call(fine)
+    inside, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with {"breaker": breaker._view.lock, "nested": _process.lock}[which]:
+            inside.set()
+            done.wait(PATIENCE)
+
+    def call() -> None:
+        with contextlib.suppress(Boom):
+            breaker.call(boom)
+        breaker.call(fine)
+        assert (breaker.counts.failures, breaker.counts.successes) == (1, 1)
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    inside.wait(PATIENCE)
+    end = ended(fork(call), CHILD_PATIENCE / 2)
+    done.set()
+    thread.join(PATIENCE)
+    return {"ends": [end]}
+
+
+def freed(url: str) -> object:
+    """Forked while a thread reads the counts of a breaker that is not in use; the child only frees the breaker."""
+    breaker = CircuitBreaker("fork-freed", redis=url, policy=MANY, lease=0.001, **FIRM)
+    breaker.call(fine)
+    breaker._redis.link.leave(breaker._line)
+    breakers, lock = [breaker], breaker._view.lock
+    del breaker
+    inside, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with lock:
+            inside.set()
+            done.wait(PATIENCE)
+
+    def free() -> None:
+        breakers.clear()
+        gc.collect()
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    inside.wait(PATIENCE)
+    end = ended(fork(free), CHILD_PATIENCE / 2)
     done.set()
     thread.join(PATIENCE)
     return {"ends": [end]}

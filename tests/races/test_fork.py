@@ -60,6 +60,19 @@ def test_forking_while_a_thread_holds_a_lock(server: EmbeddedServer, client: red
     assert report["ends"] == ["ok"], report["stderr"]
 
 
+@pytest.mark.parametrize("lock", ["breaker", "nested"])
+def test_forking_in_memory_while_a_thread_holds_a_lock(server: EmbeddedServer, lock: str) -> None:
+    """Nor if the first call of the child fails, by a view of its parent, without Redis."""
+    report = scenario("held_in_memory", server.url, lock)
+    assert report["ends"] == ["ok"], report["stderr"]
+
+
+def test_a_child_frees_a_breaker_that_a_thread_of_its_parent_reads(server: EmbeddedServer) -> None:
+    """It has nothing to report of its parent's calls, and so needs no lock of the breaker."""
+    report = scenario("freed", server.url)
+    assert report["ends"] == ["ok"], report["stderr"]
+
+
 def test_forking_while_a_thread_renews_a_part(server: EmbeddedServer) -> None:
     """A child that has just noticed that it is one forks: its child starts anew as well."""
     report = scenario("renewed", server.url)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import itertools
+import sys
 import threading
 import time
 from collections import Counter
@@ -44,6 +45,7 @@ from pybreaker_redis import (
     _view,
 )
 from pybreaker_redis._permit import Innermost
+from pybreaker_redis._view import Counter as Counting
 from pybreaker_redis._view import Successes, Verdict, View
 from pybreaker_redis.embedded import EmbeddedServer
 from pybreaker_redis.wire import link as link_module
@@ -302,6 +304,26 @@ def test_gathering_loses_nothing(monkeypatch: pytest.MonkeyPatch, has_global_loc
     assert sum(taken) + view.take().get("successes", 0) == 32 * 2000
 
 
+def test_breakers_that_are_made_at_once_share_their_link() -> None:
+    """Threads make breakers of one name and URL: one client, one link, and one rule for nested guards."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for number in range(50):
+            made: list[CircuitBreaker] = []
+            ready = threading.Barrier(8)
+
+            def make(_: int, number: int = number, made: list[CircuitBreaker] = made, ready: Any = ready) -> None:
+                ready.wait(PATIENCE)
+                made.append(CircuitBreaker("made-at-once", redis=f"redis://localhost:1/{number}"))
+
+            run_threads(8, make)
+            assert len({breaker._redis for breaker in made}) == 1
+            assert len({breaker._innermost for breaker in made}) == 1
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_a_failure_of_another_thread_sets_no_time_back() -> None:
     """Else a call around the later of two failures would take itself for one without a failure within."""
     times, reading, go = iter([10.0, 11.0]), threading.Event(), threading.Event()
@@ -323,6 +345,34 @@ def test_a_failure_of_another_thread_sets_no_time_back() -> None:
     for thread in threads:
         thread.join(PATIENCE)
     assert innermost.failed_at == 11.0
+
+
+@pytest.mark.parametrize("policy", [Policy(), Policy(error_rate_threshold=0.5)])
+def test_only_one_thread_reads_a_counter(
+    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, policy: Policy
+) -> None:
+    """Whoever reads it holds the breaker's lock, also at the end of the process, while other threads still call."""
+    breaker = CircuitBreaker("counters", redis=server.url, policy=policy, **FIRM)
+    lock: Any = breaker._view.lock
+    held, total = [], Counting.total
+
+    def checked(counter: Counting) -> int:
+        view = breaker._view
+        if counter in (view.seen.counter, *view._earlier, *breaker._notices._counters.values()):
+            held.append(lock._is_owned())
+        return total(counter)
+
+    monkeypatch.setattr(Counting, "total", checked)
+    for _ in range(3):
+        breaker.call(fine)
+        with contextlib.suppress(Boom):
+            breaker.call(boom)
+        assert breaker.counts.failures
+    breaker.flush()
+    breaker.call(fine)
+    breaker._redis._at_exit()
+    assert held
+    assert all(held)
 
 
 class Racing(Successes):
