@@ -134,7 +134,7 @@ def hold_ms(retry_after: float | str | None) -> int:
     """
     try:
         wait = float(retry_after or 0)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise PolicyError(f"retry_after must be a number of seconds, or None, not {retry_after!r}") from None
     return math.ceil(min(wait, LONGEST_OPEN) * 1000) if wait > 0 else 0
 

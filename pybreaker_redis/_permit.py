@@ -13,10 +13,10 @@ from os import getpid
 from threading import get_ident
 from typing import Any, TypeVar, cast
 
-from . import _process
 from ._classify import FAILURE, Outcome, hold_ms
 from ._clock import NEVER, machine
 from ._errors import PermitError
+from ._process import own_lock
 from ._protocol import Steps
 
 T = TypeVar("T")
@@ -185,7 +185,7 @@ class Innermost:
         began: when the call began.
         """
         running = _running()
-        with _process.lock:  # or a thread that read the clock earlier could set failed_at back
+        with own_lock():  # or a thread that read the clock earlier could set failed_at back
             self.failed_at = now = self._now()
             self._token = self._token or secrets.randbits(64)  # in another process, no breaker has the same
             if self._last is _NOBODY or len(self._last) >= 1000:  # most of these threads and tasks have ended
@@ -225,5 +225,5 @@ _innermost: dict[str, weakref.WeakValueDictionary[bytes, Innermost]] = {}  # by 
 def innermost_of(state_key: bytes, address: str) -> Innermost:
     """The Innermost that all breakers with the same name, prefix and Redis share."""
     there = _innermost.get(address) or _innermost.setdefault(address, weakref.WeakValueDictionary())
-    with _process.lock:  # setdefault() of a weak dictionary is not atomic
+    with own_lock():  # setdefault() of a weak dictionary is not atomic
         return there.get(state_key) or there.setdefault(state_key, Innermost())

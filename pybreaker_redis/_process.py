@@ -22,18 +22,21 @@ class Part(Protocol):
     def _after_fork(self) -> None: ...
 
 
-# Of all breakers, for what takes a moment and comes before any check of the process id. Read it here at each use: a
-# child replaces it, since a thread of the parent may hold it. (A fork without hooks survives no such thread anyway.)
-lock = threading.RLock()
 _renewed_at_forks: weakref.WeakKeyDictionary[Part, None] = weakref.WeakKeyDictionary()  # in the order they were made
 _locks: dict[int, threading.RLock] = {}  # by process id: a thread of the parent may hold the parent's
 _renewing: list[tuple[int, Part]] = []  # with the process: another thread may fork meanwhile
 
 
+def own_lock() -> threading.RLock:
+    """A lock of this process, shared by all breakers. Hold it for a moment only, and take no other lock meanwhile."""
+    pid = getpid()
+    return _locks.get(pid) or _locks.setdefault(pid, threading.RLock())
+
+
 def renew(part: Part) -> None:
     """In a child: let a part start anew, once. Before each use: `if getpid() != part._pid: renew(part)`."""
     pid = getpid()
-    with _locks.setdefault(pid, threading.RLock()):
+    with own_lock():
         if part._pid == pid or (pid, part) in _renewing:
             return
         _renewing.append((pid, part))
@@ -50,8 +53,6 @@ def renew_at_forks(part: Part) -> None:
 
 
 def _in_child() -> None:
-    global lock
-    lock = threading.RLock()
     for part in list(_renewed_at_forks):
         renew(part)
 

@@ -21,8 +21,8 @@ import redis.sentinel
 from redis import exceptions
 from redis.backoff import NoBackoff
 
-from .. import _process
 from .._errors import PolicyError
+from .._process import own_lock
 from .url import ClusterUrl, client_from_url
 
 Address: TypeAlias = tuple[str, int]
@@ -54,7 +54,7 @@ def client_of(given: Any, kind: Kind) -> Any:
         found = _by_url.get(key)
         if found is None:
             found = client_from_url(given, kind)
-            with _process.lock:  # another thread may have made one meanwhile
+            with own_lock():  # another thread may have made one meanwhile
                 found = _by_url.setdefault(key, found)
         return found
     remedy = _remedy(given, kind)

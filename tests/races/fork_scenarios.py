@@ -127,7 +127,7 @@ def held(url: str, which: str) -> object:
     locks = {
         "isolated": isolated and isolated._lock,
         "breaker": breaker._view.lock,
-        "nested": _process.lock,
+        "nested": _process.own_lock(),
         "refreshing": server._refreshing,
         "outage": outage and outage._lock,
         "refusal": outage and outage._lock,
@@ -167,7 +167,7 @@ def held_in_memory(url: str, which: str) -> object:
     inside, done = threading.Event(), threading.Event()
 
     def hold() -> None:
-        with {"breaker": breaker._view.lock, "nested": _process.lock}[which]:
+        with {"breaker": breaker._view.lock, "nested": _process.own_lock()}[which]:
             inside.set()
             done.wait(PATIENCE)
 
