@@ -23,6 +23,8 @@ import link_fleet
 import pytest
 from link_fleet import OneBad
 
+from pybreaker_redis import CircuitBreaker
+from pybreaker_redis._line import Line
 from pybreaker_redis.embedded import EmbeddedServer
 
 LEASE = 0.1  # the default
@@ -147,6 +149,18 @@ def test_a_hundred_breakers(target: EmbeddedServer, rate: float) -> None:
     """The breakers of one process are refreshed together: 12 exchanges a second."""
     found = link_fleet.exchanges_of_many(target, rate=rate, seconds=1.5)
     assert 1 <= found["exchanges_per_second"] <= 12
+
+
+def test_first_calls_of_many_breakers(target: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exchange for which a call waits is not for all breakers: 300 tenants cost little more than 300 times one."""
+    looked_at: list[Line] = []
+    due = Line.due
+    monkeypatch.setattr(Line, "due", lambda line, *given: looked_at.append(line) or due(line, *given))
+    breakers = [CircuitBreaker(f"tenant-{number}", redis=target.url, lease=3600) for number in range(300)]
+    for breaker in breakers:
+        breaker.call(int)
+    assert len(looked_at) < 20 * len(breakers)
+    assert {one.breaker.name for one in looked_at} == {breaker.name for breaker in breakers}
 
 
 @long
