@@ -3,7 +3,7 @@
 Once per lease, an exchange is for all recently used breakers. One that a call needs before then is only for the
 breakers that were called since: a process may use thousands.
 
-An exchange first retries what is down, breaker by breaker. Then it sends, in one pipeline, the reports that are due and
+An exchange first retries what is down. Then it sends, in one pipeline, the reports that are due and
 a read of the state and policy keys of every recently used breaker. A breaker reads a healthy document itself.
 Any other document goes through a script, whose verdict holds while the stored bytes stay the same. No I/O.
 """
@@ -365,25 +365,36 @@ class Link:
     def _retry_one(self, outage: Outage, lines: list[Line]) -> Pipelines:
         """Retry a server until one of its breakers gets an answer, then all its other breakers.
 
-        Each breaker is asked alone, by a script that writes: a server that is full still answers reads, and one huge
-        value must not starve the others. Each retry begins with another breaker.
+        Each is asked by a script that writes: a server that is full still answers reads. The first one is asked alone,
+        then ever more at once; if their exchange is lost, each alone: one huge value must not starve the others. Each
+        retry begins with another breaker.
         """
         self._turn += 1
         first = self._turn % len(lines)
         node = self._node_of(lines[0])
-        for line in [*lines[first:], *lines[:first]]:
+        waiting = collections.deque([*lines[first:], *lines[:first]])
+        size = alone = 1  # how many to ask at once; how many to ask alone before
+        while waiting:
+            asked = [waiting.popleft() for _ in range(min(size, len(waiting)))]
             sent = monotonic()
-            (reply,) = yield [build.run("record", line.key, line.refresh_request(proves=True))]
-            error = reply if isinstance(reply, Exception) else None
-            line.notices.script_ran("record", monotonic() - sent, error)
-            if error is None:
-                self._answered(line, node, outage)
-                line.restored(decode(reply), sent)
-                self._collect(lines)
-            elif node in self._outages and concerns_server(error):
-                break
-            else:  # the server has answered another breaker: the error concerns this one
-                self._refused(line, error)
+            replies = yield [build.run("record", line.key, line.refresh_request(proves=True)) for line in asked]
+            if len(asked) > 1 and any(isinstance(reply, Exception) and concerns_server(reply) for reply in replies):
+                waiting.extendleft(reversed(asked))
+                size, alone = 1, len(asked)
+                continue
+            for line, reply in zip(asked, replies, strict=True):
+                error = reply if isinstance(reply, Exception) else None
+                line.notices.script_ran("record", monotonic() - sent, error)
+                if error is None:
+                    self._answered(line, node, outage)
+                    line.restored(decode(reply), sent)
+                elif node in self._outages and concerns_server(error):
+                    waiting.clear()
+                else:  # the server has answered another breaker: the error concerns this one
+                    self._refused(line, error)
+            self._collect(asked)
+            alone -= 1
+            size = 1 if alone > 0 else min(2 * size, READ_AT_ONCE)
         for failed in {outage, self._outages.get(node, outage)}:  # another one may have begun after an answer
             failed.failed_again()
 
