@@ -37,6 +37,7 @@ from .outage import Outage, longest_exchange
 SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
 LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins held
 READ_AT_ONCE = 250  # breakers in one MGET
+REFRESHED_AT_ONCE = 500  # breakers in one pipeline: an event loop does nothing else while it prepares or reads one
 BURST, BURST_TIME = 10, 0.1  # exchanges in the background, within so many seconds
 logger = logging.getLogger("pybreaker_redis")
 
@@ -195,11 +196,13 @@ class Link:
             lines = [*dict.fromkeys([*(self._swept(wanted) or called), *hinted])]
             if self._outages or any(line.refusal for line in lines):
                 lines = yield from self._retry(lines)
-            self._reporting.update(lines)  # before outcomes are taken: a failure must not overtake them
-            try:
-                yield from self._refresh(lines, hinted, wanted)
-            finally:
-                self._reporting.difference_update(lines)
+            for first in range(0, len(lines), REFRESHED_AT_ONCE):
+                part = [one for one in lines[first : first + REFRESHED_AT_ONCE] if self.outage(one) is None]
+                self._reporting.update(part)  # before outcomes are taken: a failure must not overtake them
+                try:
+                    yield from self._refresh(part, hinted, wanted)
+                finally:
+                    self._reporting.difference_update(part)
             for line in hinted:
                 if self.outage(line) is not None:
                     self._hinted[line] = True  # read it after the outage

@@ -17,15 +17,18 @@ that a slow and shared machine meets: counts, and waits far below redis_timeout.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 
 import link_fleet
 import pytest
+from conftest import stopped, wait_until
 from link_fleet import OneBad
 
 from pybreaker_redis import CircuitBreaker
 from pybreaker_redis._line import Line
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.sync import Connections
 
 LEASE = 0.1  # the default
 HANGS = {False: 1.5, True: 2.5}  # seconds, by whether it watches: a subscription notices a hang after two
@@ -161,6 +164,26 @@ def test_first_calls_of_many_breakers(target: EmbeddedServer, monkeypatch: pytes
         breaker.call(int)
     assert len(looked_at) < 20 * len(breakers)
     assert {one.breaker.name for one in looked_at} == {breaker.name for breaker in breakers}
+
+
+def test_an_exchange_in_parts(target: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of breakers are refreshed part by part, so that an event loop does other work meanwhile. A server that
+    hangs is waited for once."""
+    monkeypatch.setattr("pybreaker_redis.wire.link.REFRESHED_AT_ONCE", 10)
+    sent: list[int] = []
+    send = Connections.send
+    monkeypatch.setattr(
+        Connections, "send", lambda self, commands, *left: sent.append(len(commands)) or send(self, commands, *left)
+    )
+    breakers = [CircuitBreaker(f"tenant-{number}", redis=target.url) for number in range(35)]
+    for breaker in breakers:
+        breaker.call(int)
+    asked = time.monotonic()
+    wait_until(lambda: breakers[0].call(int) or all(breaker._view.seen.sent >= asked for breaker in breakers))
+    with stopped(target):
+        sent.clear()
+        wait_until(lambda: breakers[0].call(int) or breakers[0]._redis.link.outage(breakers[0]._line))
+        assert len(sent) == 1
 
 
 @long
