@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import link_fleet
 import pytest
@@ -28,6 +29,7 @@ from link_fleet import OneBad
 from pybreaker_redis import CircuitBreaker
 from pybreaker_redis._line import Line
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.commands import Command
 from pybreaker_redis.wire.sync import Connections
 
 LEASE = 0.1  # the default
@@ -158,7 +160,12 @@ def test_first_calls_of_many_breakers(target: EmbeddedServer, monkeypatch: pytes
     """An exchange for which a call waits is not for all breakers: 300 tenants cost little more than 300 times one."""
     looked_at: list[Line] = []
     due = Line.due
-    monkeypatch.setattr(Line, "due", lambda line, *given: looked_at.append(line) or due(line, *given))
+
+    def noted(line: Line, *given: Any) -> Any:
+        looked_at.append(line)
+        return due(line, *given)
+
+    monkeypatch.setattr(Line, "due", noted)
     breakers = [CircuitBreaker(f"tenant-{number}", redis=target.url, lease=3600) for number in range(300)]
     for breaker in breakers:
         breaker.call(int)
@@ -172,9 +179,12 @@ def test_an_exchange_in_parts(target: EmbeddedServer, monkeypatch: pytest.Monkey
     monkeypatch.setattr("pybreaker_redis.wire.link.REFRESHED_AT_ONCE", 10)
     sent: list[int] = []
     send = Connections.send
-    monkeypatch.setattr(
-        Connections, "send", lambda self, commands, *left: sent.append(len(commands)) or send(self, commands, *left)
-    )
+
+    def noted(self: Connections, commands: Sequence[Command], *left: float) -> list[Any]:
+        sent.append(len(commands))
+        return send(self, commands, *left)
+
+    monkeypatch.setattr(Connections, "send", noted)
     breakers = [CircuitBreaker(f"tenant-{number}", redis=target.url) for number in range(35)]
     for breaker in breakers:
         breaker.call(int)
