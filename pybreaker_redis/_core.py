@@ -26,6 +26,7 @@ from ._slow import SlowCalls
 from ._view import Verdict
 from ._watch import BaseWatch
 from .wire.options import BLOCKING, REDIS_ERRORS, Kind, address_of, client_of
+from .wire.outage import longest_exchange
 
 W = TypeVar("W", bound=BaseWatch)
 Fallback: TypeAlias = Callable[[CircuitOpenError], Any]
@@ -41,7 +42,8 @@ class BreakerCore(Runner):
 
     __slots__ = (
         *("_host", "_prefix", "_classifier", "_fallback", "_record_errors", "_every_result_succeeds", "_only_counts"),
-        *("_client", "_innermost", "_permit", "_slow_calls", "_watch", "_pid", "_asking", "_asked_for_at", "_shares"),
+        *("_client", "_innermost", "_permit", "_slow_calls", "_watch", "_pid", "_asking", "_asked_at"),
+        *("_asked_for_at", "_shares"),
         "__weakref__",
     )
 
@@ -116,7 +118,7 @@ class BreakerCore(Runner):
         instance = f"{self._host[:180]}:{os.getpid()}-{secrets.token_hex(4)}"
         self._notices.start_process(instance, self._view.lock)
         self._warned_of_window = False
-        self._asking = 0  # calls that ask for a permit now
+        self._asking, self._asked_at = 0, NEVER  # calls that ask for a permit now; when the last of them began to
 
     def _check_process(self) -> None:
         """Start anew if this is a child. The fast path repeats these lines, to save a call."""
@@ -231,7 +233,7 @@ class BreakerCore(Runner):
             return self._permit(self, None, now)  # part of the probe, whose own outcome counts
         if verdict is Verdict.REJECT:
             return self._reject(seen.state, seen.left(seen.retry_at, now), seen.reason, seen.error)
-        if view.lease > 0 and self._asking >= view.policy.half_open_max_calls:
+        if view.lease > 0 and self._asking >= view.policy.half_open_max_calls and not self._asked_in_vain():
             # the calls before this one are asking for all slots
             return self._reject("half_open", ASKED_AGAIN, seen.reason, seen.error)
         return verdict
@@ -261,10 +263,20 @@ class BreakerCore(Runner):
             return False
         return age(seen.sent, monotonic()) >= 2 * lease + (link.timeout if link.is_busy() else 0.0)
 
+    def _asked_in_vain(self) -> bool:
+        """Forget the calls that ask if they began so long ago that they never end: their event loop was closed."""
+        patience = longest_exchange(0.0) if self._redis is None else self._redis.link.patience
+        with self._view.lock:
+            lost = age(self._asked_at, monotonic()) >= patience
+            if lost:
+                self._asking = 0
+            return lost
+
     def _ask(self) -> Steps[BasePermit]:
         """Ask for a permit. Raises CircuitOpenError."""
         with self._view.lock:
             self._asking += 1
+            self._asked_at = monotonic()
         try:
             *slow_probes, request = self._reports()
             for report in slow_probes:

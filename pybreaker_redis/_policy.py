@@ -204,7 +204,8 @@ class Policy:
     @property
     def _keeps_window(self) -> bool:
         """Whether a window can trip the breaker."""
-        return any(getattr(self, name) for name in WINDOW_RULES)
+        # an exchange of the link asks each of its breakers
+        return bool(self.failures_in_window or self.error_rate_threshold or self.slow_call_rate_threshold)
 
     def _to_request(self) -> dict[str, Any]:
         """The fields that differ from the defaults, in the scripts' units."""

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from conftest import nonzero, stored_calls, wait_until
+from conftest import nonzero, stopped, stored_calls, wait_until
 
 from pybreaker_redis import AsyncCircuitBreaker, CircuitBreaker, CircuitOpenError, Event, PermitError, Policy, _async
 from pybreaker_redis import PolicyError as Refused
@@ -1450,6 +1450,38 @@ def test_loops_for_one_call_each_lose_no_success(server: EmbeddedServer) -> None
         asyncio.run(one())
         time.sleep(0.06)
     assert asyncio.run(counted()) == 30
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine")  # of lost tasks
+def test_a_loop_that_is_closed_while_a_call_asks_for_a_probe(own_server: EmbeddedServer) -> None:
+    """Its call never ends. Calls of later loops are rejected for a while only, then one of them probes."""
+    policy = Policy(failure_threshold=1, reset_timeout=0.001, probe_timeout=0.1)
+    breaker = AsyncCircuitBreaker("closed-loop", redis=own_server.url, policy=policy)
+
+    def run(call: Awaitable[Any]) -> Any:
+        loop = asyncio.new_event_loop()  # closed without an end of its tasks, unlike that of asyncio.run()
+        try:
+            return loop.run_until_complete(call)
+        finally:
+            loop.close()
+
+    async def asks() -> None:
+        await breaker.snapshot()  # it has a connection
+        with stopped(own_server), contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(breaker.call(fine), 0.02)
+
+    with pytest.raises(Boom):
+        run(breaker.call(boom))
+    run(asks())
+
+    def is_admitted() -> bool:
+        with contextlib.suppress(CircuitOpenError):
+            return bool(run(breaker.call(fine)))
+        return False
+
+    wait_until(is_admitted)
+    assert breaker.state == "closed"
+    gc.collect()
 
 
 def test_a_listener_whose_own_future_was_cancelled(server: EmbeddedServer) -> None:

@@ -13,7 +13,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -30,6 +30,8 @@ from pybreaker_redis import (
     RedisUnavailableError,
 )
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.commands import Command
+from pybreaker_redis.wire.sync import Connections
 
 Make = Callable[..., Any]
 MANY = Policy(failure_threshold=10**9)
@@ -265,6 +267,42 @@ def test_breakers_share_an_outage(make: Make, slammer: Slammer, caplog: pytest.L
         assert slammer.count == 1
     assert kinds == ["redis_error"] * 5
     assert len(warnings(caplog)) == 1
+
+
+@pytest.mark.parametrize("huge", [False, True])
+def test_many_breakers_return_together(own_server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch, huge: bool) -> None:
+    """After an outage a hundred breakers take a few round trips. If one of them loses each connection, as one with a
+    huge value does, the others return all the same."""
+    breakers = [CircuitBreaker(f"tenant-{number}", redis=own_server.url) for number in range(100)]
+    sizes: list[int] = []
+    send = Connections.send
+
+    def counted(self: Connections, commands: Sequence[Command], *left: float) -> list[Any]:
+        sizes.append(len(commands))
+        if huge and any(breakers[7]._key in command.words for command in commands):
+            raise redis.TimeoutError("timed out")
+        return send(self, commands, *left)
+
+    def are_back() -> bool:
+        for breaker in breakers:
+            breaker.call(fine)
+        return sum(breaker._line.local is None for breaker in breakers) >= 100 - huge
+
+    for breaker in breakers:
+        breaker.call(fine)
+    with stopped(own_server):
+        with pytest.raises(Boom):
+            breakers[0].call(boom)
+        for breaker in breakers:
+            breaker.call(fine)
+        assert all(breaker._line.local is not None for breaker in breakers)
+    monkeypatch.setattr(Connections, "send", counted)
+    wait_until(are_back)
+    if huge:
+        assert breakers[7].snapshot().source == "local"
+    else:
+        assert {1, 2, 4, 8, 16, 32} < {*sizes}
+        assert len(sizes) < 50
 
 
 @pytest.fixture

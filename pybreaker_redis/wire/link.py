@@ -1,6 +1,9 @@
 """The link of a process to one Redis. One exchange refreshes all its breakers, and they share each outage.
 
-An exchange first retries what is down, breaker by breaker. Then it sends, in one pipeline, the reports that are due and
+Once per lease, an exchange is for all recently used breakers. One that a call needs before then is only for the
+breakers that were called since: a process may use thousands.
+
+An exchange first retries what is down. Then it sends, in one pipeline, the reports that are due and
 a read of the state and policy keys of every recently used breaker. A breaker reads a healthy document itself.
 Any other document goes through a script, whose verdict holds while the stored bytes stay the same. No I/O.
 """
@@ -34,6 +37,7 @@ from .outage import Outage, longest_exchange
 SHORTEST_PAUSE = 0.01  # seconds between two checks for due reports
 LAST_PAUSE = 0.1  # seconds to the last check: when a breaker is freed, it leaves _used before it joins held
 READ_AT_ONCE = 250  # breakers in one MGET
+REFRESHED_AT_ONCE = 500  # breakers in one pipeline: an event loop does nothing else while it prepares or reads one
 BURST, BURST_TIME = 10, 0.1  # exchanges in the background, within so many seconds
 logger = logging.getLogger("pybreaker_redis")
 
@@ -58,13 +62,16 @@ class Link:
         self.ended = False
         self.wanted = False  # a breaker waits for an exchange
         self.busy_since = NEVER  # when the exchange that is under way began
+        self.sweeps = True  # it is for all breakers in use
         self.undelivered: collections.deque[tuple[BreakerCore, list[Event]]] = collections.deque()
         self.held: collections.deque[Line] = collections.deque()
         self._home = home or (lambda key: None)
         self._read_at_once = READ_AT_ONCE if home is None else 1  # two breakers have different slots in a cluster
         self._outages: dict[Address | None, Outage] = {}  # by node
         self._used: weakref.WeakKeyDictionary[Line, None] = weakref.WeakKeyDictionary()
+        self._called: weakref.WeakKeyDictionary[Line, bool] = weakref.WeakKeyDictionary()  # since the last exchange
         self._hinted: weakref.WeakKeyDictionary[Line, bool] = weakref.WeakKeyDictionary()
+        self._swept_at, self._sweep_after = NEVER, 0.0  # when an exchange was last for all; seconds until the next one
         self._reporting: set[Line] = set()
         self._listing = Listing()
         self._empty_since = float("inf")  # when a check first found no breaker
@@ -78,7 +85,7 @@ class Link:
         """
         used = _alive(self._used)
         self.wanted, self.busy_since = False, NEVER
-        for kept in (self._outages, self._used, self._hinted, self.held, self._reporting):
+        for kept in (self._outages, self._used, self._called, self._hinted, self.held, self._reporting):
             kept.clear()
         self.undelivered.clear()
         self._listing.start_process()
@@ -145,7 +152,10 @@ class Link:
         if self.ended:
             line.gathered(ends=True)
         line.used_at = monotonic()
-        self._used[line] = None
+        if line not in self._used:
+            self._used[line] = None
+            self._sweep_after = min(self._sweep_after, line.pause())
+        self._called[line] = True
         self._empty_since = float("inf")
 
     def hint(self, line: Line) -> None:
@@ -156,6 +166,7 @@ class Link:
     def leave(self, line: Line) -> None:
         """Stop refreshing this breaker until it is used again."""
         self._used.pop(line, None)
+        self._called.pop(line, None)
         self._listing.left(line)
 
     def pause(self) -> float | None:
@@ -181,21 +192,33 @@ class Link:
         try:
             if self.held:
                 yield from self._report_held()
-            # another event loop may take some of them
-            hinted = {line for line in _alive(self._hinted) if self._hinted.pop(line, False)}
-            lines = [*dict.fromkeys([*_alive(self._used), *hinted])]
+            called, hinted = _taken(self._called), {*_taken(self._hinted)}
+            lines = [*dict.fromkeys([*(self._swept(wanted) or called), *hinted])]
             if self._outages or any(line.refusal for line in lines):
                 lines = yield from self._retry(lines)
-            self._reporting.update(lines)  # before outcomes are taken: a failure must not overtake them
-            try:
-                yield from self._refresh(lines, hinted, wanted)
-            finally:
-                self._reporting.difference_update(lines)
+            for first in range(0, len(lines), REFRESHED_AT_ONCE):
+                part = [one for one in lines[first : first + REFRESHED_AT_ONCE] if self.outage(one) is None]
+                self._reporting.update(part)  # before outcomes are taken: a failure must not overtake them
+                try:
+                    yield from self._refresh(part, hinted, wanted)
+                finally:
+                    self._reporting.difference_update(part)
             for line in hinted:
                 if self.outage(line) is not None:
                     self._hinted[line] = True  # read it after the outage
         finally:
             self.busy_since = NEVER
+
+    def _swept(self, wanted: bool) -> list[Line]:
+        """All breakers in use if it is time to refresh them, or to look for due reports; else none."""
+        now = monotonic()
+        self.sweeps = not wanted or bool(self._outages) or age(self._swept_at, now) >= self._sweep_after
+        if not self.sweeps:
+            return []
+        lines = _alive(self._used)
+        if wanted:  # else it reads nothing
+            self._swept_at, self._sweep_after = now, min([line.pause() for line in lines], default=0.0)
+        return lines
 
     def end(self) -> Pipelines:
         """The last exchange of a process: only reports, and only to servers that are not down."""
@@ -345,25 +368,36 @@ class Link:
     def _retry_one(self, outage: Outage, lines: list[Line]) -> Pipelines:
         """Retry a server until one of its breakers gets an answer, then all its other breakers.
 
-        Each breaker is asked alone, by a script that writes: a server that is full still answers reads, and one huge
-        value must not starve the others. Each retry begins with another breaker.
+        Each is asked by a script that writes: a server that is full still answers reads. The first one is asked alone,
+        then ever more at once; if their exchange is lost, each alone: one huge value must not starve the others. Each
+        retry begins with another breaker.
         """
         self._turn += 1
         first = self._turn % len(lines)
         node = self._node_of(lines[0])
-        for line in [*lines[first:], *lines[:first]]:
+        waiting = collections.deque([*lines[first:], *lines[:first]])
+        size = alone = 1  # how many to ask at once; how many to ask alone before
+        while waiting:
+            asked = [waiting.popleft() for _ in range(min(size, len(waiting)))]
             sent = monotonic()
-            (reply,) = yield [build.run("record", line.key, line.refresh_request(proves=True))]
-            error = reply if isinstance(reply, Exception) else None
-            line.notices.script_ran("record", monotonic() - sent, error)
-            if error is None:
-                self._answered(line, node, outage)
-                line.restored(decode(reply), sent)
-                self._collect(lines)
-            elif node in self._outages and concerns_server(error):
-                break
-            else:  # the server has answered another breaker: the error concerns this one
-                self._refused(line, error)
+            replies = yield [build.run("record", line.key, line.refresh_request(proves=True)) for line in asked]
+            if len(asked) > 1 and any(isinstance(reply, Exception) and concerns_server(reply) for reply in replies):
+                waiting.extendleft(reversed(asked))
+                size, alone = 1, len(asked)
+                continue
+            for line, reply in zip(asked, replies, strict=True):
+                error = reply if isinstance(reply, Exception) else None
+                line.notices.script_ran("record", monotonic() - sent, error)
+                if error is None:
+                    self._answered(line, node, outage)
+                    line.restored(decode(reply), sent)
+                elif node in self._outages and concerns_server(error):
+                    waiting.clear()
+                else:  # the server has answered another breaker: the error concerns this one
+                    self._refused(line, error)
+            self._collect(asked)
+            alone -= 1
+            size = 1 if alone > 0 else min(2 * size, READ_AT_ONCE)
         for failed in {outage, self._outages.get(node, outage)}:  # another one may have begun after an answer
             failed.failed_again()
 
@@ -379,3 +413,8 @@ class Link:
 def _alive(lines: weakref.WeakKeyDictionary[Line, Any]) -> list[Line]:
     """The lines of a dictionary that other threads may change meanwhile."""
     return [line for reference in lines.keyrefs() if (line := reference()) is not None]
+
+
+def _taken(lines: weakref.WeakKeyDictionary[Line, bool]) -> list[Line]:
+    """Take the lines out of a dictionary; another event loop may take some of them."""
+    return [line for line in _alive(lines) if lines.pop(line, False)]

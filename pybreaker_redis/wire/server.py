@@ -68,7 +68,7 @@ class BaseServer:
     def soon(self, line: Line, urgent: bool = False) -> None:
         """Refresh a breaker in the background. urgent: it has a report to send."""
         self.link.use(line)
-        if urgent or not self.link.is_busy():
+        if urgent or not (self.link.sweeps and self.link.is_busy()):
             self.link.wanted = True
             self._start()
 

@@ -103,7 +103,7 @@ class Server(BaseServer):
                 self._refreshing = threading.RLock()
             return
         try:
-            if before == self._refreshes:
+            if before == self._refreshes or self.link.wanted:
                 self.link.wanted |= wanted
                 carry_out(self.link.exchange(), self.exchange)
                 self._refreshes += 1

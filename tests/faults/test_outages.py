@@ -318,6 +318,31 @@ def test_state_key_evicted(target: Restartable) -> None:
         running.check_no_surprise()
 
 
+@pytest.mark.parametrize("state", ["closed", "open", "half_open"])
+def test_policy_and_history_evicted(target: Restartable, state: str) -> None:
+    """Without its policy override and history, a breaker keeps its state, and counts by its own policy."""
+    policy = Policy(failure_threshold=3, reset_timeout=0.001 if state == "half_open" else 3600)
+    breaker = CircuitBreaker("evicted", redis=target.url, policy=policy, redis_timeout=20)
+    with target.client() as client:
+        breaker.set_policy(failure_threshold=2)
+        for _ in range(0 if state == "closed" else 2):
+            breaker.acquire().failure()
+        wait_until(lambda: breaker.state == state)
+        client.delete(breaker.keys.policy)
+        client.delete(breaker.keys.history)
+        snapshot = breaker.snapshot()
+        assert snapshot.state == ("open" if state == "half_open" else state)
+        assert snapshot.policy.failure_threshold == 3
+        assert breaker.history() == []
+        breaker.reset()
+        for _ in range(3):
+            assert breaker.snapshot().state == "closed"
+            breaker.acquire().failure()
+        assert breaker.snapshot().state == "open"
+        assert next(entry.new for entry in breaker.history()) == "open"
+        client.flushall()  # a history that begins in the middle
+
+
 def test_demoted_to_replica(target: Restartable) -> None:
     """A master that becomes a replica (READONLY) is an outage until it is a master again."""
     with restartable() as other, loads(url=target.url) as running, target.client() as client:

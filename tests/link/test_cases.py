@@ -17,13 +17,20 @@ that a slow and shared machine meets: counts, and waits far below redis_timeout.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import link_fleet
 import pytest
+from conftest import stopped, wait_until
 from link_fleet import OneBad
 
+from pybreaker_redis import CircuitBreaker
+from pybreaker_redis._line import Line
 from pybreaker_redis.embedded import EmbeddedServer
+from pybreaker_redis.wire.commands import Command
+from pybreaker_redis.wire.sync import Connections
 
 LEASE = 0.1  # the default
 HANGS = {False: 1.5, True: 2.5}  # seconds, by whether it watches: a subscription notices a hang after two
@@ -147,6 +154,46 @@ def test_a_hundred_breakers(target: EmbeddedServer, rate: float) -> None:
     """The breakers of one process are refreshed together: 12 exchanges a second."""
     found = link_fleet.exchanges_of_many(target, rate=rate, seconds=1.5)
     assert 1 <= found["exchanges_per_second"] <= 12
+
+
+def test_first_calls_of_many_breakers(target: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exchange for which a call waits is not for all breakers: 300 tenants cost little more than 300 times one."""
+    looked_at: list[Line] = []
+    due = Line.due
+
+    def noted(line: Line, *given: Any) -> Any:
+        looked_at.append(line)
+        return due(line, *given)
+
+    monkeypatch.setattr(Line, "due", noted)
+    breakers = [CircuitBreaker(f"tenant-{number}", redis=target.url, lease=3600) for number in range(300)]
+    for breaker in breakers:
+        breaker.call(int)
+    assert len(looked_at) < 20 * len(breakers)
+    assert {one.breaker.name for one in looked_at} == {breaker.name for breaker in breakers}
+
+
+def test_an_exchange_in_parts(target: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of breakers are refreshed part by part, so that an event loop does other work meanwhile. A server that
+    hangs is waited for once."""
+    monkeypatch.setattr("pybreaker_redis.wire.link.REFRESHED_AT_ONCE", 10)
+    sent: list[int] = []
+    send = Connections.send
+
+    def noted(self: Connections, commands: Sequence[Command], *left: float) -> list[Any]:
+        sent.append(len(commands))
+        return send(self, commands, *left)
+
+    monkeypatch.setattr(Connections, "send", noted)
+    breakers = [CircuitBreaker(f"tenant-{number}", redis=target.url) for number in range(35)]
+    for breaker in breakers:
+        breaker.call(int)
+    asked = time.monotonic()
+    wait_until(lambda: breakers[0].call(int) or all(breaker._view.seen.sent >= asked for breaker in breakers))
+    with stopped(target):
+        sent.clear()
+        wait_until(lambda: breakers[0].call(int) or breakers[0]._redis.link.outage(breakers[0]._line))
+        assert len(sent) == 1
 
 
 @long

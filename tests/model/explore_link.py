@@ -604,7 +604,7 @@ class Caller(Actor):
                 if self.failure is not None and "_taken" in ask[1]:
                     self.process.world.taken[ask[1]["_taken"]].fate = "down"
                 self.advance(None, error)
-        elif self.process.holder is None and before == self.process.refreshes:
+        elif self.process.holder is None and (before == self.process.refreshes or self.process.link.wanted):
             self.process.link.wanted = True
             self.begin_exchange()
         else:
@@ -663,7 +663,7 @@ class Process:
 
     def soon(self, line: Any, urgent: bool = False) -> None:
         self.link.use(line)
-        if urgent or not self.link.is_busy():
+        if urgent or not (self.link.sweeps and self.link.is_busy()):
             self.link.wanted = True
             self.worker.awake = True
 
@@ -1282,8 +1282,10 @@ class _Fingerprint:
         hints = tuple(sorted(key for number, key in world.hints if number == process.number))
         used = tuple(member in link._used for member in members)
         hinted = tuple(member in link._hinted for member in members)
+        called = tuple(member in link._called for member in members)
         return (
-            *(link.wanted, self.time(link.busy_since, link.patience), used, hinted, self.outage(outage)),
+            *(link.wanted, self.time(link.busy_since, link.patience), used, hinted, called, self.outage(outage)),
+            *(link.sweeps, self.future(link._swept_at + link._sweep_after)),
             *(tuple(member in link._reporting for member in members), link._turn % len(members)),
             *(hints, tuple(events)),
             *(process.worker.awake, None if process.worker.at is None else self.time(process.worker.at, 0.0)),
