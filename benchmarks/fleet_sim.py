@@ -165,14 +165,11 @@ class Process:
         self._waiting: list[Callable[[], None]] = []
 
     def soon(self, line: Any, urgent: bool = False) -> None:
-        self.link.use(line)
-        if urgent or not self.link.is_busy():
-            self.link.wanted = True
+        if self.link.need(line, urgent):
             self._schedule(HOP)
 
     def hint(self, line: Any) -> None:
         self.link.hint(line)
-        self.link.wanted = True
         self._schedule(HOP)
 
     def refreshed(self, then: Callable[[], None]) -> None:

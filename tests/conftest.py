@@ -47,7 +47,7 @@ def only_own_breakers() -> Iterator[None]:
     end = time.monotonic() + 0.2
     for used in list(exits.servers):
         used.link._used.clear()
-        used.link._called.clear()
+        used.link._needing.clear()
         while used.link.is_busy() and time.monotonic() < end:  # its last exchange must not write into the next test
             time.sleep(0.001)
 

@@ -1,11 +1,11 @@
 """The link of a process to one Redis. One exchange refreshes all its breakers, and they share each outage.
 
-Once per lease, an exchange is for all recently used breakers. One that a call needs before then is only for the
-breakers that were called since: a process may use thousands.
+An exchange first retries what is down. Then it sends, in one pipeline, the reports that are due and a read of the state
+and policy keys of every recently used breaker. A breaker reads a healthy document itself. Any other document goes
+through a script, whose verdict holds while the stored bytes stay the same.
 
-An exchange first retries what is down. Then it sends, in one pipeline, the reports that are due and
-a read of the state and policy keys of every recently used breaker. A breaker reads a healthy document itself.
-Any other document goes through a script, whose verdict holds while the stored bytes stay the same. No I/O.
+A process may use thousands of breakers. So an exchange for one that was idle, or for an urgent report, is for this
+breaker alone, unless it is time for all. No I/O.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from time import monotonic
 from typing import Any, TypeAlias
 
@@ -69,9 +69,10 @@ class Link:
         self._read_at_once = READ_AT_ONCE if home is None else 1  # two breakers have different slots in a cluster
         self._outages: dict[Address | None, Outage] = {}  # by node
         self._used: weakref.WeakKeyDictionary[Line, None] = weakref.WeakKeyDictionary()
-        self._called: weakref.WeakKeyDictionary[Line, bool] = weakref.WeakKeyDictionary()  # since the last exchange
+        # which need the next exchange, and whether it may be for them alone
+        self._needing: weakref.WeakKeyDictionary[Line, bool] = weakref.WeakKeyDictionary()
         self._hinted: weakref.WeakKeyDictionary[Line, bool] = weakref.WeakKeyDictionary()
-        self._swept_at, self._sweep_after = NEVER, 0.0  # when an exchange was last for all; seconds until the next one
+        self._swept_at, self._sweep_after = NEVER, IDLE  # when an exchange was last for all; seconds until the next one
         self._reporting: set[Line] = set()
         self._listing = Listing()
         self._empty_since = float("inf")  # when a check first found no breaker
@@ -85,7 +86,7 @@ class Link:
         """
         used = _alive(self._used)
         self.wanted, self.busy_since = False, NEVER
-        for kept in (self._outages, self._used, self._called, self._hinted, self.held, self._reporting):
+        for kept in (self._outages, self._used, self._needing, self._hinted, self.held, self._reporting):
             kept.clear()
         self.undelivered.clear()
         self._listing.start_process()
@@ -155,26 +156,36 @@ class Link:
         if line not in self._used:
             self._used[line] = None
             self._sweep_after = min(self._sweep_after, line.pause())
-        self._called[line] = True
         self._empty_since = float("inf")
+
+    def need(self, line: Line, urgent: bool) -> bool:
+        """Refresh this breaker soon. urgent: it has a report to send. Returns whether an exchange must begin."""
+        alone = urgent or line not in self._used
+        self.use(line)
+        if not alone and self.sweeps and self.is_busy():
+            return False  # the exchange that is under way is for it, too
+        self._needing.setdefault(line, alone)
+        self.wanted = True
+        return True
 
     def hint(self, line: Line) -> None:
         """Read the keys of this breaker in the next exchange, even if its view is fresh."""
         exits.begin()
-        self._hinted[line] = True
+        self._hinted[line] = self.wanted = True
 
     def leave(self, line: Line) -> None:
         """Stop refreshing this breaker until it is used again."""
         self._used.pop(line, None)
-        self._called.pop(line, None)
+        self._needing.pop(line, None)
         self._listing.left(line)
 
     def pause(self) -> float | None:
         """Seconds until the next check for due reports; None if no breaker is in use."""
-        pauses = [line.pause() for line in [*_alive(self._used), *self.held]]
-        if pauses:
+        if self._used or self.held:
             self._empty_since = float("inf")
-            return max(min(*pauses, IDLE), SHORTEST_PAUSE)
+            if self.sweeps:  # else only few breakers may have changed
+                self._sweep_after = min(map(Line.pause, [*_alive(self._used), *self.held]), default=IDLE)
+            return max(min(self._sweep_after, IDLE), SHORTEST_PAUSE)
         now = monotonic()
         self._empty_since = min(self._empty_since, now)
         return LAST_PAUSE if now - self._empty_since < LAST_PAUSE / 2 else None
@@ -192,12 +203,22 @@ class Link:
         try:
             if self.held:
                 yield from self._report_held()
-            called, hinted = _taken(self._called), {*_taken(self._hinted)}
-            lines = [*dict.fromkeys([*(self._swept(wanted) or called), *hinted])]
+            # another event loop may take some of them
+            taken = {line: self._needing.pop(line, None) for line in _alive(self._needing)}
+            needing = {line: alone for line, alone in taken.items() if alone is not None}
+            hinted = {line for line in _alive(self._hinted) if self._hinted.pop(line, False)}
+            # a breaker in use that is stale shares the exchange with all others, so that all become stale together
+            is_time = not wanted or age(self._swept_at, self.busy_since) >= self._sweep_after
+            self.sweeps = is_time or bool(self._outages) or not (needing or hinted) or not all(needing.values())
+            if self.sweeps:
+                self._swept_at = self.busy_since
+            lines = [*dict.fromkeys([*(_alive(self._used) if self.sweeps else needing), *hinted])]
             if self._outages or any(line.refusal for line in lines):
                 lines = yield from self._retry(lines)
             for first in range(0, len(lines), REFRESHED_AT_ONCE):
-                part = [one for one in lines[first : first + REFRESHED_AT_ONCE] if self.outage(one) is None]
+                part = lines[first : first + REFRESHED_AT_ONCE]
+                if self._outages:  # one may have begun with the part before
+                    part = [line for line in part if self.outage(line) is None]
                 self._reporting.update(part)  # before outcomes are taken: a failure must not overtake them
                 try:
                     yield from self._refresh(part, hinted, wanted)
@@ -208,17 +229,6 @@ class Link:
                     self._hinted[line] = True  # read it after the outage
         finally:
             self.busy_since = NEVER
-
-    def _swept(self, wanted: bool) -> list[Line]:
-        """All breakers in use if it is time to refresh them, or to look for due reports; else none."""
-        now = monotonic()
-        self.sweeps = not wanted or bool(self._outages) or age(self._swept_at, now) >= self._sweep_after
-        if not self.sweeps:
-            return []
-        lines = _alive(self._used)
-        if wanted:  # else it reads nothing
-            self._swept_at, self._sweep_after = now, min([line.pause() for line in lines], default=0.0)
-        return lines
 
     def end(self) -> Pipelines:
         """The last exchange of a process: only reports, and only to servers that are not down."""
@@ -246,7 +256,7 @@ class Link:
             self._receive(line, request, reply, sent)
         self._collect(lines)
 
-    def _refresh(self, lines: list[Line], hinted: set[Line], wanted: bool) -> Pipelines:
+    def _refresh(self, lines: list[Line], hinted: Collection[Line], wanted: bool) -> Pipelines:
         sent = monotonic()
         due = {line: line.due(sent, wanted, line in hinted) for line in lines}
         for line, what in due.items():
@@ -412,9 +422,4 @@ class Link:
 
 def _alive(lines: weakref.WeakKeyDictionary[Line, Any]) -> list[Line]:
     """The lines of a dictionary that other threads may change meanwhile."""
-    return [line for reference in lines.keyrefs() if (line := reference()) is not None]
-
-
-def _taken(lines: weakref.WeakKeyDictionary[Line, bool]) -> list[Line]:
-    """Take the lines out of a dictionary; another event loop may take some of them."""
-    return [line for line in _alive(lines) if lines.pop(line, False)]
+    return [*filter(None, map(weakref.ref.__call__, lines.keyrefs()))]

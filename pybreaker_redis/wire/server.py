@@ -67,15 +67,12 @@ class BaseServer:
 
     def soon(self, line: Line, urgent: bool = False) -> None:
         """Refresh a breaker in the background. urgent: it has a report to send."""
-        self.link.use(line)
-        if urgent or not (self.link.sweeps and self.link.is_busy()):
-            self.link.wanted = True
+        if self.link.need(line, urgent):
             self._start()
 
     def hint(self, line: Line) -> None:
         """Read a breaker's keys in the background, even if its view is fresh."""
         self.link.hint(line)
-        self.link.wanted = True
         self._start()
 
     def subscriber(self) -> Any:

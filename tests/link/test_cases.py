@@ -173,6 +173,31 @@ def test_first_calls_of_many_breakers(target: EmbeddedServer, monkeypatch: pytes
     assert {one.breaker.name for one in looked_at} == {breaker.name for breaker in breakers}
 
 
+def test_breakers_that_were_first_called_at_different_times(
+    target: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They come to share their exchanges: those of a process do not grow with the number of its breakers."""
+    sent: list[float] = []
+    send = Connections.send
+
+    def noted(self: Connections, commands: Sequence[Command], *left: float) -> list[Any]:
+        sent.append(time.monotonic())
+        return send(self, commands, *left)
+
+    breakers = [CircuitBreaker(f"late-{number}", redis=target.url, lease=LEASE) for number in range(10)]
+    # each is first called when the others were read so short a time ago that its own exchange does not read them
+    starts = [number * (2 * LEASE + 0.004) + 0.6 * LEASE for number in range(10)]
+    began = time.monotonic()
+    while (now := time.monotonic() - began) < starts[-1] + 2.5:
+        if now > starts[-1] + 0.5:
+            monkeypatch.setattr(Connections, "send", noted)
+        for breaker, start in zip(breakers, starts, strict=True):
+            if now >= start:
+                breaker.call(int)
+        time.sleep(0.002)
+    assert 1 < len(sent) <= 2 * 12 + 2
+
+
 def test_an_exchange_in_parts(target: EmbeddedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thousands of breakers are refreshed part by part, so that an event loop does other work meanwhile. A server that
     hangs is waited for once."""

@@ -662,14 +662,11 @@ class Process:
                 breaker._watch = Watching()  # type: ignore[assignment]
 
     def soon(self, line: Any, urgent: bool = False) -> None:
-        self.link.use(line)
-        if urgent or not (self.link.sweeps and self.link.is_busy()):
-            self.link.wanted = True
+        if self.link.need(line, urgent):
             self.worker.awake = True
 
     def hint(self, line: Any) -> None:
         self.link.hint(line)
-        self.link.wanted = True
         self.worker.awake = True
 
     def actors(self) -> list[Any]:
@@ -1282,9 +1279,9 @@ class _Fingerprint:
         hints = tuple(sorted(key for number, key in world.hints if number == process.number))
         used = tuple(member in link._used for member in members)
         hinted = tuple(member in link._hinted for member in members)
-        called = tuple(member in link._called for member in members)
+        needing = tuple(link._needing.get(member) for member in members)
         return (
-            *(link.wanted, self.time(link.busy_since, link.patience), used, hinted, called, self.outage(outage)),
+            *(link.wanted, self.time(link.busy_since, link.patience), used, hinted, needing, self.outage(outage)),
             *(link.sweeps, self.future(link._swept_at + link._sweep_after)),
             *(tuple(member in link._reporting for member in members), link._turn % len(members)),
             *(hints, tuple(events)),

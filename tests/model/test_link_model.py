@@ -193,7 +193,7 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
         (("due = self.is_due()", "due = True"),),
     ),
     "never rests": ("thread does not end", WALK, Line, "due", (("unused > IDLE", "False"),)),
-    "ignores hints": ("disagrees", WALK, Link, "hint", (("self._hinted[line] = True", "pass"),)),
+    "ignores hints": ("disagrees", WALK, Link, "hint", (("self._hinted[line] = self.wanted = True", "pass"),)),
 }
 
 
