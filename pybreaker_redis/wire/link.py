@@ -62,7 +62,7 @@ class Link:
         self.ended = False
         self.wanted = False  # a breaker waits for an exchange
         self.busy_since = NEVER  # when the exchange that is under way began
-        self.sweeps = True  # it is for all breakers in use
+        self.sweeps = True  # whether this exchange, or else the last one, is for all breakers in use
         self.undelivered: collections.deque[tuple[BreakerCore, list[Event]]] = collections.deque()
         self.held: collections.deque[Line] = collections.deque()
         self._home = home or (lambda key: None)
@@ -197,7 +197,7 @@ class Link:
         return since + BURST_TIME - now if self._burst[0] > BURST else 0.0
 
     def exchange(self) -> Pipelines:
-        """One exchange for all breakers. Raises no error of Redis."""
+        """One exchange, for all breakers in use or only for some. Raises no error of Redis."""
         wanted, self.wanted = self.wanted, False
         self.busy_since = monotonic()
         try:
