@@ -152,6 +152,9 @@ class BreakerCore(Runner):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name!r}>"
 
+    def __reduce__(self) -> Any:
+        raise TypeError(f"{self!r} cannot be pickled or copied: make one of the same name where you need it")
+
     @property
     def name(self) -> str:
         """The name of the guarded service."""

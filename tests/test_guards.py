@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import functools
 import gc
@@ -190,6 +191,14 @@ def test_a_rejection_can_be_pickled() -> None:
     """As a task queue does."""
     error = pickle.loads(pickle.dumps(CircuitOpenError("payments", "open", 2.5)))
     assert (type(error), error.name, error.state, error.retry_after) == (CircuitOpenError, "payments", "open", 2.5)
+
+
+@pytest.mark.parametrize("way", [pickle.dumps, copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("kind", [CircuitBreaker, AsyncCircuitBreaker])
+def test_a_breaker_cannot_be_pickled(kind: Any, way: Callable[[Any], Any]) -> None:
+    """The error says what to do, as where a breaker is an argument of a process that is spawned."""
+    with pytest.raises(TypeError, match=f"<{kind.__name__} 'payments'> cannot be pickled or copied: make one"):
+        way(kind("payments"))
 
 
 def test_an_exception_that_passed_a_guard_can_be_pickled(make_breaker: Callable[..., CircuitBreaker]) -> None:
