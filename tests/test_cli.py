@@ -281,6 +281,16 @@ def test_history(run: Callable[..., Done], client: redis.Redis) -> None:
     assert [entry["reason"] for entry in run("history", "discovery", "--json", "-n", "1").json] == ["reset"]
 
 
+def test_history_with_odd_entries(run: Callable[..., Done], client: redis.Redis) -> None:
+    """What another program added to it is passed over."""
+    key = fail(client, "discovery").keys.history
+    client.xadd(key, {b"\xff": b"\xfe"})
+    client.xadd(key, {"from": "open", "to": "closed", "reason": "x", "time_ms": "9" * 400, "generation": "9" * 5000})
+    (line,) = run("history", "discovery").out.splitlines()
+    assert "closed -> open" in line
+    assert run("show", "discovery").code == 0
+
+
 def test_history_of_a_policy(run: Callable[..., Done], client: redis.Redis) -> None:
     """It shows which fields an operator set or ended, until when, by whom and why; JSON has them as in Policy."""
     set_it = ["policy", "set", "d", "failure_threshold=9", "reset_timeout=2.5", "--operator", "ann", "-y"]
@@ -309,6 +319,10 @@ def test_steering(run: Callable[..., Done], client: redis.Redis) -> None:
     assert (shown["state"], shown["forced"]) == ("closed", "closed")
     assert run("clear", "discovery", "-y", "--json").json["forced"] is None
     fail(client, "discovery")
+    assert run("probe", "discovery", "-y").code == 0
+    with make(client, "discovery").acquire() as probe:
+        assert probe.probe
+        probe.release()
     assert run("reset", "discovery", "-y", "--json").json["state"] == "closed"
 
 

@@ -1340,6 +1340,14 @@ def test_fields_that_do_not_fit_each_other(make_breaker: Callable[..., CircuitBr
     breaker.clear_policy()
 
 
+def test_an_override_whose_longest_open_time_is_too_short(make_breaker: Callable[..., CircuitBreaker]) -> None:
+    """The operator does not know each client's reset_timeout: the circuit opens for that, not for less."""
+    breaker = make_breaker(policy=Policy(failure_threshold=1, reset_timeout=60))
+    breaker.set_policy(max_reset_timeout=10)
+    breaker.acquire().failure()
+    assert 55 < breaker.snapshot().retry_after <= 60
+
+
 def test_a_slow_call_that_is_cancelled_reports_with_calls_that_became_slow() -> None:
     """Two calls are slow while they run, a third is released after it was slow: each is one call, and slow."""
     clock = FakeClock()

@@ -48,6 +48,7 @@ def test_keys() -> None:
         "{circuit_breaker:discovery:state}:policy",
     )
     assert keys_of("ä b:c", "pre").state == "pre:ä b:c:state"
+    assert keys_of("b:c", "a") == keys_of("c", "a:b")  # as docs/protocol.md says
 
 
 @pytest.mark.parametrize("name", ["x" * LONGEST_NAME, "ä" * (LONGEST_NAME // 2)])

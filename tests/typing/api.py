@@ -176,7 +176,38 @@ class Shop:
     def price(self, article: int) -> float:
         return 1.5 * article
 
+    @breaker
+    def name(self, article: int) -> str:
+        return str(article)
 
+    @classmethod
+    @breaker
+    def cheapest(cls, article: int) -> str:
+        return str(article)
+
+    @breaker
+    @classmethod
+    def dearest(cls, article: int) -> str:
+        return str(article)
+
+    @staticmethod
+    @breaker
+    def code(article: int) -> str:
+        return str(article)
+
+    @breaker
+    @staticmethod
+    def label(article: int) -> str:
+        return str(article)
+
+
+assert_type(Shop().name(7), str)
+assert_type(Shop.cheapest(7), str)
+assert_type(Shop.dearest(7), str)
+assert_type(Shop.code(7), str)
+assert_type(Shop.label(7), str)
+Shop().name("x")  # type: ignore[arg-type]
+Shop.dearest("x")  # type: ignore[arg-type]
 assert_type(found("x"), str | None)
 all_of_them: list[str] = found_all("x")
 assert_type(Shop().price(7), float | None)
@@ -367,6 +398,26 @@ class AsyncShop:
     @aio(fallback=nothing)
     async def price(self, article: int) -> float:
         return 1.5 * article
+
+    @aio
+    async def name(self, article: int) -> str:
+        return str(article)
+
+    @classmethod
+    @aio
+    async def cheapest(cls, article: int) -> str:
+        return str(article)
+
+    @aio
+    @staticmethod
+    async def code(article: int) -> str:
+        return str(article)
+
+
+async def methods() -> None:
+    assert_type(await AsyncShop().name(7), str)
+    assert_type(await AsyncShop.cheapest(7), str)
+    assert_type(await AsyncShop.code(7), str)
 
 
 async def fallbacks() -> None:
