@@ -21,7 +21,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import redis
@@ -71,7 +72,12 @@ def of_tree(name: str) -> str | None:
 
 def of_revision(revision: str, name: str) -> str | None:
     """The same of another revision."""
-    command = ["git", "-C", str(ROOT), "show", f"{revision}:lua/{name}.lua"]
+    return shown(revision, f"lua/{name}.lua")
+
+
+def shown(revision: str, path: str) -> str | None:
+    """A file of a revision."""
+    command = ["git", "-C", str(ROOT), "show", f"{revision}:{path}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return None if done.returncode else done.stdout
 
@@ -87,7 +93,16 @@ def composed(revision: str | None) -> Texts:
         raise SystemExit(f"no Lua in {revision}")
     if "breaker" in found:
         return {name: found["breaker"] + found[name] for name in SCRIPTS}
-    return {name: joined(found, name) for name in SCRIPTS}
+    join = joined if revision is None else joined_by(revision)
+    return {name: join(found, name) for name in SCRIPTS}
+
+
+def joined_by(revision: str) -> Callable[[Texts, str], str]:
+    """What a revision joins its files with: the order of its functions may differ."""
+    module = vars(types.ModuleType("scripts"))
+    exec(shown(revision, "pybreaker_redis/wire/scripts.py") or "", module)
+    join: Callable[[Texts, str], str] = module["joined"]
+    return join
 
 
 @contextlib.contextmanager
