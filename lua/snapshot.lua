@@ -41,7 +41,9 @@ local policy = breaker.policy_of(request)
 local calls, failures, slow = 0, 0, 0
 if document.window then calls, failures, slow = breaker.sums(document.window) end
 local probes_in_flight = 0
-for _ in pairs(document.probes or {}) do probes_in_flight = probes_in_flight + 1 end
+if document.probes then
+  for _ in next, document.probes do probes_in_flight = probes_in_flight + 1 end
+end
 
 local reply = breaker.reply(document, request)
 reply.exists, reply.now_ms, reply.policy = document.exists, document.now, breaker.whole_policy(request)
