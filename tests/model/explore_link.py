@@ -736,6 +736,15 @@ class Breaker(BreakerCore):
 
         self._notices.changed = once  # type: ignore[method-assign]
 
+    def _adopt(self, reply: Any, sent: float) -> bool:
+        before = self._view.seen
+        adopted = super()._adopt(reply, sent)
+        if self._view.seen is not before and self._view.seen.sent == before.sent:
+            # a late reply, which may describe a later moment than the refusal: at worst the next call asks in vain
+            refusals = self.process.refusals[self._key]
+            refusals[:] = [one for one in refusals if one[0] != before.sent]
+        return adopted
+
     def _deliver_events(self, events: list[Any]) -> None:
         events.clear()
 
