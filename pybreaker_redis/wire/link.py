@@ -386,7 +386,8 @@ class Link:
         first = self._turn % len(lines)
         node = self._node_of(lines[0])
         waiting = collections.deque([*lines[first:], *lines[:first]])
-        size = alone = 1  # how many to ask at once; how many to ask alone before
+        size = 1  # how many breakers to ask at once
+        alone = 1  # how many breakers to ask one by one first
         while waiting:
             asked = [waiting.popleft() for _ in range(min(size, len(waiting)))]
             sent = monotonic()

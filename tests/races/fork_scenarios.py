@@ -164,12 +164,6 @@ def held_in_memory(url: str, which: str) -> object:
     """The same without Redis: a failing call takes the fast path, which does not check the process id."""
     breaker = CircuitBreaker("fork-held", policy=MANY, lease=600.0)
     breaker.call(fine)
-    inside, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with {"breaker": breaker._view.lock, "nested": _process.own_lock()}[which]:
-            inside.set()
-            done.wait(PATIENCE)
 
     def call() -> None:
         with contextlib.suppress(Boom):
@@ -177,13 +171,7 @@ def held_in_memory(url: str, which: str) -> object:
         breaker.call(fine)
         assert (breaker.counts.failures, breaker.counts.successes) == (1, 1)
 
-    thread = threading.Thread(target=hold, daemon=True)
-    thread.start()
-    inside.wait(PATIENCE)
-    end = ended(fork(call), CHILD_PATIENCE / 2)
-    done.set()
-    thread.join(PATIENCE)
-    return {"ends": [end]}
+    return while_held({"breaker": breaker._view.lock, "nested": _process.own_lock()}[which], call)
 
 
 def freed(url: str) -> object:
@@ -193,6 +181,16 @@ def freed(url: str) -> object:
     breaker._redis.link.leave(breaker._line)
     breakers, lock = [breaker], breaker._view.lock
     del breaker
+
+    def free() -> None:
+        breakers.clear()
+        gc.collect()
+
+    return while_held(lock, free)
+
+
+def while_held(lock: Any, child: Callable[[], None]) -> object:
+    """How a child ends that is forked while another thread holds a lock."""
     inside, done = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -200,14 +198,10 @@ def freed(url: str) -> object:
             inside.set()
             done.wait(PATIENCE)
 
-    def free() -> None:
-        breakers.clear()
-        gc.collect()
-
     thread = threading.Thread(target=hold, daemon=True)
     thread.start()
     inside.wait(PATIENCE)
-    end = ended(fork(free), CHILD_PATIENCE / 2)
+    end = ended(fork(child), CHILD_PATIENCE / 2)
     done.set()
     thread.join(PATIENCE)
     return {"ends": [end]}
