@@ -379,38 +379,41 @@ class Link:
         """Retry a server until one of its breakers gets an answer, then all its other breakers.
 
         Each is asked by a script that writes: a server that is full still answers reads. The first one is asked alone,
-        then ever more at once; if their exchange is lost, each alone: one huge value must not starve the others. Each
-        retry begins with another breaker.
+        then ever more at once. Those whose exchange is lost are asked again, each alone: one huge value must not starve
+        the others. Each retry begins with another breaker.
         """
         self._turn += 1
         first = self._turn % len(lines)
         node = self._node_of(lines[0])
         waiting = collections.deque([*lines[first:], *lines[:first]])
-        size = 1  # how many breakers to ask at once
-        alone = 1  # how many breakers to ask one by one first
+        failed: set[Outage | None] = {outage}  # without effect if it ends
+        size = alone = 1  # how many breakers to ask at once; how many to ask one by one first
         while waiting:
             asked = [waiting.popleft() for _ in range(min(size, len(waiting)))]
             sent = monotonic()
             replies = yield [build.run("record", line.key, line.refresh_request(proves=True)) for line in asked]
-            if len(asked) > 1 and any(isinstance(reply, Exception) and concerns_server(reply) for reply in replies):
-                waiting.extendleft(reversed(asked))
-                size, alone = 1, len(asked)
-                continue
+            lost = []
             for line, reply in zip(asked, replies, strict=True):
                 error = reply if isinstance(reply, Exception) else None
                 line.notices.script_ran("record", monotonic() - sent, error)
                 if error is None:
                     self._answered(line, node, outage)
                     line.restored(decode(reply), sent)
-                elif node in self._outages and concerns_server(error):
-                    waiting.clear()
-                else:  # the server has answered another breaker: the error concerns this one
+                elif not concerns_server(error) or (node not in self._outages and len(asked) == 1):
+                    # the server has answered another breaker: the error concerns this one
+                    failed.add(line.refusal)
                     self._refused(line, error)
+                else:
+                    lost.append(line)
             self._collect(asked)
-            alone -= 1
+            if lost and node in self._outages:
+                break
+            waiting.extendleft(reversed(lost))
+            alone = len(lost) or alone - 1
             size = 1 if alone > 0 else min(2 * size, READ_AT_ONCE)
-        for failed in {outage, self._outages.get(node, outage)}:  # another one may have begun after an answer
-            failed.failed_again()
+        failed.add(self._outages.get(node))  # another one may have begun after an answer
+        for one in filter(None, failed):
+            one.failed_again()
 
     def _answered(self, line: Line, node: Address | None, outage: Outage) -> None:
         """Note the end of an outage, of this node or this breaker alone: Redis has accepted a write."""

@@ -369,7 +369,7 @@ class Message:
     failure: Failure | None = None
     replies: list[Any] | None = None
     refusal: tuple[bytes, Any, int] | None = None
-    retries: bool = False
+    retries: set[bytes | None] = dataclasses.field(default_factory=set)  # the server (None), or breakers by key
     view: float = NEVER  # when the view was asked for that its sender had
 
 
@@ -641,7 +641,8 @@ class Process:
         self.address = "simulated"
         self.link = Link(TIMEOUT)
         self.refreshes = self.sent = 0
-        self.retry_at = NEVER  # no retry may come sooner
+        # of the server (None), or of a breaker by its key: no retry may come sooner
+        self.retry_at: dict[bytes | None, float] = {}
         self.exchange: Any = None
         self.holder: Actor | None = None  # of the lock
         self.active: Caller | None = None
@@ -673,7 +674,7 @@ class Process:
         return [self.worker, *self.callers]
 
     def check_sending(self, message: Message, by_link: bool) -> None:
-        """While Redis is down only the link sends, and only retries: one script at a time."""
+        """While Redis is down only the link sends, and only retries: one script at a time until one is answered."""
         if not outages_of(self) or self.world.interrupting:  # an outage may have begun since this was decided
             return
         if by_link and {"_decide", "_announce"} & set(_where(self.exchange)):  # of an exchange that began before
@@ -684,13 +685,23 @@ class Process:
                     continue
                 if not by_link:
                     raise Broken(f"a call asks Redis while it is down: {command.words[-1]!r}")
-                if command.script != "record" or len(message.commands) > 1:
+                if command.script != "record" or (len(message.commands) > 1 and self.link._outages):
                     raise Broken("an exchange sends something else than one retry while Redis is down")
-                message.retries = True
-                if self.world.now < self.retry_at:
+                retried = None if self.link._outages else command.key
+                message.retries.add(retried)
+                if self.world.now < self.retry_at.get(retried, NEVER):
                     raise Broken("a retry comes too soon after the last one")
                 if {"successes", "failures"} & decode(command.words[-1]).keys():
                     raise Broken("a retry carries outcomes")
+
+    def retried(self, message: Message, replies: list[Any]) -> None:
+        """A retry has ended. Once the server has answered, all breakers may ask; those of a lost batch again alone."""
+        for command, reply in zip(message.commands, replies, strict=True):
+            for one in message.retries & {None, command.key}:
+                if isinstance(reply, Exception) and len(replies) == 1:
+                    self.retry_at[one] = self.world.now + FIRST_PAUSE / 2
+                elif one is None and not isinstance(reply, Exception):
+                    self.retry_at.clear()
 
 
 def outages_of(process: Process) -> list[Outage]:
@@ -1004,13 +1015,13 @@ class World:
             message.replies = self.redis.execute(message)
         elif kind == "arrive":
             self.arrived = message
+            process.retried(message, message.replies)
             actor.received(message.replies, None)
         elif kind in ("break", "time out"):
             left["breaks"] -= kind == "break"
             self._give_up(message)
-            if message.retries:
-                process.retry_at = self.now + FIRST_PAUSE / 2
             error = redis.ConnectionError("broken") if kind == "break" else redis.TimeoutError("overdue")
+            process.retried(message, [error] * len(message.commands))
             actor.received(None, error)
         else:
             getattr(actor, {"resume": "resumes"}.get(kind, kind))()

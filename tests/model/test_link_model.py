@@ -32,6 +32,7 @@ SLOW = {"slow_call_duration": 0.2, "slow_call_rate_threshold": 0.5, "minimum_cal
 WALKS = {
     "everything": WALK,
     "two breakers": setup(breakers=2),
+    "three breakers": setup(breakers=3, processes=1),
     "three threads": setup(threads=3),
     "cold": setup(warm=False),
     "nobody watches": setup(watch=False),
@@ -191,6 +192,10 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
     "retries with all breakers at once": (
         *("too soon|one retry", setup(breakers=2), Outage, "claim"),
         (("due = self.is_due()", "due = True"),),
+    ),
+    "retries a refused breaker with its server and then again": (
+        *("too soon", setup(breakers=2, processes=1), Link, "_retry_one"),
+        (("failed.add(line.refusal)", "pass"),),
     ),
     "never rests": ("thread does not end", WALK, Line, "due", (("unused > IDLE", "False"),)),
     "ignores hints": ("disagrees", WALK, Link, "hint", (("self._hinted[line] = self.wanted = True", "pass"),)),
