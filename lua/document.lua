@@ -189,7 +189,7 @@ end
 
 -- Whether the contract fields make sense; drops those that are null.
 function breaker.keeps_contract(stored)
-  for _, field in ipairs({'failure_count', 'success_count', 'last_failure_time', 'opened_at'}) do
+  for _, field in next, {'failure_count', 'success_count', 'last_failure_time', 'opened_at'} do
     local value = stored[field]
     if value == cjson.null then
       stored[field] = nil

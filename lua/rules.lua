@@ -289,10 +289,38 @@ function breaker.enter(document, reason)
     retry_after_ms = nil} -- announce() sets them: adding one later would grow the table
 end
 
--- Enters an action on the policy override. The action stores no document: the generation is 0 where none is stored.
-function breaker.enter_policy(document, action)
-  breaker.enter(document, action)
-  if document.is_new then document.entry.generation = 0 end
+-- Gives a forced state a new end, which is not a transition. Returns whether it changed anything.
+function breaker.prolong(document, duration_ms)
+  local until_ms = document.now + duration_ms
+  if until_ms == document.forced_until_ms then return false end
+  document.forced_until_ms, document.changed_at_ms, document.reason = until_ms, document.now, 'forced'
+  if document.state == 'open' then document.open_until_ms, document.open_ms = until_ms, duration_ms end
+  breaker.enter(document, 'forced')
+  return true
+end
+
+-- Carries out an operator's action on the state. Returns whether it changed anything.
+function breaker.control(document, action, duration_ms)
+  if action == 'probe' then return breaker.probe_now(document) end
+  if action == 'clear_forced' then return breaker.clear_forced(document) end
+  if document.forced and action == 'force_' .. document.forced then return breaker.prolong(document, duration_ms) end
+  if action == 'reset' then
+    if breaker.is_blank(document) then return false end
+    breaker.close(document, 'reset')
+    return true
+  end
+  if action == 'force_open' then breaker.open_for(document, duration_ms, 'forced') else breaker.close(document, 'forced') end
+  document.forced, document.forced_until_ms = document.state, document.now + duration_ms
+  return true
+end
+
+-- Notes who carried out an operator's action, and why, in the document and its history entry. override: the fields of
+-- the policy override that the action set or ended, as JSON, or nil.
+function breaker.sign(document, request, override)
+  local entry, operator, note = document.change or document.entry, request.operator, request.note
+  if operator or document.operator then document.operator, entry.operator = operator, operator end
+  if note or document.note then document.note, entry.note = note, note end
+  if override then entry.override = override end
 end
 
 -- Lets the next caller of an open circuit probe. Returns whether it changed anything.
@@ -314,16 +342,6 @@ function breaker.clear_forced(document)
   return true
 end
 
--- Gives a forced state a new end, which is not a transition. Returns whether it changed anything.
-function breaker.prolong(document, duration_ms)
-  local until_ms = document.now + duration_ms
-  if until_ms == document.forced_until_ms then return false end
-  document.forced_until_ms, document.changed_at_ms, document.reason = until_ms, document.now, 'forced'
-  if document.state == 'open' then document.open_until_ms, document.open_ms = until_ms, duration_ms end
-  breaker.enter(document, 'forced')
-  return true
-end
-
 -- Whether a reset would change nothing.
 function breaker.is_blank(document)
   local window = document.window
@@ -332,39 +350,20 @@ function breaker.is_blank(document)
     and not (document.warning or document.is_new and document.exists)
 end
 
--- Carries out an operator's action on the state. Returns whether it changed anything.
-function breaker.control(document, action, duration_ms)
-  if action == 'probe' then return breaker.probe_now(document) end
-  if action == 'clear_forced' then return breaker.clear_forced(document) end
-  if action == 'force_' .. (document.forced or '') then return breaker.prolong(document, duration_ms) end
-  if action == 'reset' then
-    if breaker.is_blank(document) then return false end
-    breaker.close(document, 'reset')
-    return true
-  end
-  if action == 'force_open' then breaker.open_for(document, duration_ms, 'forced') else breaker.close(document, 'forced') end
-  document.forced, document.forced_until_ms = document.state, document.now + duration_ms
-  return true
-end
-
--- Notes who carried out an operator's action, and why, in the document and its history entry. override: the fields of
--- the policy override that the action set or ended, as JSON, or nil.
-function breaker.sign(document, request, override)
-  local entry, operator, note = document.change or document.entry, request.operator, request.note
-  if operator or document.operator then document.operator, entry.operator = operator, operator end
-  if note or document.note then document.note, entry.note = note, note end
-  if override then entry.override = override end
+-- Enters an action on the policy override. The action stores no document: the generation is 0 where none is stored.
+function breaker.enter_policy(document, action)
+  breaker.enter(document, action)
+  if document.is_new then document.entry.generation = 0 end
 end
 
 -- From 0 (open) to 100: what the state allows, less the share of failures, half the share of slow calls, and the
 -- trips in a row. A run of failures counts like a failure rate.
-function breaker.health(document, policy, calls, failures, slow)
+function breaker.health(document, policy, trips, calls, failures, slow)
   local failure_rate, slow_rate = calls > 0 and failures / calls or 0, calls > 0 and slow / calls or 0
   if document.state == 'closed' then
     failure_rate = math.max(failure_rate, math.min(document.failure_count / policy.failure_threshold, 1))
   end
   local allowed = document.state == 'closed' and 1 or document.state == 'half_open' and 0.5 or 0
-  local trips = breaker.recent_trips(document, policy)
   local score = allowed * (1 - failure_rate) * (1 - slow_rate / 2) * 4 / (4 + trips)
   return math.floor(100 * score + 0.5)
 end

@@ -38,6 +38,7 @@ document.now = document.now or breaker.now_ms()
 if document.is_new then document.generation = 0 end
 
 local policy = breaker.policy_of(request)
+local trips = document.trips > 0 and breaker.recent_trips(document, policy) or 0
 local calls, failures, slow = 0, 0, 0
 if document.window then calls, failures, slow = breaker.sums(document.window) end
 local probes_in_flight = 0
@@ -47,9 +48,9 @@ end
 
 local reply = breaker.reply(document, request)
 reply.exists, reply.now_ms, reply.policy = document.exists, document.now, breaker.whole_policy(request)
-reply.trips, reply.probes_in_flight = breaker.recent_trips(document, policy), probes_in_flight
+reply.trips, reply.probes_in_flight = trips, probes_in_flight
 reply.calls, reply.failures, reply.slow = calls, failures, slow
-reply.health = breaker.health(document, policy, calls, failures, slow)
+reply.health = breaker.health(document, policy, trips, calls, failures, slow)
 -- Rare fields only if they are there: assigning nil to a new key grows the table.
 if document.last_failure_time then reply.last_failure_time = document.last_failure_time end
 if document.opened_at then reply.opened_at = document.opened_at end

@@ -376,36 +376,6 @@ def enter(document: Document, reason: str) -> None:
     document.entry = document.entry_of(document.state, reason, document.generation)
 
 
-def enter_policy(document: Document, action: str) -> None:
-    """Enter an action on the policy override, without a document: the generation is 0 where none is stored."""
-    enter(document, action)
-    if document.entry and document.is_new:
-        document.entry["generation"] = 0
-
-
-def probe_now(document: Document) -> bool:
-    """Let the next caller of an open circuit probe. Returns whether it changed anything."""
-    if document.forced or document.state != "open":
-        return False
-    if document.open_until_ms <= document.now and document.held_generation is None:
-        return False
-    document.open_until_ms = min(document.open_until_ms, document.now)
-    document.held_generation = None  # a late hold must not undo the probe
-    enter(document, "probe")
-    return True
-
-
-def clear_forced(document: Document) -> bool:
-    """End a forced state. Returns whether there was one."""
-    if document.forced is None:
-        return False
-    if document.forced == "open":
-        document.open_until_ms = document.now  # the next acquire sends a probe
-    end_action(document)
-    enter(document, "clear_forced")
-    return True
-
-
 def prolong(document: Document, duration_ms: int) -> bool:
     """Give a forced state a new end, which is no transition. Returns whether it changed anything."""
     until_ms = document.now + duration_ms
@@ -416,19 +386,6 @@ def prolong(document: Document, duration_ms: int) -> bool:
         document.open_until_ms, document.open_ms = until_ms, duration_ms
     enter(document, "forced")
     return True
-
-
-def is_blank(document: Document) -> bool:
-    """Whether a reset would change nothing."""
-    window = document.window
-    counts = document.failure_count + document.trips
-    if window is not None:
-        counts += window.calls + window.failures + window.slow
-    return (
-        document.state == "closed"
-        and counts == 0
-        and not (document.forced or document.closed_at_ms or document.reporters)
-    )
 
 
 def control(document: Document, action: str, duration_ms: int) -> bool:
@@ -464,6 +421,49 @@ def sign(document: Document, request: Request, override: str | None) -> None:
     entry.update({field: request[field] for field in ("operator", "note") if field in request})
     if override is not None:
         entry["override"] = override
+
+
+def probe_now(document: Document) -> bool:
+    """Let the next caller of an open circuit probe. Returns whether it changed anything."""
+    if document.forced or document.state != "open":
+        return False
+    if document.open_until_ms <= document.now and document.held_generation is None:
+        return False
+    document.open_until_ms = min(document.open_until_ms, document.now)
+    document.held_generation = None  # a late hold must not undo the probe
+    enter(document, "probe")
+    return True
+
+
+def clear_forced(document: Document) -> bool:
+    """End a forced state. Returns whether there was one."""
+    if document.forced is None:
+        return False
+    if document.forced == "open":
+        document.open_until_ms = document.now  # the next acquire sends a probe
+    end_action(document)
+    enter(document, "clear_forced")
+    return True
+
+
+def is_blank(document: Document) -> bool:
+    """Whether a reset would change nothing."""
+    window = document.window
+    counts = document.failure_count + document.trips
+    if window is not None:
+        counts += window.calls + window.failures + window.slow
+    return (
+        document.state == "closed"
+        and counts == 0
+        and not (document.forced or document.closed_at_ms or document.reporters)
+    )
+
+
+def enter_policy(document: Document, action: str) -> None:
+    """Enter an action on the policy override, without a document: the generation is 0 where none is stored."""
+    enter(document, action)
+    if document.entry and document.is_new:
+        document.entry["generation"] = 0
 
 
 def health(document: Document, policy: Policy, sums: Sums) -> int:

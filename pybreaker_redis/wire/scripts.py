@@ -29,7 +29,7 @@ GROUPS = (
     ("next_generation", "transition", "end_action", "open_for", "close", "trip"),
     ("free_slot", "acquire", "record_probe", "fail_probe"),
     ("count_outcomes", "trip_reason", "record_closed"),
-    ("enter", "enter_policy", "probe_now", "clear_forced", "prolong", "is_blank", "control", "sign"),
+    ("enter", "prolong", "control", "sign"),
 )
 _CALL = re.compile(r"\bbreaker\.(\w+)")
 _FUNCTION = re.compile(r"^(?=function breaker\.(\w+)\()", re.MULTILINE)
@@ -47,35 +47,42 @@ def lazy(library: str, script: str) -> str:
 
     Redis creates a script's functions anew at each call, which takes longer than running them. So one function,
     make(name), contains all others, and creates the named one with its group. It compares the name with one after the
-    other, so it omits those that are only called from within their group. Text is added only before the first and after
-    the last line of a function, so that line numbers stay.
+    other, so it omits those that this script never calls from outside of their group. Text is added only before the
+    first line of a function and behind the library, so that line numbers stay.
     """
-    head, functions, callers = _parts(library)
-    called = {*_CALL.findall(script)}
+    head, functions, called = _parts(library.rstrip())
+    reached = _reached({*_CALL.findall(script)} & functions.keys(), called)
     text = f"{head}local function make(_, name) if name then "
     for first, group in itertools.groupby(functions, _leader):
         names = list(group)
-        made = "".join(functions[name] for name in names)
-        end = made.rindex("\nend\n") + len("\nend")
+        made = [functions[name] if name in reached else f"if false then {functions[name]} end " for name in names]
         if first == GROUPS[0][0]:  # spread over the library
-            text += f"else {made[:end]} end if name then {made[end:]}"
+            before, after = "else ", " end if name then "
         else:
-            asked = [name for name in names if name in called or callers[name] - {first}]
-            wanted = " or ".join(f"name == '{name}'" for name in asked) or "false"
-            text += f"if {wanted} then {made[:end]} return breaker[name] end {made[end:]}"
-    return f"{text.rstrip()} end end breaker.__index = make setmetatable(breaker, breaker) make()\n"
+            asked = [f"name == '{name}'" for name in names if reached.get(name, set()) - {first}]
+            before, after = f"if {' or '.join(asked) or 'false'} then ", " return breaker[name] end "
+        text += before + "".join(made) + after
+    return f"{text}end end breaker.__index = make setmetatable(breaker, breaker) make()\n"
 
 
 @functools.lru_cache(maxsize=1)
 def _parts(library: str) -> tuple[str, dict[str, str], dict[str, set[str]]]:
-    """What stands before the functions, their texts by name, and for each name the groups that call it."""
+    """What stands before the functions; their texts, and the functions that each calls, by name."""
     head, *rest = _FUNCTION.split(library)
     functions = dict(zip(rest[::2], rest[1::2], strict=True))
-    callers: dict[str, set[str]] = {name: set() for name in functions}
-    for caller, text in functions.items():
-        for name in {*_CALL.findall(text)} & functions.keys():
-            callers[name].add(_leader(caller))
-    return head, functions, callers
+    return head, functions, {name: {*_CALL.findall(text)} & functions.keys() for name, text in functions.items()}
+
+
+def _reached(direct: set[str], called: Mapping[str, set[str]]) -> dict[str, set[str]]:
+    """Each function that a script can reach, with the groups that call it there; "" stands for the script."""
+    reached, left = {name: {""} for name in direct}, [*direct]
+    while left:
+        caller = left.pop()
+        for name in called[caller]:
+            if name not in reached:
+                left.append(name)
+            reached.setdefault(name, set()).add(_leader(caller))
+    return reached
 
 
 def _leader(name: str) -> str:

@@ -26,16 +26,34 @@ def plain(*names: str) -> str:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_line_for_line(script: str) -> None:
-    """Each line of the plain files stands in the composed text under the same number; text is only added around it."""
+    """Each line of the plain files stands in the composed text under the same number; text is only added before the
+    first line of a function, and behind the library."""
     lines, composed = plain(*LIBRARY, script).splitlines(), compose(script).splitlines()
     assert len(lines) == len(composed)
-    for line, other in zip(lines, composed, strict=True):
+    last = len(plain(*LIBRARY).splitlines()) - 1
+    for number, (line, other) in enumerate(zip(lines, composed, strict=True)):
         if FUNCTION.match(line):
             assert other.endswith(line)
-        elif line == "end":
+        elif number == last:
             assert other.startswith(line)
         else:
             assert other == line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_only_what_a_script_reaches(client: redis.Redis, script: str) -> None:
+    """A script creates no function that it cannot reach, and compares no name with that of one."""
+    library, own = plain(*LIBRARY), plain(script)
+    bodies = dict(re.findall(r"^function breaker\.(\w+)\((.*?)^end$", library, re.MULTILINE | re.DOTALL))
+    reached, left = set(), [own]
+    while left:
+        found = {*re.findall(r"\bbreaker\.(\w+)", left.pop())} & bodies.keys() - reached
+        reached |= found
+        left += [bodies[name] for name in found]
+    wrapped = lazy(library, own)
+    assert set(re.findall(r"name == '(\w+)'", wrapped)) <= reached
+    for name in bodies.keys() - reached:
+        assert client.eval(f"{wrapped}return type(breaker['{name}'])", 0) == b"nil", name
 
 
 @pytest.mark.parametrize("name", LIBRARY)
