@@ -8,6 +8,7 @@ import pytest
 import redis
 from conftest import START_MS, lua_machine
 from script_calls import (
+    GREATEST_GENERATION,
     KEYS,
     LARGEST,
     LONGEST_MS,
@@ -47,9 +48,11 @@ def test_generation_is_needed(client: redis.Redis) -> None:
 
 def test_limits(client: redis.Redis) -> None:
     """The greatest allowed values are taken, and one more is not."""
-    limits = {"failures": 10**9, "successes": 10**9, "probe": LARGEST, "seen_failure": LARGEST, "age_ms": LONGEST_MS}
+    limits = dict.fromkeys(("failures", "successes", "slow"), 10**9)
+    limits |= {"probe": LARGEST, "seen_failure": LARGEST, "hold_ms": LARGEST, "age_ms": LONGEST_MS}
+    limits["generation"] = GREATEST_GENERATION
     for field, most in limits.items():
-        assert ask(client, "record", generation=0, **{field: most})["applied"] is False
+        assert ask(client, "record", **{"generation": 0, field: most})["applied"] is False
         must_refuse(client, "record", json.dumps({"generation": 0, field: most + 1}), names=field)
 
 
