@@ -17,6 +17,7 @@ import pathlib
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -117,6 +118,13 @@ def mutants(file: str) -> list[Mutant]:
 
 
 FUNCTION = re.compile(r"^function breaker\.(\w+)\(.*\)$", re.MULTILINE)
+
+
+@functools.cache
+def of_revision(file: str, revision: str) -> str:
+    """A source as it was in a revision of git, in one line."""
+    command = ["git", "-C", str(ROOT), "show", f"{revision}:lua/{file}.lua"]
+    return " ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
 
 
 def place(mutant: Mutant) -> str | None:
@@ -253,6 +261,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(FILES)}, in this order (default: all)")
     parser.add_argument("--again", action="store_true", help="only those that no run has killed, or none has tried")
+    parser.add_argument("--since", metavar="REV", help="only those of lines that this revision does not have")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--long", action="store_true", help="with the stories and the random tests, too, which take long"
@@ -260,6 +269,8 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show the mutants, and try none")
     options = parser.parse_args()
     everything = [mutant for file in options.files or FILES for mutant in mutants(file)]
+    if options.since:
+        everything = [mutant for mutant in everything if mutant.before not in of_revision(mutant.file, options.since)]
     if not options.again and not options.list:
         REPORT.unlink(missing_ok=True)
     before = verdicts() if options.again else {}
