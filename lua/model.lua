@@ -4,7 +4,7 @@ The circuit breaker: what Redis stores for it, and small helpers.
 Redis runs the files model, request, document, window and rules, followed by one of the scripts acquire, record, control
 and snapshot. The five files define functions on one local table; the script calls them. Redis creates a script's
 functions anew at each call, which takes longer than running them. compose(), in pybreaker_redis/wire/scripts.py,
-therefore changes the library so that each function is created when it is first called.
+therefore changes the library so that a function is created when it, or one of its group, is first called.
 
 A breaker is one JSON document under KEYS[1]. Five of its fields are a contract: other programs read them, and may
 write a document that has only these.

@@ -38,7 +38,7 @@ document.now = document.now or breaker.now_ms()
 if document.is_new then document.generation = 0 end
 
 local policy = breaker.policy_of(request)
-local trips = document.trips > 0 and breaker.recent_trips(document, policy) or 0
+local trips = document.trips > 0 and breaker.recent_trips(document, policy) or 0 -- spares most snapshots the call
 local calls, failures, slow = 0, 0, 0
 if document.window then calls, failures, slow = breaker.sums(document.window) end
 local probes_in_flight = 0

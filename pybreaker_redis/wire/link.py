@@ -378,16 +378,18 @@ class Link:
     def _retry_one(self, outage: Outage, lines: list[Line]) -> Pipelines:
         """Retry a server until one of its breakers gets an answer, then all its other breakers.
 
-        Each is asked by a script that writes: a server that is full still answers reads. The first one is asked alone,
-        then ever more at once. Those whose exchange is lost are asked again, each alone: one huge value must not starve
-        the others. Each retry begins with another breaker.
+        Each is asked by a script that writes: a server that is full still answers reads. The first one is asked alone;
+        after an answer, ever more are asked at once. If their exchange is lost, those without a reply are asked again,
+        each alone: one huge value must not starve the others. If two in a row get no reply, the server is down again.
+        Each retry begins with another breaker.
         """
         self._turn += 1
         first = self._turn % len(lines)
         node = self._node_of(lines[0])
         waiting = collections.deque([*lines[first:], *lines[:first]])
-        failed: set[Outage | None] = {outage}  # without effect if it ends
-        size = alone = 1  # how many breakers to ask at once; how many to ask one by one first
+        size = 1  # how many breakers to ask at once
+        alone = 1  # how many breakers to ask one by one first
+        silent = False  # whether the last one that was asked alone got no reply
         while waiting:
             asked = [waiting.popleft() for _ in range(min(size, len(waiting)))]
             sent = monotonic()
@@ -396,24 +398,30 @@ class Link:
             for line, reply in zip(asked, replies, strict=True):
                 error = reply if isinstance(reply, Exception) else None
                 line.notices.script_ran("record", monotonic() - sent, error)
+                is_lost = error is not None and concerns_server(error)
                 if error is None:
+                    silent = False
                     self._answered(line, node, outage)
                     line.restored(decode(reply), sent)
-                elif not concerns_server(error) or (node not in self._outages and len(asked) == 1):
-                    # the server has answered another breaker: the error concerns this one
-                    failed.add(line.refusal)
-                    self._refused(line, error)
-                else:
+                elif is_lost and (len(asked) > 1 or node in self._outages):
                     lost.append(line)
+                elif is_lost and silent and line.refusal is None:
+                    self.failed(line, error)
+                    lost.append(line)
+                else:  # refused, or the only one without a reply
+                    if line.refusal is None:
+                        silent = is_lost
+                    elif line.refusal is not outage:
+                        line.refusal.failed_again()
+                    self._refused(line, error)
             self._collect(asked)
             if lost and node in self._outages:
                 break
             waiting.extendleft(reversed(lost))
             alone = len(lost) or alone - 1
             size = 1 if alone > 0 else min(2 * size, READ_AT_ONCE)
-        failed.add(self._outages.get(node))  # another one may have begun after an answer
-        for one in filter(None, failed):
-            one.failed_again()
+        for failed in {outage, self._outages.get(node, outage)}:  # another one may have begun after an answer
+            failed.failed_again()
 
     def _answered(self, line: Line, node: Address | None, outage: Outage) -> None:
         """Note the end of an outage, of this node or this breaker alone: Redis has accepted a write."""

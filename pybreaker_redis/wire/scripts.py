@@ -47,8 +47,9 @@ def lazy(library: str, script: str) -> str:
 
     Redis creates a script's functions anew at each call, which takes longer than running them. So one function,
     make(name), contains all others, and creates the named one with its group. It compares the name with one after the
-    other, so it omits those that this script never calls from outside of their group. Text is added only before the
-    first line of a function and behind the library, so that line numbers stay.
+    other, so it has only the names that this script can ask for. A function that the script cannot reach is never
+    created. It stays in the text behind `if false`: text is added only before the first line of a function and behind
+    the library, so that line numbers stay.
     """
     head, functions, called = _parts(library.rstrip())
     reached = _reached({*_CALL.findall(script)} & functions.keys(), called)

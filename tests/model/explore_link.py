@@ -687,15 +687,15 @@ class Process:
                     raise Broken(f"a call asks Redis while it is down: {command.words[-1]!r}")
                 if command.script != "record" or (len(message.commands) > 1 and self.link._outages):
                     raise Broken("an exchange sends something else than one retry while Redis is down")
-                retried = None if self.link._outages else command.key
-                message.retries.add(retried)
-                if self.world.now < self.retry_at.get(retried, NEVER):
+                whose = None if self.link._outages else command.key
+                message.retries.add(whose)
+                if self.world.now < self.retry_at.get(whose, NEVER):
                     raise Broken("a retry comes too soon after the last one")
                 if {"successes", "failures"} & decode(command.words[-1]).keys():
                     raise Broken("a retry carries outcomes")
 
     def retried(self, message: Message, replies: list[Any]) -> None:
-        """A retry has ended. Once the server has answered, all breakers may ask; those of a lost batch again alone."""
+        """Note the replies of a retry. An answer of the server allows all breakers to ask; a lost batch, each of it."""
         for command, reply in zip(message.commands, replies, strict=True):
             for one in message.retries & {None, command.key}:
                 if isinstance(reply, Exception) and len(replies) == 1:

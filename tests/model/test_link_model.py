@@ -195,7 +195,7 @@ MUTANTS: dict[str, tuple[str, Setup, Any, str, Any]] = {
     ),
     "retries a refused breaker with its server and then again": (
         *("too soon", setup(breakers=2, processes=1), Link, "_retry_one"),
-        (("failed.add(line.refusal)", "pass"),),
+        (("line.refusal.failed_again()", "pass"),),
     ),
     "never rests": ("thread does not end", WALK, Line, "due", (("unused > IDLE", "False"),)),
     "ignores hints": ("disagrees", WALK, Link, "hint", (("self._hinted[line] = self.wanted = True", "pass"),)),

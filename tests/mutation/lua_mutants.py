@@ -261,7 +261,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", metavar="FILE", help=f"of {', '.join(FILES)}, in this order (default: all)")
     parser.add_argument("--again", action="store_true", help="only those that no run has killed, or none has tried")
-    parser.add_argument("--since", metavar="REV", help="only those of lines that this revision does not have")
+    parser.add_argument("--since", metavar="REV", help="only those of lines that stand nowhere in this revision's file")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument(
         "--long", action="store_true", help="with the stories and the random tests, too, which take long"
@@ -271,7 +271,7 @@ def main() -> int:
     everything = [mutant for file in options.files or FILES for mutant in mutants(file)]
     if options.since:
         everything = [mutant for mutant in everything if mutant.before not in of_revision(mutant.file, options.since)]
-    if not options.again and not options.list:
+    if not (options.again or options.since or options.list):
         REPORT.unlink(missing_ok=True)
     before = verdicts() if options.again else {}
     tried = [mutant for mutant in everything if before.get(described(mutant)) != "killed"]
@@ -282,7 +282,7 @@ def main() -> int:
     after = verdicts()
     now = {mutant: after[mutant] for mutant in map(described, everything)}
     left = [mutant for mutant, result in now.items() if result == "survived"]
-    REPORT.with_suffix(".txt").write_text("\n".join(left) + "\n", encoding="utf-8")
+    REPORT.with_suffix(".since.txt" if options.since else ".txt").write_text("\n".join(left) + "\n", encoding="utf-8")
     counts = collections.Counter(now.values())
     print(f"Lua: {len(now)} mutants,", ", ".join(f"{counts[one]} {one}" for one in ("killed", "survived", "timeout")))
     return 0
