@@ -70,11 +70,6 @@ def of_tree(name: str) -> str | None:
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 
-def of_revision(revision: str, name: str) -> str | None:
-    """The same of another revision."""
-    return shown(revision, f"lua/{name}.lua")
-
-
 def shown(revision: str, path: str) -> str | None:
     """A file of a revision."""
     command = ["git", "-C", str(ROOT), "show", f"{revision}:{path}"]
@@ -85,7 +80,7 @@ def shown(revision: str, path: str) -> str | None:
 def composed(revision: str | None) -> Texts:
     """What Redis runs for each script. A revision with a breaker.lua puts it before the script as it is."""
     files = {
-        name: of_tree(name) if revision is None else of_revision(revision, name)
+        name: of_tree(name) if revision is None else shown(revision, f"lua/{name}.lua")
         for name in ("breaker", *LIBRARY, *SCRIPTS)
     }
     found = {name: text for name, text in files.items() if text is not None}

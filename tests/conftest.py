@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import json
 import os
@@ -12,6 +13,7 @@ import pathlib
 import signal
 import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -252,3 +254,13 @@ def wait_until(condition: Callable[[], Any], timeout: float = 20.0) -> Any:
         assert time.monotonic() < deadline, "the condition did not come true"
         time.sleep(0.005)
     return value
+
+
+def wait_until_freed(reference: weakref.ref[Any], timeout: float = 20.0) -> None:
+    """Collects garbage until the object is freed; fails after timeout seconds."""
+
+    def is_freed() -> bool:
+        gc.collect()
+        return reference() is None
+
+    wait_until(is_freed, timeout)

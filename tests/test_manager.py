@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from conftest import stopped, stored_calls, wait_until
+from conftest import stopped, stored_calls, wait_until, wait_until_freed
 
 from pybreaker_redis import (
     AsyncCircuitBreaker,
@@ -549,7 +549,7 @@ def test_breakers_that_nobody_asks_for_are_forgotten(
     assert set(manager.get_all_states()) == {"idle", "held", "open"}  # a look at all of them keeps none
     manager.call("other", int)
     assert repr(manager) == "<CircuitBreakerManager ['open', 'other']>"
-    wait_until(lambda: gc.collect() >= 0 and idle() is None)
+    wait_until_freed(idle)
     assert manager.get_or_create("held") is held
     assert manager.get_state("open") == "open"
     assert manager.call("idle", int) == 0

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import redis
 import redis.asyncio
-from conftest import stopped, wait_until
+from conftest import stopped, wait_until, wait_until_freed
 
 from pybreaker_redis import (
     AsyncCircuitBreaker,
@@ -592,10 +592,5 @@ def test_trouble_ends_with_its_breaker(own_server: EmbeddedServer) -> None:
     refusal = weakref.ref(refusal_of(refused))
     assert isinstance(refusal().error, redis.exceptions.NoPermissionError)
     del breaker, refused
-
-    def is_freed() -> bool:
-        gc.collect()
-        return refusal() is None
-
-    wait_until(is_freed)
+    wait_until_freed(refusal)
     assert good.snapshot().source == "redis"

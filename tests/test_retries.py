@@ -47,7 +47,7 @@ def retried(breakers: list[CircuitBreaker], answer: Answer) -> list[list[int]]:
     return asked
 
 
-def counted(monkeypatch: pytest.MonkeyPatch, breakers: list[CircuitBreaker], *numbers: int) -> list[int]:
+def put_off(monkeypatch: pytest.MonkeyPatch, breakers: list[CircuitBreaker], *numbers: int) -> list[int]:
     """Refuses these breakers. Returns the numbers of those whose next retry was put off since then, in order."""
     later: list[int] = []
     refusals = {}
@@ -117,7 +117,7 @@ def test_two_huge_neighbours(breakers: list[CircuitBreaker]) -> None:
 
 def test_refused_breakers_wait(breakers: list[CircuitBreaker], monkeypatch: pytest.MonkeyPatch) -> None:
     """A breaker that was refused before and is refused again, as the server returns, is asked again later."""
-    later = counted(monkeypatch, breakers, 2, 5)
+    later = put_off(monkeypatch, breakers, 2, 5)
     asked = retried(breakers, lambda number, _: DENIED if number in (2, 5) else None)
     assert [len(numbers) for numbers in asked] == [1, 2, 4, 8, 5]
     assert later == [2, 5]

@@ -379,9 +379,9 @@ class Link:
         """Retry a server until one of its breakers gets an answer, then all its other breakers.
 
         Each is asked by a script that writes: a server that is full still answers reads. The first one is asked alone;
-        after an answer, ever more are asked at once. If their exchange is lost, those without a reply are asked again,
-        each alone: one huge value must not starve the others. If two in a row get no reply, the server is down again.
-        Each retry begins with another breaker.
+        after an answer, ever more are asked at once. Those that then meet an error of the server are asked again, each
+        alone: one huge value must not starve the others. If two in a row still meet one, the server is down again. Each
+        retry begins with another breaker.
         """
         self._turn += 1
         first = self._turn % len(lines)
@@ -389,7 +389,7 @@ class Link:
         waiting = collections.deque([*lines[first:], *lines[:first]])
         size = 1  # how many breakers to ask at once
         alone = 1  # how many breakers to ask one by one first
-        silent = False  # whether the last one that was asked alone got no reply
+        silent = False  # whether the last one that was asked alone met an error of the server
         while waiting:
             asked = [waiting.popleft() for _ in range(min(size, len(waiting)))]
             sent = monotonic()
@@ -408,7 +408,7 @@ class Link:
                 elif is_lost and silent and line.refusal is None:
                     self.failed(line, error)
                     lost.append(line)
-                else:  # refused, or the only one without a reply
+                else:  # it is refused, or the only one that meets an error of the server
                     if line.refusal is None:
                         silent = is_lost
                     elif line.refusal is not outage:

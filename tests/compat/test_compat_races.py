@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import threading
 import weakref
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import redis
-from conftest import wait_until
+from conftest import wait_until_freed
 
 from pybreaker_redis.compat import circuitbreaker, pybreaker
 from pybreaker_redis.embedded import EmbeddedServer
@@ -182,9 +181,4 @@ def test_breakers_that_nobody_holds_are_freed(storage: Any) -> None:
     breaker.call(int)
     gone = weakref.ref(breaker)
     del breaker
-
-    def is_freed() -> bool:
-        gc.collect()
-        return gone() is None
-
-    wait_until(is_freed, timeout=5)  # less than the time after which the link forgets an idle breaker
+    wait_until_freed(gone, timeout=5)  # less than the time after which the link forgets an idle breaker

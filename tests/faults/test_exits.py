@@ -19,7 +19,7 @@ from typing import Any
 import exit_workers as jobs
 import pytest
 import redis
-from conftest import stopped, wait_until
+from conftest import stopped, wait_until, wait_until_freed
 from exit_workers import FIRM, NAME, RATE, Boom, failing
 from fault_proxy import FaultProxy, proxy_to
 from fault_servers import sentinels
@@ -463,4 +463,4 @@ def test_a_breaker_that_nobody_holds(server: EmbeddedServer, client: redis.Redis
     del breaker
     gc.collect()
     wait_until(lambda: counted(server.url) == (6, 0))
-    wait_until(lambda: gc.collect() is not None and line() is None)
+    wait_until_freed(line)

@@ -117,14 +117,14 @@ def mutants(file: str) -> list[Mutant]:
     return list(found.values())
 
 
-FUNCTION = re.compile(r"^function breaker\.(\w+)\(.*\)$", re.MULTILINE)
-
-
 @functools.cache
 def of_revision(file: str, revision: str) -> str:
     """A source as it was in a revision of git, in one line."""
     command = ["git", "-C", str(ROOT), "show", f"{revision}:lua/{file}.lua"]
     return " ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
+FUNCTION = re.compile(r"^function breaker\.(\w+)\(.*\)$", re.MULTILINE)
 
 
 def place(mutant: Mutant) -> str | None:
